@@ -1,0 +1,118 @@
+dnl SPDX-License-Identifier: Apache-2.0
+
+# Parts that a build may have or not. Each is used where it is found; asked for by --with-PART and
+# not found, it is an error; --without-PART refuses it. Each macro sets sebp_have_PART to yes or no
+# and sebp_PART_summary to words for the end of configure.
+
+# SEBP_PART(PART, NAME, FIND)
+# ---------------------------
+# FIND is run unless the part is refused. It sets sebp_have_PART=yes where it finds the part, and
+# else sebp_PART_summary to the reason.
+AC_DEFUN([SEBP_PART],
+[sebp_have_$1=no
+sebp_$1_summary="no: not found"
+AS_IF([test "$with_$1" = no],
+  [sebp_$1_summary="no: refused by --without-$1"],
+  [$3
+  AS_IF([test "$sebp_have_$1" = no && test "$with_$1" != check],
+    [AC_MSG_ERROR([--with-$1 was given, but $2 cannot be used ($sebp_$1_summary)])])])])
+
+# SEBP_PART_OPENMP
+# ----------------
+# OPENMP_CFLAGS, for compiling and linking alike.
+AC_DEFUN([SEBP_PART_OPENMP],
+[AC_ARG_WITH([openmp],
+  [AS_HELP_STRING([--without-openmp], [work on one thread unless the host brings its own])],
+  [], [with_openmp=check])
+SEBP_PART([openmp], [OpenMP],
+  [AC_CACHE_CHECK([for $CC option to support OpenMP], [sebp_cv_openmp],
+    [sebp_cv_openmp=no
+    sebp_saved_cflags=$CFLAGS
+    for sebp_flag in -fopenmp -qopenmp; do
+      CFLAGS="$sebp_saved_cflags $sebp_flag"
+      AC_LINK_IFELSE([AC_LANG_PROGRAM([[
+          #include <omp.h>
+          #ifndef _OPENMP
+          #error not OpenMP
+          #endif]],
+          [[return omp_get_max_threads() < 1]])],
+        [sebp_cv_openmp=$sebp_flag
+        break])
+    done
+    CFLAGS=$sebp_saved_cflags])
+  AS_IF([test "$sebp_cv_openmp" != no],
+    [sebp_have_openmp=yes
+    sebp_openmp_summary=yes
+    OPENMP_CFLAGS=$sebp_cv_openmp])])
+AC_SUBST([OPENMP_CFLAGS])])
+
+# SEBP_PART_ONEDNN
+# ----------------
+# ONEDNN_CPPFLAGS, ONEDNN_LIBS; SEBP_HAVE_ONEDNN and SEBP_ONEDNN_MAJOR, the generation of its API,
+# for C; conditional ONEDNN. Debian's package has no .pc file, so the header and a symbol are tried.
+AC_DEFUN([SEBP_PART_ONEDNN],
+[AC_ARG_WITH([onednn],
+  [AS_HELP_STRING([--with-onednn@<:@=PREFIX@:>@],
+    [oneDNN, version 2 or 3, for matrix products @<:@default: if found@:>@])],
+  [], [with_onednn=check])
+SEBP_PART([onednn], [oneDNN],
+  [ONEDNN_LIBS=-ldnnl
+  AS_CASE([$with_onednn], [/*],
+    [ONEDNN_CPPFLAGS="-I$with_onednn/include"
+    ONEDNN_LIBS="-L$with_onednn/lib -ldnnl"])
+  sebp_saved_cppflags=$CPPFLAGS
+  sebp_saved_libs=$LIBS
+  CPPFLAGS="$CPPFLAGS $ONEDNN_CPPFLAGS"
+  LIBS="$ONEDNN_LIBS $LIBS"
+  AC_CACHE_CHECK([for oneDNN], [sebp_cv_onednn],
+    [AC_LINK_IFELSE([AC_LANG_PROGRAM([[#include <dnnl.h>]], [[
+        float x = 0;
+        return dnnl_sgemm('N', 'N', 1, 1, 1, 1.0f, &x, 1, &x, 1, 0.0f, &x, 1) != dnnl_success]])],
+      [AC_COMPUTE_INT([sebp_cv_onednn], [DNNL_VERSION_MAJOR], [#include <dnnl_version.h>],
+        [sebp_cv_onednn=no])],
+      [sebp_cv_onednn=no])])
+  CPPFLAGS=$sebp_saved_cppflags
+  LIBS=$sebp_saved_libs
+  AS_CASE([$sebp_cv_onednn],
+    [2|3],
+      [sebp_have_onednn=yes
+      sebp_onednn_summary="yes, version $sebp_cv_onednn"
+      AC_DEFINE([SEBP_HAVE_ONEDNN], [1], [Define if oneDNN is used.])
+      AC_DEFINE_UNQUOTED([SEBP_ONEDNN_MAJOR], [$sebp_cv_onednn],
+        [The generation of oneDNN's API, 2 or 3.])],
+    [no], [],
+    [sebp_onednn_summary="no: version $sebp_cv_onednn is neither 2 nor 3"])
+  AS_IF([test "$sebp_have_onednn" = no],
+    [ONEDNN_CPPFLAGS=
+    ONEDNN_LIBS=])])
+AC_SUBST([ONEDNN_CPPFLAGS])
+AC_SUBST([ONEDNN_LIBS])
+AM_CONDITIONAL([ONEDNN], [test "$sebp_have_onednn" = yes])])
+
+# SEBP_PART_HWLOC
+# ---------------
+# HWLOC_CFLAGS, HWLOC_LIBS; SEBP_HAVE_HWLOC for C.
+AC_DEFUN([SEBP_PART_HWLOC],
+[AC_ARG_WITH([hwloc],
+  [AS_HELP_STRING([--without-hwloc], [neither look at the machine's topology nor bind threads])],
+  [], [with_hwloc=check])
+SEBP_PART([hwloc], [hwloc],
+  [PKG_CHECK_MODULES([HWLOC], [hwloc >= 2.5 hwloc < 3],
+    [sebp_have_hwloc=yes
+    sebp_hwloc_summary="yes, version `$PKG_CONFIG --modversion hwloc`"
+    AC_DEFINE([SEBP_HAVE_HWLOC], [1], [Define if hwloc is used.])],
+    [sebp_hwloc_summary="no: no version from 2.5 to below 3 found"])])])
+
+# SEBP_PART_CHECK
+# ---------------
+# CHECK_CFLAGS, CHECK_LIBS; conditional CHECK.
+AC_DEFUN([SEBP_PART_CHECK],
+[AC_ARG_WITH([check],
+  [AS_HELP_STRING([--without-check], [build no unit tests])],
+  [], [with_check=check])
+SEBP_PART([check], [Check],
+  [PKG_CHECK_MODULES([CHECK], [check >= 0.11],
+    [sebp_have_check=yes
+    sebp_check_summary="yes, with Check `$PKG_CONFIG --modversion check`"],
+    [sebp_check_summary="no: Check not found"])])
+AM_CONDITIONAL([CHECK], [test "$sebp_have_check" = yes])])
