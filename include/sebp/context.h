@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file context.h
+ * A context holds what calls share: threads and where they run, scratch memory, the GEMM in use.
+ *
+ * There is no state outside contexts but the table of kernels for this CPU, which is filled once
+ * and never changes. A context is used by one thread at a time; two threads with two contexts never
+ * meet.
+ */
+#ifndef SEBP_CONTEXT_H
+#define SEBP_CONTEXT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <sebp/status.h>
+
+SEBP_BEGIN_DECLS
+
+typedef struct sebp_context sebp_context;
+
+/** Which matrix product does the work. */
+typedef enum sebp_gemm {
+    SEBP_GEMM_AUTO = 0,   /**< per call, whichever measures faster for such a shape */
+    SEBP_GEMM_NATIVE = 1, /**< the library's own: gathers and scatters rows as it packs */
+    SEBP_GEMM_ONEDNN =
+        2 /**< oneDNN wherever it can; SEBP_ERROR_UNSUPPORTED in a build without it */
+} sebp_gemm;
+
+/** Where the context's threads run. */
+typedef enum sebp_placement {
+    SEBP_PLACEMENT_NONE = 0, /**< wherever the operating system puts them */
+    SEBP_PLACEMENT_COMPACT =
+        1, /**< bound: physical cores of one NUMA node first, faster cores first */
+    SEBP_PLACEMENT_SPREAD = 2 /**< bound: physical cores over all NUMA nodes in turn */
+} sebp_placement;
+
+/** One piece of work: called once for each index, from any thread, in any order. */
+typedef void (*sebp_task)(void *work, int64_t index);
+
+/**
+ * A host's own thread pool. Must call task(work, i) exactly once for each i in [0, tasks) and
+ * return when all are done. Called from the thread that called the library; never nested.
+ */
+typedef void (*sebp_parallel_for)(void *pool, int64_t tasks, sebp_task task, void *work);
+
+typedef struct sebp_context_options {
+    size_t size_bytes;        /**< sizeof(sebp_context_options), so that the struct can grow */
+    int threads;              /**< 0: one for each physical core this process may use */
+    sebp_placement placement; /**< default SEBP_PLACEMENT_NONE */
+    sebp_gemm gemm;           /**< default SEBP_GEMM_AUTO */
+    int64_t workspace_bytes;  /**< bound on scratch memory; 0: 64 MiB; else at least 1 MiB */
+    sebp_parallel_for parallel_for; /**< NULL: OpenMP, or one thread in a build without it */
+    void *pool;                     /**< handed to parallel_for */
+    char *message;        /**< where one line about a failed creation is written; NULL: nowhere */
+    size_t message_bytes; /**< room there, the closing NUL included; the line is cut to fit */
+} sebp_context_options;
+
+/** Options as they are by default, with size_bytes set. */
+#define SEBP_CONTEXT_OPTIONS_INIT                                                                  \
+    {                                                                                              \
+        sizeof(sebp_context_options), 0, SEBP_PLACEMENT_NONE, SEBP_GEMM_AUTO, 0, NULL, NULL, NULL, \
+            0                                                                                      \
+    }
+
+/**
+ * Makes a context.
+ *
+ * Read from the environment, here and nowhere else. Each overrules its option; an empty value
+ * counts as unset, a value that is not in the list is SEBP_ERROR_ENVIRONMENT:
+ *
+ *     SEBP_NUM_THREADS  1 to 1024
+ *     SEBP_PLACEMENT    none, compact, spread
+ *     SEBP_GEMM         auto, native, onednn
+ *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier. The
+ * table of kernels is filled by the first context; a later value is checked only. SEBP_VERBOSE 0,
+ * 1: one line for each call on standard error (see linear.h)
+ *
+ * Threads by default: the physical cores within this process's affinity mask and its cgroup's CPU
+ * quota, or OMP_NUM_THREADS where that is set. With placement asked for, each thread is bound to
+ * one core within that mask at its first piece of work; nothing is bound if OMP_PROC_BIND,
+ * OMP_PLACES, GOMP_CPU_AFFINITY or KMP_AFFINITY is set, or if the host brings its own parallel_for.
+ * The calling thread does a share of the work and so is bound too, until the context is destroyed.
+ *
+ * After fork() a child may go on using its copy of a context: it then works on one thread with the
+ * library's own GEMM, as OpenMP and oneDNN do not survive a fork.
+ *
+ * @param options  NULL for the defaults.
+ * @param context  where the context is put; untouched on error.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (size_bytes); SEBP_ERROR_VALUE
+ *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
+ *         [1, 1 MiB)); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED (oneDNN asked for in a build
+ *         without it, placement in a build without hwloc); SEBP_ERROR_BACKEND (hwloc);
+ *         SEBP_ERROR_MEMORY.
+ */
+SEBP_API sebp_status sebp_context_create(const sebp_context_options *options,
+                                         sebp_context **context);
+
+/** Frees a context and its scratch memory, and undoes the binding of the calling thread. NULL:
+ * nothing. */
+SEBP_API void sebp_context_destroy(sebp_context *context);
+
+/** The number of threads the context works with, at least 1; 0 for NULL. */
+SEBP_API int sebp_context_threads(const sebp_context *context);
+
+/** The most scratch memory the context has held so far, in bytes; 0 for NULL. Never over the bound.
+ */
+SEBP_API int64_t sebp_context_scratch_bytes(const sebp_context *context);
+
+/**
+ * One line about the last call on this context that failed: what, where, and the numbers at odds
+ * ("sebp_linear_backward: w is 3072x768 but dy has 768 columns"). "" if none failed yet or for
+ * NULL. The string lives until the next call on the context.
+ */
+SEBP_API const char *sebp_context_message(const sebp_context *context);
+
+SEBP_END_DECLS
+
+#endif

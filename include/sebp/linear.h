@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file linear.h
+ * Forward and backward of a linear layer on its active rows alone.
+ *
+ * With R the active rows, m of M (SEBP: Topchii, Panchenko, Chekalina, EACL SRW 2026, exact where
+ * every other row of dY is zero):
+ *
+ *     Y[R]  = X[R] W^T + b                        2 m N K flop
+ *     dX[R] = dY[R] W       dX elsewhere 0        2 m N K flop
+ *     dW    = dY[R]^T X[R]                        2 m N K flop
+ *     db    = sum of the rows of dY[R]
+ *
+ * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
+ * output is rounded once, after the whole sum.
+ *
+ * With SEBP_VERBOSE=1 each call writes one line to standard error:
+ *
+ *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<why>,<milliseconds>
+ */
+#ifndef SEBP_LINEAR_H
+#define SEBP_LINEAR_H
+
+#include <stddef.h>
+
+#include <sebp/context.h>
+#include <sebp/matrix.h>
+#include <sebp/rows.h>
+#include <sebp/status.h>
+
+SEBP_BEGIN_DECLS
+
+/** What happens to what an output held. */
+typedef enum sebp_write {
+    SEBP_OVERWRITE = 0, /**< the old value is never read */
+    SEBP_ACCUMULATE = 1 /**< the result is added to it */
+} sebp_write;
+
+/** What happens to the inactive rows of Y or dX under SEBP_OVERWRITE. */
+typedef enum sebp_inactive {
+    SEBP_INACTIVE_ZERO = 0, /**< they are set to zero */
+    SEBP_INACTIVE_LEAVE =
+        1 /**< they are not touched: the caller has zeroed them, or never reads them */
+} sebp_inactive;
+
+/** Zero-initialised but for size_bytes, these are the defaults. */
+typedef struct sebp_linear_options {
+    size_t size_bytes; /**< sizeof(sebp_linear_options), so that the struct can grow */
+    sebp_rule rule;    /**< backward with rows = NULL: the rule that finds them */
+    int x_is_compact;  /**< nonzero: X is m x K, its i-th row the i-th active row; needs rows */
+    sebp_inactive inactive; /**< inactive rows of Y (forward) or dX (backward) */
+    sebp_write dx_write;    /**< backward only, as the next two */
+    sebp_write dw_write;
+    sebp_write db_write;
+} sebp_linear_options;
+
+/** Options as they are by default, with size_bytes set. */
+#define SEBP_LINEAR_OPTIONS_INIT                                                                   \
+    {                                                                                              \
+        sizeof(sebp_linear_options), {SEBP_RULE_NONZERO, 0.0, 0, 0.0}, 0, SEBP_INACTIVE_ZERO,      \
+            SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE                                         \
+    }
+
+/**
+ * Y[R] = X[R] W^T + b; the other rows of Y are zeroed or left, as options->inactive says.
+ *
+ * @param x        M x K; m x K with x_is_compact.
+ * @param w        N x K, of X's dtype.
+ * @param bias     1 x N, either dtype. NULL: none.
+ * @param rows     R, made for M rows. NULL: all rows.
+ * @param options  NULL: the defaults. Its rule and its writes are not looked at.
+ * @param y        M x N, either dtype; overlaps nothing else.
+ *
+ * Strides are free, and so are sizes of 0: with K = 0 the active rows become b, or zero.
+ *
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_STRIDE; SEBP_ERROR_OVERFLOW;
+ *         SEBP_ERROR_DTYPE (W not of X's dtype); SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS
+ * (made for another M; x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
+ *         SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. Only SEBP_ERROR_BACKEND may leave outputs half
+ *         written.
+ */
+SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x,
+                                         const sebp_matrix *w, const sebp_matrix *bias,
+                                         const sebp_rows *rows, const sebp_linear_options *options,
+                                         const sebp_matrix *y);
+
+/**
+ * dX, dW and db from dY, on the active rows alone. Each output is optional.
+ *
+ * @param dy       M x N.
+ * @param x        M x K, or m x K with x_is_compact; of dY's dtype. Needed for dW only, else NULL.
+ * @param w        N x K, of dY's dtype. Needed for dX only, else NULL.
+ * @param rows     R, made for M rows. NULL: found in dY by options->rule.
+ * @param options  NULL: the defaults.
+ * @param dx       M x K, either dtype, or NULL. With SEBP_ACCUMULATE the inactive rows are left.
+ * @param dw       N x K, either dtype, or NULL.
+ * @param db       1 x N, either dtype, or NULL.
+ *
+ * Outputs overlap neither inputs nor each other; inputs may overlap each other. With no active row
+ * dX, dW and db are zeroed under SEBP_OVERWRITE and left under SEBP_ACCUMULATE; x and w are then
+ * not read. Rows outside R are taken as zero, whatever dY holds there.
+ *
+ * Scratch memory stays within the context's bound whatever M is; rows found by the call itself take
+ * 8 bytes a row of dY besides, as sebp_rows_find() does.
+ *
+ * @return as sebp_linear_forward(); SEBP_ERROR_NULL also where dw comes without x or dx without w.
+ */
+SEBP_API sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy,
+                                          const sebp_matrix *x, const sebp_matrix *w,
+                                          const sebp_rows *rows, const sebp_linear_options *options,
+                                          const sebp_matrix *dx, const sebp_matrix *dw,
+                                          const sebp_matrix *db);
+
+SEBP_END_DECLS
+
+#endif

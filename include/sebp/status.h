@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file status.h
+ * What a call came to, and the marks every public declaration carries.
+ */
+#ifndef SEBP_STATUS_H
+#define SEBP_STATUS_H
+
+#ifdef __cplusplus
+#define SEBP_BEGIN_DECLS extern "C" {
+#define SEBP_END_DECLS   }
+#else
+#define SEBP_BEGIN_DECLS
+#define SEBP_END_DECLS
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define SEBP_API __attribute__((visibility("default")))
+#else
+#define SEBP_API
+#endif
+
+SEBP_BEGIN_DECLS
+
+/** The values are part of the ABI: new ones are added at the end. */
+typedef enum sebp_status {
+    SEBP_SUCCESS = 0,
+    SEBP_ERROR_NULL = 1,     /**< a pointer that may not be NULL is NULL */
+    SEBP_ERROR_SIZE = 2,     /**< a negative size, a size_bytes this version does not know */
+    SEBP_ERROR_DTYPE = 3,    /**< an unknown dtype, or dtypes that do not go together */
+    SEBP_ERROR_STRIDE = 4,   /**< a stride smaller than the number of columns */
+    SEBP_ERROR_OVERFLOW = 5, /**< sizes whose product does not fit in memory */
+    SEBP_ERROR_SHAPE = 6,    /**< shapes that do not go together */
+    SEBP_ERROR_ROWS =
+        7, /**< indices out of range, unsorted or repeated; a set made for another M */
+    SEBP_ERROR_VALUE = 8,   /**< an option or argument outside its range, NaN included */
+    SEBP_ERROR_ALIAS = 9,   /**< an output overlaps an input or another output */
+    SEBP_ERROR_MEMORY = 10, /**< memory could not be had, or the workspace bound is too small */
+    SEBP_ERROR_UNSUPPORTED = 11, /**< this build or this machine lacks what was asked for */
+    SEBP_ERROR_ENVIRONMENT = 12, /**< an environment variable holds a value it may not hold */
+    SEBP_ERROR_BACKEND = 13      /**< a library underneath (oneDNN, hwloc) failed */
+} sebp_status;
+
+/**
+ * One line that says what a status means: "shapes that do not go together".
+ *
+ * @param status  any value; an unknown one gives "unknown status".
+ * @return a string that lives as long as the program. Never NULL.
+ */
+SEBP_API const char *sebp_status_string(sebp_status status);
+
+SEBP_END_DECLS
+
+#endif
