@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file scan.c What one row of dY tells: whether it is active, and how long it is. */
+#include "kernels.h"
+
+/* Vecs between two looks at what was read: a zero row is read at the speed of memory, an active one
+ * is mostly settled by its first block. */
+#define BLOCK_VECS 8
+
+static inline bool any_nonzero(const void *row, bool is_bf16, int64_t n)
+{
+    int64_t at = 0;
+    for (; at + BLOCK_VECS * VEC_LANES <= n; at += BLOCK_VECS * VEC_LANES) {
+        vec all = vec_load_at(row, is_bf16, at);
+        for (int64_t i = 1; i < BLOCK_VECS; i++) {
+            all = vec_or(all, vec_load_at(row, is_bf16, at + i * VEC_LANES));
+        }
+        if (vec_any_nonzero(all)) {
+            return true;
+        }
+    }
+    vec all = vec_zero();
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        all = vec_or(all, vec_load_at(row, is_bf16, at));
+    }
+    return vec_any_nonzero(vec_or(all, vec_load_at_first(row, is_bf16, at, n - at)));
+}
+
+static inline bool any_above(const void *row, bool is_bf16, int64_t n, float limit)
+{
+    vec limits = vec_set1(limit);
+    int64_t at = 0;
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        if (vec_any_above(vec_load_at(row, is_bf16, at), limits)) {
+            return true;
+        }
+    }
+    return vec_any_above(vec_load_at_first(row, is_bf16, at, n - at), limits);
+}
+
+/* Several sums, so that one addition need not wait for the one before. */
+static inline double square_sum(const void *row, bool is_bf16, int64_t n)
+{
+    vecd sum0 = vecd_zero(), sum1 = vecd_zero(), sum2 = vecd_zero(), sum3 = vecd_zero();
+    int64_t at = 0;
+    for (; at + 4 * VEC_LANES <= n; at += 4 * VEC_LANES) {
+        sum0 = vecd_add_squares(sum0, vec_load_at(row, is_bf16, at));
+        sum1 = vecd_add_squares(sum1, vec_load_at(row, is_bf16, at + VEC_LANES));
+        sum2 = vecd_add_squares(sum2, vec_load_at(row, is_bf16, at + 2 * VEC_LANES));
+        sum3 = vecd_add_squares(sum3, vec_load_at(row, is_bf16, at + 3 * VEC_LANES));
+    }
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        sum0 = vecd_add_squares(sum0, vec_load_at(row, is_bf16, at));
+    }
+    sum1 = vecd_add_squares(sum1, vec_load_at_first(row, is_bf16, at, n - at));
+    return vecd_sum(vecd_add(vecd_add(sum0, sum1), vecd_add(sum2, sum3)));
+}
+
+bool SEBP_NAME(any_nonzero_f32)(const float *row, int64_t n)
+{
+    return any_nonzero(row, false, n);
+}
+
+bool SEBP_NAME(any_nonzero_bf16)(const uint16_t *row, int64_t n)
+{
+    return any_nonzero(row, true, n);
+}
+
+bool SEBP_NAME(any_above_f32)(const float *row, int64_t n, float limit)
+{
+    return any_above(row, false, n, limit);
+}
+
+bool SEBP_NAME(any_above_bf16)(const uint16_t *row, int64_t n, float limit)
+{
+    return any_above(row, true, n, limit);
+}
+
+double SEBP_NAME(square_sum_f32)(const float *row, int64_t n)
+{
+    return square_sum(row, false, n);
+}
+
+double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n)
+{
+    return square_sum(row, true, n);
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file sum.c Sums of rows, for db. */
+#include "kernels.h"
+
+/* Rows that are walked along together: the sum is loaded and stored once for all of them. */
+#define ROWS_AT_ONCE 8
+
+/* Only the rows' order matters for each column, so every tier gives the same bits. */
+static inline void add_group(float *sum, const void *const *row, int rows, bool is_bf16,
+                             int64_t cols)
+{
+    int64_t at = 0;
+    for (; at + VEC_LANES <= cols; at += VEC_LANES) {
+        vec total = vec_load(sum + at);
+        for (int i = 0; i < rows; i++) {
+            total = vec_add(total, vec_load_at(row[i], is_bf16, at));
+        }
+        vec_store(sum + at, total);
+    }
+    vec total = vec_load_first(sum + at, cols - at);
+    for (int i = 0; i < rows; i++) {
+        total = vec_add(total, vec_load_at_first(row[i], is_bf16, at, cols - at));
+    }
+    vec_store_first(sum + at, total, cols - at);
+}
+
+static inline void add_rows(float *sum, const char *from, int64_t stride, const int64_t *rows,
+                            int64_t count, bool is_bf16, int64_t cols)
+{
+    int64_t row_bytes = stride * (is_bf16 ? (int64_t)sizeof(uint16_t) : (int64_t)sizeof(float));
+    for (int64_t done = 0; done < count;) {
+        const void *group[ROWS_AT_ONCE];
+        int taken = 0;
+        for (; taken < ROWS_AT_ONCE && done + taken < count; taken++) {
+            int64_t i = done + taken;
+            group[taken] = from + (rows != NULL ? rows[i] : i) * row_bytes;
+        }
+        if (taken == ROWS_AT_ONCE) {
+            add_group(sum, group, ROWS_AT_ONCE, is_bf16, cols); /* unrolled */
+        } else {
+            add_group(sum, group, taken, is_bf16, cols);
+        }
+        done += taken;
+    }
+}
+
+void SEBP_NAME(add_rows_f32)(float *sum, const float *from, int64_t stride, const int64_t *rows,
+                             int64_t count, int64_t cols)
+{
+    add_rows(sum, (const char *)from, stride, rows, count, false, cols);
+}
+
+void SEBP_NAME(add_rows_bf16)(float *sum, const uint16_t *from, int64_t stride, const int64_t *rows,
+                              int64_t count, int64_t cols)
+{
+    add_rows(sum, (const char *)from, stride, rows, count, true, cols);
+}

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file vec.h
+ * The vector vocabulary: what a kernel may say. One header per ISA supplies it; the build defines
+ * exactly one of the SEBP_ISA_ macros below when it compiles the kernels for that ISA.
+ *
+ * `vec` is VEC_LANES f32. Pointers need only be aligned to their element. `_first` touches n
+ * elements of memory, 0 <= n <= VEC_LANES, and no byte beyond; loaded lanes past them are zero.
+ *
+ *     vec_zero(), vec_set1(x)           all lanes 0, or x
+ *     vec_load(p), vec_store(p, v)      VEC_LANES f32; _first(p, n), _first(p, v, n)
+ *     vec_stream(p, v)                  store past the caches; p aligned to a vec
+ *     vec_stream_fence()                orders what was streamed before the stores that follow
+ *     vec_load_bf16(p)                  VEC_LANES bf16, widened; _first(p, n)
+ *     vec_store_bf16(p, v)              to nearest, ties to even, by integers, so that every tier
+ *                                       gives the same bits: denormals stay, a NaN becomes a quiet
+ *                                       NaN of its sign; _first(p, v, n)
+ *     vec_add(a, b), vec_fma(a, b, c)   a + b; a * b + c, fused but in scalar
+ *     vec_or(a, b)                      of the bits
+ *     vec_any_nonzero(v)                any lane but +-0; NaN and denormals count, whatever the
+ *                                       floating-point mode
+ *     vec_any_above(v, limit)           any lane whose magnitude is above that of its limit, is Inf
+ *                                       or NaN; by the bits, whatever the mode. limit: not NaN
+ *     vec_transpose(rows)               in place, VEC_LANES vecs
+ *
+ * `vecd` is VEC_LANES f64, for sums that must not lose what f32 would lose.
+ *
+ *     vecd_zero()                       all lanes 0
+ *     vecd_add_squares(sum, v)          sum + v * v, squared in f64
+ *     vecd_add(a, b), vecd_sum(v)       a + b; the sum of the lanes
+ *
+ * Where VEC_HAS_BF16_DOT is 1, a vec may also hold VEC_LANES pairs of bf16, the first of a pair in
+ * the low half:
+ *
+ *     vec_pair_bf16(even, odd, n)       pairs (even[i], odd[i]), i < n <= VEC_LANES, else 0; odd
+ *                                       NULL: 0
+ *     vec_load_pairs_first(p, n)        n elements as they lie, n <= 2 * VEC_LANES, the rest 0
+ *     vec_dot_bf16(sum, a, b)           lane by lane sum + a.low * b.low + a.high * b.high
+ *
+ * A GEMM's tile is TILE_ROWS x TILE_VECS vecs of C, as many as the registers hold.
+ */
+#ifndef SEBP_VEC_H
+#define SEBP_VEC_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined SEBP_ISA_SCALAR
+#define SEBP_NAME(name) sebp_##name##_scalar
+#define SEBP_ISA_TEXT   "scalar"
+#include "vec_scalar.h"
+#elif defined SEBP_ISA_AVX2
+#define SEBP_NAME(name) sebp_##name##_avx2
+#define SEBP_ISA_TEXT   "avx2"
+#include "vec_avx2.h"
+#elif defined SEBP_ISA_AVX512
+#define SEBP_NAME(name) sebp_##name##_avx512
+#define SEBP_ISA_TEXT   "avx512"
+#include "vec_avx512.h"
+#elif defined SEBP_ISA_AVX512BF16
+#define SEBP_NAME(name) sebp_##name##_avx512bf16
+#define SEBP_ISA_TEXT   "avx512bf16"
+#include "vec_avx512.h"
+#elif defined SEBP_ISA_NEON
+#define SEBP_NAME(name) sebp_##name##_neon
+#define SEBP_ISA_TEXT   "neon"
+#include "vec_neon.h"
+#else
+#error "none of the SEBP_ISA_ macros is defined"
+#endif
+
+/* For kernels that are the same for both types: elements `at` on of f32 or bf16 data. */
+
+static inline vec vec_load_at(const void *data, bool is_bf16, int64_t at)
+{
+    return is_bf16 ? vec_load_bf16((const uint16_t *)data + at)
+                   : vec_load((const float *)data + at);
+}
+
+static inline vec vec_load_at_first(const void *data, bool is_bf16, int64_t at, int64_t n)
+{
+    return is_bf16 ? vec_load_bf16_first((const uint16_t *)data + at, n)
+                   : vec_load_first((const float *)data + at, n);
+}
+
+#endif

@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file vec_avx512.h The vocabulary of vec.h in AVX-512 F, DQ, BW and VL, with BF16 or without. */
+#ifndef SEBP_VEC_AVX512_H
+#define SEBP_VEC_AVX512_H
+
+#include <immintrin.h>
+
+#define VEC_LANES 16
+#ifdef SEBP_ISA_AVX512BF16
+#define VEC_HAS_BF16_DOT 1
+#else
+#define VEC_HAS_BF16_DOT 0
+#endif
+#define TILE_ROWS 14
+#define TILE_VECS 2
+
+typedef __m512 vec;
+typedef struct vecd {
+    __m512d low, high;
+} vecd;
+
+static inline __mmask16 vec_mask(int64_t n)
+{
+    return (__mmask16)((1U << n) - 1);
+}
+
+static inline vec vec_zero(void)
+{
+    return _mm512_setzero_ps();
+}
+
+static inline vec vec_set1(float x)
+{
+    return _mm512_set1_ps(x);
+}
+
+static inline vec vec_load(const float *p)
+{
+    return _mm512_loadu_ps(p);
+}
+
+static inline vec vec_load_first(const float *p, int64_t n)
+{
+    return _mm512_maskz_loadu_ps(vec_mask(n), p);
+}
+
+static inline void vec_store(float *p, vec v)
+{
+    _mm512_storeu_ps(p, v);
+}
+
+static inline void vec_store_first(float *p, vec v, int64_t n)
+{
+    _mm512_mask_storeu_ps(p, vec_mask(n), v);
+}
+
+static inline void vec_stream(float *p, vec v)
+{
+    _mm512_stream_ps(p, v);
+}
+
+static inline void vec_stream_fence(void)
+{
+    _mm_sfence();
+}
+
+static inline vec vec_widen_bf16(__m256i halves)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+static inline vec vec_load_bf16(const uint16_t *p)
+{
+    return vec_widen_bf16(_mm256_loadu_si256((const __m256i *)p));
+}
+
+static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
+{
+    return vec_widen_bf16(_mm256_maskz_loadu_epi16(vec_mask(n), p));
+}
+
+/* Not vcvtneps2bf16, which takes denormals for zero. */
+static inline __m256i vec_round_bf16(vec v)
+{
+    __m512i bits = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, quiet);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    _mm256_storeu_si256((__m256i *)p, vec_round_bf16(v));
+}
+
+static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
+{
+    _mm256_mask_storeu_epi16(p, vec_mask(n), vec_round_bf16(v));
+}
+
+static inline vec vec_add(vec a, vec b)
+{
+    return _mm512_add_ps(a, b);
+}
+
+static inline vec vec_fma(vec a, vec b, vec c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+
+static inline vec vec_or(vec a, vec b)
+{
+    return _mm512_or_ps(a, b);
+}
+
+static inline bool vec_any_nonzero(vec v)
+{
+    return _mm512_test_epi32_mask(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)) != 0;
+}
+
+static inline bool vec_any_above(vec v, vec limit)
+{
+    __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i most = _mm512_and_si512(_mm512_castps_si512(limit), magnitude);
+    most = _mm512_min_epi32(most, _mm512_set1_epi32(0x7F7FFFFF)); /* Inf is above every limit */
+    __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), magnitude);
+    return _mm512_cmpgt_epi32_mask(bits, most) != 0;
+}
+
+static inline void vec_transpose(vec rows[VEC_LANES])
+{
+    vec t[VEC_LANES];
+    /* Within each quarter: 4 x 4 blocks. t[4 * g + c] then holds, in quarter q, element 4 * q + c
+     * of rows 4 * g to 4 * g + 3. */
+    for (int g = 0; g < 16; g += 4) {
+        vec low01 = _mm512_unpacklo_ps(rows[g], rows[g + 1]);
+        vec high01 = _mm512_unpackhi_ps(rows[g], rows[g + 1]);
+        vec low23 = _mm512_unpacklo_ps(rows[g + 2], rows[g + 3]);
+        vec high23 = _mm512_unpackhi_ps(rows[g + 2], rows[g + 3]);
+        t[g] = _mm512_shuffle_ps(low01, low23, 0x44);
+        t[g + 1] = _mm512_shuffle_ps(low01, low23, 0xEE);
+        t[g + 2] = _mm512_shuffle_ps(high01, high23, 0x44);
+        t[g + 3] = _mm512_shuffle_ps(high01, high23, 0xEE);
+    }
+    /* Then quarters: a 4 x 4 transpose whose elements are quarters. */
+    for (int c = 0; c < 4; c++) {
+        vec even01 = _mm512_shuffle_f32x4(t[c], t[c + 4], 0x88);
+        vec odd01 = _mm512_shuffle_f32x4(t[c], t[c + 4], 0xDD);
+        vec even23 = _mm512_shuffle_f32x4(t[c + 8], t[c + 12], 0x88);
+        vec odd23 = _mm512_shuffle_f32x4(t[c + 8], t[c + 12], 0xDD);
+        rows[c] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+        rows[c + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+        rows[c + 8] = _mm512_shuffle_f32x4(even01, even23, 0xDD);
+        rows[c + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xDD);
+    }
+}
+
+static inline vecd vecd_zero(void)
+{
+    vecd zero = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    return zero;
+}
+
+static inline vecd vecd_add_squares(vecd sum, vec v)
+{
+    __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    sum.low = _mm512_fmadd_pd(low, low, sum.low);
+    sum.high = _mm512_fmadd_pd(high, high, sum.high);
+    return sum;
+}
+
+static inline vecd vecd_add(vecd a, vecd b)
+{
+    vecd sum = {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
+    return sum;
+}
+
+static inline double vecd_sum(vecd v)
+{
+    return _mm512_reduce_add_pd(_mm512_add_pd(v.low, v.high));
+}
+
+#if VEC_HAS_BF16_DOT
+static inline vec vec_pair_bf16(const uint16_t *even, const uint16_t *odd, int64_t n)
+{
+    __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(vec_mask(n), even));
+    if (odd != NULL) {
+        __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(vec_mask(n), odd));
+        pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(high, 16));
+    }
+    return _mm512_castsi512_ps(pairs);
+}
+
+static inline vec vec_load_pairs_first(const uint16_t *p, int64_t n)
+{
+    __mmask32 mask = (__mmask32)((UINT64_C(1) << n) - 1);
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+
+static inline vec vec_dot_bf16(vec sum, vec a, vec b)
+{
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+#endif

@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file vec_neon.h The vocabulary of vec.h in NEON, as every 64-bit Arm has it. */
+#ifndef SEBP_VEC_NEON_H
+#define SEBP_VEC_NEON_H
+
+#include <arm_neon.h>
+
+#define VEC_LANES        4
+#define VEC_HAS_BF16_DOT 0
+#define TILE_ROWS        8
+#define TILE_VECS        3
+
+typedef float32x4_t vec;
+typedef struct vecd {
+    float64x2_t low, high;
+} vecd;
+
+static inline vec vec_zero(void)
+{
+    return vdupq_n_f32(0);
+}
+
+static inline vec vec_set1(float x)
+{
+    return vdupq_n_f32(x);
+}
+
+static inline vec vec_load(const float *p)
+{
+    return vld1q_f32(p);
+}
+
+static inline vec vec_load_first(const float *p, int64_t n)
+{
+    float whole[VEC_LANES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        whole[i] = p[i];
+    }
+    return vld1q_f32(whole);
+}
+
+static inline void vec_store(float *p, vec v)
+{
+    vst1q_f32(p, v);
+}
+
+static inline void vec_store_first(float *p, vec v, int64_t n)
+{
+    float whole[VEC_LANES];
+    vst1q_f32(whole, v);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = whole[i];
+    }
+}
+
+/* The caches see for themselves that whole lines are written. */
+static inline void vec_stream(float *p, vec v)
+{
+    vst1q_f32(p, v);
+}
+
+static inline void vec_stream_fence(void)
+{
+}
+
+static inline vec vec_load_bf16(const uint16_t *p)
+{
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+
+static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
+{
+    uint16_t whole[VEC_LANES] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        whole[i] = p[i];
+    }
+    return vec_load_bf16(whole);
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(v);
+    uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+    uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    uint32x4_t chosen = vbslq_u32(vceqq_f32(v, v), rounded, quiet);
+    vst1_u16(p, vshrn_n_u32(chosen, 16));
+}
+
+static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
+{
+    uint16_t whole[VEC_LANES];
+    vec_store_bf16(whole, v);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = whole[i];
+    }
+}
+
+static inline vec vec_add(vec a, vec b)
+{
+    return vaddq_f32(a, b);
+}
+
+static inline vec vec_fma(vec a, vec b, vec c)
+{
+    return vfmaq_f32(c, a, b);
+}
+
+static inline vec vec_or(vec a, vec b)
+{
+    return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+
+static inline bool vec_any_nonzero(vec v)
+{
+    /* The sign is shifted out. */
+    return vmaxvq_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), 1)) != 0;
+}
+
+static inline bool vec_any_above(vec v, vec limit)
+{
+    uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF);
+    uint32x4_t most = vandq_u32(vreinterpretq_u32_f32(limit), magnitude);
+    most = vminq_u32(most, vdupq_n_u32(0x7F7FFFFF)); /* Inf is above every limit */
+    uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(v), magnitude);
+    return vmaxvq_u32(vcgtq_u32(bits, most)) != 0;
+}
+
+static inline void vec_transpose(vec rows[VEC_LANES])
+{
+    float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(rows[0], rows[1]));
+    float64x2_t odd01 = vreinterpretq_f64_f32(vtrn2q_f32(rows[0], rows[1]));
+    float64x2_t even23 = vreinterpretq_f64_f32(vtrn1q_f32(rows[2], rows[3]));
+    float64x2_t odd23 = vreinterpretq_f64_f32(vtrn2q_f32(rows[2], rows[3]));
+    rows[0] = vreinterpretq_f32_f64(vtrn1q_f64(even01, even23));
+    rows[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23));
+    rows[2] = vreinterpretq_f32_f64(vtrn2q_f64(even01, even23));
+    rows[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23));
+}
+
+static inline vecd vecd_zero(void)
+{
+    vecd zero = {vdupq_n_f64(0), vdupq_n_f64(0)};
+    return zero;
+}
+
+static inline vecd vecd_add_squares(vecd sum, vec v)
+{
+    float64x2_t low = vcvt_f64_f32(vget_low_f32(v));
+    float64x2_t high = vcvt_high_f64_f32(v);
+    sum.low = vfmaq_f64(sum.low, low, low);
+    sum.high = vfmaq_f64(sum.high, high, high);
+    return sum;
+}
+
+static inline vecd vecd_add(vecd a, vecd b)
+{
+    vecd sum = {vaddq_f64(a.low, b.low), vaddq_f64(a.high, b.high)};
+    return sum;
+}
+
+static inline double vecd_sum(vecd v)
+{
+    return vaddvq_f64(vaddq_f64(v.low, v.high));
+}
+
+#endif

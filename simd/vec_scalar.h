@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file vec_scalar.h The vocabulary of vec.h in plain C: the specification of the others. */
+#ifndef SEBP_VEC_SCALAR_H
+#define SEBP_VEC_SCALAR_H
+
+#define VEC_LANES        1
+#define VEC_HAS_BF16_DOT 0
+#define TILE_ROWS        4
+#define TILE_VECS        4
+
+typedef float vec;
+typedef double vecd;
+
+static inline uint32_t vec_bits(vec v)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+static inline vec vec_from_bits(uint32_t bits)
+{
+    vec v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+static inline vec vec_zero(void)
+{
+    return 0;
+}
+
+static inline vec vec_set1(float x)
+{
+    return x;
+}
+
+static inline vec vec_load(const float *p)
+{
+    return *p;
+}
+
+static inline vec vec_load_first(const float *p, int64_t n)
+{
+    return n > 0 ? *p : 0;
+}
+
+static inline void vec_store(float *p, vec v)
+{
+    *p = v;
+}
+
+static inline void vec_store_first(float *p, vec v, int64_t n)
+{
+    if (n > 0) {
+        *p = v;
+    }
+}
+
+static inline void vec_stream(float *p, vec v)
+{
+    *p = v;
+}
+
+static inline void vec_stream_fence(void)
+{
+}
+
+static inline vec vec_load_bf16(const uint16_t *p)
+{
+    return vec_from_bits((uint32_t)*p << 16);
+}
+
+static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
+{
+    return n > 0 ? vec_load_bf16(p) : 0;
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    uint32_t bits = vec_bits(v);
+    /* Half a unit less one, and one more where the kept part is odd: a tie goes to even. */
+    uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
+    uint32_t quiet = bits | 0x400000;
+    *p = (uint16_t)((v == v ? rounded : quiet) >> 16);
+}
+
+static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
+{
+    if (n > 0) {
+        vec_store_bf16(p, v);
+    }
+}
+
+static inline vec vec_add(vec a, vec b)
+{
+    return a + b;
+}
+
+static inline vec vec_fma(vec a, vec b, vec c)
+{
+    return a * b + c;
+}
+
+static inline vec vec_or(vec a, vec b)
+{
+    return vec_from_bits(vec_bits(a) | vec_bits(b));
+}
+
+static inline bool vec_any_nonzero(vec v)
+{
+    return (vec_bits(v) & 0x7FFFFFFF) != 0;
+}
+
+static inline bool vec_any_above(vec v, vec limit)
+{
+    uint32_t most = vec_bits(limit) & 0x7FFFFFFF;
+    most = most < 0x7F7FFFFF ? most : 0x7F7FFFFF; /* Inf is above every limit */
+    return (vec_bits(v) & 0x7FFFFFFF) > most;
+}
+
+static inline void vec_transpose(vec rows[VEC_LANES])
+{
+    (void)rows;
+}
+
+static inline vecd vecd_zero(void)
+{
+    return 0;
+}
+
+static inline vecd vecd_add_squares(vecd sum, vec v)
+{
+    return sum + (double)v * v;
+}
+
+static inline vecd vecd_add(vecd a, vecd b)
+{
+    return a + b;
+}
+
+static inline double vecd_sum(vecd v)
+{
+    return v;
+}
+
+#endif
