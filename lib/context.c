@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file context.c
+ * Makes a context from options and the environment, which is read here and nowhere else.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+#include "cpu/cpu.h"
+
+static const int64_t DEFAULT_WORKSPACE = INT64_C(64) << 20;
+static const int64_t LEAST_WORKSPACE = INT64_C(1) << 20;
+
+sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *format, ...)
+{
+    if (context != NULL) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(context->message, sizeof context->message, format, arguments);
+        va_end(arguments);
+    }
+    return status;
+}
+
+double sebp_milliseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
+}
+
+/* Writes the line about a failed creation where the caller wants it, and returns `status`. */
+__attribute__((format(printf, 3, 4))) static sebp_status
+refuse(const sebp_context_options *options, sebp_status status, const char *format, ...)
+{
+    if (options->message != NULL && options->message_bytes > 0) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(options->message, options->message_bytes, format, arguments);
+        va_end(arguments);
+    }
+    return status;
+}
+
+static sebp_status check_options(const sebp_context_options *options)
+{
+    if (options->threads < 0 || options->threads > SEBP_MOST_THREADS) {
+        return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: threads is %d, not 0 to %d",
+                      options->threads, SEBP_MOST_THREADS);
+    }
+    if ((int)options->placement < SEBP_PLACEMENT_NONE ||
+        (int)options->placement > SEBP_PLACEMENT_SPREAD) {
+        return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown placement %d",
+                      (int)options->placement);
+    }
+    if ((int)options->gemm < SEBP_GEMM_AUTO || (int)options->gemm > SEBP_GEMM_ONEDNN) {
+        return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown gemm %d",
+                      (int)options->gemm);
+    }
+    if (options->workspace_bytes != 0 && options->workspace_bytes < LEAST_WORKSPACE) {
+        return refuse(options, SEBP_ERROR_VALUE,
+                      "sebp_context_create: workspace_bytes is %lld, not 0 or at least %lld",
+                      (long long)options->workspace_bytes, (long long)LEAST_WORKSPACE);
+    }
+    return SEBP_SUCCESS;
+}
+
+/* A variable's value; NULL where it is unset or empty. */
+static const char *variable(const char *name)
+{
+    const char *value = getenv(name);
+    return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
+/* A whole number from 1 to SEBP_MOST_THREADS in `text` up to a character of `ends` or its end; 0:
+ * none.
+ */
+static int parse_threads(const char *text, const char *ends)
+{
+    int number = 0;
+    for (; *text >= '0' && *text <= '9' && number <= SEBP_MOST_THREADS; text++)
+        number = 10 * number + (*text - '0');
+    bool ended = *text == '\0' || strchr(ends, *text) != NULL;
+    return ended && number <= SEBP_MOST_THREADS ? number : 0;
+}
+
+/* The index of a variable's value among `values`, NULL after the last; -1 where it is unset. */
+static sebp_status read_choice(const sebp_context_options *options, const char *name,
+                               const char *const *values, int *choice)
+{
+    const char *value = variable(name);
+    *choice = -1;
+    if (value == NULL)
+        return SEBP_SUCCESS;
+    for (int i = 0; values[i] != NULL; i++) {
+        if (strcmp(value, values[i]) == 0) {
+            *choice = i;
+            return SEBP_SUCCESS;
+        }
+    }
+    return refuse(options, SEBP_ERROR_ENVIRONMENT, "sebp_context_create: %s is \"%.100s\"", name,
+                  value);
+}
+
+/* Lets the environment overrule the options, and reads what it says besides. */
+static sebp_status read_environment(sebp_context_options *options,
+                                    sebp_cpu_environment *environment, bool *verbose)
+{
+    static const char *const placements[] = {"none", "compact", "spread", NULL};
+    static const char *const gemms[] = {"auto", "native", "onednn", NULL};
+    static const char *const switches[] = {"0", "1", NULL};
+    static const char *const affinity[] = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY",
+                                           "KMP_AFFINITY"};
+    int choice;
+    sebp_status status;
+
+    const char *threads = variable("SEBP_NUM_THREADS");
+    if (threads != NULL) {
+        options->threads = parse_threads(threads, "");
+        if (options->threads == 0) {
+            return refuse(options, SEBP_ERROR_ENVIRONMENT,
+                          "sebp_context_create: SEBP_NUM_THREADS is \"%.100s\", not 1 to %d",
+                          threads, SEBP_MOST_THREADS);
+        }
+    }
+    if ((status = read_choice(options, "SEBP_PLACEMENT", placements, &choice)) != SEBP_SUCCESS)
+        return status;
+    if (choice >= 0)
+        options->placement = (sebp_placement)choice;
+    if ((status = read_choice(options, "SEBP_GEMM", gemms, &choice)) != SEBP_SUCCESS)
+        return status;
+    if (choice >= 0)
+        options->gemm = (sebp_gemm)choice;
+    if ((status = read_choice(options, "SEBP_VERBOSE", switches, &choice)) != SEBP_SUCCESS)
+        return status;
+    *verbose = choice == 1;
+
+    environment->max_isa = variable("SEBP_MAX_ISA");
+    if (environment->max_isa != NULL && !sebp_cpu_isa_is_known(environment->max_isa)) {
+        return refuse(options, SEBP_ERROR_ENVIRONMENT,
+                      "sebp_context_create: SEBP_MAX_ISA is \"%.100s\"", environment->max_isa);
+    }
+    /* Not our variable, so what it holds is never an error. It may be a list, a level each. */
+    const char *omp_threads = variable("OMP_NUM_THREADS");
+    environment->omp_threads = omp_threads != NULL ? parse_threads(omp_threads, ", ") : 0;
+    environment->affinity_variable = NULL;
+    for (size_t i = 0; i < sizeof affinity / sizeof affinity[0]; i++) {
+        if (variable(affinity[i]) != NULL) {
+            environment->affinity_variable = affinity[i];
+            break;
+        }
+    }
+    return SEBP_SUCCESS;
+}
+
+static sebp_status check_build(const sebp_context_options *options)
+{
+#ifndef SEBP_HAVE_ONEDNN
+    if (options->gemm == SEBP_GEMM_ONEDNN) {
+        return refuse(options, SEBP_ERROR_UNSUPPORTED,
+                      "sebp_context_create: this build has no oneDNN");
+    }
+#endif
+    if (options->placement != SEBP_PLACEMENT_NONE && !sebp_topology_can_place()) {
+        return refuse(options, SEBP_ERROR_UNSUPPORTED,
+                      "sebp_context_create: this build cannot place threads, as it has no hwloc");
+    }
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_context_create(const sebp_context_options *given, sebp_context **context)
+{
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    /* A longer struct of a later version has its message where this one has it; a shorter one may
+     * have none. */
+    if (given != NULL && given->size_bytes >= sizeof options)
+        options = *given;
+    if (context == NULL)
+        return refuse(&options, SEBP_ERROR_NULL, "sebp_context_create: context is NULL");
+    if (given != NULL && given->size_bytes != sizeof options) {
+        return refuse(&options, SEBP_ERROR_SIZE, "sebp_context_create: size_bytes is %zu, not %zu",
+                      given->size_bytes, sizeof options);
+    }
+    sebp_cpu_environment environment = {0};
+    bool verbose = false;
+    sebp_status status = check_options(&options);
+    if (status == SEBP_SUCCESS)
+        status = read_environment(&options, &environment, &verbose);
+    if (status == SEBP_SUCCESS)
+        status = check_build(&options);
+    if (status != SEBP_SUCCESS)
+        return status;
+    if (options.workspace_bytes == 0)
+        options.workspace_bytes = DEFAULT_WORKSPACE;
+    sebp_context *made = calloc(1, sizeof *made);
+    sebp_cpu *cpu = NULL;
+    status = made != NULL ? sebp_cpu_create(&options, &environment, &cpu) : SEBP_ERROR_MEMORY;
+    if (status != SEBP_SUCCESS) {
+        free(made);
+        return refuse(&options, status, "sebp_context_create: %s",
+                      status == SEBP_ERROR_BACKEND ? "hwloc failed" : sebp_status_string(status));
+    }
+    made->backend = &sebp_cpu_backend;
+    made->device = cpu;
+    made->verbose = verbose;
+    *context = made;
+    return SEBP_SUCCESS;
+}
+
+void sebp_context_destroy(sebp_context *context)
+{
+    if (context != NULL) {
+        context->backend->destroy(context->device);
+        free(context);
+    }
+}
+
+int sebp_context_threads(const sebp_context *context)
+{
+    return context != NULL ? context->backend->threads(context->device) : 0;
+}
+
+int64_t sebp_context_scratch_bytes(const sebp_context *context)
+{
+    return context != NULL ? context->backend->scratch_bytes(context->device) : 0;
+}
+
+const char *sebp_context_message(const sebp_context *context)
+{
+    return context != NULL ? context->message : "";
+}

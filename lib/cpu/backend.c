@@ -1,0 +1,432 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file backend.c
+ * The backend table on CPUs. Each operation cuts its work into pieces and hands them to the
+ * threads.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cpu.h"
+
+enum {
+    ALIGNMENT = 64,
+    SCAN_BLOCK_BYTES = 64 << 10, /* of dY, to one block of rows */
+    SCAN_BLOCK_ROWS = 16,        /* at least, so that threads do not share lines of scores */
+    ZERO_PART_BYTES = 128 << 10, /* worth a thread of its own */
+    ASSUMED_CACHE = 4 << 20,     /* where the L3 cache is not known */
+    SUM_COLS = 512               /* sums held at a time: 2 KiB */
+};
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t most(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static int64_t divide_up(int64_t a, int64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+/* ---- making and unmaking ---- */
+
+static void destroy(void *device)
+{
+    sebp_cpu *cpu = device;
+    sebp_cpu_unbind(cpu);
+    free(cpu->scratch);
+    free(cpu);
+}
+
+static int count_threads(const sebp_context_options *options,
+                         const sebp_cpu_environment *environment, const sebp_topology *topology)
+{
+#ifndef _OPENMP
+    if (options->parallel_for == NULL)
+        return 1;
+#endif
+    if (options->threads > 0)
+        return options->threads;
+    if (environment->omp_threads > 0)
+        return environment->omp_threads;
+    return (int)least(sebp_topology_default_threads(topology), SEBP_MOST_THREADS);
+}
+
+sebp_status sebp_cpu_create(const sebp_context_options *options,
+                            const sebp_cpu_environment *environment, sebp_cpu **made)
+{
+    sebp_cpu *cpu = calloc(1, sizeof *cpu);
+    if (cpu == NULL)
+        return SEBP_ERROR_MEMORY;
+    sebp_topology_read(&cpu->topology);
+    cpu->threads = count_threads(options, environment, &cpu->topology);
+    cpu->gemm = options->gemm;
+    cpu->placement = options->placement;
+    cpu->parallel_for = options->parallel_for;
+    cpu->pool = options->pool;
+    cpu->pid = getpid();
+    cpu->workspace_bytes = options->workspace_bytes;
+    if (cpu->placement != SEBP_PLACEMENT_NONE) {
+        cpu->placement_refused =
+            cpu->parallel_for != NULL ? "parallel_for" : environment->affinity_variable;
+        sebp_status status = cpu->placement_refused == NULL ? sebp_cpu_bind(cpu) : SEBP_SUCCESS;
+        if (status != SEBP_SUCCESS) {
+            free(cpu);
+            return status;
+        }
+    }
+    cpu->kernels = sebp_cpu_kernels(environment->max_isa);
+    *made = cpu;
+    return SEBP_SUCCESS;
+}
+
+void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
+{
+    if (bytes > cpu->workspace_bytes)
+        return NULL;
+    if (bytes > cpu->scratch_bytes || cpu->scratch == NULL) {
+        bytes = least(most(bytes + ALIGNMENT - 1, ALIGNMENT) / ALIGNMENT * ALIGNMENT,
+                      cpu->workspace_bytes);
+        free(cpu->scratch); /* before the next is had, so that both never add up */
+        cpu->scratch = NULL;
+        cpu->scratch_bytes = 0;
+        void *scratch = NULL;
+        if (posix_memalign(&scratch, ALIGNMENT, (size_t)bytes) != 0)
+            return NULL;
+        cpu->scratch = scratch;
+        cpu->scratch_bytes = bytes;
+        cpu->scratch_most = most(cpu->scratch_most, bytes);
+    }
+    return cpu->scratch;
+}
+
+/* ---- finding rows ---- */
+
+typedef struct scan {
+    const sebp_kernels *kernels;
+    const sebp_matrix *dy;
+    sebp_measure measure;
+    float limit;
+    double *score;
+    int64_t block_rows, blocks, workers;
+} scan;
+
+static double measure_row(const scan *scan, int64_t i)
+{
+    const sebp_kernels *kernels = scan->kernels;
+    int64_t at = i * scan->dy->stride, n = scan->dy->cols;
+    const float *f32 = scan->dy->dtype == SEBP_F32 ? (const float *)scan->dy->data + at : NULL;
+    const uint16_t *bf16 = f32 == NULL ? (const uint16_t *)scan->dy->data + at : NULL;
+    switch (scan->measure) {
+    case SEBP_MEASURE_NONZERO:
+        return f32 ? kernels->any_nonzero_f32(f32, n) : kernels->any_nonzero_bf16(bf16, n);
+    case SEBP_MEASURE_ABOVE:
+        return f32 ? kernels->any_above_f32(f32, n, scan->limit)
+                   : kernels->any_above_bf16(bf16, n, scan->limit);
+    case SEBP_MEASURE_SQUARE_SUM:
+        break;
+    }
+    double sum = f32 ? kernels->square_sum_f32(f32, n) : kernels->square_sum_bf16(bf16, n);
+    return isfinite(sum) ? sum : INFINITY;
+}
+
+/* Blocks in turn: padding, which is read to its end, lies in runs that one thread would get whole.
+ */
+static void scan_blocks(void *work, int64_t worker)
+{
+    const scan *scan = work;
+    for (int64_t block = worker; block < scan->blocks; block += scan->workers) {
+        int64_t first = block * scan->block_rows;
+        int64_t end = least(first + scan->block_rows, scan->dy->rows);
+        for (int64_t i = first; i < end; i++)
+            scan->score[i] = measure_row(scan, i);
+    }
+}
+
+/* The largest float that is not above `limit`: for a float v, |v| > limit is |v| > that. */
+static float float_below(double limit)
+{
+    float nearest = (float)limit;
+    return (double)nearest > limit || isinf(nearest) ? nextafterf(nearest, 0.0f) : nearest;
+}
+
+static void scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure, double limit,
+                      double *score)
+{
+    sebp_cpu *cpu = device;
+    int64_t row_bytes = most(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
+    int64_t block_rows = most(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
+    int64_t blocks = divide_up(dy->rows, block_rows);
+    scan scan = {.kernels = cpu->kernels,
+                 .dy = dy,
+                 .measure = measure,
+                 .limit = float_below(limit),
+                 .score = score,
+                 .block_rows = block_rows,
+                 .blocks = blocks,
+                 .workers = least(blocks, sebp_cpu_threads(cpu))};
+    sebp_cpu_parallel(cpu, scan.workers, scan_blocks, &scan);
+}
+
+/* ---- products ---- */
+
+/* Whether oneDNN does a product, and in *path who does it and why. */
+static bool choose_onednn(const sebp_cpu *cpu, const sebp_product *product, const char **path)
+{
+    if (cpu->gemm == SEBP_GEMM_NATIVE) {
+        *path = "native:asked";
+        return false;
+    }
+#ifdef SEBP_HAVE_ONEDNN
+    if (cpu->gemm == SEBP_GEMM_ONEDNN) {
+        *path = sebp_onednn_refusal(cpu, product);
+        if (*path != NULL)
+            return false;
+        *path = "onednn:asked";
+        return true;
+    }
+#endif
+    (void)product;
+    *path = "native:auto";
+    return false;
+}
+
+static int64_t product_scratch(const sebp_cpu *cpu, const sebp_product *product)
+{
+#ifdef SEBP_HAVE_ONEDNN
+    const char *path;
+    if (choose_onednn(cpu, product, &path))
+        return sebp_onednn_scratch(cpu, product);
+#endif
+    return sebp_native_scratch(cpu, product);
+}
+
+static sebp_status reserve_product(void *device, const sebp_product *product)
+{
+    sebp_cpu *cpu = device;
+    if (product->m == 0 || product->n == 0)
+        return SEBP_SUCCESS;
+    int64_t bytes = product_scratch(cpu, product);
+    return sebp_cpu_scratch(cpu, bytes) != NULL ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
+}
+
+static sebp_status run_product(void *device, const sebp_product *product, const char **path)
+{
+    sebp_cpu *cpu = device;
+    if (product->m == 0 || product->n == 0) {
+        *path = "none:empty";
+        return SEBP_SUCCESS;
+    }
+    void *scratch = sebp_cpu_scratch(cpu, product_scratch(cpu, product));
+    bool onednn = choose_onednn(cpu, product, path);
+#ifdef SEBP_HAVE_ONEDNN
+    if (onednn) {
+        sebp_cpu_bind_now(cpu);
+        return sebp_onednn_product(cpu, product, scratch);
+    }
+#endif
+    (void)onednn;
+    sebp_native_product(cpu, product, scratch);
+    return SEBP_SUCCESS;
+}
+
+/* ---- filling the other rows with zeros ---- */
+
+typedef struct zeroing {
+    const sebp_kernels *kernels;
+    char *data;
+    int64_t row_bytes, stride_bytes;
+    const int64_t *rows; /* `count` rows that are left as they are */
+    int64_t count;
+    int64_t others; /* the number of rows to zero */
+    int64_t parts;
+    bool stream;
+} zeroing;
+
+static void zero_rows(const zeroing *zeroing, int64_t first, int64_t rows)
+{
+    char *at = zeroing->data + first * zeroing->stride_bytes;
+    if (zeroing->stride_bytes == zeroing->row_bytes) {
+        zeroing->kernels->zero(at, rows * zeroing->row_bytes, zeroing->stream);
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++)
+        zeroing->kernels->zero(at + i * zeroing->stride_bytes, zeroing->row_bytes, zeroing->stream);
+}
+
+/* How many listed rows lie before the other row number `other`: the i-th listed row has
+ * rows[i] - i other rows before it. */
+static int64_t listed_before(const zeroing *zeroing, int64_t other)
+{
+    int64_t low = 0, high = zeroing->count;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (zeroing->rows[middle] - middle <= other)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void zero_part(void *work, int64_t part)
+{
+    const zeroing *zeroing = work;
+    int64_t other = zeroing->others * part / zeroing->parts;
+    int64_t end = zeroing->others * (part + 1) / zeroing->parts;
+    for (int64_t listed = listed_before(zeroing, other); other < end; listed++) {
+        /* the others from here up to the next listed row */
+        int64_t until = listed < zeroing->count ? zeroing->rows[listed] - listed : zeroing->others;
+        int64_t run = least(until, end) - other;
+        if (run > 0)
+            zero_rows(zeroing, other + listed, run);
+        other += run;
+    }
+}
+
+static void zero_other_rows(void *device, const sebp_matrix *to, const int64_t *rows, int64_t count)
+{
+    sebp_cpu *cpu = device;
+    int64_t element = (int64_t)sebp_dtype_bytes(to->dtype);
+    int64_t row_bytes = to->cols * element, others = to->rows - count;
+    int64_t bytes = others * row_bytes;
+    int64_t cache = cpu->topology.l3_bytes > 0 ? (int64_t)cpu->topology.l3_bytes : ASSUMED_CACHE;
+    zeroing zeroing = {.kernels = cpu->kernels,
+                       .data = to->data,
+                       .row_bytes = row_bytes,
+                       .stride_bytes = to->stride * element,
+                       .rows = rows,
+                       .count = count,
+                       .others = others,
+                       .parts = least(divide_up(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
+                       .stream = bytes > cache / 2};
+    sebp_cpu_parallel(cpu, zeroing.parts, zero_part, &zeroing);
+}
+
+/* ---- sums of columns ---- */
+
+typedef struct column_sums {
+    const sebp_kernels *kernels;
+    const sebp_matrix *from;
+    const int64_t *rows;
+    int64_t count;
+    const sebp_matrix *to;
+    bool accumulate;
+    int64_t part_cols;
+} column_sums;
+
+/* The sums are taken apart from `to`, so that a bf16 result is rounded once. */
+static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
+{
+    const sebp_kernels *kernels = sums->kernels;
+    const sebp_matrix *from = sums->from;
+    float sum[SUM_COLS] = {0}, held[SUM_COLS];
+    if (from->dtype == SEBP_F32)
+        kernels->add_rows_f32(sum, (const float *)from->data + first, from->stride, sums->rows,
+                              sums->count, cols);
+    else
+        kernels->add_rows_bf16(sum, (const uint16_t *)from->data + first, from->stride, sums->rows,
+                               sums->count, cols);
+    void *to = (char *)sums->to->data + first * (int64_t)sebp_dtype_bytes(sums->to->dtype);
+    if (sums->accumulate) {
+        if (sums->to->dtype == SEBP_F32)
+            memcpy(held, to, (size_t)cols * sizeof *held);
+        else
+            kernels->f32_from_bf16(held, to, cols);
+        for (int64_t j = 0; j < cols; j++)
+            sum[j] += held[j];
+    }
+    if (sums->to->dtype == SEBP_F32)
+        memcpy(to, sum, (size_t)cols * sizeof *sum);
+    else
+        kernels->bf16_from_f32(to, sum, cols);
+}
+
+static void sum_part(void *work, int64_t part)
+{
+    const column_sums *sums = work;
+    int64_t first = part * sums->part_cols;
+    int64_t end = least(first + sums->part_cols, sums->to->cols);
+    for (; first < end; first += SUM_COLS)
+        sum_chunk(sums, first, least(SUM_COLS, end - first));
+}
+
+/* Each column is summed by one thread, in the order of its rows: the bits do not depend on how many
+ * threads there are. */
+static void sum_rows(void *device, const sebp_matrix *from, const int64_t *rows, int64_t count,
+                     const sebp_matrix *to, bool accumulate)
+{
+    sebp_cpu *cpu = device;
+    const int64_t line = ALIGNMENT / (int64_t)sizeof(float);
+    int64_t cols = to->cols;
+    int64_t part_cols = divide_up(divide_up(cols, sebp_cpu_threads(cpu)), line) * line;
+    column_sums sums = {.kernels = cpu->kernels,
+                        .from = from,
+                        .rows = rows,
+                        .count = count,
+                        .to = to,
+                        .accumulate = accumulate,
+                        .part_cols = part_cols};
+    if (cols > 0)
+        sebp_cpu_parallel(cpu, divide_up(cols, part_cols), sum_part, &sums);
+}
+
+/* ---- what there is to know ---- */
+
+static int64_t scratch_bytes(const void *device)
+{
+    return ((const sebp_cpu *)device)->scratch_most;
+}
+
+static int threads(const void *device)
+{
+    return sebp_cpu_threads(device);
+}
+
+static void fill_info(const void *device, sebp_info *info)
+{
+    const sebp_cpu *cpu = device;
+    sebp_topology topology;
+    if (cpu != NULL) {
+        topology = cpu->topology;
+        info->placement = cpu->placement;
+        info->placement_refused = cpu->placement_refused;
+        info->gemm = cpu->gemm;
+    } else {
+        sebp_topology_read(&topology);
+        info->placement = SEBP_PLACEMENT_NONE;
+        info->gemm = SEBP_GEMM_AUTO;
+    }
+    info->cores = topology.cores;
+    info->logical_cpus = topology.logical_cpus;
+    info->numa_nodes = topology.numa_nodes;
+    info->core_kinds = topology.core_kinds;
+    info->cpu_quota = topology.cpu_quota;
+    info->l2_bytes = topology.l2_bytes;
+    info->l3_bytes = topology.l3_bytes;
+    memcpy(info->hwloc, topology.hwloc, sizeof info->hwloc);
+}
+
+const sebp_backend sebp_cpu_backend = {
+    .name = "cpu",
+    .scan_rows = scan_rows,
+    .reserve_product = reserve_product,
+    .product = run_product,
+    .zero_other_rows = zero_other_rows,
+    .sum_rows = sum_rows,
+    .scratch_bytes = scratch_bytes,
+    .threads = threads,
+    .info = fill_info,
+    .destroy = destroy,
+};

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file cpu.h
+ * The backend table on CPUs: kernels, GEMM, threads, placement.
+ */
+#ifndef SEBP_CPU_H
+#define SEBP_CPU_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include <sebp/sebp.h>
+
+#include "../backend.h"
+#include "simd/simd.h"
+
+/* detect.c: the best tier of kernels. Compiled for the baseline ISA. */
+
+/** Runnable tiers, scalar first; NULL past the last. */
+const sebp_kernels *sebp_cpu_tier(int index);
+
+/** Whether `isa` names a tier, of this build and this machine or of another. */
+bool sebp_cpu_isa_is_known(const char *isa);
+
+/** The kernels in use. The first call fills the table, once, atomically: no tier above `max_isa`, or
+ * the best where it is NULL. Later calls look at what is there. */
+const sebp_kernels *sebp_cpu_kernels(const char *max_isa);
+
+/** What the table holds, or would hold if filled now. */
+const sebp_kernels *sebp_cpu_kernels_peek(void);
+
+/* topology.c */
+
+typedef struct sebp_topology {
+    int cores;        /* physical cores within the affinity mask */
+    int logical_cpus; /* within the affinity mask */
+    int numa_nodes;
+    int core_kinds;
+    double cpu_quota; /* cgroup limit in CPUs; 0: none */
+    size_t l2_bytes;
+    size_t l3_bytes;
+    char hwloc[32]; /* its version at run time; "": built without */
+} sebp_topology;
+
+/** Reads it anew: hwloc where built with it, else the operating system's own files. */
+void sebp_topology_read(sebp_topology *topology);
+
+/** The physical cores that the quota leaves room for, at least 1. */
+int sebp_topology_default_threads(const sebp_topology *topology);
+
+/** Logical CPUs, one for each of `threads` threads, by the rule of `placement`. */
+sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus);
+
+/** Whether this build can bind threads to CPUs. */
+bool sebp_topology_can_place(void);
+
+/* threads.c */
+
+enum { SEBP_MOST_THREADS = 1024 };
+
+typedef struct sebp_cpu {
+    const sebp_kernels *kernels;
+    int threads;
+    sebp_gemm gemm;
+    sebp_placement placement;
+    const char *placement_refused;
+    struct sebp_binding *binding; /* NULL: threads are not bound */
+    sebp_parallel_for parallel_for; /* the host's; NULL: our own */
+    void *pool;
+    pid_t pid; /* the process that made it: a forked child works alone */
+    sebp_topology topology;  /* as it was found when the context was made */
+    int64_t workspace_bytes; /* the bound */
+    char *scratch;
+    int64_t scratch_bytes;
+    int64_t scratch_most; /* the most it has been */
+} sebp_cpu;
+
+/** Calls task(work, i) for each i in [0, tasks), spread over the threads; returns when all are
+ * done. */
+void sebp_cpu_parallel(sebp_cpu *cpu, int64_t tasks, sebp_task task, void *work);
+
+/** 1 in a forked child, else cpu->threads. */
+int sebp_cpu_threads(const sebp_cpu *cpu);
+
+/** Whether this process is a fork of the one that made the context. */
+bool sebp_cpu_is_forked(const sebp_cpu *cpu);
+
+/** From now on binds each of the threads at its first piece of work, as cpu->placement says. */
+sebp_status sebp_cpu_bind(sebp_cpu *cpu);
+
+/** Has every thread bound that is to be, before a library underneath uses them. */
+void sebp_cpu_bind_now(sebp_cpu *cpu);
+
+/** Gives the threads back the affinity that the calling thread had. */
+void sebp_cpu_unbind(sebp_cpu *cpu);
+
+/* backend.c */
+
+extern const sebp_backend sebp_cpu_backend;
+
+/** What the environment says about a context on CPUs, read when it is made. */
+typedef struct sebp_cpu_environment {
+    const char *max_isa; /* no kernels above this tier; NULL: any */
+    int omp_threads;     /* the number of threads where the options leave it open; 0: not said */
+    const char *affinity_variable; /* the one that says already where threads go; NULL: none */
+} sebp_cpu_environment;
+
+/** options: checked, with the environment already applied. */
+sebp_status sebp_cpu_create(const sebp_context_options *options,
+                            const sebp_cpu_environment *environment, sebp_cpu **cpu);
+
+/** Scratch memory of at least `bytes`, 64-byte aligned, what it held lost; NULL: none, or over the
+ * bound. Asked for again with no more bytes it cannot fail. */
+void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes);
+
+/* gemm.c: the library's own product. */
+
+/** Scratch bytes that it needs for a product; within the workspace bound. */
+int64_t sebp_native_scratch(const sebp_cpu *cpu, const sebp_product *product);
+void sebp_native_product(sebp_cpu *cpu, const sebp_product *product, void *scratch);
+
+/* onednn.c: oneDNN's; only in a build with it. */
+
+/** NULL if oneDNN can do the product, else the path taken instead and why: "native:workspace". */
+const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product);
+int64_t sebp_onednn_scratch(const sebp_cpu *cpu, const sebp_product *product);
+sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch);
+void sebp_onednn_version(char *text, size_t bytes);
+
+#endif

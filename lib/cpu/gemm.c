@@ -1,0 +1,406 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file gemm.c
+ * The library's own matrix product: packs straight from gathered rows, writes straight to scattered
+ * ones, so that compacting rows costs nothing beside the product.
+ *
+ * C is cut into a grid of chunks, one for each worker at a time. Within a chunk
+ *
+ *     for each block of C that the scratch memory can hold (all of it, unless C is bf16)
+ *       for each block of B's columns
+ *         for each block of the depth, K_BLOCK units
+ *           for each panel of A: pack it (it stays in L2)
+ *             for each sliver of B: pack it if it is the first panel; run the panel's tiles
+ *
+ * Every element of C is summed in an order that depends on k alone, never on the chunk or the
+ * worker it falls to: the same bits for every number of threads and every bound of the workspace.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <string.h>
+
+#include "cpu.h"
+
+enum {
+    K_BLOCK = 512,   /* units of depth: a sliver of 14 rows of A takes 28 KiB */
+    A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
+    A_SHARE_DEN = 8,
+    B_BYTES = 2 << 20, /* packed B of one worker: it streams from L3 */
+    C_BYTES = 4 << 20, /* f32 block of a bf16 C of one worker */
+    ROUNDS = 2         /* chunks to a worker at most */
+};
+
+/* A product being worked on: what is the same for every chunk. */
+typedef struct job {
+    const sebp_cpu *cpu;
+    const sebp_product *product;
+    const sebp_kernels *kernels;
+    sebp_pack *pack_a, *pack_b;
+    sebp_tile *tile;
+    sebp_slab a, b;
+    int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
+    int64_t units;         /* most units to a block of the depth */
+    int64_t grid_m, grid_n;
+    int64_t panel;   /* rows of A to a packed panel */
+    int64_t block_m; /* rows to a block of C */
+    int64_t block_n; /* columns to a block of B and of C */
+    int64_t workers;
+    int64_t worker_bytes;
+    char *scratch;
+} job;
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t most(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static int64_t parts(int64_t whole, int64_t part)
+{
+    return (whole + part - 1) / part;
+}
+
+static int64_t round_up(int64_t size, int64_t multiple)
+{
+    return parts(size, multiple) * multiple;
+}
+
+/* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
+static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple)
+{
+    return least(whole, parts(whole, multiple) * index / count * multiple);
+}
+
+/* Units that a packed sliver of `width` lanes is apart from the next. */
+static int64_t sliver_units(const job *job, int64_t width)
+{
+    return round_up(job->units * width + job->kernels->slack, 16);
+}
+
+/* The grid with the least work for the busiest worker: computing its tiles, and packing A for every
+ * column of chunks and B for every row of them. Packing an element costs about as much as PACKING
+ * multiply-adds of a tile. */
+static void choose_grid(job *job, int64_t threads)
+{
+    enum { PACKING = 24 };
+    int64_t rows = parts(job->product->m, job->kernels->tile_rows);
+    int64_t cols = parts(job->product->n, job->kernels->tile_cols);
+    double best = 0;
+    for (int64_t grid_m = 1; grid_m <= least(rows, ROUNDS * threads); grid_m++) {
+        for (int64_t grid_n = 1; grid_n <= cols && grid_m * grid_n <= ROUNDS * threads; grid_n++) {
+            double m = (double)(parts(rows, grid_m) * job->kernels->tile_rows);
+            double n = (double)(parts(cols, grid_n) * job->kernels->tile_cols);
+            double cost = (double)parts(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
+            if (best == 0 || cost < best) {
+                best = cost;
+                job->grid_m = grid_m;
+                job->grid_n = grid_n;
+            }
+        }
+    }
+}
+
+static int64_t packed_a_bytes(const job *job)
+{
+    return parts(job->panel, job->kernels->tile_rows) * sliver_units(job, job->kernels->tile_rows) *
+           4;
+}
+
+static int64_t packed_b_bytes(const job *job)
+{
+    return parts(job->block_n, job->kernels->tile_cols) *
+           sliver_units(job, job->kernels->tile_cols) * 4;
+}
+
+static int64_t block_c_bytes(const job *job)
+{
+    return job->product->c_dtype == SEBP_F32 ? 0 : round_up(job->block_m * job->block_n * 4, 64);
+}
+
+/* Bias and one row of C, where they are converted: block_n numbers each. */
+static int64_t line_bytes(const job *job)
+{
+    return round_up(job->block_n * 4, 64);
+}
+
+/* Pointers to the memory rows of B in a block of the depth, and one past an odd end. */
+static int64_t b_rows_bytes(const job *job)
+{
+    return round_up((job->units * job->unit_elements + 1) * (int64_t)sizeof(char *), 64);
+}
+
+static int64_t worker_bytes(const job *job)
+{
+    return packed_a_bytes(job) + packed_b_bytes(job) + block_c_bytes(job) + 2 * line_bytes(job) +
+           b_rows_bytes(job);
+}
+
+/* Sizes the blocks: first by the caches, then down to the workspace's bound. */
+static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
+{
+    const sebp_kernels *kernels = cpu->kernels;
+    bool pairs = product->dtype == SEBP_BF16 && kernels->bf16_dots;
+    *job = (struct job){
+        .cpu = cpu,
+        .product = product,
+        .kernels = kernels,
+        .pack_a = product->dtype == SEBP_BF16 ? kernels->pack_a_bf16 : kernels->pack_a_f32,
+        .pack_b = product->dtype == SEBP_BF16 ? kernels->pack_b_bf16 : kernels->pack_b_f32,
+        .tile = product->dtype == SEBP_BF16 ? kernels->tile_bf16 : kernels->tile_f32,
+        .a = {product->a.data, product->a.stride, product->a.rows, !product->a.transposed},
+        .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
+        .unit_elements = pairs ? 2 : 1,
+    };
+    int64_t units = parts(product->k, job->unit_elements);
+    job->units = parts(units, parts(units, K_BLOCK)); /* blocks of one size */
+    int64_t threads = sebp_cpu_threads(cpu);
+    choose_grid(job, threads);
+    int64_t chunk_m = round_up(parts(product->m, job->grid_m), kernels->tile_rows);
+    int64_t chunk_n = round_up(parts(product->n, job->grid_n), kernels->tile_cols);
+
+    int64_t a_bytes = (int64_t)cpu->topology.l2_bytes * A_SHARE_NUM / A_SHARE_DEN;
+    int64_t slivers = most(1, a_bytes / (sliver_units(job, kernels->tile_rows) * 4));
+    int64_t chunk_slivers = chunk_m / kernels->tile_rows;
+    slivers = parts(chunk_slivers, parts(chunk_slivers, slivers)); /* panels of one size */
+    job->panel = slivers * kernels->tile_rows;
+    int64_t b_bytes = sliver_units(job, kernels->tile_cols) * 4;
+    int64_t b_slivers = most(1, B_BYTES / b_bytes);
+    int64_t chunk_columns = chunk_n / kernels->tile_cols;
+    job->block_n = parts(chunk_columns, parts(chunk_columns, b_slivers)) * kernels->tile_cols;
+    job->block_m = chunk_m;
+    if (product->c_dtype != SEBP_F32)
+        job->block_m =
+            round_up(least(chunk_m, most(1, C_BYTES / (job->block_n * 4))), kernels->tile_rows);
+
+    job->workers = least(threads, job->grid_m * job->grid_n);
+    int64_t bound = cpu->workspace_bytes;
+    while (job->workers * worker_bytes(job) > bound) {
+        if (job->block_n > kernels->tile_cols)
+            job->block_n = round_up(job->block_n / 2, kernels->tile_cols);
+        else if (job->panel > kernels->tile_rows)
+            job->panel = round_up(job->panel / 2, kernels->tile_rows);
+        else if (block_c_bytes(job) && job->block_m > kernels->tile_rows)
+            job->block_m = round_up(job->block_m / 2, kernels->tile_rows);
+        else
+            job->workers--; /* one worker of one tile takes far less than the least bound, 1 MiB */
+    }
+    job->worker_bytes = worker_bytes(job);
+}
+
+/* A block of C being summed: rows [m0, m1) and columns [n0, n1) of the product. */
+typedef struct block {
+    int64_t m0, m1, n0, n1;
+    float *packed_a, *packed_b;
+    const char **b_rows; /* of the block of the depth at hand, where they are its steps */
+    float *c;            /* f32 block of a bf16 C; else NULL */
+    const float *bias;   /* for columns n0 on; or NULL */
+} block;
+
+/* Where row i of the product lies in C, from column n0 of the block on. */
+static float *c_row(const job *job, const block *block, int64_t i)
+{
+    if (block->c)
+        return block->c + (i - block->m0) * job->block_n;
+    const sebp_product *product = job->product;
+    int64_t row = product->c_rows ? product->c_rows[i] : i;
+    return (float *)product->c + row * product->c_stride + block->n0;
+}
+
+/* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B from column j0
+ * on. The first panel finds the sliver not packed yet, and asks for the memory rows of the next
+ * one. */
+static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1, int64_t j0,
+                      float *sliver, int64_t at, int64_t depth)
+{
+    const sebp_kernels *kernels = job->kernels;
+    const sebp_product *product = job->product;
+    int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
+    int64_t cols = least(kernels->tile_cols, block->n1 - j0);
+    bool is_first = i0 == block->m0, is_straight = !job->b.lanes_are_rows;
+    float *c[32];
+    sebp_tile_work work = {
+        .units = parts(depth, job->unit_elements),
+        .a = block->packed_a,
+        .b = sliver,
+        .pack_b = is_first && is_straight && cols == kernels->tile_cols,
+        .b_rows = block->b_rows,
+        .b_at = j0 * bytes,
+        .c = c,
+        .cols = cols,
+        .accumulate = at > 0 || (product->accumulate && !block->c),
+        .bias = at == 0 && block->bias ? block->bias + (j0 - block->n0) : NULL,
+    };
+    if (is_first && !work.pack_b)
+        job->pack_b(sliver, sliver_units(job, kernels->tile_cols), &job->b, j0, cols, at, depth);
+    int64_t line = 0, lines = 0; /* of the next sliver's memory rows, one with each tile */
+    if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1)
+        lines = parts(kernels->tile_cols * bytes, 64) * job->unit_elements;
+    for (int64_t i = i0; i < i1; i += kernels->tile_rows) {
+        work.rows = least(kernels->tile_rows, i1 - i);
+        for (int64_t r = 0; r < work.rows; r++)
+            c[r] = c_row(job, block, i + r) + (j0 - block->n0);
+        work.ahead = NULL;
+        if (line < lines) {
+            int64_t odd = line % job->unit_elements, column = line / job->unit_elements * 64;
+            if (!(odd && depth % 2)) {
+                work.ahead = block->b_rows + odd;
+                work.ahead_at = work.b_at + kernels->tile_cols * bytes + column;
+            }
+            line++;
+        }
+        job->tile(&work);
+        work.a += sliver_units(job, kernels->tile_rows);
+        work.pack_b = false;
+    }
+}
+
+static void list_b_rows(const job *job, const block *block, int64_t at, int64_t depth)
+{
+    if (job->b.lanes_are_rows)
+        return;
+    int64_t row_bytes = job->b.stride * (int64_t)sebp_dtype_bytes(job->product->dtype);
+    for (int64_t k = 0; k < depth; k++) {
+        int64_t row = job->b.rows ? job->b.rows[at + k] : at + k;
+        block->b_rows[k] = (const char *)job->b.data + row * row_bytes;
+    }
+    block->b_rows[depth] = NULL;
+}
+
+/* Sums a block over the whole depth. */
+static void sum_block(const job *job, const block *block)
+{
+    const sebp_kernels *kernels = job->kernels;
+    int64_t k = job->product->k, k_block = job->units * job->unit_elements;
+    int64_t a_units = sliver_units(job, kernels->tile_rows);
+    int64_t b_units = sliver_units(job, kernels->tile_cols);
+    bool one_panel = block->m1 - block->m0 <= job->panel;
+    for (int64_t at = 0; at < k; at += k_block) {
+        int64_t depth = least(k_block, k - at);
+        list_b_rows(job, block, at, depth);
+        for (int64_t i0 = block->m0; i0 < block->m1; i0 += job->panel) {
+            int64_t i1 = least(i0 + job->panel, block->m1);
+            job->pack_a(block->packed_a, a_units, &job->a, i0, i1 - i0, at, depth);
+            float *sliver = block->packed_b;
+            for (int64_t j0 = block->n0; j0 < block->n1; j0 += kernels->tile_cols) {
+                run_panel(job, block, i0, i1, j0, sliver, at, depth);
+                if (!one_panel) /* else the sliver is done with and its place stays in cache */
+                    sliver += b_units;
+            }
+        }
+    }
+}
+
+/* Rounds an f32 block into a bf16 C. */
+static void store_block(const job *job, const block *block, float *line)
+{
+    const sebp_product *product = job->product;
+    int64_t n = block->n1 - block->n0;
+    for (int64_t i = block->m0; i < block->m1; i++) {
+        int64_t row = product->c_rows ? product->c_rows[i] : i;
+        uint16_t *to = (uint16_t *)product->c + row * product->c_stride + block->n0;
+        float *from = block->c + (i - block->m0) * job->block_n;
+        if (product->accumulate) {
+            job->kernels->f32_from_bf16(line, to, n);
+            for (int64_t j = 0; j < n; j++)
+                from[j] += line[j];
+        }
+        job->kernels->bf16_from_f32(to, from, n);
+    }
+}
+
+static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char *scratch)
+{
+    const sebp_product *product = job->product;
+    block block = {.packed_a = (float *)scratch};
+    scratch += packed_a_bytes(job);
+    block.packed_b = (float *)scratch;
+    scratch += packed_b_bytes(job);
+    if (block_c_bytes(job))
+        block.c = (float *)scratch;
+    scratch += block_c_bytes(job);
+    block.b_rows = (const char **)scratch;
+    scratch += b_rows_bytes(job);
+    float *bias = (float *)scratch, *line = (float *)(scratch + line_bytes(job));
+    for (int64_t m = m0; m < m1; m += job->block_m) {
+        for (int64_t n = n0; n < n1; n += job->block_n) {
+            block.m0 = m;
+            block.m1 = least(m + job->block_m, m1);
+            block.n0 = n;
+            block.n1 = least(n + job->block_n, n1);
+            if (product->bias) {
+                block.bias = (const float *)product->bias + n;
+                if (product->bias_dtype == SEBP_BF16) {
+                    job->kernels->f32_from_bf16(bias, (const uint16_t *)product->bias + n,
+                                                block.n1 - n);
+                    block.bias = bias;
+                }
+            }
+            sum_block(job, &block);
+            if (block.c)
+                store_block(job, &block, line);
+        }
+    }
+}
+
+static void run_worker(void *work, int64_t worker)
+{
+    const job *job = work;
+    const sebp_product *product = job->product;
+    for (int64_t chunk = worker; chunk < job->grid_m * job->grid_n; chunk += job->workers) {
+        int64_t i = chunk / job->grid_n, j = chunk % job->grid_n;
+        run_chunk(job, cut(product->m, job->grid_m, i, job->kernels->tile_rows),
+                  cut(product->m, job->grid_m, i + 1, job->kernels->tile_rows),
+                  cut(product->n, job->grid_n, j, job->kernels->tile_cols),
+                  cut(product->n, job->grid_n, j + 1, job->kernels->tile_cols),
+                  job->scratch + worker * job->worker_bytes);
+    }
+}
+
+/* k = 0: a product that adds nothing. Each row becomes the bias, or zero, or stays. */
+static void fill_rows(const sebp_cpu *cpu, const sebp_product *product)
+{
+    if (product->accumulate)
+        return;
+    size_t bytes = sebp_dtype_bytes(product->c_dtype);
+    for (int64_t i = 0; i < product->m; i++) {
+        int64_t row = product->c_rows ? product->c_rows[i] : i;
+        char *to = (char *)product->c + row * product->c_stride * (int64_t)bytes;
+        if (!product->bias)
+            memset(to, 0, (size_t)product->n * bytes);
+        else if (product->bias_dtype == product->c_dtype)
+            memcpy(to, product->bias, (size_t)product->n * bytes);
+        else if (product->c_dtype == SEBP_F32)
+            cpu->kernels->f32_from_bf16((float *)to, product->bias, product->n);
+        else
+            cpu->kernels->bf16_from_f32((uint16_t *)to, product->bias, product->n);
+    }
+}
+
+int64_t sebp_native_scratch(const sebp_cpu *cpu, const sebp_product *product)
+{
+    if (product->m == 0 || product->n == 0 || product->k == 0)
+        return 0;
+    job job;
+    plan(&job, cpu, product);
+    return job.workers * job.worker_bytes;
+}
+
+void sebp_native_product(sebp_cpu *cpu, const sebp_product *product, void *scratch)
+{
+    if (product->m == 0 || product->n == 0)
+        return;
+    if (product->k == 0) {
+        fill_rows(cpu, product);
+        return;
+    }
+    job job;
+    plan(&job, cpu, product);
+    job.scratch = scratch;
+    sebp_cpu_parallel(cpu, job.workers, run_worker, &job);
+}

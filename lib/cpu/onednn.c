@@ -1,0 +1,418 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file onednn.c
+ * The one file that knows oneDNN, of the 2.x and the 3.x API.
+ *
+ * oneDNN takes dense matrices, so rows are gathered into panels before a product and scattered, or
+ * expanded in place, after it. f32 goes through dnnl_sgemm, which has no primitive to create; bf16
+ * through the matmul primitive, which oneDNN's own cache keeps for the shapes that come again.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <stdio.h>
+#include <string.h>
+
+#include <dnnl.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu.h"
+
+enum { PANEL_ROWS = 1024 }; /* rows gathered at a time, at most */
+
+/* How a product is cut to fit the scratch memory. */
+typedef struct plan {
+    int64_t rows;      /* gathered rows to a panel */
+    int64_t row_bytes; /* scratch for one of them: of A, of B and of C */
+    bool panels_of_k;  /* the gathered rows are steps of the depth; else rows of A and C */
+    bool expand;       /* C is made compact in its own first rows, then expanded */
+    bool scatter;      /* C is made in scratch memory, then moved */
+} plan;
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t element_bytes(const sebp_product *product)
+{
+    return (int64_t)sebp_dtype_bytes(product->dtype);
+}
+
+static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
+{
+    plan plan = {.panels_of_k = product->a.transposed && (product->a.rows || product->b.rows)};
+    if (plan.panels_of_k) {
+        plan.row_bytes = ((product->a.rows ? product->m : 0) + (product->b.rows ? product->n : 0)) *
+                         element_bytes(product);
+        plan.rows = product->k;
+    } else {
+        plan.expand = product->c_rows && product->other_rows_are_free;
+        plan.scatter = product->c_rows && !plan.expand;
+        plan.row_bytes =
+            (product->a.rows ? product->k * element_bytes(product) : 0) +
+            (plan.scatter ? product->n * (int64_t)sebp_dtype_bytes(product->c_dtype) : 0);
+        plan.rows = product->m;
+    }
+    if (plan.row_bytes)
+        plan.rows = least(least(plan.rows, PANEL_ROWS), cpu->workspace_bytes / plan.row_bytes);
+    return plan;
+}
+
+const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product)
+{
+    if (sebp_cpu_is_forked(cpu))
+        return "native:forked";
+    if (cpu->parallel_for)
+        return "native:host-pool";
+    if (product->k == 0)
+        return "native:empty";
+    if (!product->a.transposed && product->b.rows)
+        return "native:gathered-depth";
+    if (product->a.transposed && product->c_rows)
+        return "native:scattered-transpose";
+    plan plan = make_plan(cpu, product);
+    if (plan.rows == 0)
+        return "native:workspace";
+    if (product->dtype == SEBP_F32)
+        return product->c_dtype == SEBP_F32 ? NULL : "native:mixed-dtypes";
+    if (!cpu->kernels->bf16_dots)
+        return "native:no-bf16";
+    if (product->k % 2)
+        return "native:odd-depth"; /* seen to be many times slower */
+    if (product->c_dtype == SEBP_BF16 &&
+        (product->accumulate || product->bias || (plan.panels_of_k && plan.rows < product->k)))
+        return "native:rounds-once"; /* it would round a sum that goes on */
+    return NULL;
+}
+
+int64_t sebp_onednn_scratch(const sebp_cpu *cpu, const sebp_product *product)
+{
+    plan plan = make_plan(cpu, product);
+    return plan.rows * plan.row_bytes;
+}
+
+/* One dense product, row-major: C (+)= op(A) op(B). */
+typedef struct dense {
+    int64_t m, n, k;
+    sebp_dtype dtype, c_dtype;
+    const void *a, *b;
+    void *c;
+    int64_t a_stride, b_stride, c_stride;
+    bool a_transposed, b_transposed, accumulate;
+} dense;
+
+#if SEBP_ONEDNN_MAJOR >= 3
+
+typedef dnnl_memory_desc_t description;
+
+static dnnl_status_t describe(description *to, const dnnl_dims_t dims, dnnl_data_type_t type,
+                              const dnnl_dims_t strides)
+{
+    return dnnl_memory_desc_create_with_strides(to, 2, dims, type, strides);
+}
+
+static const_dnnl_memory_desc_t described(const description *of)
+{
+    return *of;
+}
+
+static void forget(description *of)
+{
+    if (*of)
+        dnnl_memory_desc_destroy(*of);
+}
+
+static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *to, const description of[3],
+                                     dnnl_primitive_attr_t attributes, dnnl_engine_t engine)
+{
+    return dnnl_matmul_primitive_desc_create(to, engine, of[0], of[1], NULL, of[2], attributes);
+}
+
+static dnnl_status_t append_sum(dnnl_post_ops_t operations)
+{
+    return dnnl_post_ops_append_sum(operations, 1.0f, 0, dnnl_data_type_undef);
+}
+
+#else
+
+typedef dnnl_memory_desc_t description;
+
+static dnnl_status_t describe(description *to, const dnnl_dims_t dims, dnnl_data_type_t type,
+                              const dnnl_dims_t strides)
+{
+    return dnnl_memory_desc_init_by_strides(to, 2, dims, type, strides);
+}
+
+static const dnnl_memory_desc_t *described(const description *of)
+{
+    return of;
+}
+
+static void forget(description *of)
+{
+    (void)of;
+}
+
+static dnnl_status_t describe_matmul(dnnl_primitive_desc_t *to, const description of[3],
+                                     dnnl_primitive_attr_t attributes, dnnl_engine_t engine)
+{
+    dnnl_matmul_desc_t matmul;
+    dnnl_status_t status = dnnl_matmul_desc_init(&matmul, &of[0], &of[1], NULL, &of[2]);
+    if (status == dnnl_success)
+        status = dnnl_primitive_desc_create(to, &matmul, attributes, engine, NULL);
+    return status;
+}
+
+static dnnl_status_t append_sum(dnnl_post_ops_t operations)
+{
+    return dnnl_post_ops_append_sum(operations, 1.0f);
+}
+
+#endif
+
+static dnnl_data_type_t data_type(sebp_dtype dtype)
+{
+    return dtype == SEBP_F32 ? dnnl_f32 : dnnl_bf16;
+}
+
+static dnnl_status_t matmul(const dense *dense)
+{
+    dnnl_dims_t dims[3] = {{dense->m, dense->k}, {dense->k, dense->n}, {dense->m, dense->n}};
+    dnnl_dims_t strides[3] = {{dense->a_stride, 1}, {dense->b_stride, 1}, {dense->c_stride, 1}};
+    if (dense->a_transposed)
+        strides[0][0] = 1, strides[0][1] = dense->a_stride;
+    if (dense->b_transposed)
+        strides[1][0] = 1, strides[1][1] = dense->b_stride;
+    void *data[3] = {(void *)(uintptr_t)dense->a, (void *)(uintptr_t)dense->b, dense->c};
+    static const int names[3] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST};
+
+    description of[3];
+    memset(of, 0, sizeof of);
+    dnnl_engine_t engine = NULL;
+    dnnl_stream_t stream = NULL;
+    dnnl_post_ops_t operations = NULL;
+    dnnl_primitive_attr_t attributes = NULL;
+    dnnl_primitive_desc_t recipe = NULL;
+    dnnl_primitive_t primitive = NULL;
+    dnnl_exec_arg_t arguments[3] = {{0, NULL}, {0, NULL}, {0, NULL}};
+
+    dnnl_status_t status = dnnl_engine_create(&engine, dnnl_cpu, 0);
+    for (int i = 0; i < 3 && status == dnnl_success; i++)
+        status =
+            describe(&of[i], dims[i], data_type(i < 2 ? dense->dtype : dense->c_dtype), strides[i]);
+    if (status == dnnl_success)
+        status = dnnl_primitive_attr_create(&attributes);
+    if (status == dnnl_success && dense->accumulate) {
+        status = dnnl_post_ops_create(&operations);
+        if (status == dnnl_success)
+            status = append_sum(operations);
+        if (status == dnnl_success)
+            status = dnnl_primitive_attr_set_post_ops(attributes, operations);
+    }
+    if (status == dnnl_success)
+        status = describe_matmul(&recipe, of, attributes, engine);
+    if (status == dnnl_success)
+        status = dnnl_primitive_create(&primitive, recipe);
+    if (status == dnnl_success)
+        status = dnnl_stream_create(&stream, engine, dnnl_stream_default_flags);
+    for (int i = 0; i < 3 && status == dnnl_success; i++) {
+        arguments[i].arg = names[i];
+        status = dnnl_memory_create(&arguments[i].memory, described(&of[i]), engine, data[i]);
+    }
+    if (status == dnnl_success)
+        status = dnnl_primitive_execute(primitive, stream, 3, arguments);
+    if (status == dnnl_success)
+        status = dnnl_stream_wait(stream);
+
+    for (int i = 0; i < 3; i++) {
+        if (arguments[i].memory)
+            dnnl_memory_destroy(arguments[i].memory);
+        forget(&of[i]);
+    }
+    if (stream)
+        dnnl_stream_destroy(stream);
+    if (primitive)
+        dnnl_primitive_destroy(primitive);
+    if (recipe)
+        dnnl_primitive_desc_destroy(recipe);
+    if (operations)
+        dnnl_post_ops_destroy(operations);
+    if (attributes)
+        dnnl_primitive_attr_destroy(attributes);
+    if (engine)
+        dnnl_engine_destroy(engine);
+    return status;
+}
+
+static dnnl_status_t multiply(const dense *dense)
+{
+    if (dense->dtype == SEBP_BF16)
+        return matmul(dense);
+    return dnnl_sgemm(dense->a_transposed ? 'T' : 'N', dense->b_transposed ? 'T' : 'N', dense->m,
+                      dense->n, dense->k, 1.0f, dense->a, dense->a_stride, dense->b,
+                      dense->b_stride, dense->accumulate ? 1.0f : 0.0f, dense->c, dense->c_stride);
+}
+
+/* Rows moved by all threads: each takes an even part of the list. */
+typedef struct move {
+    const sebp_kernels *kernels;
+    char *to;
+    int64_t to_stride;
+    const int64_t *to_rows;
+    const char *from;
+    int64_t from_stride;
+    const int64_t *from_rows;
+    int64_t count, row_bytes, parts;
+} move;
+
+static void move_part(void *work, int64_t part)
+{
+    const move *move = work;
+    int64_t first = move->count * part / move->parts;
+    int64_t count = move->count * (part + 1) / move->parts - first;
+    move->kernels->move_rows(move->to + (move->to_rows ? 0 : first * move->to_stride),
+                             move->to_stride, move->to_rows ? move->to_rows + first : NULL,
+                             move->from + (move->from_rows ? 0 : first * move->from_stride),
+                             move->from_stride, move->from_rows ? move->from_rows + first : NULL,
+                             count, move->row_bytes);
+}
+
+/* `count` of an operand's memory rows, `cols` wide, from its list's `first` on: gathered into
+ * *scratch, which then moves on, or as they lie if the operand has no list. Returns where they are.
+ */
+static const void *take_rows(sebp_cpu *cpu, const sebp_operand *operand, int64_t element,
+                             int64_t first, int64_t count, int64_t cols, char **scratch,
+                             int64_t *stride)
+{
+    *stride = operand->stride;
+    if (!operand->rows)
+        return (const char *)operand->data + first * operand->stride * element;
+    move move = {cpu->kernels,          *scratch,
+                 cols * element,        NULL,
+                 operand->data,         operand->stride * element,
+                 operand->rows + first, count,
+                 cols * element,        cpu->threads};
+    sebp_cpu_parallel(cpu, move.parts, move_part, &move);
+    const char *rows = *scratch;
+    *scratch += count * cols * element;
+    *stride = cols;
+    return rows;
+}
+
+static void fill_bias(const sebp_cpu *cpu, const sebp_product *product, float *c, int64_t stride,
+                      int64_t rows)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        if (product->bias_dtype == SEBP_BF16)
+            cpu->kernels->f32_from_bf16(c + i * stride, product->bias, product->n);
+        else
+            memcpy(c + i * stride, product->bias, (size_t)product->n * sizeof(float));
+    }
+}
+
+/* dW: the gathered rows are steps of the depth, and panels add up in C. */
+static dnnl_status_t product_over_depth(sebp_cpu *cpu, const sebp_product *product, int64_t rows,
+                                        char *scratch)
+{
+    dnnl_status_t status = dnnl_success;
+    for (int64_t at = 0; at < product->k && status == dnnl_success; at += rows) {
+        int64_t count = least(rows, product->k - at), element = element_bytes(product);
+        char *room = scratch;
+        dense dense = {.m = product->m,
+                       .n = product->n,
+                       .k = count,
+                       .dtype = product->dtype,
+                       .c_dtype = product->c_dtype,
+                       .c = product->c,
+                       .c_stride = product->c_stride,
+                       .a_transposed = true,
+                       .accumulate = at > 0 || product->accumulate};
+        dense.a =
+            take_rows(cpu, &product->a, element, at, count, product->m, &room, &dense.a_stride);
+        dense.b =
+            take_rows(cpu, &product->b, element, at, count, product->n, &room, &dense.b_stride);
+        status = multiply(&dense);
+    }
+    return status;
+}
+
+/* Y and dX: the gathered rows are rows of A and of C. */
+static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *product, const plan *plan,
+                                       char *scratch)
+{
+    dnnl_status_t status = dnnl_success;
+    int64_t element = element_bytes(product);
+    int64_t c_element = (int64_t)sebp_dtype_bytes(product->c_dtype);
+    for (int64_t at = 0; at < product->m && status == dnnl_success; at += plan->rows) {
+        int64_t count = least(plan->rows, product->m - at);
+        char *room = scratch;
+        dense dense = {.m = count,
+                       .n = product->n,
+                       .k = product->k,
+                       .dtype = product->dtype,
+                       .c_dtype = product->c_dtype,
+                       .a_stride = product->a.stride,
+                       .b = product->b.data,
+                       .b_stride = product->b.stride,
+                       .a_transposed = product->a.transposed,
+                       .b_transposed = product->b.transposed,
+                       .accumulate = product->accumulate || product->bias};
+        if (product->a.transposed) /* not gathered, so that there is but one panel */
+            dense.a = product->a.data;
+        else
+            dense.a =
+                take_rows(cpu, &product->a, element, at, count, product->k, &room, &dense.a_stride);
+        const int64_t *c_rows = product->c_rows ? product->c_rows + at : NULL;
+        dense.c = (char *)product->c + at * product->c_stride * c_element;
+        dense.c_stride = product->c_stride;
+        move back = {cpu->kernels, product->c, product->c_stride * c_element,
+                     c_rows,       room,       product->n * c_element,
+                     NULL,         count,      product->n * c_element,
+                     cpu->threads};
+        if (plan->scatter) {
+            dense.c = room;
+            dense.c_stride = product->n;
+            if (product->accumulate) {
+                move bring = {cpu->kernels, room,       product->n * c_element,
+                              NULL,         product->c, product->c_stride * c_element,
+                              c_rows,       count,      product->n * c_element,
+                              cpu->threads};
+                sebp_cpu_parallel(cpu, bring.parts, move_part, &bring);
+            }
+        }
+        if (product->bias)
+            fill_bias(cpu, product, dense.c, dense.c_stride, count);
+        status = multiply(&dense);
+        if (plan->scatter && status == dnnl_success)
+            sebp_cpu_parallel(cpu, back.parts, move_part, &back);
+    }
+    if (plan->expand && status == dnnl_success)
+        cpu->kernels->expand_rows(product->c, product->c_stride * c_element, product->c_rows,
+                                  product->m, product->n * c_element);
+    return status;
+}
+
+sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch)
+{
+    plan plan = make_plan(cpu, product);
+#ifdef _OPENMP
+    int threads = omp_get_max_threads(); /* of this thread; oneDNN runs with as many */
+    omp_set_num_threads(cpu->threads);
+#endif
+    dnnl_status_t status = plan.panels_of_k ? product_over_depth(cpu, product, plan.rows, scratch)
+                                            : product_over_rows(cpu, product, &plan, scratch);
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#endif
+    return status == dnnl_success ? SEBP_SUCCESS : SEBP_ERROR_BACKEND;
+}
+
+void sebp_onednn_version(char *text, size_t bytes)
+{
+    const dnnl_version_t *version = dnnl_version();
+    snprintf(text, bytes, "%d.%d.%d", version->major, version->minor, version->patch);
+}

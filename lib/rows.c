@@ -1,0 +1,391 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file rows.c
+ * Row sets: from what the caller knows, and from a gradient by a rule.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+enum { CHUNK_ROWS = 4096 }; /* of dY, measured at a time where their scores are not kept */
+
+/* ---- sets ---- */
+
+/* A set of `total` rows with room for `room` indices, and none in it yet. */
+static sebp_status make_rows(int64_t total, int64_t room, sebp_rows **made)
+{
+    if (room > PTRDIFF_MAX / (int64_t)sizeof(int64_t))
+        return SEBP_ERROR_OVERFLOW;
+    sebp_rows *rows = calloc(1, sizeof *rows);
+    if (rows == NULL)
+        return SEBP_ERROR_MEMORY;
+    rows->total = total;
+    if (room > 0) {
+        rows->indices = malloc((size_t)room * sizeof *rows->indices);
+        if (rows->indices == NULL) {
+            free(rows);
+            return SEBP_ERROR_MEMORY;
+        }
+    }
+    *made = rows;
+    return SEBP_SUCCESS;
+}
+
+/* Hands over a set that holds `count` indices. */
+static sebp_status finish_rows(sebp_rows *rows, int64_t count, sebp_rows **made)
+{
+    rows->count = count;
+    rows->is_run = count == 0 || rows->indices[count - 1] - rows->indices[0] == count - 1;
+    *made = rows;
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_rows_all(int64_t total, sebp_rows **rows)
+{
+    if (rows == NULL)
+        return SEBP_ERROR_NULL;
+    if (total < 0)
+        return SEBP_ERROR_SIZE;
+    sebp_rows *made;
+    sebp_status status = make_rows(total, total, &made);
+    if (status != SEBP_SUCCESS)
+        return status;
+    for (int64_t i = 0; i < total; i++)
+        made->indices[i] = i;
+    return finish_rows(made, total, rows);
+}
+
+sebp_status sebp_rows_from_mask(const uint8_t *mask, int64_t total, sebp_rows **rows)
+{
+    if (rows == NULL || (mask == NULL && total != 0))
+        return SEBP_ERROR_NULL;
+    if (total < 0)
+        return SEBP_ERROR_SIZE;
+    int64_t count = 0;
+    for (int64_t i = 0; i < total; i++)
+        count += mask[i] != 0;
+    sebp_rows *made;
+    sebp_status status = make_rows(total, count, &made);
+    if (status != SEBP_SUCCESS)
+        return status;
+    count = 0;
+    for (int64_t i = 0; i < total; i++)
+        if (mask[i] != 0)
+            made->indices[count++] = i;
+    return finish_rows(made, count, rows);
+}
+
+sebp_status sebp_rows_from_lengths(const int64_t *lengths, int64_t sequences,
+                                   int64_t sequence_length, sebp_rows **rows)
+{
+    if (rows == NULL || (lengths == NULL && sequences != 0))
+        return SEBP_ERROR_NULL;
+    if (sequences < 0 || sequence_length < 0)
+        return SEBP_ERROR_SIZE;
+    int64_t total, count = 0;
+    if (__builtin_mul_overflow(sequences, sequence_length, &total))
+        return SEBP_ERROR_OVERFLOW;
+    for (int64_t s = 0; s < sequences; s++) {
+        if (lengths[s] < 0 || lengths[s] > sequence_length)
+            return SEBP_ERROR_VALUE;
+        count += lengths[s];
+    }
+    sebp_rows *made;
+    sebp_status status = make_rows(total, count, &made);
+    if (status != SEBP_SUCCESS)
+        return status;
+    count = 0;
+    for (int64_t s = 0; s < sequences; s++)
+        for (int64_t i = 0; i < lengths[s]; i++)
+            made->indices[count++] = s * sequence_length + i;
+    return finish_rows(made, count, rows);
+}
+
+sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t count, int64_t total,
+                                   sebp_rows **rows)
+{
+    if (rows == NULL || (indices == NULL && count != 0))
+        return SEBP_ERROR_NULL;
+    if (count < 0 || total < 0)
+        return SEBP_ERROR_SIZE;
+    if (count > total) /* not each once: said before `count` of them are read */
+        return SEBP_ERROR_ROWS;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t least = i > 0 ? indices[i - 1] + 1 : 0;
+        if (indices[i] < least || indices[i] >= total)
+            return SEBP_ERROR_ROWS;
+    }
+    sebp_rows *made;
+    sebp_status status = make_rows(total, count, &made);
+    if (status != SEBP_SUCCESS)
+        return status;
+    if (count > 0)
+        memcpy(made->indices, indices, (size_t)count * sizeof *indices);
+    return finish_rows(made, count, rows);
+}
+
+void sebp_rows_destroy(sebp_rows *rows)
+{
+    if (rows != NULL) {
+        free(rows->indices);
+        free(rows);
+    }
+}
+
+int64_t sebp_rows_count(const sebp_rows *rows)
+{
+    return rows != NULL ? rows->count : 0;
+}
+
+int64_t sebp_rows_total(const sebp_rows *rows)
+{
+    return rows != NULL ? rows->total : 0;
+}
+
+double sebp_rows_activity(const sebp_rows *rows)
+{
+    return rows != NULL && rows->total > 0 ? (double)rows->count / (double)rows->total : 0;
+}
+
+const int64_t *sebp_rows_indices(const sebp_rows *rows)
+{
+    return rows != NULL && rows->count > 0 ? rows->indices : NULL;
+}
+
+/* ---- rules ---- */
+
+sebp_status sebp_check_rule(sebp_context *context, const char *function, const sebp_rule *rule)
+{
+    switch (rule->kind) {
+    case SEBP_RULE_NONZERO:
+        return SEBP_SUCCESS;
+    case SEBP_RULE_THRESHOLD:
+        if (rule->threshold >= 0)
+            return SEBP_SUCCESS;
+        return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's threshold is %g, not >= 0",
+                         function, rule->threshold);
+    case SEBP_RULE_TOP:
+        if (rule->count >= 1)
+            return SEBP_SUCCESS;
+        return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's count is %lld, not >= 1",
+                         function, (long long)rule->count);
+    case SEBP_RULE_ENERGY:
+        if (rule->delta >= 0 && rule->delta < 1)
+            return SEBP_SUCCESS;
+        return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's delta is %g, not in [0, 1)",
+                         function, rule->delta);
+    }
+    return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's kind %d is unknown", function,
+                     (int)rule->kind);
+}
+
+/* Which rows are kept: those with a score above `score`, and the first `ties` of those with it. */
+typedef struct cut {
+    double score;
+    int64_t ties;
+} cut;
+
+static uint64_t bits_of(double score)
+{
+    uint64_t bits;
+    memcpy(&bits, &score, sizeof bits);
+    return bits;
+}
+
+static double score_of(uint64_t bits)
+{
+    double score;
+    memcpy(&score, &bits, sizeof score);
+    return score;
+}
+
+/*
+ * The cut that drops as many rows as `budget` pays for, from the smallest score on; each costs its
+ * score by_energy, else 1. There must be a row that the budget does not pay for.
+ *
+ * Scores are not negative, and such doubles are ordered as their bits are. So the cut's score is
+ * found digit by digit, the highest first: among the rows that agree with the digits found so far,
+ * whole groups of the next digit are dropped while the budget lasts, and where it ends lies the
+ * digit. This takes 8 passes over the scores, moves none, and adds up what is dropped from the
+ * small end, so that nothing cancels. By energy, rows with Inf are never in a group.
+ */
+static cut find_cut(const double *score, int64_t total, double budget, bool by_energy)
+{
+    enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS };
+    uint64_t found = 0, mask = 0;
+    double dropped = 0;
+    int64_t ties = 0;
+    for (int shift = 64 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+        double cost[DIGITS] = {0};
+        int64_t count[DIGITS] = {0};
+        for (int64_t i = 0; i < total; i++) {
+            uint64_t bits = bits_of(score[i]);
+            if ((bits & mask) != found || (by_energy && isinf(score[i])))
+                continue;
+            uint64_t digit = bits >> shift & (DIGITS - 1);
+            cost[digit] += by_energy ? score[i] : 1;
+            count[digit]++;
+        }
+        double below = dropped; /* the cost of what lies below `digit` */
+        int digit = 0;
+        for (int d = 0; d < DIGITS && dropped <= budget; d++) {
+            if (count[d] == 0)
+                continue;
+            digit = d; /* the last in use, should rounding make the sum of the parts fit */
+            below = dropped;
+            dropped += cost[d];
+        }
+        dropped = below;
+        found |= (uint64_t)digit << shift;
+        mask |= (uint64_t)(DIGITS - 1) << shift;
+        ties = count[digit];
+    }
+    double each = by_energy ? score_of(found) : 1;
+    while (ties > 1 && dropped + each <= budget) { /* of equal rows the last are dropped */
+        dropped += each;
+        ties--;
+    }
+    return (cut){score_of(found), ties};
+}
+
+static cut cut_top(const double *score, int64_t total, int64_t count)
+{
+    int64_t nonzero = 0;
+    for (int64_t i = 0; i < total; i++)
+        nonzero += score[i] > 0;
+    if (nonzero <= count)
+        return (cut){0, 0};
+    return find_cut(score, total, (double)(total - count), false);
+}
+
+static cut cut_energy(const double *score, int64_t total, double delta)
+{
+    double energy = 0;
+    for (int64_t i = 0; i < total; i++)
+        energy += isinf(score[i]) ? 0 : score[i];
+    if (energy == 0)
+        return (cut){0, 0};
+    return find_cut(score, total, delta * energy, true);
+}
+
+/* The rows that score above the cut, into the memory of the scores. */
+static int64_t keep_rows(void *memory, int64_t total, cut cut)
+{
+    /* Index j is written where score j <= i was, after score i has been read. The memory is
+     * malloc's, so what is stored there last says which type it holds. */
+    const double *score = memory;
+    int64_t *indices = memory;
+    int64_t count = 0;
+    for (int64_t i = 0; i < total; i++) {
+        double own = score[i];
+        bool kept = own > cut.score;
+        if (own == cut.score && cut.ties > 0) {
+            cut.ties--;
+            kept = true;
+        }
+        if (kept)
+            indices[count++] = i;
+    }
+    return count;
+}
+
+sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const sebp_rule *rule,
+                           sebp_rows **rows)
+{
+    static const char function[] = "sebp_rows_find";
+    const sebp_rule nonzero = sebp_rule_nonzero();
+    if (context == NULL)
+        return SEBP_ERROR_NULL;
+    if (dy == NULL || rows == NULL)
+        return sebp_fail(context, SEBP_ERROR_NULL, "%s: %s is NULL", function,
+                         dy == NULL ? "dy" : "rows");
+    if (rule == NULL)
+        rule = &nonzero;
+    sebp_status status = sebp_check_view(context, function, "dy", dy);
+    if (status == SEBP_SUCCESS)
+        status = sebp_check_rule(context, function, rule);
+    if (status != SEBP_SUCCESS)
+        return status;
+
+    int64_t total = dy->rows, room = dy->cols > 0 ? total : 0;
+    sebp_rows *made;
+    status = make_rows(total, room, &made);
+    if (status != SEBP_SUCCESS)
+        return sebp_fail(context, status, "%s: %lld rows: %s", function, (long long)total,
+                         sebp_status_string(status));
+    if (room == 0)
+        return finish_rows(made, 0, rows);
+
+    /* The set's own memory holds the scores first. */
+    double *score = (double *)(void *)made->indices;
+    cut cut = {0, 0};
+    switch (rule->kind) {
+    case SEBP_RULE_NONZERO:
+        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_NONZERO, 0, score);
+        break;
+    case SEBP_RULE_THRESHOLD:
+        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_ABOVE, rule->threshold,
+                                    score);
+        break;
+    case SEBP_RULE_TOP:
+        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_SQUARE_SUM, 0, score);
+        cut = cut_top(score, total, rule->count);
+        break;
+    case SEBP_RULE_ENERGY:
+        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_SQUARE_SUM, 0, score);
+        cut = cut_energy(score, total, rule->delta);
+        break;
+    }
+    return finish_rows(made, keep_rows(made->indices, total, cut), rows);
+}
+
+/* ---- what is dropped ---- */
+
+sebp_status sebp_rows_dropped(sebp_context *context, const sebp_matrix *dy, const sebp_rows *rows,
+                              sebp_dropped *dropped)
+{
+    static const char function[] = "sebp_rows_dropped";
+    if (context == NULL)
+        return SEBP_ERROR_NULL;
+    if (dy == NULL || rows == NULL || dropped == NULL)
+        return sebp_fail(context, SEBP_ERROR_NULL, "%s: %s is NULL", function,
+                         dy == NULL     ? "dy"
+                         : rows == NULL ? "rows"
+                                        : "dropped");
+    sebp_status status = sebp_check_view(context, function, "dy", dy);
+    if (status != SEBP_SUCCESS)
+        return status;
+    if (rows->total != dy->rows)
+        return sebp_fail(context, SEBP_ERROR_ROWS,
+                         "%s: the set was made for %lld rows but dy has %lld", function,
+                         (long long)rows->total, (long long)dy->rows);
+
+    double score[CHUNK_ROWS], kept_energy = 0, dropped_energy = 0;
+    int64_t dropped_rows = 0, listed = 0;
+    sebp_matrix chunk = *dy;
+    int64_t total = dy->cols > 0 ? dy->rows : 0;
+    for (int64_t first = 0; first < total; first += CHUNK_ROWS) {
+        chunk.data = (char *)dy->data + first * dy->stride * (int64_t)sebp_dtype_bytes(dy->dtype);
+        chunk.rows = total - first < CHUNK_ROWS ? total - first : CHUNK_ROWS;
+        context->backend->scan_rows(context->device, &chunk, SEBP_MEASURE_SQUARE_SUM, 0, score);
+        for (int64_t i = 0; i < chunk.rows; i++) {
+            if (listed < rows->count && rows->indices[listed] == first + i) {
+                listed++;
+                kept_energy += score[i];
+            } else {
+                dropped_rows += score[i] > 0;
+                dropped_energy += score[i];
+            }
+        }
+    }
+    double energy = kept_energy + dropped_energy;
+    dropped->rows = dropped_rows;
+    dropped->energy = isinf(energy) ? NAN : energy > 0 ? dropped_energy / energy : 0;
+    return SEBP_SUCCESS;
+}
