@@ -1,0 +1,77 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Each public header compiles alone, twice over, as C11 and as C++17, without a warning; and
+# includes go down only: simd < lib < include/sebp < bench, examples, tests.
+#
+# Reads CC, CXX, top_srcdir, top_builddir.
+
+set -u
+
+: "${CC:=cc}" "${top_srcdir:=.}" "${top_builddir:=.}"
+passed=0 failed=0 skipped=0
+
+# result STATUS WHAT
+result()
+{
+    if [ "$1" -eq 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "failed: $2"
+    fi
+}
+
+# compiles COMPILER LANGUAGE STANDARD HEADER
+compiles()
+{
+    # The compiler may come with options.
+    # shellcheck disable=SC2086
+    printf '#include <sebp/%s>\n#include <sebp/%s>\nint main(void) { return 0; }\n' "$4" "$4" |
+        $1 -x "$2" -std="$3" -Wall -Wextra -Werror -pedantic-errors -fsyntax-only \
+            -I"$top_srcdir/include" -I"$top_builddir/include" -
+}
+
+if [ -z "${CXX:-}" ]; then
+    for CXX in c++ g++ clang++ ''; do
+        command -v "$CXX" >/dev/null && break
+    done
+fi
+for path in "$top_srcdir"/include/sebp/*.h "$top_builddir"/include/sebp/version.h; do
+    header=${path##*/}
+    # Of a source tree built in place, the generated header would be met twice.
+    [ "$header" != version.h ] || [ "$path" = "$top_builddir"/include/sebp/version.h ] || continue
+    compiles "$CC" c c11 "$header"
+    result $? "$header as C11"
+    if [ -n "$CXX" ]; then
+        compiles "$CXX" c++ c++17 "$header"
+        result $? "$header as C++17"
+    else
+        skipped=$((skipped + 1))
+        echo "skipped: $header as C++17: no C++ compiler"
+    fi
+done
+
+# forbids WHAT PATTERN FILE...: no #include of these files matches.
+forbids()
+{
+    what=$1 pattern=$2
+    shift 2
+    ! grep -nE "^[[:space:]]*#[[:space:]]*include[[:space:]]*[<\"]$pattern" "$@" /dev/null
+    result $? "$what"
+}
+
+cd "$top_srcdir" || exit 1
+inside='(\.\./|simd/|lib/|cpu/|internal\.h|backend\.h)'
+forbids 'simd/ uses simd/ alone' '(\.\./|sebp/|lib/|cpu/)' simd/*.[ch]
+forbids 'the methods in lib/ use the backend table, not a device' '(cpu/|simd/)' \
+    lib/linear.c lib/rows.c lib/*.h
+forbids 'programs use the public headers' "$inside" bench/*.c examples/*.c
+for file in tests/*.[ch]; do
+    case $file in
+    tests/test_kernels.c) ;; # it alone looks inside
+    *) forbids "$file uses the public headers" "$inside" "$file" ;;
+    esac
+done
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]

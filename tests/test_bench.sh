@@ -1,0 +1,192 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# sebp-bench and sebp-info: results verified, output well formed, bad input refused. No timing is an
+# error here.
+
+set -u
+
+bench=${top_builddir:-.}/bench/sebp-bench
+info=${top_builddir:-.}/bench/sebp-info
+shapes=${top_srcdir:-${srcdir:-.}}/bench/shapes.txt
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+
+pass() { passed=$((passed + 1)); }
+
+fail() {
+    failed=$((failed + 1))
+    echo "FAILED: $1"
+    cat "$work/out" "$work/err"
+}
+
+# run STATUS COMMAND...: its output goes to out and err; false on another exit status
+run() {
+    wanted=$1
+    shift
+    "$@" >"$work/out" 2>"$work/err"
+    status=$?
+    [ "$status" -eq "$wanted" ]
+}
+
+# succeeds COMMAND...
+succeeds() {
+    if run 0 "$@"; then pass; else fail "exit $status: $*"; fi
+}
+
+# refuses MESSAGE COMMAND...: exit 2, nothing on standard output, one line with MESSAGE
+refuses() {
+    message=$1
+    shift
+    if run 2 "$@" && [ ! -s "$work/out" ] && [ "$(wc -l <"$work/err")" -eq 1 ] &&
+        grep -qF -e "$message" "$work/err"; then
+        pass
+    else
+        fail "exit $status, expected 2 and '$message': $*"
+    fi
+}
+
+# prints PATTERN: the last output has a line like it
+prints() {
+    if grep -qE -e "$1" "$work/out"; then pass; else fail "no line like '$1'"; fi
+}
+
+# csv CASES: one line a case, as many columns in each, and numbers that agree with each other
+csv() {
+    if awk -F, -v cases="$1" '
+        function near(a, b) { return a - b <= 0.01 * b + 0.002 && b - a <= 0.01 * b + 0.002 }
+        NR == 1 { columns = NF; for (i = 1; i <= NF; i++) at[$i] = i; next }
+        NF != columns { print "line " NR ": " NF " columns"; bad = 1; next }
+        $at["status"] == "ok" {
+            dense = $at["dense_ms"]; ms = $at["compact_ms"]; limit = $at["limit_ms"]
+            share = $at["active_rows"] / $at["M"]
+            if (!(dense > 0 && ms > 0 && limit > 0 && $at["fill_gbs"] > 0 && $at["gflops"] > 0))
+                { print "line " NR ": not positive"; bad = 1 }
+            if ($at["rows"] == "found" && !($at["read_gbs"] > 0))
+                { print "line " NR ": no read bandwidth"; bad = 1 }
+            if (!near($at["speedup"], dense / ms) || !near($at["efficiency"], limit / ms))
+                { print "line " NR ": ratios"; bad = 1 }
+            if (limit < 0.99 * share * dense - 0.002 || share > $at["activity"] + 1 / $at["M"])
+                { print "line " NR ": limit"; bad = 1 }
+            if ($at["dense_min_ms"] > dense || $at["compact_min_ms"] > ms)
+                { print "line " NR ": minimum over median"; bad = 1 }
+        }
+        END { if (NR != cases + 1) { print NR - 1 " cases, expected " cases; bad = 1 } exit bad }
+        ' "$work/out"; then pass; else fail "malformed csv"; fi
+}
+
+# Results, in every dtype and direction, on one thread and on more than there may be cores.
+for dtype in f32 bf16; do
+    for threads in 1 3; do
+        succeeds "$bench" --verify-only --quick --dtype $dtype --threads $threads
+        prints verified
+        succeeds "$bench" --verify-only --quick --dtype $dtype --threads $threads --forward
+        prints verified
+    done
+    succeeds "$bench" --verify-only --quick --dtype $dtype --gemm native --seed 7
+done
+succeeds "$bench" --verify-only --shape 1x1:1 --shape 7x5:3 --shape 65x17:33 --pattern both
+prints 'M 65, K 17, N 33'
+
+# Tables
+succeeds "$bench" --quick --repetitions 3 --seconds 0
+prints '^dense .* Gflop/s'
+prints '^tail +given +0.25 +128 '
+succeeds "$bench" --csv --quick --repetitions 3 --seconds 0 --warm --cold --dtype both
+csv 48
+succeeds "$bench" --csv --quick --repetitions 2 --seconds 0 --forward
+csv 6
+succeeds "$bench" --csv --quick --verify-only --activity .5
+csv 4
+prints ',verified$'
+
+# More than any memory: skipped, with the reason.
+succeeds "$bench" --csv --shape 1000000000x1000000000:1000000000 --activity 1,.5 --rows given
+csv 2
+prints ',skipped: '
+
+# Shapes from files
+printf '# two\n\nsmall 12 3 5 4 # four a sequence\nflat\t6 7 8\n' >"$work/shapes"
+succeeds "$bench" --verify-only --shapes "$work/shapes"
+prints '^small: M 12, K 3, N 5'
+prints '^flat: M 6, K 7, N 8'
+bad_line() {
+    printf 'good 12 3 5\n%b\n' "$1" >"$work/shapes"
+    refuses "sebp-bench: $work/shapes:2: " "$bench" --shapes "$work/shapes"
+}
+bad_line 'short 12 3'
+bad_line 'zero 0 3 5'
+bad_line 'minus 12 -3 5'
+bad_line 'letters 12 3 x5'
+bad_line 'tail 12 3 5z'
+bad_line 'huge 12 3 99999999999999999999'
+bad_line 'many 12 3 5 4 1'
+bad_line 'uneven 12 3 5 7'
+bad_line 'a,b 12 3 5'
+bad_line "long$(printf '%0600d' 0) 1 2 3"
+: >"$work/empty"
+refuses 'holds no shapes' "$bench" --shapes "$work/empty"
+refuses "$work/none: " "$bench" --shapes "$work/none"
+refuses "$work: " "$bench" --shapes "$work"
+
+# The shapes that are installed, without their work
+if [ "$(grep -c '^[^#]' "$shapes")" -eq 10 ]; then pass; else fail "shapes.txt has changed"; fi
+refuses '--sequence' "$bench" --shapes "$shapes" --sequence 1000
+
+# Options
+refuses '--nonsense' "$bench" --nonsense
+refuses 'nonsense' "$bench" nonsense
+refuses '--shape' "$bench" --shape
+refuses '--csv=1' "$bench" --csv=1
+for shape in 12 12x3 12x3:0 12x3:5x 0x3:5 x3:5 12:3x5 ''; do
+    refuses '--shape: ' "$bench" --shape "$shape"
+done
+for list in '' 0 1.5 -1 nan '.5,' ,.5 .5,,1 a; do
+    refuses '--activity: ' "$bench" --quick --activity "$list"
+done
+refuses '--pattern: ' "$bench" --quick --pattern head
+refuses '--rows: ' "$bench" --quick --rows lost
+refuses '--rows: ' "$bench" --quick --rows found --forward
+refuses '--dtype: ' "$bench" --quick --dtype f64
+refuses '--gemm: ' "$bench" --quick --gemm blas
+for threads in 0 -1 1025 2.5 two ''; do
+    refuses '--threads: ' "$bench" --quick --threads "$threads"
+done
+refuses '--repetitions: ' "$bench" --quick --repetitions 0
+refuses '--seconds: ' "$bench" --quick --seconds -1
+refuses '--seed: ' "$bench" --quick --seed x
+refuses 'SEBP_GEMM' env SEBP_GEMM=fast "$bench" --quick
+succeeds "$bench" --help
+prints '^Usage: sebp-bench'
+succeeds "$bench" --version
+prints '^sebp-bench [0-9]+\.[0-9]+\.[0-9]+$'
+version=$(sed 's/.* //' "$work/out")
+
+# A full disk
+if [ -w /dev/full ] && ! "$bench" --help >/dev/full 2>"$work/err"; then pass; else fail "/dev/full"; fi
+
+# sebp-info
+succeeds "$info"
+prints "^libsebp +$version\$"
+prints '^context +[0-9]+ threads?, placement '
+isa=$(sed -n 's/^kernels *\([a-z0-9]*\);.*/\1/p' "$work/out")
+succeeds "$info" --isa
+prints "^$isa\$"
+if [ "$(head -n 1 "$work/out")" = scalar ]; then pass; else fail "scalar is not the first tier"; fi
+for tier in $("$info" --isa); do
+    succeeds env SEBP_MAX_ISA="$tier" "$info"
+    prints "^kernels +$tier;"
+done
+succeeds "$info" --version
+prints "^sebp-info $version\$"
+succeeds "$info" --help
+refuses '--nonsense' "$info" --nonsense
+refuses 'nonsense' "$info" nonsense
+if run 1 env SEBP_NUM_THREADS=many "$info" && grep -q '^context  *refused: .*SEBP_NUM_THREADS' "$work/out"; then
+    pass
+else
+    fail "SEBP_NUM_THREADS=many"
+fi
+
+echo "$passed passed, $failed failed, 0 skipped"
+[ "$failed" -eq 0 ]

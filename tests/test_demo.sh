@@ -1,0 +1,233 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Tests of the examples: that both modes train alike, that the gradients are right, and that bad
+# input is refused in one line. Nothing here depends on time.
+#
+# Run in the build directory. SEBP_TEST_DATA: a folder with sst2/, cola/ and bert-base-uncased/;
+# without it, and without PyTorch, what needs them is skipped.
+# shellcheck disable=SC2016 # the awk programs and the commands for sh -c expand nothing here
+set -u
+
+builddir=${top_builddir:-.}
+srcdir=${top_srcdir:-$builddir}
+demo=$builddir/examples/finetune_bert
+sentences=$srcdir/examples/sentences.tsv
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+passed=0 failed=0 skipped=0
+
+pass() {
+    passed=$((passed + 1))
+}
+
+fail() {
+    echo "FAILED: $1"
+    failed=$((failed + 1))
+}
+
+skip() {
+    echo "skipped: $1"
+    skipped=$((skipped + 1))
+}
+
+# check NAME COMMAND...: the command succeeds.
+check() {
+    name=$1
+    shift
+    if "$@" >"$work/log" 2>&1; then
+        pass
+    else
+        fail "$name"
+        sed 's/^/    /' "$work/log"
+    fi
+}
+
+# trains NAME ARGUMENTS...: a small run in all modes whose losses agree to a relative 1e-4. Leaves
+# losses.csv and plot.svg.
+trains() {
+    name=$1
+    shift
+    rm -f "$work/losses.csv" "$work/plot.svg" "$work/table"
+    if ! "$demo" --mode all --layers 2 --hidden 24 --heads 3 --batch 4 --steps 6 \
+        --learning-rate 2e-3 --csv "$work/losses.csv" --plot "$work/plot.svg" "$@" \
+        >"$work/table" 2>"$work/log"; then
+        fail "$name"
+        sed 's/^/    /' "$work/log"
+        return
+    fi
+    check "$name: losses agree" awk -F, '
+        function apart(a, b) { return a > b ? a - b : b - a }
+        NR == 1 { bad = $0 != "step,dense,sebp,sebp-forward" }
+        NR > 1 {
+            if (NF != 4 || $1 != NR - 1 || !($2 > 0.01 && $2 < 20) || apart($2, $3) > 1e-4 * $2 ||
+                apart($2, $4) > 1e-4 * $2) { print; bad = 1 }
+            differs += $2 != last
+            last = $2
+        }
+        END { exit bad || NR != 7 || differs != 6 }' "$work/losses.csv"
+}
+
+# refused NAME STATUS MESSAGE ARGUMENTS...: exits with the status and that one line, writes nothing.
+refused() {
+    name=$1 status=$2 message=$3
+    shift 3
+    mkdir "$work/empty"
+    (cd "$work/empty" && "$demo" "$@" >../out 2>../log)
+    found=$?
+    written=$(ls "$work/empty")
+    rm -rf "$work/empty"
+    printf 'finetune_bert: %s\n' "$message" >"$work/expected"
+    if [ "$found" -eq "$status" ] && [ -z "$written" ] && [ ! -s "$work/out" ] &&
+        cmp -s "$work/expected" "$work/log"; then
+        pass
+    else
+        fail "$name: exit status $found, files '$written', message:"
+        sed 's/^/    /' "$work/log"
+    fi
+}
+
+# bad_line NAME WHAT: the file $work/bad.tsv, just written, is refused for what stands in line 2.
+bad_line() {
+    refused "$1" 2 "$work/bad.tsv:2: $2" --train "$work/bad.tsv"
+}
+
+case $builddir in
+/*) ;;
+*) demo=$PWD/$demo ;;
+esac
+if [ ! -x "$demo" ]; then
+    echo "no $demo"
+    echo "0 passed, 1 failed, 0 skipped"
+    exit 1
+fi
+
+# What a user sees first.
+check "--help" "$demo" --help
+check "linear" "$builddir/examples/linear"
+
+# The gradients, in every mode, by finite differences.
+for seed in 1 2 3; do
+    check "gradients, seed $seed" "$demo" --check-gradients --seed "$seed"
+done
+
+# All modes train alike, whatever the shape; the plot and the table are whole.
+trains "the default sentences" --max-length 40 --dump-parameters "$work/dump"
+cp "$work/losses.csv" "$work/first.csv"
+if command -v xmllint >/dev/null; then
+    check "the plot is XML" xmllint --noout "$work/plot.svg"
+else
+    check "the plot ends" grep -q '^</svg>$' "$work/plot.svg"
+fi
+check "the plot has three curves" test "$(grep -c '<polyline' "$work/plot.svg")" -eq 3
+check "the table has its rows" test "$(grep -c -E '^(speedup of|largest|held-out|activity)' \
+    "$work/table")" -eq 5
+if python3 -c 'import torch' 2>/dev/null; then
+    check "PyTorch's losses" python3 "$here/check_demo_pytorch.py" "$work/dump" "$work/first.csv"
+else
+    skip "PyTorch's losses: python3 has no torch"
+fi
+trains "the same again" --max-length 40
+check "the same seed gives the same losses" cmp "$work/losses.csv" "$work/first.csv"
+trains "another seed" --max-length 40 --seed 2
+check "another seed gives other losses" sh -c '! cmp -s "$1" "$2"' - "$work/losses.csv" \
+    "$work/first.csv"
+trains "sentences that are cut" --max-length 5
+trains "one block" --layers 1 --max-length 24
+trains "one thread" --threads 1 --max-length 24
+trains "three threads" --threads 3 --max-length 24
+
+# Forms of data: a header, CoLA's columns, CRLF, a partial batch, a vocabulary of pieces.
+printf 'sentence\tlabel\n' >"$work/header.tsv"
+printf 'Unhappily , "NEVER" again!\t0\r\na fine film\t1\r\nfineness\t2\n%s' \
+    'café at four	1' >>"$work/header.tsv"
+printf 'gj04\t1\t\tIt is fine.\ngj04\t0\t*\tFine is it a.\n' >"$work/four.tsv"
+printf '%s\n' '[PAD]' '[UNK]' '[CLS]' '[SEP]' a fine film un '##happi' '##ly' '##ness' , '"' never \
+    again '!' it is . >"$work/vocab.txt"
+pieces="--vocab $work/vocab.txt --max-length 12 --batch 3 --epochs 3"
+# shellcheck disable=SC2086 # the flags are words
+{
+    trains "header, CRLF, three classes" --train "$work/header.tsv" --dev "$work/header.tsv" \
+        $pieces --dump-parameters "$work/dump2"
+    sort "$work/dump2/batches.txt" >"$work/batches"
+    trains "CoLA's columns" --train "$work/four.tsv" --dev "$work/four.tsv" $pieces --batch 1 \
+        --epochs 6
+}
+# [CLS] un ##happi ##ly , " never " again ! [SEP]; then [CLS] fine ##ness [SEP] and an unknown word.
+check "WordPiece" sh -c 'grep -q "^1 0 2 7 8 9 11 12 13 12 14 15 3$" "$1" || exit 1
+    grep -q "^[12] 2 2 5 10 3$" "$1" && grep -q "^[12] 1 2 1 1 1 3$" "$1"' - "$work/batches"
+
+# Bad options.
+refused "unknown option" 2 "unknown option '--hiden' (--help lists them)" --hiden 8
+refused "no value" 2 "--hidden: needs a value" --hidden
+refused "a value too many" 2 "--help: takes no value" --help=yes
+refused "not a number" 2 "--layers: '2x' is not a whole number" --layers 2x
+refused "out of range" 2 "--layers: 0 is not in [1, 96]" --layers 0
+refused "far out of range" 2 "--seed: 99999999999999999999 is not in [0, 1e+15]" \
+    --seed 99999999999999999999
+refused "NaN" 2 "--learning-rate: nan is not in [1e-09, 1]" --learning-rate nan
+refused "heads" 2 "--heads: 5 do not divide --hidden 64" --hidden 64 --heads 5
+refused "mode" 2 "--mode: 'fast' is not dense, sebp, sebp-forward, both or all" --mode fast
+
+# Bad data: the message names file and line.
+refused "no such file" 2 "$work/none.tsv: No such file or directory" --train "$work/none.tsv"
+refused "a folder" 2 "$work: cannot be read: Is a directory" --train "$work"
+: >"$work/bad.tsv"
+refused "empty file" 2 "$work/bad.tsv: holds no sentences" --train "$work/bad.tsv"
+printf 'sentence\tlabel\n' >"$work/bad.tsv"
+refused "only a header" 2 "$work/bad.tsv: holds no sentences" --train "$work/bad.tsv"
+printf 'a\t1\nb\n' >"$work/bad.tsv"
+bad_line "too few columns" "1 columns where 2 or 4 are expected"
+printf 'a\t1\nb\t1\t2\n' >"$work/bad.tsv"
+bad_line "three columns" "3 columns where 2 or 4 are expected"
+printf 'a\t1\nb\t1\t\tc\n' >"$work/bad.tsv"
+bad_line "other columns than above" "4 columns where the lines above have 2"
+printf 'a\t1\nb\tgood\n' >"$work/bad.tsv"
+bad_line "a word as label" "label 'good' is not a whole number from 0 to 99"
+printf 'a\t1\nb\t-1\n' >"$work/bad.tsv"
+bad_line "a negative label" "label '-1' is not a whole number from 0 to 99"
+printf 'a\t1\nb\t100\n' >"$work/bad.tsv"
+bad_line "a large label" "label '100' is not a whole number from 0 to 99"
+printf 'a\t1\n\t0\n' >"$work/bad.tsv"
+bad_line "an empty sentence" "the sentence is empty"
+printf 'a\t1\nb\000c\t0\n' >"$work/bad.tsv"
+bad_line "a NUL byte" "holds a NUL byte"
+printf 'a\t0\nb\t0\n' >"$work/bad.tsv"
+refused "one class" 2 "$work/bad.tsv: every label is 0: nothing to learn" --train "$work/bad.tsv"
+printf 'a\t0\nb\t1\n' >"$work/bad.tsv"
+refused "too few to hold out" 2 "$work/bad.tsv: 2 sentences are too few to hold an eighth out" \
+    --train "$work/bad.tsv"
+printf 'a\t0\nb\t2\n' >"$work/other.tsv"
+refused "a label training lacks" 2 \
+    "$work/other.tsv:2: label 2, but the training data has only 0 to 1" \
+    --train "$work/bad.tsv" --dev "$work/other.tsv"
+printf '[PAD]\n[CLS]\n[SEP]\n' >"$work/short.txt"
+refused "vocabulary without [UNK]" 2 "$work/short.txt: lacks [UNK]" --train "$sentences" \
+    --vocab "$work/short.txt"
+: >"$work/short.txt"
+refused "empty vocabulary" 2 "$work/short.txt: holds 0 pieces" --train "$sentences" \
+    --vocab "$work/short.txt"
+
+# Files that cannot be written are found out before the training.
+refused "plot" 2 "$work/no/plot.svg: cannot be written: No such file or directory" \
+    --train "$sentences" --plot "$work/no/plot.svg"
+refused "CSV" 2 "$work/no/l.csv: cannot be written: No such file or directory" \
+    --train "$sentences" --csv "$work/no/l.csv"
+refused "dump" 2 "$work/no/dump: cannot be made: No such file or directory" \
+    --train "$sentences" --dump-parameters "$work/no/dump"
+
+# Real text.
+if [ -n "${SEBP_TEST_DATA:-}" ]; then
+    for set in sst2 cola; do
+        trains "$set" --train "$SEBP_TEST_DATA/$set/train.tsv" \
+            --dev "$SEBP_TEST_DATA/$set/dev.tsv" --max-length 48 \
+            --vocab "$SEBP_TEST_DATA/bert-base-uncased/vocab.txt"
+    done
+else
+    skip "SST-2: SEBP_TEST_DATA is not set"
+    skip "CoLA: SEBP_TEST_DATA is not set"
+fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]

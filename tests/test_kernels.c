@@ -1,0 +1,891 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file test_kernels.c
+ * Every kernel of every ISA against the definition in simd.h, written down here a second time in
+ * the plainest loops. Where the contract leaves no choice the result must be equal to the last bit.
+ *
+ * All data lies in buffers between two forbidden pages, and the whole of the pages between them is
+ * compared, so that a byte read or written too many shows.
+ *
+ *     SEBP_TEST_TIMING=1   also prints the time of every kernel
+ */
+#include "config.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+#include "lib/cpu/cpu.h"
+#include "simd/simd.h"
+#include "testing.h"
+
+/* The tiers that a CPU of this family can have. */
+static const struct tier {
+    const char *isa;
+    const sebp_kernels *kernels; /* NULL: not in this build */
+} tiers[] = {
+    {"scalar", &sebp_kernels_scalar},
+#ifdef __x86_64__
+#ifdef SEBP_HAVE_AVX2
+    {"avx2", &sebp_kernels_avx2},
+#else
+    {"avx2", NULL},
+#endif
+#ifdef SEBP_HAVE_AVX512
+    {"avx512", &sebp_kernels_avx512},
+#else
+    {"avx512", NULL},
+#endif
+#ifdef SEBP_HAVE_AVX512BF16
+    {"avx512bf16", &sebp_kernels_avx512bf16},
+#else
+    {"avx512bf16", NULL},
+#endif
+#endif
+#ifdef __aarch64__
+#ifdef SEBP_HAVE_NEON
+    {"neon", &sebp_kernels_neon},
+#else
+    {"neon", NULL},
+#endif
+#endif
+};
+
+enum { TIERS = sizeof tiers / sizeof tiers[0] };
+
+/* The kernels of a tier; NULL, and the test is counted as skipped, where they cannot run. */
+static const sebp_kernels *kernels_of(int tier, const char *test)
+{
+    char name[64];
+    snprintf(name, sizeof name, "%s/%s", test, tiers[tier].isa);
+    if (tiers[tier].kernels == NULL) {
+        testing_skip(name, "not in this build");
+        return NULL;
+    }
+    for (int i = 0; sebp_cpu_tier(i) != NULL; i++) {
+        if (sebp_cpu_tier(i) == tiers[tier].kernels) {
+            return tiers[tier].kernels;
+        }
+    }
+    testing_skip(name, "this machine cannot run it");
+    return NULL;
+}
+
+/* As ck_assert_msg(), but free where it holds: Check makes a note of every assertion in a file. */
+#define check(holds, ...)                                                                          \
+    do {                                                                                           \
+        if (!(holds)) {                                                                            \
+            ck_abort_msg(__VA_ARGS__);                                                             \
+        }                                                                                          \
+    } while (0)
+
+/* Some bytes between forbidden pages: at the front of the open pages, at their end or in between.
+ * All else in the open pages is poison: NaN. */
+typedef struct buffer {
+    unsigned char *data;
+    unsigned char *open;
+    size_t open_bytes;
+    unsigned char *twin; /* what the open pages must hold at the end; NULL: not looked at */
+} buffer;
+
+static buffer make(int64_t count, size_t element)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t bytes = (size_t)count * element;
+    buffer made = {.open_bytes = (bytes / page + 1) * page};
+    unsigned char *map =
+        mmap(NULL, made.open_bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    check(map != MAP_FAILED, "no memory");
+    made.open = map + page;
+    check(mprotect(made.open, made.open_bytes, PROT_READ | PROT_WRITE) == 0, "no memory");
+    memset(made.open, TESTING_POISON, made.open_bytes);
+    int64_t most = (int64_t)((made.open_bytes - bytes) / element);
+    int64_t offsets[] = {0, most, testing_between(0, most)};
+    made.data = made.open + (size_t)offsets[testing_between(0, 2)] * element;
+    return made;
+}
+
+/* A copy of what the buffer holds now: the test writes into it what the kernel should. */
+static void *twin_of(buffer *made)
+{
+    made->twin = malloc(made->open_bytes);
+    check(made->twin != NULL, "no memory");
+    memcpy(made->twin, made->open, made->open_bytes);
+    return made->twin + (made->data - made->open);
+}
+
+static void release(buffer *made)
+{
+    if (made->twin != NULL) {
+        for (size_t i = 0; i < made->open_bytes; i++) {
+            check(made->open[i] == made->twin[i], "byte %td is %02x, not %02x",
+                  made->open + i - made->data, made->open[i], made->twin[i]);
+        }
+        free(made->twin);
+    }
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    munmap(made->open - page, made->open_bytes + 2 * page);
+}
+
+/* The mode that some programs run in: denormals taken for zero. */
+static void flush_denormals(int on)
+{
+#if defined __SSE__
+    _mm_setcsr(on ? _mm_getcsr() | 0x8040U : _mm_getcsr() & ~0x8040U);
+#elif defined __aarch64__
+    uint64_t fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+    fpcr = on ? fpcr | UINT64_C(1) << 24 : fpcr & ~(UINT64_C(1) << 24);
+    __asm__ volatile("msr fpcr, %0" : : "r"(fpcr));
+#else
+    (void)on;
+#endif
+}
+
+static float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static size_t bytes_of(int is_bf16)
+{
+    return is_bf16 ? sizeof(uint16_t) : sizeof(float);
+}
+
+static double get(const void *data, int is_bf16, int64_t i)
+{
+    return is_bf16 ? testing_from_bf16(((const uint16_t *)data)[i]) : ((const float *)data)[i];
+}
+
+static void put(void *data, int is_bf16, int64_t i, double value)
+{
+    if (is_bf16) {
+        ((uint16_t *)data)[i] = testing_to_bf16((float)value);
+    } else {
+        ((float *)data)[i] = (float)value;
+    }
+}
+
+static double small_integer(void)
+{
+    return (double)(testing_between(1, 4) * (testing_chance(0.5) ? 1 : -1));
+}
+
+static double value_of(int integers)
+{
+    return integers ? small_integer() : testing_uniform();
+}
+
+/* Mostly the short rows in which all the edges are, and now and then a long one. */
+static int64_t length(void)
+{
+    return testing_between(0, testing_chance(0.1) ? 3000 : 150);
+}
+
+/* A stride of rows of `cols`. */
+static int64_t strided(int64_t cols)
+{
+    return cols + (testing_chance(0.3) ? 0 : testing_between(1, 40));
+}
+
+/* `count` rows out of `total`, in any order, some of them more than once. */
+static buffer any_rows(int64_t count, int64_t total)
+{
+    buffer made = make(count, sizeof(int64_t));
+    for (int64_t i = 0; i < count; i++) {
+        ((int64_t *)(void *)made.data)[i] = testing_between(0, total - 1);
+    }
+    return made;
+}
+
+/* `count` rows out of `total`, ascending. */
+static buffer ascending_rows(int64_t count, int64_t total)
+{
+    buffer made = make(count, sizeof(int64_t));
+    int64_t taken = 0;
+    for (int64_t row = 0; row < total; row++) {
+        if (testing_between(0, total - row - 1) < count - taken) {
+            ((int64_t *)(void *)made.data)[taken++] = row;
+        }
+    }
+    return made;
+}
+
+static bool any_nonzero(const sebp_kernels *kernels, int is_bf16, const void *row, int64_t n)
+{
+    return is_bf16 ? kernels->any_nonzero_bf16(row, n) : kernels->any_nonzero_f32(row, n);
+}
+
+START_TEST(nonzero)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "nonzero");
+    if (kernels == NULL) {
+        return;
+    }
+    const double odd_values[] = {NAN, -NAN,     INFINITY,  -INFINITY, 1,
+                                 -1,  0x1p-149, -0x1p-149, 1e-39,     FLT_MAX};
+    int active = 0, inactive = 0;
+    for (int round = testing_rounds(3000); round > 0; round--) {
+        int is_bf16 = round % 2;
+        int64_t n = length();
+        buffer row = make(n, bytes_of(is_bf16));
+        for (int64_t i = 0; i < n; i++) {
+            put(row.data, is_bf16, i, testing_chance(0.5) ? 0.0 : -0.0);
+        }
+        bool expected = n > 0 && testing_chance(0.7);
+        if (expected) {
+            double value = odd_values[testing_between(0, 9)];
+            value = is_bf16 && fabs(value) == 0x1p-149 ? copysign(0x1p-133, value) : value;
+            put(row.data, is_bf16, testing_between(0, n - 1), value);
+        }
+        flush_denormals(testing_chance(0.5));
+        bool found = any_nonzero(kernels, is_bf16, row.data, n);
+        flush_denormals(0);
+        check(found == expected, "%d of %lld elements", found, (long long)n);
+        active += expected;
+        inactive += !expected;
+        release(&row);
+    }
+    ck_assert(active > 0 && inactive > 0);
+}
+END_TEST
+
+static bool any_above(const sebp_kernels *kernels, int is_bf16, const void *row, int64_t n,
+                      float limit)
+{
+    return is_bf16 ? kernels->any_above_bf16(row, n, limit) : kernels->any_above_f32(row, n, limit);
+}
+
+START_TEST(above)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "above");
+    if (kernels == NULL) {
+        return;
+    }
+    int active = 0, inactive = 0;
+    for (int round = testing_rounds(3000); round > 0; round--) {
+        int is_bf16 = round % 2;
+        int64_t n = length();
+        /* A limit that bf16 can hold, so that elements may be equal to it. */
+        const double limits[] = {0,          -0.0,    0x1p-133, 1.0, fabs(testing_uniform()),
+                                 0x1.FEp127, INFINITY};
+        uint16_t near = testing_to_bf16((float)limits[testing_between(0, 6)]);
+        float limit = testing_from_bf16(near);
+        buffer row = make(n, bytes_of(is_bf16));
+        for (int64_t i = 0; i < n; i++) {
+            double most = isinf(limit) ? FLT_MAX / 2 : limit;
+            double value = testing_chance(0.2) ? most : most * testing_uniform();
+            put(row.data, is_bf16, i, testing_chance(0.5) ? value : -value);
+        }
+        if (n > 0 && testing_chance(0.6)) {
+            float next = is_bf16 ? testing_from_bf16((uint16_t)(near + (near != 0x7F80)))
+                                 : nextafterf(limit, INFINITY);
+            const double values[] = {next, -next, NAN, -NAN, INFINITY, -INFINITY};
+            put(row.data, is_bf16, testing_between(0, n - 1), values[testing_between(0, 5)]);
+        }
+        bool expected = false;
+        for (int64_t i = 0; i < n; i++) {
+            double value = get(row.data, is_bf16, i);
+            expected = expected || !isfinite(value) || fabs(value) > fabsf(limit);
+        }
+        flush_denormals(testing_chance(0.5));
+        bool found = any_above(kernels, is_bf16, row.data, n, limit);
+        flush_denormals(0);
+        check(found == expected, "%d for %a of %lld elements", found, (double)limit, (long long)n);
+        active += expected;
+        inactive += !expected;
+        release(&row);
+    }
+    ck_assert(active > 0 && inactive > 0);
+}
+END_TEST
+
+START_TEST(square_sum)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "square_sum");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(2000); round > 0; round--) {
+        int is_bf16 = round % 2;
+        int integers = round / 2 % 2;
+        int64_t n = length();
+        buffer row = make(n, bytes_of(is_bf16));
+        double scale = integers ? 1 : testing_chance(0.5) ? 1e38 : 1e-30;
+        double expected = 0;
+        for (int64_t i = 0; i < n; i++) {
+            put(row.data, is_bf16, i, scale * value_of(integers));
+            expected += get(row.data, is_bf16, i) * get(row.data, is_bf16, i);
+        }
+        double odd = testing_chance(0.5) ? NAN : -INFINITY;
+        int is_odd = n > 0 && testing_chance(0.1);
+        if (is_odd) {
+            put(row.data, is_bf16, testing_between(0, n - 1), odd);
+        }
+        double found = is_bf16 ? kernels->square_sum_bf16((const void *)row.data, n)
+                               : kernels->square_sum_f32((const void *)row.data, n);
+        if (is_odd) {
+            check(isnan(odd) ? isnan(found) : found == INFINITY, "%a", found);
+        } else if (integers) {
+            check(found == expected, "%a, not %a", found, expected);
+        } else {
+            check(fabs(found - expected) <= (double)n * DBL_EPSILON * expected, "%a, not %a", found,
+                  expected);
+        }
+        release(&row);
+    }
+}
+END_TEST
+
+START_TEST(move)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "move");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(1000); round > 0; round--) {
+        size_t element = bytes_of(round % 2);
+        int64_t count = testing_between(0, 20), total = count + testing_between(1, 20);
+        int64_t cols = testing_between(0, 100);
+        int64_t row_bytes = cols * (int64_t)element;
+        int64_t to_stride = strided(cols), from_stride = strided(cols);
+        buffer to = make((total - 1) * to_stride + cols, element);
+        buffer from = make((total - 1) * from_stride + cols, element);
+        for (int64_t i = 0; i < ((total - 1) * from_stride + cols) * (int64_t)element; i++) {
+            from.data[i] = (unsigned char)testing_random();
+        }
+        to_stride *= (int64_t)element;
+        from_stride *= (int64_t)element;
+        buffer to_list = ascending_rows(count, total), from_list = any_rows(count, total);
+        const int64_t *to_rows = testing_chance(0.7) ? (const void *)to_list.data : NULL;
+        const int64_t *from_rows = testing_chance(0.7) ? (const void *)from_list.data : NULL;
+        unsigned char *expected = twin_of(&to);
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t j = 0; j < row_bytes; j++) {
+                expected[(to_rows ? to_rows[i] : i) * to_stride + j] =
+                    from.data[(from_rows ? from_rows[i] : i) * from_stride + j];
+            }
+        }
+        kernels->move_rows((char *)to.data, to_stride, to_rows, (const char *)from.data,
+                           from_stride, from_rows, count, row_bytes);
+        release(&to);
+        release(&from);
+        release(&to_list);
+        release(&from_list);
+    }
+}
+END_TEST
+
+START_TEST(expand)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "expand");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(1000); round > 0; round--) {
+        size_t element = bytes_of(round % 2);
+        int64_t total = testing_between(1, 40);
+        int64_t count = testing_chance(0.1) ? total : testing_between(0, total);
+        int64_t cols = testing_between(0, 100);
+        int64_t stride = strided(cols) * (int64_t)element, row_bytes = cols * (int64_t)element;
+        buffer data = make((total - 1) * stride + row_bytes, 1);
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t j = 0; j < row_bytes; j++) {
+                data.data[i * stride + j] = (unsigned char)testing_random();
+            }
+        }
+        buffer list = ascending_rows(count, total);
+        const int64_t *rows = (const void *)list.data;
+        unsigned char *expected = twin_of(&data);
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t j = 0; j < row_bytes; j++) {
+                expected[rows[i] * stride + j] = data.data[i * stride + j];
+            }
+        }
+        kernels->expand_rows((char *)data.data, stride, rows, count, row_bytes);
+        release(&data);
+        release(&list);
+    }
+}
+END_TEST
+
+START_TEST(zero)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "zero");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(1000); round > 0; round--) {
+        int64_t count = length();
+        buffer data = make(count, sizeof(uint16_t));
+        memset(twin_of(&data), 0, (size_t)count * sizeof(uint16_t));
+        kernels->zero(data.data, count * (int64_t)sizeof(uint16_t), round % 2);
+        release(&data);
+    }
+}
+END_TEST
+
+START_TEST(f32_from_bf16)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "f32_from_bf16");
+    if (kernels == NULL) {
+        return;
+    }
+    /* Every bf16 there is, in runs of every length. */
+    uint16_t next = 0;
+    for (int64_t met = 0; met < 65536;) {
+        int64_t n = length();
+        buffer from = make(n, sizeof(uint16_t)), to = make(n, sizeof(float));
+        uint16_t *elements = (void *)from.data;
+        uint32_t *expected = twin_of(&to);
+        for (int64_t i = 0; i < n; i++, next++) {
+            elements[i] = next;
+            expected[i] = (uint32_t)next << 16;
+        }
+        flush_denormals(testing_chance(0.5));
+        kernels->f32_from_bf16((void *)to.data, elements, n);
+        flush_denormals(0);
+        met += n;
+        release(&from);
+        release(&to);
+    }
+}
+END_TEST
+
+START_TEST(bf16_from_f32)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "bf16_from_f32");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(2000); round > 0; round--) {
+        int64_t n = length();
+        buffer from = make(n, sizeof(float)), to = make(n, sizeof(uint16_t));
+        float *elements = (void *)from.data;
+        uint16_t *expected = twin_of(&to);
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = (uint32_t)testing_random();
+            /* Ties and their neighbours; exponents of all ones (Inf, NaN) or zeros (denormals). */
+            const uint32_t low[] = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
+            bits = testing_chance(0.5) ? (bits & 0xFFFF0000) | low[testing_between(0, 5)] : bits;
+            bits = testing_chance(0.1) ? bits | 0x7F800000 : bits;
+            bits = testing_chance(0.1) ? bits & 0x807FFFFF : bits;
+            bits = testing_chance(0.05) ? bits & 0xFF80FFFF : bits;
+            elements[i] = float_of(bits);
+            expected[i] = testing_to_bf16(elements[i]);
+        }
+        flush_denormals(testing_chance(0.5));
+        kernels->bf16_from_f32((void *)to.data, elements, n);
+        flush_denormals(0);
+        release(&from);
+        release(&to);
+    }
+}
+END_TEST
+
+START_TEST(add_rows)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "add_rows");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(800); round > 0; round--) {
+        int is_bf16 = round % 2;
+        int64_t count = testing_between(0, 40), total = count + testing_between(1, 10);
+        int64_t cols = testing_between(0, 150), stride = strided(cols);
+        buffer from = make((total - 1) * stride + cols, bytes_of(is_bf16));
+        buffer sum = make(cols, sizeof(float));
+        for (int64_t i = 0; i < total; i++) {
+            for (int64_t j = 0; j < cols; j++) {
+                put(from.data, is_bf16, i * stride + j, testing_uniform());
+            }
+        }
+        for (int64_t j = 0; j < cols; j++) {
+            put(sum.data, 0, j, testing_uniform());
+        }
+        buffer list = any_rows(count, total);
+        const int64_t *rows = testing_chance(0.7) ? (const void *)list.data : NULL;
+        /* The order of the rows is fixed, so there is only one right answer. */
+        float *expected = twin_of(&sum);
+        for (int64_t j = 0; j < cols; j++) {
+            for (int64_t i = 0; i < count; i++) {
+                int64_t row = rows ? rows[i] : i;
+                expected[j] += (float)get(from.data, is_bf16, row * stride + j);
+            }
+        }
+        if (is_bf16) {
+            kernels->add_rows_bf16((void *)sum.data, (void *)from.data, stride, rows, count, cols);
+        } else {
+            kernels->add_rows_f32((void *)sum.data, (void *)from.data, stride, rows, count, cols);
+        }
+        release(&from);
+        release(&sum);
+        release(&list);
+    }
+}
+END_TEST
+
+/* What unit u of lane l must hold, in bits. */
+static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t lane, int64_t at,
+                        int64_t depth, int64_t u)
+{
+    uint32_t unit = 0;
+    int elements = pairs ? 2 : 1;
+    for (int i = 0; i < elements && u * elements + i < depth; i++) {
+        int64_t along = at + u * elements + i;
+        int64_t row = from->lanes_are_rows ? lane : along;
+        int64_t col = from->lanes_are_rows ? along : lane;
+        int64_t element = (from->rows ? from->rows[row] : row) * from->stride + col;
+        if (is_bf16) {
+            uint32_t half = ((const uint16_t *)from->data)[element];
+            unit |= half << (pairs && i == 0 ? 0 : 16);
+        } else {
+            memcpy(&unit, (const float *)from->data + element, sizeof unit);
+        }
+    }
+    return unit;
+}
+
+START_TEST(pack)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "pack");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(1500); round > 0; round--) {
+        int is_bf16 = round % 2, is_b = round / 2 % 2;
+        int pairs = is_bf16 && kernels->bf16_dots;
+        int64_t width = is_b ? kernels->tile_cols : kernels->tile_rows;
+        sebp_pack *pack = is_bf16 ? (is_b ? kernels->pack_b_bf16 : kernels->pack_a_bf16)
+                                  : (is_b ? kernels->pack_b_f32 : kernels->pack_a_f32);
+        int64_t lane = testing_between(0, 20), lanes = testing_between(0, 3 * width);
+        int64_t at = testing_between(0, 20), depth = testing_between(0, 70);
+
+        sebp_slab from = {.lanes_are_rows = testing_chance(0.5)};
+        int64_t listed = from.lanes_are_rows ? lane + lanes : at + depth;
+        int64_t cols = from.lanes_are_rows ? at + depth : lane + lanes;
+        int64_t total = listed + testing_between(1, 10);
+        from.stride = strided(cols);
+        buffer data = make((total - 1) * from.stride + cols, bytes_of(is_bf16));
+        for (int64_t i = 0; i < total; i++) {
+            for (int64_t j = 0; j < cols; j++) {
+                put(data.data, is_bf16, i * from.stride + j, testing_uniform());
+            }
+        }
+        buffer list = any_rows(listed, total);
+        from.data = data.data;
+        from.rows = testing_chance(0.5) ? (const void *)list.data : NULL;
+
+        int64_t units = pairs ? (depth + 1) / 2 : depth;
+        int64_t slivers = (lanes + width - 1) / width;
+        int64_t apart = units * width + kernels->slack + testing_between(0, 20);
+        buffer packed = make(slivers * apart, sizeof(float));
+        uint32_t *expected = twin_of(&packed);
+        pack((void *)packed.data, apart, &from, lane, lanes, at, depth);
+        for (int64_t s = 0; s < slivers; s++) {
+            for (int64_t u = 0; u < units; u++) {
+                for (int64_t l = 0; l < width; l++) {
+                    int64_t of = s * width + l;
+                    expected[s * apart + u * width + l] =
+                        of < lanes ? unit_of(&from, is_bf16, pairs, lane + of, at, depth, u) : 0;
+                }
+            }
+            /* What stands in the slack is nobody's business. */
+            memcpy(expected + s * apart + units * width,
+                   packed.data + (size_t)(s * apart + units * width) * sizeof(float),
+                   (size_t)kernels->slack * sizeof(float));
+        }
+        release(&packed);
+        release(&data);
+        release(&list);
+    }
+}
+END_TEST
+
+/* A packed sliver. Its lanes from `lanes` on hold NaN, which must not get into C. */
+static buffer sliver(int64_t units, int64_t width, int64_t lanes, int is_bf16, int pairs,
+                     int integers)
+{
+    buffer made = make(units * width, sizeof(float));
+    int64_t elements = pairs ? 2 : 1;
+    for (int64_t u = 0; u < units; u++) {
+        for (int64_t i = 0; i < lanes * elements; i++) {
+            double value = value_of(integers);
+            value = is_bf16 ? testing_from_bf16(testing_to_bf16((float)value)) : value;
+            put(made.data, pairs, u * width * elements + i, value);
+        }
+    }
+    return made;
+}
+
+START_TEST(tile)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "tile");
+    if (kernels == NULL) {
+        return;
+    }
+    int64_t height = kernels->tile_rows, width = kernels->tile_cols;
+    for (int round = testing_rounds(1500); round > 0; round--) {
+        int is_bf16 = round % 2, integers = round / 2 % 2, pack_b = round / 4 % 2;
+        int pairs = is_bf16 && kernels->bf16_dots;
+        int64_t elements = pairs ? 2 : 1;
+        int64_t units = testing_between(0, 60), depth = units * elements;
+        int64_t rows = testing_between(1, height);
+        int64_t cols = pack_b ? width : testing_between(1, width);
+        buffer a = sliver(units, height, rows, is_bf16, pairs, integers);
+        buffer b = sliver(units, width, cols, is_bf16, pairs, integers);
+
+        /* The rows that B was packed from; an odd depth ends in half a pair. */
+        int64_t b_first = testing_between(0, 20), b_stride = strided(b_first + width);
+        buffer b_matrix = make((depth + 1) * b_stride, bytes_of(is_bf16));
+        buffer b_list = make(depth, sizeof(char *));
+        const char **b_rows = (void *)b_list.data;
+        int odd_depth = pairs && units > 0 && testing_chance(0.5);
+        for (int64_t d = 0; d < depth; d++) {
+            int64_t first = d * b_stride;
+            int missing = odd_depth && d == depth - 1;
+            b_rows[d] = missing ? NULL : (char *)b_matrix.data + (size_t)first * bytes_of(is_bf16);
+            for (int64_t j = 0; j < cols; j++) {
+                int64_t packed = (d / elements * width + j) * elements + d % elements;
+                if (missing) {
+                    put(b.data, pairs, packed, 0);
+                }
+                put(b_matrix.data, is_bf16, first + b_first + j, get(b.data, pairs, packed));
+            }
+        }
+        buffer b_room = make(units * width, sizeof(float));
+        void *b_expected = twin_of(&b_room);
+        if (pack_b) {
+            memcpy(b_expected, b.data, (size_t)(units * width) * sizeof(float));
+        }
+
+        int accumulate = testing_chance(0.5), has_bias = testing_chance(0.5);
+        buffer bias = make(cols, sizeof(float));
+        int64_t stride = strided(cols);
+        buffer c = make((rows - 1) * stride + cols, sizeof(float));
+        for (int64_t j = 0; j < cols; j++) {
+            put(bias.data, 0, j, value_of(integers));
+            for (int64_t i = 0; accumulate && i < rows; i++) {
+                put(c.data, 0, i * stride + j, value_of(integers));
+            }
+        }
+        /* The rows of C in any order. */
+        buffer list = make(rows, sizeof(float *));
+        float **c_rows = (void *)list.data;
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t other = testing_between(0, i);
+            c_rows[i] = c_rows[other];
+            c_rows[other] = (float *)(void *)c.data + i * stride;
+        }
+        ptrdiff_t to_twin = (unsigned char *)twin_of(&c) - c.data;
+
+        sebp_tile_work work = {
+            .units = units,
+            .a = (void *)a.data,
+            .b = (void *)(pack_b ? b_room.data : b.data),
+            .pack_b = pack_b,
+            .b_rows = pack_b ? b_rows : NULL,
+            .b_at = b_first * (int64_t)bytes_of(is_bf16),
+            .ahead = testing_chance(0.5) ? b_rows : NULL,
+            .ahead_at = 64,
+            .c = c_rows,
+            .rows = rows,
+            .cols = cols,
+            .accumulate = accumulate,
+            .bias = has_bias ? (void *)bias.data : NULL,
+        };
+        (is_bf16 ? kernels->tile_bf16 : kernels->tile_f32)(&work);
+
+        for (int64_t i = 0; i < rows; i++) {
+            for (int64_t j = 0; j < cols; j++) {
+                float *twin = (void *)((unsigned char *)(c_rows[i] + j) + to_twin);
+                double old = accumulate ? *twin : 0;
+                double added = has_bias ? get(bias.data, 0, j) : 0;
+                double sum = old + added, magnitude = fabs(old) + fabs(added);
+                for (int64_t u = 0; u < units; u++) {
+                    for (int64_t e = 0; e < elements; e++) {
+                        double product = get(a.data, pairs, (u * height + i) * elements + e) *
+                                         get(b.data, pairs, (u * width + j) * elements + e);
+                        sum += product;
+                        magnitude += fabs(product);
+                    }
+                }
+                /* Each product and each addition rounds once. */
+                double bound = (double)(depth + 3) * (FLT_EPSILON / 2) * magnitude;
+                check(fabs(c_rows[i][j] - sum) <= (integers ? 0 : bound),
+                      "%lld x %lld, %lld units: (%lld, %lld) is %a, not %a", (long long)rows,
+                      (long long)cols, (long long)units, (long long)i, (long long)j,
+                      (double)c_rows[i][j], sum);
+                *twin = c_rows[i][j];
+            }
+        }
+        release(&a);
+        release(&b);
+        release(&b_matrix);
+        release(&b_list);
+        release(&b_room);
+        release(&bias);
+        release(&c);
+        release(&list);
+    }
+}
+END_TEST
+
+START_TEST(table)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "table");
+    if (kernels == NULL) {
+        return;
+    }
+    ck_assert_str_eq(kernels->isa, tiers[_i].isa);
+    ck_assert(kernels->tile_rows > 0 && kernels->tile_cols > 0 && kernels->slack >= 0);
+}
+END_TEST
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Prints the best time of a call, and the rate of the bytes it reads and writes. */
+#define TIME(kernels, name, bytes, call)                                                           \
+    do {                                                                                           \
+        double best = INFINITY, end = seconds() + 0.05;                                            \
+        for (int repeats = 1; seconds() < end;                                                     \
+             repeats = best * repeats < 1e-4 ? 2 * repeats : repeats) {                            \
+            double start = seconds();                                                              \
+            for (int repeat = 0; repeat < repeats; repeat++) {                                     \
+                call;                                                                              \
+            }                                                                                      \
+            best = fmin(best, (seconds() - start) / repeats);                                      \
+        }                                                                                          \
+        printf("%-11s %-20s %12.1f ns %7.1f GB/s\n", kernels->isa, name, 1e9 * best,               \
+               (double)(bytes) / best * 1e-9);                                                     \
+    } while (0)
+
+/* Rows in the cache, and then a matrix that is in none. */
+START_TEST(timing)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "timing");
+    if (kernels == NULL) {
+        return;
+    }
+    enum { ROWS = 8, COLS = 3072, BYTES = 4 * COLS };
+    buffer one = make(ROWS * COLS, sizeof(float)), two = make(ROWS * COLS, sizeof(float));
+    float *f32 = (void *)one.data;
+    uint16_t *bf16 = (void *)two.data;
+    memset(f32, 0, ROWS * BYTES);
+    memset(bf16, 0, ROWS * BYTES);
+    volatile bool any;
+    volatile double sum;
+    TIME(kernels, "any_nonzero_f32", BYTES, any = kernels->any_nonzero_f32(f32, COLS));
+    TIME(kernels, "any_nonzero_bf16", BYTES / 2, any = kernels->any_nonzero_bf16(bf16, COLS));
+    TIME(kernels, "any_above_f32", BYTES, any = kernels->any_above_f32(f32, COLS, 1));
+    TIME(kernels, "any_above_bf16", BYTES / 2, any = kernels->any_above_bf16(bf16, COLS, 1));
+    TIME(kernels, "square_sum_f32", BYTES, sum = kernels->square_sum_f32(f32, COLS));
+    TIME(kernels, "square_sum_bf16", BYTES / 2, sum = kernels->square_sum_bf16(bf16, COLS));
+    (void)any;
+    (void)sum;
+    TIME(kernels, "move_rows", 2 * ROWS * BYTES,
+         kernels->move_rows((char *)f32, BYTES, NULL, (char *)bf16, BYTES, NULL, ROWS, BYTES));
+    TIME(kernels, "zero", ROWS * BYTES, kernels->zero(f32, ROWS * BYTES, false));
+    TIME(kernels, "f32_from_bf16", 3 * BYTES / 2, kernels->f32_from_bf16(f32, bf16, COLS));
+    TIME(kernels, "bf16_from_f32", 3 * BYTES / 2, kernels->bf16_from_f32(bf16, f32, COLS));
+    TIME(kernels, "add_rows_f32", (ROWS + 1) * BYTES,
+         kernels->add_rows_f32(f32, (float *)(void *)two.data, COLS, NULL, ROWS, COLS));
+    TIME(kernels, "add_rows_bf16", (ROWS + 2) * BYTES / 2,
+         kernels->add_rows_bf16(f32, bf16, COLS, NULL, ROWS, COLS));
+
+    enum { DEPTH = 256 };
+    int64_t height = kernels->tile_rows, width = kernels->tile_cols;
+    const sebp_slab slab = {f32, DEPTH, NULL, true}, across = {f32, width, NULL, false};
+    buffer a = make((DEPTH + 1) * height + kernels->slack, sizeof(float));
+    buffer b = make((DEPTH + 1) * width + kernels->slack, sizeof(float));
+    buffer c = make(height * width, sizeof(float));
+    float *pack_a = (void *)a.data, *pack_b = (void *)b.data, *c_rows[64];
+    ck_assert(height <= 64 && width * DEPTH <= ROWS * COLS);
+    for (int64_t i = 0; i < height; i++) {
+        c_rows[i] = (float *)(void *)c.data + i * width;
+    }
+    int64_t apart = DEPTH * width + kernels->slack;
+    const sebp_tile_work work = {.units = DEPTH,
+                                 .a = pack_a,
+                                 .b = pack_b,
+                                 .c = c_rows,
+                                 .rows = height,
+                                 .cols = width,
+                                 .accumulate = true};
+    TIME(kernels, "pack_a_f32", 8 * height * DEPTH,
+         kernels->pack_a_f32(pack_a, apart, &slab, 0, height, 0, DEPTH));
+    TIME(kernels, "pack_b_f32", 8 * width * DEPTH,
+         kernels->pack_b_f32(pack_b, apart, &across, 0, width, 0, DEPTH));
+    TIME(kernels, "tile_f32", 4 * (height + width) * DEPTH, kernels->tile_f32(&work));
+    TIME(kernels, "pack_a_bf16", (kernels->bf16_dots ? 4 : 6) * height * DEPTH,
+         kernels->pack_a_bf16(pack_a, apart, &slab, 0, height, 0, DEPTH));
+    TIME(kernels, "pack_b_bf16", (kernels->bf16_dots ? 4 : 6) * width * DEPTH,
+         kernels->pack_b_bf16(pack_b, apart, &across, 0, width, 0, DEPTH));
+    TIME(kernels, "tile_bf16", 4 * (height + width) * DEPTH, kernels->tile_bf16(&work));
+    release(&a);
+    release(&b);
+    release(&c);
+    release(&one);
+    release(&two);
+
+    int64_t large = INT64_C(64) << 20;
+    buffer to = make(large, 1), from = make(large, 1);
+    memset(from.data, 0, (size_t)large);
+    TIME(kernels, "memory: any_nonzero", large,
+         any = kernels->any_nonzero_f32((const void *)from.data, large / 4));
+    TIME(kernels, "memory: any_above", large,
+         any = kernels->any_above_f32((const void *)from.data, large / 4, 1));
+    TIME(kernels, "memory: square_sum", large,
+         sum = kernels->square_sum_f32((const void *)from.data, large / 4));
+    TIME(kernels, "memory: move_rows", 2 * large,
+         kernels->move_rows((char *)to.data, BYTES, NULL, (const char *)from.data, BYTES, NULL,
+                            large / BYTES, BYTES));
+    TIME(kernels, "memory: zero", large, kernels->zero(to.data, large, false));
+    TIME(kernels, "memory: zero, stream", large, kernels->zero(to.data, large, true));
+    release(&to);
+    release(&from);
+}
+END_TEST
+
+static Suite *make_suite(void)
+{
+    Suite *suite = suite_create("kernels");
+    TCase *all = tcase_create("kernels");
+    tcase_add_loop_test(all, table, 0, TIERS);
+    tcase_add_loop_test(all, nonzero, 0, TIERS);
+    tcase_add_loop_test(all, above, 0, TIERS);
+    tcase_add_loop_test(all, square_sum, 0, TIERS);
+    tcase_add_loop_test(all, move, 0, TIERS);
+    tcase_add_loop_test(all, expand, 0, TIERS);
+    tcase_add_loop_test(all, zero, 0, TIERS);
+    tcase_add_loop_test(all, f32_from_bf16, 0, TIERS);
+    tcase_add_loop_test(all, bf16_from_f32, 0, TIERS);
+    tcase_add_loop_test(all, add_rows, 0, TIERS);
+    tcase_add_loop_test(all, pack, 0, TIERS);
+    tcase_add_loop_test(all, tile, 0, TIERS);
+    if (testing_environment("SEBP_TEST_TIMING")) {
+        tcase_add_loop_test(all, timing, 0, TIERS);
+    }
+    suite_add_tcase(suite, all);
+    return suite;
+}
+
+int main(void)
+{
+    return testing_main(make_suite);
+}

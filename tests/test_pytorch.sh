@@ -1,0 +1,19 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# The layer against PyTorch's, where Python has PyTorch and the build has a shared library that it
+# can load.
+
+skip()
+{
+    echo "skipped: test_pytorch: $1"
+    echo "0 passed, 0 failed, 1 skipped"
+    exit 77
+}
+
+library=${top_builddir:-.}/.libs/libsebp.so
+test -f "$library" || skip "no shared library"
+if "${NM:-nm}" -D "$library" | grep -q __asan_init; then
+    skip "Python does not load a library with AddressSanitizer"
+fi
+python3 -c 'import torch' 2>/dev/null || skip "python3 has no torch"
+exec python3 "${top_srcdir:-.}/tests/compare_pytorch.py" "$library"
