@@ -1,0 +1,309 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _POSIX_C_SOURCE 200809L
+
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "options.h"
+
+enum { MAX_SIZE = 1000000000 };
+
+const char *const gemm_names[3] = {"auto", "native", "onednn"};
+
+_Noreturn void die(int status, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fflush(stdout);
+    fputs("sebp-bench: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    exit(status);
+}
+
+static const char usage[] =
+    "Usage: sebp-bench [OPTION]...\n"
+    "Verify and time the backward of linear layers on their active rows.\n"
+    "\n"
+    "      --shapes FILE         layers, lines of: name M K N [SEQUENCE]\n"
+    "      --shape MxK:N         a layer of M rows, K in_features, N out_features; repeatable\n"
+    "      --activity LIST       shares of active rows (1,.5,.25,.1,.05,.02)\n"
+    "      --pattern WHICH       where they are: tail, scattered, both (tail)\n"
+    "      --rows WHICH          given, found or both (both; forward: given)\n"
+    "      --sequence L          length of a padded sequence (the file's, or M)\n"
+    "      --dtype WHICH         f32, bf16 or both (f32)\n"
+    "      --warm, --cold        state of the caches; give both for both (warm)\n"
+    "      --forward             time the forward instead\n"
+    "      --gemm WHICH          auto, native or onednn (auto)\n"
+    "      --threads N           (one for each physical core)\n"
+    "      --repetitions N       at least so many for each case (7)\n"
+    "      --seconds S           and at least so long for each layer (1)\n"
+    "      --seed N              of the random numbers (1)\n"
+    "      --verify-only         time nothing\n"
+    "      --quick               one small layer and few cases, unless said otherwise\n"
+    "      --csv                 one comma-separated line for each case\n"
+    "      --help, --version\n";
+
+/* A whole number in [1, MAX_SIZE], then the character `end`; *text is left behind both. */
+static int parse_size(const char **text, char end, int64_t *value)
+{
+    char *after;
+    long long parsed = strtoll(*text, &after, 10);
+    if (after == *text || *after != end || parsed < 1 || parsed > MAX_SIZE)
+        return 0;
+    *text = after + (end != '\0');
+    *value = parsed;
+    return 1;
+}
+
+/* A number of an option; a whole one if `whole`. */
+static double number(const char *name, const char *text, double low, double high, int whole)
+{
+    char *after;
+    double value = strtod(text, &after);
+    if (after == text || *after != '\0' || !(value >= low && value <= high) ||
+        (whole && value != floor(value)))
+        die(USAGE, "--%s: '%s' is not a %snumber from %.0f to %.0f", name, text,
+            whole ? "whole " : "", low, high);
+    return value;
+}
+
+/* Which of `count` words a value is. */
+static int word(const char *name, const char *text, const char *const *words, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (strcmp(text, words[i]) == 0)
+            return i;
+    die(USAGE, "--%s: '%s' is not %s, %s or %s", name, text, words[0], words[1], words[2]);
+}
+
+static int either(const char *name, const char *text, const char *first, const char *second)
+{
+    const char *words[] = {first, second, "both"};
+    return word(name, text, words, 3) + 1;
+}
+
+static void set_activities(options *o, const char *list)
+{
+    o->activity_count = 0;
+    for (const char *at = list;; at++) {
+        char *after;
+        double value = strtod(at, &after);
+        if (after == at || (*after != '\0' && *after != ',') || !(value > 0.0 && value <= 1.0))
+            die(USAGE, "--activity: '%s' is not a list of numbers over 0 and up to 1", list);
+        if (o->activity_count == MAX_ACTIVITIES)
+            die(USAGE, "--activity: more than %d numbers", MAX_ACTIVITIES);
+        o->activities[o->activity_count++] = value;
+        at = after;
+        if (*at == '\0')
+            return;
+    }
+}
+
+static void add_shape(options *o, const shape *added)
+{
+    o->shapes = realloc(o->shapes, (size_t)(o->shape_count + 1) * sizeof *o->shapes);
+    if (o->shapes == NULL)
+        die(FAILED, "out of memory");
+    o->shapes[o->shape_count++] = *added;
+}
+
+static void add_shape_option(options *o, const char *text)
+{
+    shape s = {"", 0, 0, 0, 0};
+    const char *at = text;
+    if (!parse_size(&at, 'x', &s.m) || !parse_size(&at, ':', &s.k) || !parse_size(&at, '\0', &s.n))
+        die(USAGE, "--shape: '%s' is not MxK:N, each from 1 to %d", text, MAX_SIZE);
+    s.sequence = s.m;
+    snprintf(s.name, sizeof s.name, "%.*s-%" PRId64, (int)strcspn(text, ":"), text, s.n);
+    add_shape(o, &s);
+}
+
+/* One line of a file of shapes: name M K N [SEQUENCE], blank, or a # comment. */
+static void add_shape_line(options *o, const char *file, int line_number, char *line)
+{
+    static const char blanks[] = " \t\r\n";
+    shape s = {"", 0, 0, 0, 0};
+    int64_t *sizes[] = {&s.m, &s.k, &s.n, &s.sequence};
+    char *state = NULL;
+    line[strcspn(line, "#")] = '\0';
+    const char *name = strtok_r(line, blanks, &state);
+    if (name == NULL)
+        return;
+    if (strlen(name) >= sizeof s.name || strpbrk(name, ",\"") != NULL)
+        die(USAGE, "%s:%d: the name '%s' is over %zu characters or holds a comma or a quote", file,
+            line_number, name, sizeof s.name - 1);
+    strcpy(s.name, name);
+    for (int i = 0; i < 4; i++) {
+        const char *text = strtok_r(NULL, blanks, &state);
+        if (text == NULL && i == 3)
+            s.sequence = s.m;
+        else if (text == NULL)
+            die(USAGE, "%s:%d: a line is: name M K N [SEQUENCE]", file, line_number);
+        else if (!parse_size(&text, '\0', sizes[i]))
+            die(USAGE, "%s:%d: '%s' is not a whole number from 1 to %d", file, line_number, text,
+                MAX_SIZE);
+    }
+    const char *rest = strtok_r(NULL, blanks, &state);
+    if (rest != NULL)
+        die(USAGE, "%s:%d: '%s' is one word too many", file, line_number, rest);
+    if (s.m % s.sequence != 0)
+        die(USAGE, "%s:%d: M is not a multiple of SEQUENCE", file, line_number);
+    add_shape(o, &s);
+}
+
+static void add_shapes(options *o, const char *name)
+{
+    char line[512];
+    int before = o->shape_count;
+    FILE *file = fopen(name, "r");
+    if (file == NULL)
+        die(USAGE, "%s: %s", name, strerror(errno));
+    for (int i = 1; fgets(line, sizeof line, file) != NULL; i++) {
+        if (strchr(line, '\n') == NULL && !feof(file))
+            die(USAGE, "%s:%d: the line is over %zu characters", name, i, sizeof line - 2);
+        add_shape_line(o, name, i, line);
+    }
+    if (ferror(file))
+        die(USAGE, "%s: %s", name, strerror(errno));
+    if (o->shape_count == before)
+        die(USAGE, "%s: holds no shapes", name);
+    fclose(file);
+}
+
+static void set_option(options *o, const char *name, const char *value)
+{
+    if (strcmp(name, "shapes") == 0)
+        add_shapes(o, value);
+    else if (strcmp(name, "shape") == 0)
+        add_shape_option(o, value);
+    else if (strcmp(name, "activity") == 0)
+        set_activities(o, value);
+    else if (strcmp(name, "pattern") == 0)
+        o->patterns = either(name, value, "tail", "scattered");
+    else if (strcmp(name, "rows") == 0)
+        o->sources = either(name, value, "given", "found");
+    else if (strcmp(name, "dtype") == 0)
+        o->dtypes = either(name, value, "f32", "bf16");
+    else if (strcmp(name, "gemm") == 0)
+        o->gemm = (sebp_gemm)word(name, value, gemm_names, 3);
+    else if (strcmp(name, "sequence") == 0)
+        o->sequence = (int64_t)number(name, value, 1, MAX_SIZE, 1);
+    else if (strcmp(name, "threads") == 0)
+        o->threads = (int)number(name, value, 1, 1024, 1);
+    else if (strcmp(name, "repetitions") == 0)
+        o->repetitions = (int)number(name, value, 1, MAX_ROUNDS, 1);
+    else if (strcmp(name, "seconds") == 0)
+        o->seconds = number(name, value, 0, 1e6, 0);
+    else if (strcmp(name, "seed") == 0)
+        o->seed = (uint64_t)number(name, value, 0, MAX_SIZE, 1);
+}
+
+static void parse_arguments(options *o, int argc, char **argv)
+{
+    int warm = 0, cold = 0, help = 0, version = 0, index, result;
+    const struct option known[] = {
+        {"shapes", required_argument, NULL, 0},
+        {"shape", required_argument, NULL, 0},
+        {"activity", required_argument, NULL, 0},
+        {"pattern", required_argument, NULL, 0},
+        {"rows", required_argument, NULL, 0},
+        {"dtype", required_argument, NULL, 0},
+        {"gemm", required_argument, NULL, 0},
+        {"sequence", required_argument, NULL, 0},
+        {"threads", required_argument, NULL, 0},
+        {"repetitions", required_argument, NULL, 0},
+        {"seconds", required_argument, NULL, 0},
+        {"seed", required_argument, NULL, 0},
+        {"warm", no_argument, &warm, FIRST},
+        {"cold", no_argument, &cold, SECOND},
+        {"forward", no_argument, &o->forward, 1},
+        {"verify-only", no_argument, &o->verify_only, 1},
+        {"quick", no_argument, &o->quick, 1},
+        {"csv", no_argument, &o->csv, 1},
+        {"help", no_argument, &help, 1},
+        {"version", no_argument, &version, 1},
+        {NULL, 0, NULL, 0},
+    };
+    opterr = 0;
+    while ((result = getopt_long(argc, argv, ":", known, &index)) != -1) {
+        if (result == ':')
+            die(USAGE, "%s needs a value; try --help", argv[optind - 1]);
+        if (result == '?')
+            die(USAGE, "%s is not an option, or takes no value; try --help", argv[optind - 1]);
+        if (known[index].flag == NULL)
+            set_option(o, known[index].name, optarg);
+    }
+    if (optind < argc)
+        die(USAGE, "'%s' is not an option; try --help", argv[optind]);
+    if (help || version) {
+        if (help)
+            fputs(usage, stdout);
+        else
+            printf("sebp-bench %s\n", sebp_version());
+        exit(fflush(stdout) == 0 ? 0 : FAILED);
+    }
+    if (o->forward && (o->sources & SECOND))
+        die(USAGE, "--rows: the forward is given its rows, it does not find them");
+    o->caches = warm | cold;
+}
+
+static void add_default_shapes(options *o)
+{
+    static const char *const names[] = {SEBP_PKGDATADIR "/shapes.txt", "../bench/shapes.txt",
+                                        "bench/shapes.txt"};
+    for (size_t i = 0; i < sizeof names / sizeof *names && o->shape_count == 0; i++)
+        if (access(names[i], R_OK) == 0)
+            add_shapes(o, names[i]);
+    if (o->shape_count == 0)
+        die(USAGE, "no %s: use --shapes FILE or --shape MxK:N", names[0]);
+}
+
+/* Fills in what was not asked for. */
+static void complete_options(options *o)
+{
+    if (o->shape_count == 0 && o->quick)
+        add_shape(o, &(shape){"quick", 512, 192, 320, 64});
+    if (o->shape_count == 0)
+        add_default_shapes(o);
+    if (o->activity_count == 0)
+        set_activities(o, o->quick ? "1,.25,.05" : "1,.5,.25,.1,.05,.02");
+    if (o->patterns == 0)
+        o->patterns = o->quick ? BOTH : FIRST;
+    if (o->sources == 0)
+        o->sources = o->forward ? FIRST : BOTH;
+    if (o->dtypes == 0)
+        o->dtypes = FIRST;
+    if (o->caches == 0)
+        o->caches = FIRST;
+    for (int i = 0; i < o->shape_count && o->sequence > 0; i++) {
+        if (o->shapes[i].m % o->sequence != 0)
+            die(USAGE, "--sequence: the %" PRId64 " rows of %s are not a multiple of %" PRId64,
+                o->shapes[i].m, o->shapes[i].name, o->sequence);
+        o->shapes[i].sequence = o->sequence;
+    }
+}
+
+void parse_options(options *o, int argc, char **argv)
+{
+    memset(o, 0, sizeof *o);
+    o->gemm = SEBP_GEMM_AUTO;
+    o->repetitions = 7;
+    o->seconds = 1;
+    o->seed = 1;
+    parse_arguments(o, argc, argv);
+    complete_options(o);
+}
+
+void free_options(options *o)
+{
+    free(o->shapes);
+}
