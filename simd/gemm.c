@@ -13,7 +13,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { TILE_COLS = TILE_VECS * VEC_LANES };
+enum {
+    TILE_COLS = TILE_VECS * VEC_LANES,
+    LINE = 64 / sizeof(float) /* of cache, in floats */
+};
 
 /* A vector stored at each unit may spill into the next unit, which is written after it; with more
  * than one vector to a unit it would spill into what is written before. */
@@ -246,9 +249,13 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
     for (int i = 0; i < height; i++)
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
-    for (int i = 0; i < work->rows; i++)
-        for (int64_t j = 0; j < work->cols; j += 16)
-            __builtin_prefetch(work->c[i] + j, 1);
+    const bool is_whole = work->rows == height && work->cols == TILE_COLS;
+    if (is_whole) {
+#pragma GCC unroll 16
+        for (int i = 0; i < height; i++)
+            for (int j = 0; j < TILE_COLS; j += LINE)
+                __builtin_prefetch(work->c[i] + work->c_at + j, 1);
+    }
     for (int64_t u = 0; u < units; u++) {
         __builtin_prefetch(*ahead + ahead_at, 0, 2);
         ahead += ahead_step;
@@ -273,11 +280,11 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         a += TILE_ROWS;
         b += TILE_COLS;
     }
-    if (work->rows == height && work->cols == TILE_COLS && !work->bias) {
+    if (is_whole && !work->bias) {
         /* nearly every tile: straight from the registers */
 #pragma GCC unroll 16
         for (int i = 0; i < height; i++) {
-            float *to = work->c[i];
+            float *to = work->c[i] + work->c_at;
             for (int j = 0; j < TILE_VECS; j++) {
                 if (work->accumulate)
                     sum[i][j] = vec_add(vec_load(to + (int64_t)j * VEC_LANES), sum[i][j]);
@@ -286,7 +293,7 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         }
     } else {
         for (int i = 0; i < work->rows; i++)
-            store_row(work->c[i], sum[i], work->cols, work->accumulate, work->bias);
+            store_row(work->c[i] + work->c_at, sum[i], work->cols, work->accumulate, work->bias);
     }
 }
 

@@ -28,6 +28,7 @@ void SEBP_NAME(move_rows)(char *to, int64_t to_stride, const int64_t *to_rows, c
 void SEBP_NAME(expand_rows)(char *data, int64_t stride, const int64_t *rows, int64_t count,
                             int64_t row_bytes);
 void SEBP_NAME(zero)(void *data, int64_t bytes, bool stream);
+void SEBP_NAME(stream_fence)(void);
 
 /* convert.c */
 void SEBP_NAME(f32_from_bf16)(float *to, const uint16_t *from, int64_t n);

@@ -46,5 +46,9 @@ void SEBP_NAME(zero)(void *data, int64_t bytes, bool stream)
         vec_stream((float *)(void *)(at + done), vec_zero());
     }
     memset(at + done, 0, (size_t)(bytes - done));
+}
+
+void SEBP_NAME(stream_fence)(void)
+{
     vec_stream_fence();
 }

@@ -60,6 +60,7 @@ typedef struct sebp_tile_work {
     const char *const *ahead;
     int64_t ahead_at;
     float *const *c; /* a pointer for each row */
+    int64_t c_at;    /* elements from there to the tile's first column */
     int64_t rows, cols;
     bool accumulate;   /* the sum is added to C, else C is overwritten */
     const float *bias; /* cols numbers, added to each row; NULL: none */
@@ -86,6 +87,7 @@ typedef struct sebp_kernels {
     void (*expand_rows)(char *data, int64_t stride, const int64_t *rows, int64_t count,
                         int64_t row_bytes); /* in place: row i to rows[i] >= i, last first */
     void (*zero)(void *data, int64_t bytes, bool stream); /* stream: past the caches */
+    void (*stream_fence)(void); /* after the last stream, before other threads read */
 
     /* convert.c */
     void (*f32_from_bf16)(float *to, const uint16_t *from, int64_t n);

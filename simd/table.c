@@ -13,6 +13,7 @@ const sebp_kernels SEBP_NAME(kernels) = {
     .move_rows = SEBP_NAME(move_rows),
     .expand_rows = SEBP_NAME(expand_rows),
     .zero = SEBP_NAME(zero),
+    .stream_fence = SEBP_NAME(stream_fence),
     .f32_from_bf16 = SEBP_NAME(f32_from_bf16),
     .bf16_from_f32 = SEBP_NAME(bf16_from_f32),
     .add_rows_f32 = SEBP_NAME(add_rows_f32),

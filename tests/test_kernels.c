@@ -430,6 +430,7 @@ START_TEST(zero)
         buffer data = make(count, sizeof(uint16_t));
         memset(twin_of(&data), 0, (size_t)count * sizeof(uint16_t));
         kernels->zero(data.data, count * (int64_t)sizeof(uint16_t), round % 2);
+        kernels->stream_fence();
         release(&data);
     }
 }
@@ -671,12 +672,12 @@ START_TEST(tile)
 
         int accumulate = testing_chance(0.5), has_bias = testing_chance(0.5);
         buffer bias = make(cols, sizeof(float));
-        int64_t stride = strided(cols);
-        buffer c = make((rows - 1) * stride + cols, sizeof(float));
+        int64_t c_first = testing_between(0, 20), stride = strided(c_first + cols);
+        buffer c = make((rows - 1) * stride + c_first + cols, sizeof(float));
         for (int64_t j = 0; j < cols; j++) {
             put(bias.data, 0, j, value_of(integers));
             for (int64_t i = 0; accumulate && i < rows; i++) {
-                put(c.data, 0, i * stride + j, value_of(integers));
+                put(c.data, 0, i * stride + c_first + j, value_of(integers));
             }
         }
         /* The rows of C in any order. */
@@ -699,6 +700,7 @@ START_TEST(tile)
             .ahead = testing_chance(0.5) ? b_rows : NULL,
             .ahead_at = 64,
             .c = c_rows,
+            .c_at = c_first,
             .rows = rows,
             .cols = cols,
             .accumulate = accumulate,
@@ -708,7 +710,7 @@ START_TEST(tile)
 
         for (int64_t i = 0; i < rows; i++) {
             for (int64_t j = 0; j < cols; j++) {
-                float *twin = (void *)((unsigned char *)(c_rows[i] + j) + to_twin);
+                float *twin = (void *)((unsigned char *)(c_rows[i] + c_first + j) + to_twin);
                 double old = accumulate ? *twin : 0;
                 double added = has_bias ? get(bias.data, 0, j) : 0;
                 double sum = old + added, magnitude = fabs(old) + fabs(added);
@@ -722,11 +724,11 @@ START_TEST(tile)
                 }
                 /* Each product and each addition rounds once. */
                 double bound = (double)(depth + 3) * (FLT_EPSILON / 2) * magnitude;
-                check(fabs(c_rows[i][j] - sum) <= (integers ? 0 : bound),
+                check(fabs(c_rows[i][c_first + j] - sum) <= (integers ? 0 : bound),
                       "%lld x %lld, %lld units: (%lld, %lld) is %a, not %a", (long long)rows,
                       (long long)cols, (long long)units, (long long)i, (long long)j,
-                      (double)c_rows[i][j], sum);
-                *twin = c_rows[i][j];
+                      (double)c_rows[i][c_first + j], sum);
+                *twin = c_rows[i][c_first + j];
             }
         }
         release(&a);

@@ -293,6 +293,8 @@ static void zero_part(void *work, int64_t part)
             zero_rows(zeroing, other + listed, run);
         other += run;
     }
+    if (zeroing->stream)
+        zeroing->kernels->stream_fence();
 }
 
 static void zero_other_rows(void *device, const sebp_matrix *to, const int64_t *rows, int64_t count)

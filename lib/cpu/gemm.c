@@ -135,10 +135,16 @@ static int64_t b_rows_bytes(const job *job)
     return round_up((job->units * job->unit_elements + 1) * (int64_t)sizeof(char *), 64);
 }
 
+/* Pointers to the rows of C that a panel adds to. */
+static int64_t c_rows_bytes(const job *job)
+{
+    return round_up(job->panel * (int64_t)sizeof(float *), 64);
+}
+
 static int64_t worker_bytes(const job *job)
 {
     return packed_a_bytes(job) + packed_b_bytes(job) + block_c_bytes(job) + 2 * line_bytes(job) +
-           b_rows_bytes(job);
+           b_rows_bytes(job) + c_rows_bytes(job);
 }
 
 /* Sizes the blocks: first by the caches, then down to the workspace's bound. */
@@ -198,18 +204,21 @@ typedef struct block {
     int64_t m0, m1, n0, n1;
     float *packed_a, *packed_b;
     const char **b_rows; /* of the block of the depth at hand, where they are its steps */
+    float **c_rows;      /* of the panel at hand: column 0 of C, or of its f32 block */
     float *c;            /* f32 block of a bf16 C; else NULL */
     const float *bias;   /* for columns n0 on; or NULL */
 } block;
 
-/* Where row i of the product lies in C, from column n0 of the block on. */
-static float *c_row(const job *job, const block *block, int64_t i)
+static void list_c_rows(const job *job, const block *block, int64_t i0, int64_t i1)
 {
-    if (block->c)
-        return block->c + (i - block->m0) * job->block_n;
     const sebp_product *product = job->product;
-    int64_t row = product->c_rows ? product->c_rows[i] : i;
-    return (float *)product->c + row * product->c_stride + block->n0;
+    for (int64_t i = i0; i < i1; i++) {
+        if (block->c)
+            block->c_rows[i - i0] = block->c + (i - block->m0) * job->block_n;
+        else
+            block->c_rows[i - i0] = (float *)product->c +
+                                    (product->c_rows ? product->c_rows[i] : i) * product->c_stride;
+    }
 }
 
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B from column j0
@@ -223,7 +232,6 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
     int64_t cols = least(kernels->tile_cols, block->n1 - j0);
     bool is_first = i0 == block->m0, is_straight = !job->b.lanes_are_rows;
-    float *c[32];
     sebp_tile_work work = {
         .units = parts(depth, job->unit_elements),
         .a = block->packed_a,
@@ -231,7 +239,8 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         .pack_b = is_first && is_straight && cols == kernels->tile_cols,
         .b_rows = block->b_rows,
         .b_at = j0 * bytes,
-        .c = c,
+        .c = block->c_rows,
+        .c_at = block->c ? j0 - block->n0 : j0,
         .cols = cols,
         .accumulate = at > 0 || (product->accumulate && !block->c),
         .bias = at == 0 && block->bias ? block->bias + (j0 - block->n0) : NULL,
@@ -243,8 +252,6 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         lines = parts(kernels->tile_cols * bytes, 64) * job->unit_elements;
     for (int64_t i = i0; i < i1; i += kernels->tile_rows) {
         work.rows = least(kernels->tile_rows, i1 - i);
-        for (int64_t r = 0; r < work.rows; r++)
-            c[r] = c_row(job, block, i + r) + (j0 - block->n0);
         work.ahead = NULL;
         if (line < lines) {
             int64_t odd = line % job->unit_elements, column = line / job->unit_elements * 64;
@@ -256,6 +263,7 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         }
         job->tile(&work);
         work.a += sliver_units(job, kernels->tile_rows);
+        work.c += kernels->tile_rows;
         work.pack_b = false;
     }
 }
@@ -285,6 +293,7 @@ static void sum_block(const job *job, const block *block)
         list_b_rows(job, block, at, depth);
         for (int64_t i0 = block->m0; i0 < block->m1; i0 += job->panel) {
             int64_t i1 = least(i0 + job->panel, block->m1);
+            list_c_rows(job, block, i0, i1);
             job->pack_a(block->packed_a, a_units, &job->a, i0, i1 - i0, at, depth);
             float *sliver = block->packed_b;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += kernels->tile_cols) {
@@ -326,6 +335,8 @@ static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_
     scratch += block_c_bytes(job);
     block.b_rows = (const char **)scratch;
     scratch += b_rows_bytes(job);
+    block.c_rows = (float **)scratch;
+    scratch += c_rows_bytes(job);
     float *bias = (float *)scratch, *line = (float *)(scratch + line_bytes(job));
     for (int64_t m = m0; m < m1; m += job->block_m) {
         for (int64_t n = n0; n < n1; n += job->block_n) {
