@@ -41,7 +41,7 @@ typedef struct sebp_product {
     sebp_dtype c_dtype;
     bool accumulate;
     bool other_rows_are_free; /* rows of C not in c_rows hold nothing: the product may use them */
-    const void *bias; /* n elements or NULL; never with accumulate */
+    const void *bias;         /* n elements or NULL; never with accumulate */
     sebp_dtype bias_dtype;
 } sebp_product;
 

@@ -24,8 +24,8 @@ const sebp_kernels *sebp_cpu_tier(int index);
 /** Whether `isa` names a tier, of this build and this machine or of another. */
 bool sebp_cpu_isa_is_known(const char *isa);
 
-/** The kernels in use. The first call fills the table, once, atomically: no tier above `max_isa`, or
- * the best where it is NULL. Later calls look at what is there. */
+/** The kernels in use. The first call fills the table, once, atomically: no tier above `max_isa`,
+ * or the best where it is NULL. Later calls look at what is there. */
 const sebp_kernels *sebp_cpu_kernels(const char *max_isa);
 
 /** What the table holds, or would hold if filled now. */
@@ -66,10 +66,10 @@ typedef struct sebp_cpu {
     sebp_gemm gemm;
     sebp_placement placement;
     const char *placement_refused;
-    struct sebp_binding *binding; /* NULL: threads are not bound */
+    struct sebp_binding *binding;   /* NULL: threads are not bound */
     sebp_parallel_for parallel_for; /* the host's; NULL: our own */
     void *pool;
-    pid_t pid; /* the process that made it: a forked child works alone */
+    pid_t pid;               /* the process that made it: a forked child works alone */
     sebp_topology topology;  /* as it was found when the context was made */
     int64_t workspace_bytes; /* the bound */
     char *scratch;

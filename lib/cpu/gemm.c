@@ -6,11 +6,14 @@
  *
  * C is cut into a grid of chunks, one for each worker at a time. Within a chunk
  *
- *     for each block of C that the scratch memory can hold (all of it, unless C is bf16)
- *       for each block of B's columns
- *         for each block of the depth, K_BLOCK units
- *           for each panel of A: pack it (it stays in L2)
- *             for each sliver of B: pack it if it is the first panel; run the panel's tiles
+ *     for each block of C (all of it, or a part that is summed in scratch memory)
+ *       for each block of the depth, K_BLOCK units
+ *         for each panel of A: pack it (it stays in L2)
+ *           for each sliver of B: pack it with the first panel; run the panel's tiles
+ *
+ * C is summed in scratch memory if it is bf16, so that it is rounded once, or large and added to for
+ * many blocks of the depth: its own rows may lie a multiple of 4 KiB apart, where they drive each
+ * other out of the caches.
  *
  * Every element of C is summed in an order that depends on k alone, never on the chunk or the
  * worker it falls to: the same bits for every number of threads and every bound of the workspace.
@@ -24,11 +27,12 @@
 #include "cpu.h"
 
 enum {
-    K_BLOCK = 512,   /* units of depth: a sliver of 14 rows of A takes 28 KiB */
+    K_BLOCK = 512,   /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
+    K_WHOLE = 768,   /* but this depth is one block, so that C is written once */
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
     B_BYTES = 2 << 20, /* packed B of one worker: it streams from L3 */
-    C_BYTES = 4 << 20, /* f32 block of a bf16 C of one worker */
+    C_BYTES = 4 << 20, /* f32 block of C of one worker */
     ROUNDS = 2         /* chunks to a worker at most */
 };
 
@@ -42,6 +46,7 @@ typedef struct job {
     sebp_slab a, b;
     int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
     int64_t units;         /* most units to a block of the depth */
+    bool in_blocks;        /* C is summed in f32 blocks of scratch memory */
     int64_t grid_m, grid_n;
     int64_t panel;   /* rows of A to a packed panel */
     int64_t block_m; /* rows to a block of C */
@@ -120,11 +125,11 @@ static int64_t packed_b_bytes(const job *job)
 
 static int64_t block_c_bytes(const job *job)
 {
-    return job->product->c_dtype == SEBP_F32 ? 0 : round_up(job->block_m * job->block_n * 4, 64);
+    return job->in_blocks ? round_up(job->block_m * job->block_n * 4, 64) : 0;
 }
 
-/* Bias and one row of C, where they are converted: block_n numbers each. */
-static int64_t line_bytes(const job *job)
+/* The bias of a block's columns, where it is converted. */
+static int64_t bias_bytes(const job *job)
 {
     return round_up(job->block_n * 4, 64);
 }
@@ -143,7 +148,7 @@ static int64_t c_rows_bytes(const job *job)
 
 static int64_t worker_bytes(const job *job)
 {
-    return packed_a_bytes(job) + packed_b_bytes(job) + block_c_bytes(job) + 2 * line_bytes(job) +
+    return packed_a_bytes(job) + packed_b_bytes(job) + block_c_bytes(job) + bias_bytes(job) +
            b_rows_bytes(job) + c_rows_bytes(job);
 }
 
@@ -164,7 +169,8 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
         .unit_elements = pairs ? 2 : 1,
     };
     int64_t units = parts(product->k, job->unit_elements);
-    job->units = parts(units, parts(units, K_BLOCK)); /* blocks of one size */
+    job->units =
+        units <= K_WHOLE ? units : parts(units, parts(units, K_BLOCK)); /* all of one size */
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(job, threads);
     int64_t chunk_m = round_up(parts(product->m, job->grid_m), kernels->tile_rows);
@@ -180,7 +186,10 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
     int64_t chunk_columns = chunk_n / kernels->tile_cols;
     job->block_n = parts(chunk_columns, parts(chunk_columns, b_slivers)) * kernels->tile_cols;
     job->block_m = chunk_m;
-    if (product->c_dtype != SEBP_F32)
+    job->in_blocks =
+        product->c_dtype != SEBP_F32 ||
+        (units > job->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
+    if (job->in_blocks)
         job->block_m =
             round_up(least(chunk_m, most(1, C_BYTES / (job->block_n * 4))), kernels->tile_rows);
 
@@ -242,7 +251,7 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         .c = block->c_rows,
         .c_at = block->c ? j0 - block->n0 : j0,
         .cols = cols,
-        .accumulate = at > 0 || (product->accumulate && !block->c),
+        .accumulate = at > 0 || product->accumulate,
         .bias = at == 0 && block->bias ? block->bias + (j0 - block->n0) : NULL,
     };
     if (is_first && !work.pack_b)
@@ -305,21 +314,37 @@ static void sum_block(const job *job, const block *block)
     }
 }
 
-/* Rounds an f32 block into a bf16 C. */
-static void store_block(const job *job, const block *block, float *line)
+/* Where row i of the product lies in C, from column n0 of the block on. */
+static char *c_part(const job *job, const block *block, int64_t i)
 {
     const sebp_product *product = job->product;
+    int64_t row = product->c_rows ? product->c_rows[i] : i;
+    return (char *)product->c +
+           (row * product->c_stride + block->n0) * (int64_t)sebp_dtype_bytes(product->c_dtype);
+}
+
+/* Brings what C holds into its f32 block. */
+static void load_block(const job *job, const block *block)
+{
     int64_t n = block->n1 - block->n0;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        int64_t row = product->c_rows ? product->c_rows[i] : i;
-        uint16_t *to = (uint16_t *)product->c + row * product->c_stride + block->n0;
-        float *from = block->c + (i - block->m0) * job->block_n;
-        if (product->accumulate) {
-            job->kernels->f32_from_bf16(line, to, n);
-            for (int64_t j = 0; j < n; j++)
-                from[j] += line[j];
-        }
-        job->kernels->bf16_from_f32(to, from, n);
+        float *to = block->c + (i - block->m0) * job->block_n;
+        if (job->product->c_dtype == SEBP_F32)
+            memcpy(to, c_part(job, block, i), (size_t)n * sizeof *to);
+        else
+            job->kernels->f32_from_bf16(to, (const uint16_t *)c_part(job, block, i), n);
+    }
+}
+
+static void store_block(const job *job, const block *block)
+{
+    int64_t n = block->n1 - block->n0;
+    for (int64_t i = block->m0; i < block->m1; i++) {
+        const float *from = block->c + (i - block->m0) * job->block_n;
+        if (job->product->c_dtype == SEBP_F32)
+            memcpy(c_part(job, block, i), from, (size_t)n * sizeof *from);
+        else
+            job->kernels->bf16_from_f32((uint16_t *)c_part(job, block, i), from, n);
     }
 }
 
@@ -337,7 +362,7 @@ static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_
     scratch += b_rows_bytes(job);
     block.c_rows = (float **)scratch;
     scratch += c_rows_bytes(job);
-    float *bias = (float *)scratch, *line = (float *)(scratch + line_bytes(job));
+    float *bias = (float *)scratch;
     for (int64_t m = m0; m < m1; m += job->block_m) {
         for (int64_t n = n0; n < n1; n += job->block_n) {
             block.m0 = m;
@@ -352,9 +377,11 @@ static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_
                     block.bias = bias;
                 }
             }
+            if (block.c && product->accumulate)
+                load_block(job, &block);
             sum_block(job, &block);
             if (block.c)
-                store_block(job, &block, line);
+                store_block(job, &block);
         }
     }
 }
