@@ -115,12 +115,20 @@ struct pool {
 
 struct chunk {
     struct chunk *next;
+    size_t bytes;
 };
 
-/** `count` zeroed elements of `size` bytes, aligned to a cache line. NULL sets pool->failed. */
+enum { LINE = 64 }; /* bytes in a cache line */
+
+/** Where the memory of a chunk begins: at the first cache line after its head. */
+static void *chunk_data(struct chunk *chunk)
+{
+    return (void *)(((uintptr_t)(chunk + 1) + LINE - 1) / LINE * LINE);
+}
+
+/** `count` zeroed elements of `size` bytes, aligned to a cache line; NULL sets pool->failed. */
 static void *allocate(struct pool *pool, int64_t count, size_t size)
 {
-    enum { LINE = 64 };
     if (pool->failed || count < 0 || (uint64_t)count > (PTRDIFF_MAX - 2 * LINE) / size) {
         pool->failed = true;
         return NULL;
@@ -130,10 +138,9 @@ static void *allocate(struct pool *pool, int64_t count, size_t size)
         pool->failed = true;
         return NULL;
     }
-    chunk->next = pool->chunks;
+    *chunk = (struct chunk){pool->chunks, (size_t)count * size};
     pool->chunks = chunk;
-    uintptr_t data = ((uintptr_t)(chunk + 1) + LINE - 1) / LINE * LINE;
-    return (void *)data;
+    return chunk_data(chunk);
 }
 
 static void pool_free(struct pool *pool)
@@ -356,7 +363,7 @@ static int check_writable(const char *path)
 
 /** A slice of a file's text; not NUL-terminated. */
 struct slice {
-    const char *text;
+    char *text;
     int64_t length;
 };
 
@@ -416,7 +423,7 @@ static int read_file(struct pool *pool, const char *path, struct slice *contents
 /** Takes the next line off `rest`, without its end ("\n" or "\r\n"). */
 static struct slice take_line(struct slice *rest)
 {
-    const char *end = memchr(rest->text, '\n', (size_t)rest->length);
+    char *end = memchr(rest->text, '\n', (size_t)rest->length);
     int64_t length = end != NULL ? end - rest->text : rest->length;
     struct slice line = {rest->text, length};
     int64_t taken = end != NULL ? length + 1 : length;
@@ -435,6 +442,16 @@ static int64_t count_lines(struct slice text)
         lines++;
     }
     return lines;
+}
+
+/** Lower-cases the ASCII letters of a slice where they stand. */
+static struct slice fold(struct slice text)
+{
+    for (int64_t i = 0; i < text.length; i++) {
+        char c = text.text[i];
+        text.text[i] = c >= 'A' && c <= 'Z' ? (char)(c + 'a' - 'A') : c;
+    }
+    return text;
 }
 
 static bool slice_equals(struct slice a, const char *text)
@@ -502,7 +519,7 @@ static int read_corpus(struct pool *pool, const char *path, struct corpus *corpu
                             path, number, (int)smaller(fields[1].length, 40), fields[1].text,
                             MOST_CLASSES - 1);
         }
-        struct slice text = fields[columns == 2 ? 0 : 3];
+        struct slice text = fold(fields[columns == 2 ? 0 : 3]);
         if (text.length == 0) {
             return complain(REFUSED, "%s:%lld: the sentence is empty", path, number);
         }
@@ -524,11 +541,6 @@ static bool is_punctuation(char c)
 {
     return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') ||
            (c >= '{' && c <= '~');
-}
-
-static char lower(char c)
-{
-    return c >= 'A' && c <= 'Z' ? (char)(c + 'a' - 'A') : c;
 }
 
 /** Takes the next word off `rest`; false if there is none. */
@@ -573,27 +585,22 @@ static int vocabulary_create(struct pool *pool, int64_t most, struct vocabulary 
 }
 
 /**
- * Where `prefix` followed by `word`, lower-cased, is or would be: its bucket.
+ * Where `prefix` followed by `word` is or would be: its bucket.
  * Pieces that go on with a word are spelled with the prefix "##" in the file.
  */
-static int64_t vocabulary_find(const struct vocabulary *v, const char *prefix, struct slice word,
-                               bool fold)
+static int64_t vocabulary_find(const struct vocabulary *v, const char *prefix, struct slice word)
 {
-    int64_t before = (int64_t)strlen(prefix);
+    size_t before = strlen(prefix), length = (size_t)word.length;
     uint64_t hash = 14695981039346656037u; /* FNV-1a */
-    for (int64_t i = 0; i < before + word.length; i++) {
+    for (size_t i = 0; i < before + length; i++) {
         char c = i < before ? prefix[i] : word.text[i - before];
-        hash = (hash ^ (unsigned char)(fold ? lower(c) : c)) * 1099511628211u;
+        hash = (hash ^ (unsigned char)c) * 1099511628211u;
     }
     int64_t bucket = (int64_t)(hash & (uint64_t)(v->buckets - 1));
     while (v->table[bucket] != 0) {
         struct slice piece = v->pieces[v->table[bucket] - 1];
-        bool equal = piece.length == before + word.length;
-        for (int64_t i = 0; equal && i < piece.length; i++) {
-            char c = i < before ? prefix[i] : word.text[i - before];
-            equal = piece.text[i] == (fold ? lower(c) : c);
-        }
-        if (equal) {
+        if ((size_t)piece.length == before + length && memcmp(piece.text, prefix, before) == 0 &&
+            (length == 0 || memcmp(piece.text + before, word.text, length) == 0)) {
             break;
         }
         bucket = (bucket + 1) & (v->buckets - 1);
@@ -601,31 +608,32 @@ static int64_t vocabulary_find(const struct vocabulary *v, const char *prefix, s
     return bucket;
 }
 
-static int32_t vocabulary_id(const struct vocabulary *v, const char *prefix, struct slice word,
-                             bool fold)
+/** The id of `prefix` followed by `word`; -1 if there is no such piece. */
+static int32_t vocabulary_id(const struct vocabulary *v, const char *prefix, struct slice word)
 {
-    return v->table[vocabulary_find(v, prefix, word, fold)] - 1;
+    return v->table[vocabulary_find(v, prefix, word)] - 1;
 }
 
-/** Adds a piece, exactly as spelled; one that is there already keeps its id. */
+/** Adds a piece; one that is there already keeps its id. */
 static void vocabulary_add(struct vocabulary *v, struct slice piece)
 {
-    int64_t bucket = vocabulary_find(v, "", piece, false);
+    int64_t bucket = vocabulary_find(v, "", piece);
     v->pieces[v->count++] = piece;
     if (v->table[bucket] == 0) {
         v->table[bucket] = (int32_t)v->count;
     }
 }
 
+static const char *const special_names[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"};
+
 /** Finds the four special pieces; `path` is for the message. */
 static int vocabulary_specials(struct vocabulary *v, const char *path)
 {
-    static const char *const names[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"};
     int32_t *const ids[] = {&v->pad, &v->unknown, &v->classify, &v->separate};
     for (int i = 0; i < 4; i++) {
-        *ids[i] = vocabulary_id(v, "", (struct slice){names[i], (int64_t)strlen(names[i])}, false);
+        *ids[i] = vocabulary_id(v, special_names[i], (struct slice){0});
         if (*ids[i] < 0) {
-            return complain(REFUSED, "%s: lacks %s", path, names[i]);
+            return complain(REFUSED, "%s: lacks %s", path, special_names[i]);
         }
     }
     return OK;
@@ -659,43 +667,37 @@ static int vocabulary_build(struct pool *pool, const struct corpus *corpus, stru
             words++;
         }
     }
-    struct vocabulary all = {0}; /* every word, spelled as it is met */
+    struct vocabulary all = {0};
     int32_t *seen = allocate(pool, words, sizeof *seen);
     int status = vocabulary_create(pool, words, &all);
     if (status == OK) {
         status = vocabulary_create(pool, words + 4, v);
     }
-    for (int64_t i = 0; status == OK && i < corpus->count; i++) {
+    if (status != OK) {
+        return status;
+    }
+    for (int i = 0; i < 4; i++) {
+        int64_t length = (int64_t)strlen(special_names[i]);
+        char *name = allocate(pool, length, 1);
+        if (name == NULL) {
+            return complain(FAILED, "out of memory for the vocabulary");
+        }
+        memcpy(name, special_names[i], (size_t)length);
+        vocabulary_add(v, (struct slice){name, length});
+    }
+    for (int64_t i = 0; i < corpus->count; i++) {
         for (struct slice rest = corpus->sentences[i].text; take_word(&rest, &word);) {
-            char *folded = allocate(pool, word.length, 1);
-            if (folded == NULL) {
-                return complain(FAILED, "out of memory for the vocabulary");
-            }
-            for (int64_t c = 0; c < word.length; c++) {
-                folded[c] = lower(word.text[c]);
-            }
-            struct slice piece = {folded, word.length};
-            int32_t id = vocabulary_id(&all, "", piece, false);
+            int32_t id = vocabulary_id(&all, "", word);
             if (id < 0) {
                 id = (int32_t)all.count;
-                vocabulary_add(&all, piece);
+                vocabulary_add(&all, word);
             }
-            seen[id]++;
-        }
-    }
-    if (status == OK) {
-        static const char *const specials[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"};
-        for (int i = 0; i < 4; i++) {
-            vocabulary_add(v, (struct slice){specials[i], (int64_t)strlen(specials[i])});
-        }
-        for (int64_t id = 0; id < all.count; id++) {
-            if (seen[id] >= 2) {
-                vocabulary_add(v, all.pieces[id]);
+            if (++seen[id] == 2) {
+                vocabulary_add(v, word);
             }
         }
-        status = vocabulary_specials(v, "the vocabulary");
     }
-    return status;
+    return vocabulary_specials(v, "the vocabulary");
 }
 
 /** A sentence as the model sees it: [CLS] pieces [SEP], without padding. */
@@ -728,7 +730,7 @@ static int64_t word_pieces(const struct vocabulary *v, struct slice word, int32_
         int64_t length = word.length <= LONGEST_WORD ? word.length - start : 0;
         for (; length > 0; length--) {
             struct slice piece = {word.text + start, length};
-            id = vocabulary_id(v, start > 0 ? "##" : "", piece, true);
+            id = vocabulary_id(v, start > 0 ? "##" : "", piece);
             if (id >= 0) {
                 break;
             }
@@ -901,7 +903,7 @@ WIDE static void norm_backward_row(const float *x, struct moments moments, const
     }
 }
 
-/** c = a B (+ c): a has k elements `step` apart, B is k x n with rows `stride` apart. */
+/** c = a B: a has k elements `step` apart, B is k x n with rows `stride` apart. */
 WIDE static void row_times_matrix(const float *a, int64_t step, const float *b, int64_t stride,
                                   int64_t k, float *restrict c, int64_t n)
 {
@@ -1116,9 +1118,12 @@ static struct norm new_norm(struct model *m, const char *name, int64_t block)
     return (struct norm){scale, new_tensor(m, name, block, "shift", 1, m->shape.hidden, 0.0f)};
 }
 
-/** Makes a model with room for batches of the shape. Its memory is the pool's. */
-static int model_create(struct pool *pool, sebp_context *context, const struct shape *shape,
-                        struct model *m)
+/**
+ * Makes a model with room for batches of the shape. What each step writes before it reads comes
+ * from a pool of its own, which may be the same.
+ */
+static int model_create(struct pool *pool, struct pool *activations, sebp_context *context,
+                        const struct shape *shape, struct model *m)
 {
     const int64_t H = shape->hidden, F = 4 * H, L = shape->length, B = shape->batch, M = B * L;
     enum { TENSORS_OUTSIDE_BLOCKS = 8, TENSORS_IN_BLOCK = 12 };
@@ -1159,35 +1164,35 @@ static int model_create(struct pool *pool, sebp_context *context, const struct s
         offset += (tensor->rows * tensor->cols + 15) / 16 * 16;
     }
 
-    m->embedding_sum = floats(pool, M * H);
-    m->embedding_moments = allocate(pool, M, sizeof *m->embedding_moments);
-    float *input = floats(pool, M * H);
+    m->embedding_sum = floats(activations, M * H);
+    m->embedding_moments = allocate(activations, M, sizeof *m->embedding_moments);
+    float *input = floats(activations, M * H);
     for (int64_t i = 0; i < shape->layers; i++) {
         struct block *block = &m->blocks[i];
         block->input = input;
-        block->qkv_values = floats(pool, M * 3 * H);
-        block->weights = floats(pool, B * shape->heads * L * L);
-        block->context = floats(pool, M * H);
-        block->out_sum = floats(pool, M * H);
-        block->middle = floats(pool, M * H);
-        block->up_values = floats(pool, M * F);
-        block->bent = floats(pool, M * F);
-        block->down_sum = floats(pool, M * H);
-        block->output = input = floats(pool, M * H);
-        block->out_moments = allocate(pool, M, sizeof *block->out_moments);
-        block->down_moments = allocate(pool, M, sizeof *block->down_moments);
+        block->qkv_values = floats(activations, M * 3 * H);
+        block->weights = floats(activations, B * shape->heads * L * L);
+        block->context = floats(activations, M * H);
+        block->out_sum = floats(activations, M * H);
+        block->middle = floats(activations, M * H);
+        block->up_values = floats(activations, M * F);
+        block->bent = floats(activations, M * F);
+        block->down_sum = floats(activations, M * H);
+        block->output = input = floats(activations, M * H);
+        block->out_moments = allocate(activations, M, sizeof *block->out_moments);
+        block->down_moments = allocate(activations, M, sizeof *block->down_moments);
     }
-    m->pooled = floats(pool, B * H);
-    m->logits = floats(pool, B * shape->classes);
-    m->dlogits = floats(pool, B * shape->classes);
-    m->dpooled = floats(pool, B * H);
-    m->d = floats(pool, M * H);
-    m->dcontext = floats(pool, M * H);
-    m->dqkv = floats(pool, M * 3 * H);
-    m->dbent = floats(pool, M * F);
+    m->pooled = floats(activations, B * H);
+    m->logits = floats(activations, B * shape->classes);
+    m->dlogits = floats(activations, B * shape->classes);
+    m->dpooled = floats(activations, B * H);
+    m->d = floats(activations, M * H);
+    m->dcontext = floats(activations, M * H);
+    m->dqkv = floats(activations, M * 3 * H);
+    m->dbent = floats(activations, M * F);
     /* Attention: a transposed D x L and scores L x L; layer norm: two rows of H. */
     m->scratch_each = (H / shape->heads * L + L * L + 2 * H + 15) / 16 * 16;
-    m->scratch = floats(pool, m->threads * m->scratch_each);
+    m->scratch = floats(activations, m->threads * m->scratch_each);
 
     m->batch.ids = allocate(pool, M, sizeof *m->batch.ids);
     m->batch.labels = allocate(pool, B, sizeof *m->batch.labels);
@@ -1199,7 +1204,8 @@ static int model_create(struct pool *pool, sebp_context *context, const struct s
         m->everything.lengths[s] = L;
         m->classifying.lengths[s] = 1;
     }
-    return pool->failed ? complain(FAILED, "out of memory for the model") : OK;
+    return pool->failed || activations->failed ? complain(FAILED, "out of memory for the model")
+                                               : OK;
 }
 
 /** The parameters as they are before the first step. */
@@ -1230,13 +1236,12 @@ static void regions_destroy(struct model *m)
     }
 }
 
-/** Keeps the first failure; false once there was one. */
-static bool went_well(struct model *m, sebp_status status)
+/** Keeps the first failure. */
+static void keep_status(struct model *m, sebp_status status)
 {
     if (m->status == SEBP_SUCCESS) {
         m->status = status;
     }
-    return m->status == SEBP_SUCCESS;
 }
 
 /** The row sets of the batch: made once, used by every layer. */
@@ -1245,10 +1250,10 @@ static void regions_make(struct model *m)
     const struct batch *batch = &m->batch;
     const int64_t B = batch->sequences, L = m->shape.length;
     regions_destroy(m);
-    went_well(m, sebp_rows_all(B, &m->sequences));
-    went_well(m, sebp_rows_all(B * L, &m->everything.rows));
-    went_well(m, sebp_rows_from_lengths(batch->lengths, B, L, &m->tokens.rows));
-    went_well(m, sebp_rows_from_lengths(m->classifying.lengths, B, L, &m->classifying.rows));
+    keep_status(m, sebp_rows_all(B, &m->sequences));
+    keep_status(m, sebp_rows_all(B * L, &m->everything.rows));
+    keep_status(m, sebp_rows_from_lengths(batch->lengths, B, L, &m->tokens.rows));
+    keep_status(m, sebp_rows_from_lengths(m->classifying.lengths, B, L, &m->classifying.rows));
 }
 
 /** Fills the batch with `count` examples from `order`, or in their own order. */
@@ -1283,7 +1288,7 @@ static void linear_forward(struct model *m, const sebp_rows *rows, sebp_matrix x
     sebp_matrix b = sebp_matrix_f32(linear->bias->value, 1, weight->rows);
     sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     options.inactive = SEBP_INACTIVE_LEAVE;
-    went_well(m, sebp_linear_forward(m->context, &x, &w, &b, rows, &options, &y));
+    keep_status(m, sebp_linear_forward(m->context, &x, &w, &b, rows, &options, &y));
 }
 
 /** sum += residual; y = norm(sum). sum, residual, y: M x H. */
@@ -1452,7 +1457,7 @@ static void linear_backward(struct model *m, const sebp_rows *rows, sebp_matrix 
     sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     options.inactive = SEBP_INACTIVE_LEAVE;
     options.dx_write = write;
-    went_well(m, sebp_linear_backward(m->context, &dy, &x, &w, rows, &options, &dx, &dw, &db));
+    keep_status(m, sebp_linear_backward(m->context, &dy, &x, &w, rows, &options, &dx, &dw, &db));
     m->backward_flops +=
         4.0 * (double)sebp_rows_count(rows) * (double)weight->rows * (double)weight->cols;
 }
@@ -1802,47 +1807,11 @@ static int train(struct model *m, const struct options *o, enum mode mode,
 /* 10. Gradient check and parameter dump                                                          */
 /* ============================================================================================== */
 
-/** Puts NaN wherever a step must write before it reads, so that a row read by mistake shows. */
-static void poison(struct model *m)
+/** Fills the activations with NaN, so that a row which is read but was skipped shows. */
+static void poison(struct pool *activations)
 {
-    const int64_t H = m->shape.hidden, F = 4 * H, L = m->shape.length, B = m->shape.batch;
-    const int64_t M = B * L, pairs = B * m->shape.heads * L * L;
-    struct {
-        float *data;
-        int64_t count;
-    } shared[] = {
-        {m->embedding_sum, M * H}, {m->pooled, B * H},   {m->dpooled, B * H}, {m->d, M * H},
-        {m->dcontext, M * H},      {m->dqkv, M * 3 * H}, {m->dbent, M * F}};
-    for (size_t i = 0; i < sizeof shared / sizeof *shared; i++) {
-        for (int64_t j = 0; j < shared[i].count; j++) {
-            shared[i].data[j] = NAN;
-        }
-    }
-    for (int64_t layer = 0; layer < m->shape.layers; layer++) {
-        struct block *b = &m->blocks[layer];
-        float *const wide[] = {b->up_values, b->bent};
-        float *const narrow[] = {b->input,  b->context,  b->out_sum,
-                                 b->middle, b->down_sum, b->output};
-        for (int64_t j = 0; j < M * H; j++) {
-            for (size_t i = 0; i < sizeof narrow / sizeof *narrow; i++) {
-                narrow[i][j] = NAN;
-            }
-        }
-        for (int64_t j = 0; j < M * F; j++) {
-            wide[0][j] = wide[1][j] = NAN;
-        }
-        for (int64_t j = 0; j < M * 3 * H; j++) {
-            b->qkv_values[j] = NAN;
-        }
-        for (int64_t j = 0; j < pairs; j++) {
-            b->weights[j] = NAN;
-        }
-    }
-    for (int64_t i = 0; i < m->tensor_count; i++) {
-        struct tensor *t = &m->tensors[i];
-        for (int64_t j = 0; t != m->token && j < t->rows * t->cols; j++) {
-            t->gradient[j] = NAN; /* token gradients are added to, from zero */
-        }
+    for (struct chunk *chunk = activations->chunks; chunk != NULL; chunk = chunk->next) {
+        memset(chunk_data(chunk), 0xff, chunk->bytes);
     }
 }
 
@@ -1855,7 +1824,7 @@ static void poison(struct model *m)
  */
 static double check_tensor(struct model *m, const struct tensor *t, uint64_t *state, float *scratch)
 {
-    const double h = 5e-3;
+    const double h = 2.5e-3;
     const int64_t count = t->rows * t->cols;
     double norm = 0.0, worst = 0.0;
     for (int64_t j = 0; j < count; j++) {
@@ -1889,13 +1858,13 @@ static double check_tensor(struct model *m, const struct tensor *t, uint64_t *st
 /** Every tensor of a small model in every mode. Prints one line for each mode. */
 static int check_gradients(sebp_context *context, int64_t seed)
 {
-    /* Over 200 seeds the largest error was 2e-3, from the rounding of the f32 forward. */
-    const double tolerance = 1e-2;
+    /* Over 200 seeds the largest error was 1.3e-3, from the rounding of the f32 forward. */
+    const double tolerance = 3e-3;
     const struct shape shape = {2, 16, 2, 12, 4, 24, 3};
     const int64_t lengths[] = {12, 5, 2, 7};
-    struct pool pool = {0};
+    struct pool pool = {0}, activations = {0};
     struct model m;
-    int status = model_create(&pool, context, &shape, &m);
+    int status = model_create(&pool, &activations, context, &shape, &m);
     float *scratch = floats(&pool, m.parameter_count);
     if (status == OK && pool.failed) {
         status = complain(FAILED, "out of memory for the model");
@@ -1915,9 +1884,12 @@ static int check_gradients(sebp_context *context, int64_t seed)
             m.batch.lengths[s] = lengths[s];
             m.batch.labels[s] = (int)random_below(&state, shape.classes);
         }
-        poison(&m);
-        forward(&m);
-        backward(&m);
+        for (int step = 0; step < 2; step++) { /* the second meets what the first left behind */
+            poison(&activations);
+            embedding_clear(&m);
+            forward(&m);
+            backward(&m);
+        }
         for (int64_t i = 0; i < m.tensor_count && m.status == SEBP_SUCCESS; i++) {
             double error = check_tensor(&m, &m.tensors[i], &state, scratch);
             agree += error <= tolerance;
@@ -1937,6 +1909,7 @@ static int check_gradients(sebp_context *context, int64_t seed)
             complain(FAILED, "%s: %s", sebp_status_string(m.status), sebp_context_message(context));
     }
     regions_destroy(&m);
+    pool_free(&activations);
     pool_free(&pool);
     return status;
 }
@@ -2305,7 +2278,7 @@ static int experiment(struct pool *pool, sebp_context *context, const struct opt
                           o->max_length, o->batch,  data.vocabulary.count,
                           data.classes};
     struct report report = {o, step_count(o, &data.train), data.majority, {{0}}};
-    status = model_create(pool, context, &shape, &m);
+    status = model_create(pool, pool, context, &shape, &m);
     int64_t *order = allocate(pool, data.train.count, sizeof *order);
     for (int mode = 0; mode < MODES; mode++) {
         struct run *run = &report.runs[mode];
