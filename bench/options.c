@@ -249,7 +249,9 @@ static void parse_arguments(options *o, int argc, char **argv)
             fputs(usage, stdout);
         else
             printf("sebp-bench %s\n", sebp_version());
-        exit(fflush(stdout) == 0 ? 0 : FAILED);
+        if (fflush(stdout) != 0)
+            die(FAILED, "cannot write: %s", strerror(errno));
+        exit(0);
     }
     if (o->forward && (o->sources & SECOND))
         die(USAGE, "--rows: the forward is given its rows, it does not find them");
