@@ -250,11 +250,11 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
     const bool is_whole = work->rows == height && work->cols == TILE_COLS;
-    if (is_whole) {
+    if (is_whole) { /* into L2: rows of C may lie where L1 cannot hold all of them */
 #pragma GCC unroll 16
         for (int i = 0; i < height; i++)
             for (int j = 0; j < TILE_COLS; j += LINE)
-                __builtin_prefetch(work->c[i] + work->c_at + j, 1);
+                __builtin_prefetch(work->c[i] + work->c_at + j, 0, 2);
     }
     for (int64_t u = 0; u < units; u++) {
         __builtin_prefetch(*ahead + ahead_at, 0, 2);

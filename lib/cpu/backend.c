@@ -21,7 +21,8 @@ enum {
     SCAN_BLOCK_ROWS = 16,        /* at least, so that threads do not share lines of scores */
     ZERO_PART_BYTES = 128 << 10, /* worth a thread of its own */
     ASSUMED_CACHE = 4 << 20,     /* where the L3 cache is not known */
-    SUM_COLS = 512               /* sums held at a time: 2 KiB */
+    SUM_COLS = 512,              /* sums held at a time: 2 KiB */
+    LARGE = 512                  /* of a product's sizes */
 };
 
 static int64_t least(int64_t a, int64_t b)
@@ -186,11 +187,13 @@ static bool choose_onednn(const sebp_cpu *cpu, const sebp_product *product, cons
 {
     *path = cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
 #ifdef SEBP_HAVE_ONEDNN
-    /* Left to choose, oneDNN has the products of f32 that it takes as they lie, where it measures a
-     * few percent faster. Where rows must be gathered for it, and with bf16, our own does. */
-    bool takes_as_they_lie = product->dtype == SEBP_F32 && product->a.rows == NULL &&
-                             product->b.rows == NULL && product->c_rows == NULL;
-    if (cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && takes_as_they_lie)) {
+    /* Left to choose, oneDNN has the large products of f32 that it takes as they lie, where it
+     * measures a few percent faster. Where rows must be gathered for it, where few are left, and
+     * with bf16, our own does. */
+    bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL;
+    bool is_large = least(product->m, least(product->n, product->k)) >= LARGE;
+    bool suits = product->dtype == SEBP_F32 && is_dense && is_large;
+    if (cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits)) {
         *path = sebp_onednn_refusal(cpu, product);
         if (*path != NULL)
             return false;

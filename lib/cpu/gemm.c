@@ -31,7 +31,7 @@ enum {
     K_WHOLE = 768,   /* but this depth is one block, so that C is written once */
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
-    B_BYTES = 2 << 20, /* packed B of one worker: it streams from L3 */
+    B_BYTES = 6 << 20, /* packed B of one worker: it streams from L3 */
     C_BYTES = 4 << 20, /* f32 block of C of one worker */
     ROUNDS = 2         /* chunks to a worker at most */
 };
@@ -123,9 +123,16 @@ static int64_t packed_b_bytes(const job *job)
            sliver_units(job, job->kernels->tile_cols) * 4;
 }
 
+/* Floats from one row of a block of C to the next: an odd number of lines, as rows a power of two
+ * apart would meet in the same few places of a cache. */
+static int64_t block_stride(const job *job)
+{
+    return round_up(job->block_n, 32) + 16;
+}
+
 static int64_t block_c_bytes(const job *job)
 {
-    return job->in_blocks ? round_up(job->block_m * job->block_n * 4, 64) : 0;
+    return job->in_blocks ? round_up(job->block_m * block_stride(job) * 4, 64) : 0;
 }
 
 /* The bias of a block's columns, where it is converted. */
@@ -223,7 +230,7 @@ static void list_c_rows(const job *job, const block *block, int64_t i0, int64_t 
     const sebp_product *product = job->product;
     for (int64_t i = i0; i < i1; i++) {
         if (block->c)
-            block->c_rows[i - i0] = block->c + (i - block->m0) * job->block_n;
+            block->c_rows[i - i0] = block->c + (i - block->m0) * block_stride(job);
         else
             block->c_rows[i - i0] = (float *)product->c +
                                     (product->c_rows ? product->c_rows[i] : i) * product->c_stride;
@@ -328,7 +335,7 @@ static void load_block(const job *job, const block *block)
 {
     int64_t n = block->n1 - block->n0;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        float *to = block->c + (i - block->m0) * job->block_n;
+        float *to = block->c + (i - block->m0) * block_stride(job);
         if (job->product->c_dtype == SEBP_F32)
             memcpy(to, c_part(job, block, i), (size_t)n * sizeof *to);
         else
@@ -340,7 +347,7 @@ static void store_block(const job *job, const block *block)
 {
     int64_t n = block->n1 - block->n0;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        const float *from = block->c + (i - block->m0) * job->block_n;
+        const float *from = block->c + (i - block->m0) * block_stride(job);
         if (job->product->c_dtype == SEBP_F32)
             memcpy(c_part(job, block, i), from, (size_t)n * sizeof *from);
         else
