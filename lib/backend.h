@@ -53,8 +53,6 @@ typedef enum sebp_measure {
 } sebp_measure;
 
 typedef struct sebp_backend {
-    const char *name;
-
     /** score: dy->rows results. */
     void (*scan_rows)(void *device, const sebp_matrix *dy, sebp_measure measure, double limit,
                       double *score);

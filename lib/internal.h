@@ -38,7 +38,8 @@ sebp_status sebp_check_view(sebp_context *context, const char *function, const c
 /** Checks a rule; on error leaves a line. */
 sebp_status sebp_check_rule(sebp_context *context, const char *function, const sebp_rule *rule);
 
-/** Whether any byte from the first to the last element of one view lies in the other's. */
+/** Whether one view holds bytes of the other. Views of different strides in bytes are taken to hold
+ * all between their first and last element. */
 bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other);
 
 /** Milliseconds on a monotonic clock. */

@@ -95,14 +95,22 @@ bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other)
     if (one->rows == 0 || one->cols == 0 || other->rows == 0 || other->cols == 0)
         return false;
     const sebp_matrix *views[2] = {one, other};
-    uintptr_t first[2], end[2];
+    uintptr_t first[2], end[2], width[2], step[2]; /* in bytes */
     for (int i = 0; i < 2; i++) {
         const sebp_matrix *view = views[i];
-        int64_t elements = (view->rows - 1) * view->stride + view->cols;
+        uintptr_t element = sebp_dtype_bytes(view->dtype);
+        width[i] = (uintptr_t)view->cols * element;
+        step[i] = (uintptr_t)view->stride * element;
         first[i] = (uintptr_t)view->data;
-        end[i] = first[i] + (uintptr_t)elements * sebp_dtype_bytes(view->dtype);
+        end[i] = first[i] + (uintptr_t)(view->rows - 1) * step[i] + width[i];
     }
-    return first[0] < end[1] && first[1] < end[0];
+    if (first[0] >= end[1] || first[1] >= end[0])
+        return false;
+    int lower = first[0] <= first[1] ? 0 : 1;
+    uintptr_t apart = (first[1 - lower] - first[lower]) % step[lower];
+    bool are_columns = /* of one matrix, side by side */
+        step[0] == step[1] && apart >= width[lower] && apart + width[1 - lower] <= step[lower];
+    return !are_columns;
 }
 
 /* from: n elements, to: n elements. */

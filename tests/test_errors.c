@@ -271,6 +271,38 @@ START_TEST(backward_aliases)
 }
 END_TEST
 
+/* Columns of one matrix, side by side, do not overlap, as in a fused layer's q, k and v. */
+START_TEST(columns_side_by_side)
+{
+    float buffer[4][8];
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < 8; j++) {
+            buffer[i][j] = (float)(8 * i + j);
+        }
+    }
+    sebp_matrix left = sebp_matrix_f32(&buffer[0][0], 4, 4);
+    sebp_matrix right = sebp_matrix_f32(&buffer[0][4], 4, 4);
+    left.stride = right.stride = 8;
+    ck_assert_int_eq(sebp_matrix_convert(&right, &left), SEBP_SUCCESS);
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < 4; j++) {
+            ck_assert(buffer[i][j] == (float)(8 * i + j + 4));
+            ck_assert(buffer[i][j + 4] == (float)(8 * i + j + 4));
+        }
+    }
+    left.cols = 5; /* two columns in common */
+    sebp_matrix one_more = sebp_matrix_f32(&buffer[0][3], 4, 5);
+    one_more.stride = 8;
+    ck_assert_int_eq(sebp_matrix_convert(&one_more, &left), SEBP_ERROR_ALIAS);
+    /* A row further down, the columns wrap into those of the next row. */
+    sebp_matrix wrapped = sebp_matrix_f32(&buffer[0][6], 3, 4);
+    wrapped.stride = 8;
+    left.cols = 4;
+    left.rows = 3;
+    ck_assert_int_eq(sebp_matrix_convert(&wrapped, &left), SEBP_ERROR_ALIAS);
+}
+END_TEST
+
 START_TEST(forward_views)
 {
     EACH_BAD_VIEW(FORWARD, x_view, "x");
@@ -660,6 +692,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, backward_rows);
     tcase_add_test(tests, backward_shapes);
     tcase_add_test(tests, backward_aliases);
+    tcase_add_test(tests, columns_side_by_side);
     tcase_add_test(tests, forward_views);
     tcase_add_test(tests, forward_rest);
     tcase_add_test(tests, order_of_checks);

@@ -49,7 +49,7 @@ typedef struct sebp_context_options {
     int threads;              /**< 0: one for each physical core this process may use */
     sebp_placement placement; /**< default SEBP_PLACEMENT_NONE */
     sebp_gemm gemm;           /**< default SEBP_GEMM_AUTO */
-    int64_t workspace_bytes;  /**< bound on scratch memory; 0: 64 MiB; else at least 1 MiB */
+    int64_t workspace_bytes;  /**< bound on our own scratch memory; 0: 64 MiB; else >= 1 MiB */
     sebp_parallel_for parallel_for; /**< NULL: OpenMP, or one thread in a build without it */
     void *pool;                     /**< handed to parallel_for */
     char *message;        /**< where one line about a failed creation is written; NULL: nowhere */
@@ -72,18 +72,23 @@ typedef struct sebp_context_options {
  *     SEBP_NUM_THREADS  1 to 1024
  *     SEBP_PLACEMENT    none, compact, spread
  *     SEBP_GEMM         auto, native, onednn
- *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier. The
- * table of kernels is filled by the first context; a later value is checked only. SEBP_VERBOSE 0,
- * 1: one line for each call on standard error (see linear.h)
+ *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier; a
+ *                       value after the first context's is checked only
+ *     SEBP_VERBOSE      0, 1: one line for each call that succeeds, on standard error (linear.h)
  *
  * Threads by default: the physical cores within this process's affinity mask and its cgroup's CPU
  * quota, or OMP_NUM_THREADS where that is set. With placement asked for, each thread is bound to
  * one core within that mask at its first piece of work; nothing is bound if OMP_PROC_BIND,
  * OMP_PLACES, GOMP_CPU_AFFINITY or KMP_AFFINITY is set, or if the host brings its own parallel_for.
  * The calling thread does a share of the work and so is bound too, until the context is destroyed.
+ * A context made meanwhile sees the cores it is bound to and no others; of several bound contexts
+ * the last one made is to be destroyed first, or the thread stays bound. Contexts know nothing of
+ * each other: two that are placed, of two threads, start at the same core.
  *
  * After fork() a child may go on using its copy of a context: it then works on one thread with the
- * library's own GEMM, as OpenMP and oneDNN do not survive a fork.
+ * library's own GEMM, as OpenMP and oneDNN do not survive a fork. A context that the child makes
+ * itself wants threads = 1 or a parallel_for where the parent has used OpenMP: with more threads
+ * the OpenMP runtime waits for ever for those that the fork has not copied.
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
@@ -104,7 +109,7 @@ SEBP_API void sebp_context_destroy(sebp_context *context);
 SEBP_API int sebp_context_threads(const sebp_context *context);
 
 /** The most scratch memory the context has held so far, in bytes; 0 for NULL. Never over the bound.
- */
+ * What oneDNN holds for itself, up to about 2 MiB a thread, is not in it. */
 SEBP_API int64_t sebp_context_scratch_bytes(const sebp_context *context);
 
 /**

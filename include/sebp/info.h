@@ -18,15 +18,14 @@ SEBP_API const char *sebp_version(void);
 
 /**
  * The tier of kernels in use: "scalar", "avx2", "avx512", "avx512bf16" or "neon"; before the first
- * context is made, the tier that it would use. Never NULL.
+ * context is made, the tier that it would use without SEBP_MAX_ISA. Never NULL.
  */
 SEBP_API const char *sebp_isa(void);
 
-/** Every tier in this build that this CPU and its operating system can run, best last, as indexed.
- */
+/** How many tiers of this build this CPU and its operating system can run. */
 SEBP_API int sebp_isa_count(void);
 
-/** Tier `index` of sebp_isa_count(), "scalar" first; NULL out of range. */
+/** Tier `index` of sebp_isa_count(), "scalar" first, the best last; NULL out of range. */
 SEBP_API const char *sebp_isa_name(int index);
 
 typedef struct sebp_info {
@@ -50,7 +49,8 @@ typedef struct sebp_info {
 /**
  * Fills `info` about the machine and a context. Strings live as long as the program.
  *
- * @param context  NULL: what a context made now with default options would have.
+ * @param context  NULL: what a context made now with default options would have, were no variable
+ *                 set.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (info); SEBP_ERROR_SIZE (size_bytes).
  */
 SEBP_API sebp_status sebp_info_get(const sebp_context *context, sebp_info *info);

@@ -12,9 +12,11 @@
  *     db    = sum of the rows of dY[R]
  *
  * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
- * output is rounded once, after the whole sum.
+ * output is rounded once, after the whole sum. Where the CPU multiplies bf16 itself (the tier
+ * avx512bf16, and oneDNN there) it takes denormal factors and denormal sums for zero.
  *
- * With SEBP_VERBOSE=1 each call writes one line to standard error:
+ * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error, of the backward
+ * dW's product first:
  *
  *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<why>,<milliseconds>
  */

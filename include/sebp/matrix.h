@@ -25,6 +25,9 @@ typedef enum sebp_dtype {
  * A valid view has rows >= 0, cols >= 0, stride >= cols, a known dtype, data aligned to its
  * element, and rows * stride elements fit in PTRDIFF_MAX bytes. data may be NULL only where rows *
  * cols is 0.
+ *
+ * Views overlap if their memory from the first to the last element does, unless they are different
+ * columns of one matrix: of the same stride in bytes, side by side.
  */
 typedef struct sebp_matrix {
     void *data;

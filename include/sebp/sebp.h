@@ -6,15 +6,15 @@
  * Conventions, stated once for every header:
  *
  * - **Rows are tokens.** A linear layer is Y = X W^T + b with X: M x K, W: N x K, Y and its
- * gradient dY: M x N, b: 1 x N. M = batch x sequence length, K = in_features, N = out_features.
+ *   gradient dY: M x N, b: 1 x N. M = batch x sequence length, K = in_features, N = out_features.
  * - **A matrix is a view** (matrix.h). The library never owns, frees or resizes a caller's data.
  *   Sizes are int64_t, counted in elements; strides are in elements too.
  * - **Everything that can fail returns a sebp_status** (status.h). On any status but SEBP_SUCCESS
- * the outputs are as they were: arguments are checked, and scratch memory is had, before the first
- *   write.
+ *   the outputs are as they were: arguments are checked, and scratch memory is had, before the
+ *   first write. SEBP_ERROR_BACKEND alone may leave them half written.
  * - **Order of checks**: NULL, then the size_bytes of options, then each view by itself (size,
- * dtype, stride, overflow), then values of options, the row set against M, shapes against each
- * other, and aliasing last. The first that fails is returned.
+ *   dtype, stride, overflow), then values of options, the row set against M, shapes against each
+ *   other, and aliasing last. The first that fails is returned.
  * - **NULL** is an error except where a function says what it means.
  * - **NaN and Inf**: a row that holds one is active and never dropped. What an inactive row of X
  *   holds is not read, so it cannot spread: where dense code turns 0 * Inf into NaN, this does not.
@@ -22,7 +22,7 @@
  * - **Threads**: a context is used by one thread at a time; contexts are independent of each other.
  *   Row sets and views are read-only once made and may be shared between threads.
  * - **Repeatability**: the same call on the same context gives the same bits. The library's own
- * GEMM gives the same bits for every number of threads; oneDNN need not.
+ *   GEMM gives the same bits for every number of threads; oneDNN need not.
  * - The library prints nothing (but the lines asked for by SEBP_VERBOSE, on standard error), never
  *   aborts, and reads the environment only while a context is made.
  */

@@ -25,21 +25,6 @@ enum {
     LARGE = 512                  /* of a product's sizes */
 };
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return a / b + (a % b != 0);
-}
-
 /* ---- making and unmaking ---- */
 
 static void destroy(void *device)
@@ -61,7 +46,7 @@ static int count_threads(const sebp_context_options *options,
         return options->threads;
     if (environment->omp_threads > 0)
         return environment->omp_threads;
-    return (int)least(sebp_topology_default_threads(topology), SEBP_MOST_THREADS);
+    return (int)sebp_least(sebp_topology_default_threads(topology), SEBP_MOST_THREADS);
 }
 
 sebp_status sebp_cpu_create(const sebp_context_options *options,
@@ -97,8 +82,8 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
     if (bytes > cpu->workspace_bytes)
         return NULL;
     if (bytes > cpu->scratch_bytes || cpu->scratch == NULL) {
-        bytes = least(most(bytes + ALIGNMENT - 1, ALIGNMENT) / ALIGNMENT * ALIGNMENT,
-                      cpu->workspace_bytes);
+        bytes = sebp_least(sebp_most(bytes + ALIGNMENT - 1, ALIGNMENT) / ALIGNMENT * ALIGNMENT,
+                           cpu->workspace_bytes);
         free(cpu->scratch); /* before the next is had, so that both never add up */
         cpu->scratch = NULL;
         cpu->scratch_bytes = 0;
@@ -107,7 +92,7 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
             return NULL;
         cpu->scratch = scratch;
         cpu->scratch_bytes = bytes;
-        cpu->scratch_most = most(cpu->scratch_most, bytes);
+        cpu->scratch_most = sebp_most(cpu->scratch_most, bytes);
     }
     return cpu->scratch;
 }
@@ -149,7 +134,7 @@ static void scan_blocks(void *work, int64_t worker)
     const scan *scan = work;
     for (int64_t block = worker; block < scan->blocks; block += scan->workers) {
         int64_t first = block * scan->block_rows;
-        int64_t end = least(first + scan->block_rows, scan->dy->rows);
+        int64_t end = sebp_least(first + scan->block_rows, scan->dy->rows);
         for (int64_t i = first; i < end; i++)
             scan->score[i] = measure_row(scan, i);
     }
@@ -166,9 +151,9 @@ static void scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
                       double *score)
 {
     sebp_cpu *cpu = device;
-    int64_t row_bytes = most(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
-    int64_t block_rows = most(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
-    int64_t blocks = divide_up(dy->rows, block_rows);
+    int64_t row_bytes = sebp_most(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
+    int64_t block_rows = sebp_most(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
+    int64_t blocks = sebp_parts(dy->rows, block_rows);
     scan scan = {.kernels = cpu->kernels,
                  .dy = dy,
                  .measure = measure,
@@ -176,7 +161,7 @@ static void scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
                  .score = score,
                  .block_rows = block_rows,
                  .blocks = blocks,
-                 .workers = least(blocks, sebp_cpu_threads(cpu))};
+                 .workers = sebp_least(blocks, sebp_cpu_threads(cpu))};
     sebp_cpu_parallel(cpu, scan.workers, scan_blocks, &scan);
 }
 
@@ -188,10 +173,11 @@ static bool choose_onednn(const sebp_cpu *cpu, const sebp_product *product, cons
     *path = cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
 #ifdef SEBP_HAVE_ONEDNN
     /* Left to choose, oneDNN has the large products of f32 that it takes as they lie, where it
-     * measures a few percent faster. Where rows must be gathered for it, where few are left, and
-     * with bf16, our own does. */
-    bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL;
-    bool is_large = least(product->m, least(product->n, product->k)) >= LARGE;
+     * measures a few percent faster. Where rows must be gathered for it, where few are left, with
+     * B transposed (the forward) and with bf16, our own does. */
+    bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
+                    !product->b.transposed;
+    bool is_large = sebp_least(product->m, sebp_least(product->n, product->k)) >= LARGE;
     bool suits = product->dtype == SEBP_F32 && is_dense && is_large;
     if (cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits)) {
         *path = sebp_onednn_refusal(cpu, product);
@@ -291,7 +277,7 @@ static void zero_part(void *work, int64_t part)
     for (int64_t listed = listed_before(zeroing, other); other < end; listed++) {
         /* the others from here up to the next listed row */
         int64_t until = listed < zeroing->count ? zeroing->rows[listed] - listed : zeroing->others;
-        int64_t run = least(until, end) - other;
+        int64_t run = sebp_least(until, end) - other;
         if (run > 0)
             zero_rows(zeroing, other + listed, run);
         other += run;
@@ -314,7 +300,8 @@ static void zero_other_rows(void *device, const sebp_matrix *to, const int64_t *
                        .rows = rows,
                        .count = count,
                        .others = others,
-                       .parts = least(divide_up(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
+                       .parts =
+                           sebp_least(sebp_parts(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
                        .stream = bytes > cache / 2};
     sebp_cpu_parallel(cpu, zeroing.parts, zero_part, &zeroing);
 }
@@ -337,10 +324,11 @@ static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
     const sebp_kernels *kernels = sums->kernels;
     const sebp_matrix *from = sums->from;
     float sum[SUM_COLS] = {0}, held[SUM_COLS];
-    if (from->dtype == SEBP_F32)
+    /* With no rows `from` may have no data, and any stride. */
+    if (sums->count > 0 && from->dtype == SEBP_F32)
         kernels->add_rows_f32(sum, (const float *)from->data + first, from->stride, sums->rows,
                               sums->count, cols);
-    else
+    else if (sums->count > 0)
         kernels->add_rows_bf16(sum, (const uint16_t *)from->data + first, from->stride, sums->rows,
                                sums->count, cols);
     void *to = (char *)sums->to->data + first * (int64_t)sebp_dtype_bytes(sums->to->dtype);
@@ -362,9 +350,9 @@ static void sum_part(void *work, int64_t part)
 {
     const column_sums *sums = work;
     int64_t first = part * sums->part_cols;
-    int64_t end = least(first + sums->part_cols, sums->to->cols);
+    int64_t end = sebp_least(first + sums->part_cols, sums->to->cols);
     for (; first < end; first += SUM_COLS)
-        sum_chunk(sums, first, least(SUM_COLS, end - first));
+        sum_chunk(sums, first, sebp_least(SUM_COLS, end - first));
 }
 
 /* Each column is summed by one thread, in the order of its rows: the bits do not depend on how many
@@ -375,7 +363,7 @@ static void sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
     sebp_cpu *cpu = device;
     const int64_t line = ALIGNMENT / (int64_t)sizeof(float);
     int64_t cols = to->cols;
-    int64_t part_cols = divide_up(divide_up(cols, sebp_cpu_threads(cpu)), line) * line;
+    int64_t part_cols = sebp_parts(sebp_parts(cols, sebp_cpu_threads(cpu)), line) * line;
     column_sums sums = {.kernels = cpu->kernels,
                         .from = from,
                         .rows = rows,
@@ -384,7 +372,7 @@ static void sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                         .accumulate = accumulate,
                         .part_cols = part_cols};
     if (cols > 0)
-        sebp_cpu_parallel(cpu, divide_up(cols, part_cols), sum_part, &sums);
+        sebp_cpu_parallel(cpu, sebp_parts(cols, part_cols), sum_part, &sums);
 }
 
 /* ---- what there is to know ---- */
@@ -424,7 +412,6 @@ static void fill_info(const void *device, sebp_info *info)
 }
 
 const sebp_backend sebp_cpu_backend = {
-    .name = "cpu",
     .scan_rows = scan_rows,
     .reserve_product = reserve_product,
     .product = run_product,

@@ -16,6 +16,25 @@
 #include "../backend.h"
 #include "simd/simd.h"
 
+static inline int64_t sebp_least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int64_t sebp_most(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/** How many parts of at most `part` a whole falls into. */
+static inline int64_t sebp_parts(int64_t whole, int64_t part)
+{
+    return whole / part + (whole % part != 0);
+}
+
+/** Of cpu_set_t: room for 16384 CPUs, whatever the C library was built for. */
+enum { SEBP_MASK_SETS = 16 };
+
 /* detect.c: the best tier of kernels. Compiled for the baseline ISA. */
 
 /** Runnable tiers, scalar first; NULL past the last. */

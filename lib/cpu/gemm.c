@@ -56,30 +56,15 @@ typedef struct job {
     char *scratch;
 } job;
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-static int64_t parts(int64_t whole, int64_t part)
-{
-    return (whole + part - 1) / part;
-}
-
 static int64_t round_up(int64_t size, int64_t multiple)
 {
-    return parts(size, multiple) * multiple;
+    return sebp_parts(size, multiple) * multiple;
 }
 
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
 static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple)
 {
-    return least(whole, parts(whole, multiple) * index / count * multiple);
+    return sebp_least(whole, sebp_parts(whole, multiple) * index / count * multiple);
 }
 
 /* Units that a packed sliver of `width` lanes is apart from the next. */
@@ -94,14 +79,15 @@ static int64_t sliver_units(const job *job, int64_t width)
 static void choose_grid(job *job, int64_t threads)
 {
     enum { PACKING = 24 };
-    int64_t rows = parts(job->product->m, job->kernels->tile_rows);
-    int64_t cols = parts(job->product->n, job->kernels->tile_cols);
+    int64_t rows = sebp_parts(job->product->m, job->kernels->tile_rows);
+    int64_t cols = sebp_parts(job->product->n, job->kernels->tile_cols);
     double best = 0;
-    for (int64_t grid_m = 1; grid_m <= least(rows, ROUNDS * threads); grid_m++) {
+    for (int64_t grid_m = 1; grid_m <= sebp_least(rows, ROUNDS * threads); grid_m++) {
         for (int64_t grid_n = 1; grid_n <= cols && grid_m * grid_n <= ROUNDS * threads; grid_n++) {
-            double m = (double)(parts(rows, grid_m) * job->kernels->tile_rows);
-            double n = (double)(parts(cols, grid_n) * job->kernels->tile_cols);
-            double cost = (double)parts(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
+            double m = (double)(sebp_parts(rows, grid_m) * job->kernels->tile_rows);
+            double n = (double)(sebp_parts(cols, grid_n) * job->kernels->tile_cols);
+            double cost =
+                (double)sebp_parts(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
             if (best == 0 || cost < best) {
                 best = cost;
                 job->grid_m = grid_m;
@@ -113,13 +99,13 @@ static void choose_grid(job *job, int64_t threads)
 
 static int64_t packed_a_bytes(const job *job)
 {
-    return parts(job->panel, job->kernels->tile_rows) * sliver_units(job, job->kernels->tile_rows) *
-           4;
+    return sebp_parts(job->panel, job->kernels->tile_rows) *
+           sliver_units(job, job->kernels->tile_rows) * 4;
 }
 
 static int64_t packed_b_bytes(const job *job)
 {
-    return parts(job->block_n, job->kernels->tile_cols) *
+    return sebp_parts(job->block_n, job->kernels->tile_cols) *
            sliver_units(job, job->kernels->tile_cols) * 4;
 }
 
@@ -175,32 +161,35 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
         .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
         .unit_elements = pairs ? 2 : 1,
     };
-    int64_t units = parts(product->k, job->unit_elements);
-    job->units =
-        units <= K_WHOLE ? units : parts(units, parts(units, K_BLOCK)); /* all of one size */
+    int64_t units = sebp_parts(product->k, job->unit_elements);
+    job->units = units <= K_WHOLE
+                     ? units
+                     : sebp_parts(units, sebp_parts(units, K_BLOCK)); /* all of one size */
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(job, threads);
-    int64_t chunk_m = round_up(parts(product->m, job->grid_m), kernels->tile_rows);
-    int64_t chunk_n = round_up(parts(product->n, job->grid_n), kernels->tile_cols);
+    int64_t chunk_m = round_up(sebp_parts(product->m, job->grid_m), kernels->tile_rows);
+    int64_t chunk_n = round_up(sebp_parts(product->n, job->grid_n), kernels->tile_cols);
 
     int64_t a_bytes = (int64_t)cpu->topology.l2_bytes * A_SHARE_NUM / A_SHARE_DEN;
-    int64_t slivers = most(1, a_bytes / (sliver_units(job, kernels->tile_rows) * 4));
+    int64_t slivers = sebp_most(1, a_bytes / (sliver_units(job, kernels->tile_rows) * 4));
     int64_t chunk_slivers = chunk_m / kernels->tile_rows;
-    slivers = parts(chunk_slivers, parts(chunk_slivers, slivers)); /* panels of one size */
+    slivers =
+        sebp_parts(chunk_slivers, sebp_parts(chunk_slivers, slivers)); /* panels of one size */
     job->panel = slivers * kernels->tile_rows;
     int64_t b_bytes = sliver_units(job, kernels->tile_cols) * 4;
-    int64_t b_slivers = most(1, B_BYTES / b_bytes);
+    int64_t b_slivers = sebp_most(1, B_BYTES / b_bytes);
     int64_t chunk_columns = chunk_n / kernels->tile_cols;
-    job->block_n = parts(chunk_columns, parts(chunk_columns, b_slivers)) * kernels->tile_cols;
+    job->block_n =
+        sebp_parts(chunk_columns, sebp_parts(chunk_columns, b_slivers)) * kernels->tile_cols;
     job->block_m = chunk_m;
     job->in_blocks =
         product->c_dtype != SEBP_F32 ||
         (units > job->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
     if (job->in_blocks)
-        job->block_m =
-            round_up(least(chunk_m, most(1, C_BYTES / (job->block_n * 4))), kernels->tile_rows);
+        job->block_m = round_up(sebp_least(chunk_m, sebp_most(1, C_BYTES / (job->block_n * 4))),
+                                kernels->tile_rows);
 
-    job->workers = least(threads, job->grid_m * job->grid_n);
+    job->workers = sebp_least(threads, job->grid_m * job->grid_n);
     int64_t bound = cpu->workspace_bytes;
     while (job->workers * worker_bytes(job) > bound) {
         if (job->block_n > kernels->tile_cols)
@@ -246,10 +235,10 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
     const sebp_kernels *kernels = job->kernels;
     const sebp_product *product = job->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
-    int64_t cols = least(kernels->tile_cols, block->n1 - j0);
+    int64_t cols = sebp_least(kernels->tile_cols, block->n1 - j0);
     bool is_first = i0 == block->m0, is_straight = !job->b.lanes_are_rows;
     sebp_tile_work work = {
-        .units = parts(depth, job->unit_elements),
+        .units = sebp_parts(depth, job->unit_elements),
         .a = block->packed_a,
         .b = sliver,
         .pack_b = is_first && is_straight && cols == kernels->tile_cols,
@@ -265,9 +254,9 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         job->pack_b(sliver, sliver_units(job, kernels->tile_cols), &job->b, j0, cols, at, depth);
     int64_t line = 0, lines = 0; /* of the next sliver's memory rows, one with each tile */
     if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1)
-        lines = parts(kernels->tile_cols * bytes, 64) * job->unit_elements;
+        lines = sebp_parts(kernels->tile_cols * bytes, 64) * job->unit_elements;
     for (int64_t i = i0; i < i1; i += kernels->tile_rows) {
-        work.rows = least(kernels->tile_rows, i1 - i);
+        work.rows = sebp_least(kernels->tile_rows, i1 - i);
         work.ahead = NULL;
         if (line < lines) {
             int64_t odd = line % job->unit_elements, column = line / job->unit_elements * 64;
@@ -305,10 +294,10 @@ static void sum_block(const job *job, const block *block)
     int64_t b_units = sliver_units(job, kernels->tile_cols);
     bool one_panel = block->m1 - block->m0 <= job->panel;
     for (int64_t at = 0; at < k; at += k_block) {
-        int64_t depth = least(k_block, k - at);
+        int64_t depth = sebp_least(k_block, k - at);
         list_b_rows(job, block, at, depth);
         for (int64_t i0 = block->m0; i0 < block->m1; i0 += job->panel) {
-            int64_t i1 = least(i0 + job->panel, block->m1);
+            int64_t i1 = sebp_least(i0 + job->panel, block->m1);
             list_c_rows(job, block, i0, i1);
             job->pack_a(block->packed_a, a_units, &job->a, i0, i1 - i0, at, depth);
             float *sliver = block->packed_b;
@@ -373,9 +362,9 @@ static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_
     for (int64_t m = m0; m < m1; m += job->block_m) {
         for (int64_t n = n0; n < n1; n += job->block_n) {
             block.m0 = m;
-            block.m1 = least(m + job->block_m, m1);
+            block.m1 = sebp_least(m + job->block_m, m1);
             block.n0 = n;
-            block.n1 = least(n + job->block_n, n1);
+            block.n1 = sebp_least(n + job->block_n, n1);
             if (product->bias) {
                 block.bias = (const float *)product->bias + n;
                 if (product->bias_dtype == SEBP_BF16) {

@@ -32,11 +32,6 @@ typedef struct plan {
     bool scatter;      /* C is made in scratch memory, then moved */
 } plan;
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int64_t element_bytes(const sebp_product *product)
 {
     return (int64_t)sebp_dtype_bytes(product->dtype);
@@ -58,7 +53,8 @@ static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
         plan.rows = product->m;
     }
     if (plan.row_bytes)
-        plan.rows = least(least(plan.rows, PANEL_ROWS), cpu->workspace_bytes / plan.row_bytes);
+        plan.rows =
+            sebp_least(sebp_least(plan.rows, PANEL_ROWS), cpu->workspace_bytes / plan.row_bytes);
     return plan;
 }
 
@@ -303,15 +299,26 @@ static const void *take_rows(sebp_cpu *cpu, const sebp_operand *operand, int64_t
     return rows;
 }
 
-static void fill_bias(const sebp_cpu *cpu, const sebp_product *product, float *c, int64_t stride,
+/* The first row from the bias, the others from the first. */
+static void fill_bias(sebp_cpu *cpu, const sebp_product *product, float *c, int64_t stride,
                       int64_t rows)
 {
-    for (int64_t i = 0; i < rows; i++) {
-        if (product->bias_dtype == SEBP_BF16)
-            cpu->kernels->f32_from_bf16(c + i * stride, product->bias, product->n);
-        else
-            memcpy(c + i * stride, product->bias, (size_t)product->n * sizeof(float));
-    }
+    int64_t row_bytes = product->n * (int64_t)sizeof *c;
+    if (product->bias_dtype == SEBP_BF16)
+        cpu->kernels->f32_from_bf16(c, product->bias, product->n);
+    else
+        memcpy(c, product->bias, (size_t)row_bytes);
+    move move = {cpu->kernels,
+                 (char *)(c + stride),
+                 stride * (int64_t)sizeof *c,
+                 NULL,
+                 (char *)c,
+                 0,
+                 NULL,
+                 rows - 1,
+                 row_bytes,
+                 cpu->threads};
+    sebp_cpu_parallel(cpu, move.parts, move_part, &move);
 }
 
 /* dW: the gathered rows are steps of the depth, and panels add up in C. */
@@ -320,7 +327,7 @@ static dnnl_status_t product_over_depth(sebp_cpu *cpu, const sebp_product *produ
 {
     dnnl_status_t status = dnnl_success;
     for (int64_t at = 0; at < product->k && status == dnnl_success; at += rows) {
-        int64_t count = least(rows, product->k - at), element = element_bytes(product);
+        int64_t count = sebp_least(rows, product->k - at), element = element_bytes(product);
         char *room = scratch;
         dense dense = {.m = product->m,
                        .n = product->n,
@@ -348,7 +355,7 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
     int64_t element = element_bytes(product);
     int64_t c_element = (int64_t)sebp_dtype_bytes(product->c_dtype);
     for (int64_t at = 0; at < product->m && status == dnnl_success; at += plan->rows) {
-        int64_t count = least(plan->rows, product->m - at);
+        int64_t count = sebp_least(plan->rows, product->m - at);
         char *room = scratch;
         dense dense = {.m = count,
                        .n = product->n,

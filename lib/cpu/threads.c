@@ -40,12 +40,9 @@ typedef struct place {
     pid_t bound; /* a thread's id; 0: none yet */
 } place;
 
-/* Room for 16384 CPUs, whatever the C library was built for. */
-enum { MASK_WORDS = 16 };
-
 struct sebp_binding {
-    cpu_set_t before[MASK_WORDS]; /* the calling thread's mask before it was bound */
-    place places[];               /* of each thread; the calling thread comes first */
+    cpu_set_t before[SEBP_MASK_SETS]; /* the calling thread's mask before it was bound */
+    place places[];                   /* of each thread; the calling thread comes first */
 };
 
 static pid_t thread_id(void)
@@ -83,7 +80,7 @@ static void bind_this_thread(sebp_cpu *cpu, int thread)
         return;
     if (thread == 0)
         sched_getaffinity(0, sizeof cpu->binding->before, cpu->binding->before);
-    cpu_set_t mask[MASK_WORDS];
+    cpu_set_t mask[SEBP_MASK_SETS];
     CPU_ZERO_S(sizeof mask, mask);
     CPU_SET_S((size_t)place->cpu, sizeof mask, mask);
     sched_setaffinity(0, sizeof mask, mask);

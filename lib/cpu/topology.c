@@ -141,9 +141,6 @@ static void read_caches(int cpu, sebp_topology *topology)
     }
 }
 
-/* Room for 16384 CPUs, whatever the C library was built for. */
-enum { MASK_WORDS = 16 };
-
 /* Whether a CPU is the first of its core's that this process may use. */
 static bool is_first_of_core(int cpu, const cpu_set_t *mask, size_t mask_bytes)
 {
@@ -168,10 +165,10 @@ static bool is_first_of_core(int cpu, const cpu_set_t *mask, size_t mask_bytes)
 
 static void read_from_system(sebp_topology *topology)
 {
-    cpu_set_t mask[MASK_WORDS];
+    cpu_set_t mask[SEBP_MASK_SETS];
     CPU_ZERO_S(sizeof mask, mask);
     sched_getaffinity(0, sizeof mask, mask);
-    for (int cpu = 0; cpu < MASK_WORDS * CPU_SETSIZE; cpu++) {
+    for (int cpu = 0; cpu < SEBP_MASK_SETS * CPU_SETSIZE; cpu++) {
         if (!CPU_ISSET_S((size_t)cpu, sizeof mask, mask))
             continue;
         if (topology->logical_cpus++ == 0)
