@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning on CPUs without computing rows that cannot matter.
+
+On a PyTorch model::
+
+    import sebp
+    sebp.apply_sebp_to_model(model)
+
+The layer on NumPy arrays is in :mod:`sebp.core`, PyTorch's in :mod:`sebp.torch`. PyTorch is
+imported when one of its names is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from ._library import LibraryMismatchError, LibraryNotFoundError, openmp_runtimes
+from ._version import __version__
+from .core import Context, Rows, SebpError, linear_backward, linear_forward
+
+if TYPE_CHECKING:
+    from .torch import Report, apply_sebp_to_model, padding, remove_sebp_from_model
+
+_OF_TORCH = ("Report", "apply_sebp_to_model", "padding", "remove_sebp_from_model")
+
+__all__ = [
+    "Context",
+    "LibraryMismatchError",
+    "LibraryNotFoundError",
+    "Report",
+    "Rows",
+    "SebpError",
+    "__version__",
+    "apply_sebp_to_model",
+    "linear_backward",
+    "linear_forward",
+    "openmp_runtimes",
+    "padding",
+    "remove_sebp_from_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_TORCH:
+        from . import torch
+
+        return getattr(torch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds libsebp, loads it once, and makes it share PyTorch's OpenMP runtime."""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+
+from ._structs import ContextOptions, Dropped, Info, LinearOptions, Matrix, RuleStruct
+from ._version import __version__
+
+NAME = "libsebp.so.0"
+
+_HOW_TO_BUILD = """\
+Build it in the source tree, then install the package from there:
+    ./bootstrap && ./configure && make
+    pip install ./python
+or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libsebp.so."""
+
+_view = POINTER(Matrix)
+
+# Each function that is used: what it returns, and its arguments.
+_FUNCTIONS = {
+    "sebp_version": (c_char_p, []),
+    "sebp_isa": (c_char_p, []),
+    "sebp_status_string": (c_char_p, [c_int]),
+    "sebp_info_get": (c_int, [c_void_p, POINTER(Info)]),
+    "sebp_context_create": (c_int, [POINTER(ContextOptions), POINTER(c_void_p)]),
+    "sebp_context_destroy": (None, [c_void_p]),
+    "sebp_context_threads": (c_int, [c_void_p]),
+    "sebp_context_scratch_bytes": (c_int64, [c_void_p]),
+    "sebp_context_message": (c_char_p, [c_void_p]),
+    "sebp_rows_all": (c_int, [c_int64, POINTER(c_void_p)]),
+    "sebp_rows_from_mask": (c_int, [c_void_p, c_int64, POINTER(c_void_p)]),
+    "sebp_rows_from_lengths": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_rows_from_indices": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_rows_find": (c_int, [c_void_p, _view, POINTER(RuleStruct), POINTER(c_void_p)]),
+    "sebp_rows_destroy": (None, [c_void_p]),
+    "sebp_rows_count": (c_int64, [c_void_p]),
+    "sebp_rows_total": (c_int64, [c_void_p]),
+    "sebp_rows_activity": (c_double, [c_void_p]),
+    "sebp_rows_indices": (c_void_p, [c_void_p]),
+    "sebp_rows_dropped": (c_int, [c_void_p, _view, c_void_p, POINTER(Dropped)]),
+    "sebp_linear_forward": (
+        c_int,
+        [c_void_p, _view, _view, _view, c_void_p, POINTER(LinearOptions), _view],
+    ),
+    "sebp_linear_backward": (
+        c_int,
+        [c_void_p, _view, _view, _view, c_void_p, POINTER(LinearOptions), _view, _view, _view],
+    ),
+}
+
+
+class LibraryNotFoundError(ImportError):
+    """libsebp is nowhere that it was looked for, or does not load."""
+
+
+class LibraryMismatchError(ImportError):
+    """The libsebp found is not the one this package was written for."""
+
+
+def _places() -> Iterator[tuple[str, str]]:
+    """Name the files to try, best first, each with where that is."""
+    chosen = os.environ.get("SEBP_LIBRARY")
+    if chosen:
+        yield chosen, "SEBP_LIBRARY"
+        return
+    package = Path(__file__).resolve().parent
+    tree = package.parent.parent
+    yield str(package / "lib" / NAME), "the package's own copy"
+    yield str(tree / ".libs" / NAME), "the source tree"
+    for build in sorted(tree.glob("build*")):
+        yield str(build / ".libs" / NAME), "a build tree"
+    yield NAME, "the system's loader"
+
+
+def _share_openmp() -> None:
+    """Load the OpenMP runtime that PyTorch brings along, before anything asks for another.
+
+    PyTorch's wheels carry a libgomp of their own, some under a name of its own. Loaded first, and
+    with its symbols visible to all, it is the one that libsebp and its oneDNN are bound to, so that
+    one pool of threads serves both, whichever is imported first.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    package = Path(spec.origin).parent
+    for folder in (package / "lib", package.parent / "torch.libs"):
+        for runtime in sorted(folder.glob("libgomp*.so*")):
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+def _check_version(library: ctypes.CDLL, path: str) -> None:
+    """Raise unless the library's version goes with this package's: same major and minor."""
+    try:
+        for name, (restype, argtypes) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype = restype
+            function.argtypes = argtypes
+    except AttributeError as error:
+        raise LibraryMismatchError(f"{path} is no libsebp {__version__}: {error}") from None
+    version = library.sebp_version().decode()
+    if version.split(".")[:2] != __version__.split(".")[:2]:
+        raise LibraryMismatchError(
+            f"{path} is libsebp {version}, but this package needs {__version__}.\n{_HOW_TO_BUILD}"
+        )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load libsebp; once, then the same again.
+
+    Returns
+    -------
+    ctypes.CDLL
+        The library, its functions declared.
+
+    Raises
+    ------
+    LibraryNotFoundError
+        If no place has it. The message lists the places and how to build it.
+    LibraryMismatchError
+        If its version or its functions are not those of this package.
+    """
+    tried = []
+    for path, where in _places():
+        if "/" in path and not Path(path).exists():
+            tried.append(f"{path} ({where}): no such file")
+            continue
+        _share_openmp()
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            tried.append(f"{path} ({where}): {error}")
+            continue
+        _check_version(library, path)
+        return library
+    places = "".join(f"\n    {line}" for line in tried)
+    raise LibraryNotFoundError(f"libsebp was not found. Looked at:{places}\n{_HOW_TO_BUILD}")
+
+
+def openmp_runtimes() -> list[str]:
+    """List the OpenMP runtimes that this process has loaded. More than one fight for the cores.
+
+    Returns
+    -------
+    list of str
+        Paths of libgomp, libomp and libiomp5; empty where ``/proc`` does not tell.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    names = ("libgomp", "libomp", "libiomp")
+    return sorted(file for file in files if Path(file).name.startswith(names))

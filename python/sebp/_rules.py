@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row rules, as users write them and as the library takes them."""
+
+import operator
+from typing import NamedTuple, SupportsIndex
+
+from ._structs import RULE_ENERGY, RULE_NONZERO, RULE_THRESHOLD, RULE_TOP, RuleStruct
+
+RowRule = str | SupportsIndex | tuple[str, float]
+
+
+class Rule(NamedTuple):
+    """Which rows of dY to keep.
+
+    Attributes
+    ----------
+    kind : int
+        One of ``RULE_NONZERO``, ``RULE_THRESHOLD``, ``RULE_TOP`` and ``RULE_ENERGY``.
+    value : float
+        The threshold, the number of rows, or delta; 0 for ``RULE_NONZERO``.
+    """
+
+    kind: int = RULE_NONZERO
+    value: float = 0.0
+
+    def struct(self) -> RuleStruct:
+        """Write the rule as the library takes it.
+
+        Returns
+        -------
+        RuleStruct
+            A ``sebp_rule``.
+        """
+        return RuleStruct(
+            self.kind,
+            self.value if self.kind == RULE_THRESHOLD else 0.0,
+            int(self.value) if self.kind == RULE_TOP else 0,
+            self.value if self.kind == RULE_ENERGY else 0.0,
+        )
+
+    def __str__(self) -> str:
+        """Write the rule as a user would."""
+        if self.kind == RULE_TOP:
+            return str(int(self.value))
+        if self.kind == RULE_NONZERO:
+            return "nonzero"
+        return f"{'threshold' if self.kind == RULE_THRESHOLD else 'energy'} {self.value:g}"
+
+
+def parse_rule(rows: RowRule) -> Rule:
+    """Read a rule.
+
+    Parameters
+    ----------
+    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+        Rows that are not all zero (exact); the k rows of largest norm; rows with a magnitude over a
+        threshold; the fewest rows that hold a share 1 - delta of the energy.
+
+    Returns
+    -------
+    Rule
+        The rule.
+
+    Raises
+    ------
+    TypeError
+        If `rows` is none of these.
+    ValueError
+        If k < 1, the threshold is negative or NaN, or delta is outside [0, 1).
+    """
+    if isinstance(rows, Rule):
+        return rows
+    if isinstance(rows, str):
+        if rows == "nonzero":
+            return Rule()
+        raise ValueError(f'rows is "{rows}", not "nonzero", a number of rows or a pair')
+    if isinstance(rows, tuple) and len(rows) == 2:
+        name, value = rows[0], float(rows[1])
+        if name == "threshold":
+            if not value >= 0:
+                raise ValueError(f"the threshold is {value}, not 0 or more")
+            return Rule(RULE_THRESHOLD, value)
+        if name == "energy":
+            if not 0 <= value < 1:
+                raise ValueError(f"delta is {value}, not in [0, 1)")
+            return Rule(RULE_ENERGY, value)
+        raise ValueError(f'rows is {rows!r}, not ("threshold", eps) or ("energy", delta)')
+    if isinstance(rows, bool) or not hasattr(rows, "__index__"):
+        raise TypeError(f"rows is {rows!r}, not a rule")
+    count = operator.index(rows)
+    if count < 1:
+        raise ValueError(f"rows is {count}, but at least 1 row must be kept")
+    return Rule(RULE_TOP, float(count))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the linear layer of libsebp into a model, and takes it out again."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .. import _library
+from .._rules import RowRule, Rule, parse_rule
+from .layers import SebpLinear
+from .padding import capture_padding, release_padding
+
+Layers = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+
+@dataclass
+class Report:
+    """What :func:`apply_sebp_to_model` did, by the names of the layers.
+
+    Attributes
+    ----------
+    rule : Rule
+        Which rows of dY the layers keep.
+    replaced : list of str
+        Layers that have SEBP now.
+    already : list of str
+        Layers that had it before, and are as they were.
+    skipped : dict of str to str
+        Linear layers left alone, and why.
+    padding : bool
+        Whether the forward takes padding from the ``attention_mask`` argument.
+    """
+
+    rule: Rule
+    replaced: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    padding: bool = False
+
+    def __str__(self) -> str:
+        """Say it in a few lines."""
+        lines = [f"SEBP: {len(self.replaced)} linear layers replaced, rows={self.rule}"]
+        if self.padding:
+            lines.append("the forward skips what attention_mask leaves out")
+        if self.already:
+            lines.append(f"{len(self.already)} had it already and are as they were")
+        lines += [f"{name} left alone: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def _classes() -> dict[type, type]:
+    """Give each class of layers its class with SEBP."""
+    classes: dict[type, type] = {nn.Linear: SebpLinear}
+    if "transformers.pytorch_utils" in sys.modules:
+        from .conv1d import SebpConv1D
+
+        classes[SebpConv1D.original_class] = SebpConv1D
+    return classes
+
+
+def _chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
+    if layers is None:
+        return lambda name, module: True
+    if callable(layers):
+        return layers
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def apply_sebp_to_model(
+    model: nn.Module,
+    rows: RowRule = "nonzero",
+    layers: Layers = None,
+    padding: bool = False,
+) -> Report:
+    """Give a model's linear layers a backward on active rows alone, in place.
+
+    Layers stay the same objects with the same parameters, hooks and names, so that optimizers,
+    checkpoints and tied weights are not touched. A layer that has SEBP already is left as it is,
+    with a warning.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. Its ``nn.Linear`` and transformers ``Conv1D`` are concerned; classes derived from
+        them are left alone.
+    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+        Which rows of dY to keep: those not all zero (exact), the k of largest norm, those with a
+        magnitude over a threshold, or the fewest that hold a share 1 - delta of the energy.
+    layers : str, sequence of str, or callable, optional
+        Which layers: shell patterns of names ("*.mlp.*"), or a function of name and module.
+        Default: all.
+    padding : bool, default False
+        Skip padded tokens in the forward too: each call of the model runs within
+        :class:`~sebp.padding` of its ``attention_mask`` argument.
+
+    Returns
+    -------
+    Report
+        The layers replaced, those that had SEBP already, and those left alone, with the reason.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `rows` is not a rule: k < 1, a negative threshold, delta outside [0, 1).
+    LibraryNotFoundError, LibraryMismatchError
+        If libsebp is not found, or is another version's.
+    """
+    report = Report(parse_rule(rows), padding=padding)
+    _library.load()
+    classes = _classes()
+    is_chosen = _chooser(layers)
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(classes)) or not is_chosen(name, module):
+            continue
+        if type(module) in classes.values():
+            report.already.append(name)
+        elif type(module) not in classes:
+            report.skipped[name] = f"its class is {type(module).__name__}"
+        elif "forward" in vars(module):
+            report.skipped[name] = "its forward has been replaced"
+        else:
+            module.__class__ = classes[type(module)]
+            module.sebp_rule = report.rule
+            report.replaced.append(name)
+    if padding:
+        capture_padding(model)
+    if report.already:
+        warnings.warn(
+            f"{len(report.already)} layers had SEBP already and are as they were;"
+            " remove_sebp_from_model() first to change their rows",
+            stacklevel=2,
+        )
+    return report
+
+
+def remove_sebp_from_model(model: nn.Module) -> list[str]:
+    """Make a model's layers what they were before :func:`apply_sebp_to_model`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+
+    Returns
+    -------
+    list of str
+        The names of the layers put back; empty if none had SEBP.
+    """
+    release_padding(model)
+    names = []
+    for name, module in model.named_modules():
+        if type(module) in _classes().values():
+            module.__class__ = type(module).original_class
+            del module.sebp_rule
+            names.append(name)
+    return names

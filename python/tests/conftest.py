@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: the seed, and comparison within rounding."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+SEED = int(os.environ.get("SEBP_TEST_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def pytest_report_header() -> str:
+    return f"SEBP_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seed all generators alike for each test."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.manual_seed(SEED)

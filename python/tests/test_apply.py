@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting SEBP into a model and taking it out."""
+
+import copy
+import io
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import sebp  # noqa: E402
+from sebp.torch import SebpLinear  # noqa: E402
+
+
+def make_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 3, bias=False)))
+
+
+def test_there_and_back():
+    model = make_model()
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    state = copy.deepcopy(model.state_dict())
+    text = repr(model)
+    report = sebp.apply_sebp_to_model(model)
+    assert report.replaced == ["0", "2.0"]
+    assert "2 linear layers replaced, rows=nonzero" in str(report)
+    assert type(model[0]) is SebpLinear
+    for again in (False, True):
+        assert all(parameters[name] is p for name, p in model.named_parameters())
+        assert all(modules[name] is m for name, m in model.named_modules())
+        assert list(state) == list(model.state_dict())
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        if not again:
+            assert sebp.remove_sebp_from_model(model) == ["0", "2.0"]
+    assert type(model[0]) is nn.Linear
+    assert repr(model) == text
+    assert "sebp_rule" not in vars(model[0])
+    assert sebp.remove_sebp_from_model(model) == []
+
+
+def test_twice_says_so():
+    model = make_model()
+    sebp.apply_sebp_to_model(model, rows=5)
+    with pytest.warns(UserWarning, match="2 layers had SEBP already"):
+        report = sebp.apply_sebp_to_model(model, rows=9)
+    assert report.replaced == []
+    assert report.already == ["0", "2.0"]
+    assert str(model[0].sebp_rule) == "5"
+
+
+@pytest.mark.parametrize(
+    ("layers", "replaced"),
+    [
+        ("2.*", ["2.0"]),
+        (["0", "none"], ["0"]),
+        (lambda name, module: module.bias is not None, ["0"]),
+        ([], []),
+    ],
+)
+def test_layers(layers, replaced):
+    assert sebp.apply_sebp_to_model(make_model(), layers=layers).replaced == replaced
+
+
+def test_left_alone():
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(3, 3), nn.Linear(3, 3), nn.MultiheadAttention(4, 2))
+    model[1].forward = model[1].forward
+    report = sebp.apply_sebp_to_model(model)
+    assert report.replaced == []
+    assert report.skipped == {
+        "0": "its class is Special",
+        "1": "its forward has been replaced",
+        "2.out_proj": "its class is NonDynamicallyQuantizableLinear",
+    }
+    assert "0 left alone: its class is Special" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"), [(0, ValueError), (-3, ValueError), ("top", ValueError), (2.5, TypeError)]
+)
+def test_bad_rows(rows, error):
+    model = make_model()
+    with pytest.raises(error):
+        sebp.apply_sebp_to_model(model, rows=rows)
+    assert type(model[0]) is nn.Linear
+
+
+def test_tied_weights_and_conv1d():
+    transformers = pytest.importorskip("transformers")
+    from models import make_model as make_gpt2
+
+    model = make_gpt2("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    keys = list(model.state_dict())
+    report = sebp.apply_sebp_to_model(model)
+    assert len(report.replaced) == 2 * 4 + 1
+    assert isinstance(model.transformer.h[0].mlp.c_fc, transformers.pytorch_utils.Conv1D)
+    assert model.transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
+    assert "SebpConv1D" in repr(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert list(model.state_dict()) == keys
+    sebp.remove_sebp_from_model(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "Sebp" not in repr(model)
+
+
+def test_copies_and_checkpoints():
+    model = make_model()
+    sebp.apply_sebp_to_model(model, rows=3)
+    twin = copy.deepcopy(model)
+    assert str(twin[0].sebp_rule) == "3"
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again[0]) is SebpLinear
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    plain = make_model()
+    plain.load_state_dict(torch.load(file))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_hooks_still_run():
+    model = make_model()
+    calls = []
+    model[0].register_forward_hook(lambda *a: calls.append("forward"))
+    model[0].register_full_backward_hook(lambda *a: calls.append("backward"))
+    sebp.apply_sebp_to_model(model)
+    model(torch.randn(5, 4)).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_inference_is_pytorch():
+    """Without gradients the layer is PyTorch's own, to the bit."""
+    model = make_model()
+    x = torch.randn(2, 5, 4)
+    with torch.no_grad():
+        want = model(x)
+        sebp.apply_sebp_to_model(model)
+        assert torch.equal(model(x), want)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding and loading the library, and the layout of its structs."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sebp
+from sebp import _library
+from sebp._structs import ContextOptions, Info, LinearOptions, Matrix
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_not_found_says_where_and_how(tmp_path):
+    missing = str(tmp_path / "libsebp.so")
+    done = run_python("import sebp; sebp.Rows.all(3)", SEBP_LIBRARY=missing)
+    assert done.returncode != 0
+    assert "LibraryNotFoundError" in done.stderr
+    assert missing in done.stderr
+    assert "./configure" in done.stderr
+
+
+def test_not_a_library(tmp_path):
+    text = tmp_path / "libsebp.so"
+    text.write_text("no library")
+    done = run_python("import sebp; sebp.Rows.all(3)", SEBP_LIBRARY=str(text))
+    assert "LibraryNotFoundError" in done.stderr
+    assert str(text) in done.stderr
+
+
+def test_another_library():
+    done = run_python("import sebp; sebp.Rows.all(3)", SEBP_LIBRARY="libc.so.6")
+    assert "LibraryMismatchError" in done.stderr
+
+
+def test_another_version():
+    code = (
+        "import sebp, sebp._library as l; l.__version__ = '9.9.0'\n"
+        "try: sebp.Rows.all(3)\n"
+        "except sebp.LibraryMismatchError as error: print(error)"
+    )
+    done = run_python(code)
+    assert "9.9.0" in done.stdout
+    assert sebp.__version__ in done.stdout
+
+
+def test_struct_sizes():
+    """The library refuses a struct that is longer or shorter than its own."""
+    library = _library.load()
+    context = ctypes.c_void_p()
+    options = ContextOptions(size_bytes=ctypes.sizeof(ContextOptions))
+    assert library.sebp_context_create(options, context) == 0
+    options.size_bytes += 8
+    assert library.sebp_context_create(options, ctypes.c_void_p()) == 2
+
+    info = Info(size_bytes=ctypes.sizeof(Info))
+    assert library.sebp_info_get(context, info) == 0
+    assert info.cores >= 1
+    assert info.logical_cpus >= info.cores
+    info.size_bytes += 8
+    assert library.sebp_info_get(context, info) == 2
+
+    number = (ctypes.c_float * 1)(3.0)
+    result = (ctypes.c_float * 1)(-1.0)
+    view = Matrix(ctypes.addressof(number), 1, 1, 1, 0)
+    out = Matrix(ctypes.addressof(result), 1, 1, 1, 0)
+    linear = LinearOptions(ctypes.sizeof(LinearOptions))
+    assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 0
+    assert result[0] == 9.0
+    linear.size_bytes += 8
+    assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 2
+    library.sebp_context_destroy(context)
+
+
+def test_numpy_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np, sebp\n"
+        "y = sebp.linear_forward(np.ones((2, 3), np.float32), np.ones((4, 3), np.float32))\n"
+        "assert (y == 3).all()"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("first", ["torch", "sebp"])
+def test_one_openmp_runtime(first):
+    """PyTorch and the library work with the same threads, whichever comes first."""
+    pytest.importorskip("torch")
+    code = f"""
+import os
+first = {first!r}
+import numpy as np, sebp
+a = np.ones((512, 512), np.float32)
+if first == "sebp":
+    sebp.linear_backward(a, a, a)
+import torch, sebp.torch
+torch.set_num_threads(3)
+def threads():
+    return len(os.listdir("/proc/self/task"))
+t = torch.ones(2048, 512, requires_grad=True)
+w = torch.ones(512, 512, requires_grad=True)
+torch.nn.functional.gelu(t).sum()
+alone = threads()
+y = torch.ops.sebp.linear(t, w)
+y.backward(torch.ones_like(y))
+assert sebp.torch.ops._context().threads == 3
+assert len(sebp.openmp_runtimes()) == 1, sebp.openmp_runtimes()
+assert threads() == alone, (alone, threads())
+"""
+    done = run_python(code, OMP_NUM_THREADS="3", SEBP_NUM_THREADS="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_fork():
+    """A forked child goes on alone, without waiting for threads that are gone."""
+    pytest.importorskip("torch")
+    code = """
+import os, torch, sebp.torch
+t = torch.ones(512, 256, requires_grad=True)
+w = torch.ones(256, 256, requires_grad=True)
+g = torch.ones(512, 256)
+torch.ops.sebp.linear(t, w).backward(g)
+w.grad = None
+y = sebp.linear_backward(g.numpy(), t.detach().numpy(), w.detach().numpy())
+pid = os.fork()
+if pid == 0:
+    dx, dw, db = torch.ops.sebp.linear_backward(
+        g, t.detach(), w.detach(), None, None, False, 0, 0.0, True, True, True)
+    y = sebp.linear_backward(g.numpy(), t.detach().numpy(), w.detach().numpy())
+    # Not with PyTorch's own sum, which would wait for its threads.
+    os._exit(0 if dw.numpy().sum() == 512.0 * 256 * 256 == y[1].sum() else 1)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    done = run_python(code, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr

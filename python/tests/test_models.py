@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models: the same losses and parameters as without SEBP, step by step."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from models import make_batch, make_model  # noqa: E402
+
+import sebp  # noqa: E402
+
+NAMES = ["bert", "roberta", "gpt2", "llama"]
+
+
+def train(model, name, steps=10, padded=False, left=False, autocast=False):
+    """Take AdamW steps, and give the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
+    model.train()
+    losses = []
+    for step in range(steps):
+        batch = make_batch(name, step, left)
+        context = sebp.padding(batch["attention_mask"]) if padded else nullcontext()
+        cast = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        with context, cast:
+            loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def agree(name, left=False, padded=False, **apply):
+    plain = make_model(name)
+    ours = copy.deepcopy(plain)
+    report = sebp.apply_sebp_to_model(ours, **apply)
+    assert len(report.replaced) >= 8
+    assert not report.skipped
+    want = train(plain, name, left=left)
+    got = train(ours, name, padded=padded, left=left)
+    assert want.std() > 0
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    start = make_model(name).state_dict()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(value, start[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps(name, left):
+    agree(name, left)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_with_the_mask(name):
+    agree(name, padded=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_with_the_mask_captured(name):
+    agree(name, padding=True)
+
+
+def test_captured_mask_is_used_and_released():
+    model = make_model("bert")
+    batch = make_batch("bert", 0)
+    padded = batch["attention_mask"] == 0
+    outputs = []
+    model.bert.encoder.layer[0].attention.self.query.register_forward_hook(
+        lambda module, args, output: outputs.append(bool(output[padded].any()))
+    )
+    sebp.apply_sebp_to_model(model, padding=True)
+    model(**batch)
+    model(batch["input_ids"], batch["attention_mask"])
+    with pytest.raises(IndexError):
+        model(input_ids=batch["input_ids"] + 1000, attention_mask=batch["attention_mask"])
+    model(input_ids=batch["input_ids"])
+    sebp.remove_sebp_from_model(model)
+    model(**batch)
+    assert outputs == [False, False, True, True]
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_ten_steps_with_a_left_mask(name):
+    agree(name, left=True, padded=True)
+
+
+def test_loss_on_padding_is_noticed():
+    """BERT's classifier reads the first token, which is padding if that is on the left."""
+    model = make_model("bert")
+    sebp.apply_sebp_to_model(model)
+    with pytest.raises(RuntimeError, match="rows that the mask leaves out have a gradient"):
+        train(model, "bert", steps=1, padded=True, left=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_sparse(name, capfd, monkeypatch):
+    """The layers do see the padding: in all of them fewer rows than there are tokens."""
+    import sebp.torch.ops as ops
+
+    counts = []
+    find = ops._find_rows
+    monkeypatch.setattr(
+        ops, "_find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
+    )
+    model = make_model(name)
+    sebp.apply_sebp_to_model(model)
+    batch = make_batch(name, 0)
+    model(**batch).loss.backward()
+    tokens = int(batch["attention_mask"].sum())
+    inside = [rows for rows in counts if rows.total == batch["input_ids"].numel()]
+    assert len(inside) >= 8
+    assert all(len(rows) <= tokens for rows in inside)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_autocast(name):
+    plain = make_model(name)
+    ours = copy.deepcopy(plain)
+    sebp.apply_sebp_to_model(ours)
+    want = train(plain, name, steps=3, autocast=True)
+    got = train(ours, name, steps=3, autocast=True)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_gradient_checkpointing(name, padding):
+    plain = make_model(name)
+    ours = copy.deepcopy(plain)
+    sebp.apply_sebp_to_model(ours, padding=padding)
+    ours.gradient_checkpointing_enable()
+    want, got = train(plain, name, steps=3), train(ours, name, steps=3)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_within_padding():
+    results = []
+    for ours in (False, True):
+        model = make_model("bert")
+        batch = make_batch("bert", 0)
+        if ours:
+            sebp.apply_sebp_to_model(model)
+        model.gradient_checkpointing_enable()
+        model.train()
+        with sebp.padding(batch["attention_mask"]):
+            model(**batch).loss.backward()
+        results.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_compile(padding):
+    plain = make_model("bert")
+    ours = copy.deepcopy(plain)
+    sebp.apply_sebp_to_model(ours, padding=padding)
+    want = train(plain, "bert", steps=2)
+    got = train(torch.compile(ours, backend="aot_eager"), "bert", steps=2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_inexact_rules_train(name):
+    """Few rows give another loss, and a loss that falls."""
+    model = make_model(name)
+    sebp.apply_sebp_to_model(model, rows=6)
+    batch = make_batch(name, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
