@@ -18,6 +18,7 @@ typedef struct call {
     const char *function;
     sebp_linear_options options;
     const sebp_rows *rows; /* NULL: all of them */
+    bool rows_were_found;  /* by the call itself */
     int64_t m;             /* active rows, of M */
     double start;          /* milliseconds */
 } call;
@@ -29,18 +30,22 @@ typedef struct argument {
     bool is_output;
 } argument;
 
-static sebp_status begin(call *call, sebp_context *context, const char *function,
-                         const sebp_linear_options *options)
+static call begin(sebp_context *context, const char *function)
 {
-    static const sebp_linear_options defaults = SEBP_LINEAR_OPTIONS_INIT;
-    *call = (struct call){.context = context, .function = function, .options = defaults};
-    if (options) {
-        if (options->size_bytes != sizeof *options)
-            return sebp_fail(context, SEBP_ERROR_SIZE, "%s: options->size_bytes is %zu, not %zu",
-                             function, options->size_bytes, sizeof *options);
-        call->options = *options;
-    }
-    call->start = context->verbose ? sebp_milliseconds() : 0;
+    return (call){.context = context,
+                  .function = function,
+                  .options = SEBP_LINEAR_OPTIONS_INIT,
+                  .start = context->verbose ? sebp_milliseconds() : 0};
+}
+
+static sebp_status take_options(call *call, const sebp_linear_options *options)
+{
+    if (!options)
+        return SEBP_SUCCESS;
+    if (options->size_bytes != sizeof *options)
+        return sebp_fail(call->context, SEBP_ERROR_SIZE, "%s: options->size_bytes is %zu, not %zu",
+                         call->function, options->size_bytes, sizeof *options);
+    call->options = *options;
     return SEBP_SUCCESS;
 }
 
@@ -207,10 +212,14 @@ static void report(const call *call, int64_t rows, int64_t in_features, int64_t 
 {
     if (!call->context->verbose)
         return;
-    const char *why = !call->rows ? "all rows" : call->rows->is_run ? "one run" : "scattered rows";
-    fprintf(stderr, "sebp,%s,%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%s,%s%s%s,%s,%.3f\n",
+    const char *why = !call->rows          ? "all rows"
+                      : call->m == 0       ? "no rows"
+                      : call->rows->is_run ? "one run"
+                                           : "scattered rows";
+    fprintf(stderr, "sebp,%s,%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%s,%s%s%s,%s%s,%.3f\n",
             call->function, rows, in_features, out_features, call->m, sebp_dtype_name(dtype),
-            paths[0], paths[1][0] ? "+" : "", paths[1], why, sebp_milliseconds() - call->start);
+            paths[0], paths[1][0] ? "+" : "", paths[1], why, call->rows_were_found ? " found" : "",
+            sebp_milliseconds() - call->start);
 }
 
 sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, const sebp_matrix *w,
@@ -219,17 +228,15 @@ sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, con
 {
     if (!context)
         return SEBP_ERROR_NULL;
-    call call;
+    call call = begin(context, "sebp_linear_forward");
     const argument arguments[] = {
         {"x", x, false}, {"w", w, false}, {"bias", bias, false}, {"y", y, true}};
     const argument *of_x = &arguments[0], *of_w = &arguments[1], *of_bias = &arguments[2];
     enum { COUNT = sizeof arguments / sizeof *arguments };
 
-    call.context = context;
-    call.function = "sebp_linear_forward";
     if (!x || !w || !y)
         return missing(&call, !x ? "x" : !w ? "w" : "y");
-    sebp_status status = begin(&call, context, "sebp_linear_forward", options);
+    sebp_status status = take_options(&call, options);
     if (status == SEBP_SUCCESS)
         status = check_views(&call, arguments, COUNT);
     if (status == SEBP_SUCCESS)
@@ -304,7 +311,7 @@ static sebp_status backward_on_rows(const call *call, const sebp_matrix *dy, con
     if (dw && status == SEBP_SUCCESS)
         status = reserve(call, &to_dw);
 
-    const char *paths[2] = {"", ""};
+    const char *paths[2] = {dx || dw ? "" : "none", ""};
     int path = 0;
     if (dw && status == SEBP_SUCCESS)
         status = run(call, &to_dw, &paths[path++]);
@@ -335,18 +342,16 @@ sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy, c
 {
     if (!context)
         return SEBP_ERROR_NULL;
-    call call;
+    call call = begin(context, "sebp_linear_backward");
     const argument arguments[] = {{"dy", dy, false}, {"x", x, false},  {"w", w, false},
                                   {"dx", dx, true},  {"dw", dw, true}, {"db", db, true}};
     const argument *of_dy = &arguments[0], *of_x = &arguments[1], *of_w = &arguments[2],
                    *of_dx = &arguments[3], *of_dw = &arguments[4], *of_db = &arguments[5];
     enum { COUNT = sizeof arguments / sizeof *arguments };
 
-    call.context = context;
-    call.function = "sebp_linear_backward";
     if (!dy || (dw && !x) || (dx && !w))
         return missing(&call, !dy ? "dy" : dw && !x ? "x" : "w");
-    sebp_status status = begin(&call, context, "sebp_linear_backward", options);
+    sebp_status status = take_options(&call, options);
     if (status == SEBP_SUCCESS)
         status = check_views(&call, arguments, COUNT);
     if (status == SEBP_SUCCESS)
@@ -387,6 +392,7 @@ sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy, c
         if (status != SEBP_SUCCESS)
             return status;
         rows = found;
+        call.rows_were_found = true;
     }
     call.rows = rows;
     call.m = rows->count;

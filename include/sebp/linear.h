@@ -18,7 +18,11 @@
  * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error, of the backward
  * dW's product first:
  *
- *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<why>,<milliseconds>
+ *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<rows>,<milliseconds>
+ *
+ * A product is told as "native:auto" or "onednn:asked": who does it, and why; two are joined by "+".
+ * The rows are "all rows", "one run", "scattered rows" or "no rows", and " found" where the call
+ * found them.
  */
 #ifndef SEBP_LINEAR_H
 #define SEBP_LINEAR_H

@@ -33,9 +33,9 @@ typedef enum sebp_status {
     SEBP_ERROR_SHAPE = 6,    /**< shapes that do not go together */
     SEBP_ERROR_ROWS =
         7, /**< indices out of range, unsorted or repeated; a set made for another M */
-    SEBP_ERROR_VALUE = 8,   /**< an option or argument outside its range, NaN included */
-    SEBP_ERROR_ALIAS = 9,   /**< an output overlaps an input or another output */
-    SEBP_ERROR_MEMORY = 10, /**< memory could not be had, or the workspace bound is too small */
+    SEBP_ERROR_VALUE = 8,        /**< an option or argument outside its range, NaN included */
+    SEBP_ERROR_ALIAS = 9,        /**< an output overlaps an input or another output */
+    SEBP_ERROR_MEMORY = 10,      /**< memory could not be had */
     SEBP_ERROR_UNSUPPORTED = 11, /**< this build or this machine lacks what was asked for */
     SEBP_ERROR_ENVIRONMENT = 12, /**< an environment variable holds a value it may not hold */
     SEBP_ERROR_BACKEND = 13      /**< a library underneath (oneDNN, hwloc) failed */
