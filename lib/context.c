@@ -106,8 +106,13 @@ static sebp_status read_choice(const sebp_context_options *options, const char *
             return SEBP_SUCCESS;
         }
     }
-    return refuse(options, SEBP_ERROR_ENVIRONMENT, "sebp_context_create: %s is \"%.100s\"", name,
-                  value);
+    char allowed[64] = "";
+    for (int i = 0, used = 0; values[i] != NULL; i++) {
+        const char *before = i == 0 ? "" : values[i + 1] != NULL ? ", " : " or ";
+        used += snprintf(allowed + used, sizeof allowed - (size_t)used, "%s%s", before, values[i]);
+    }
+    return refuse(options, SEBP_ERROR_ENVIRONMENT, "sebp_context_create: %s is \"%.100s\", not %s",
+                  name, value, allowed);
 }
 
 /* Lets the environment overrule the options, and reads what it says besides. */
@@ -146,7 +151,9 @@ static sebp_status read_environment(sebp_context_options *options,
     environment->max_isa = variable("SEBP_MAX_ISA");
     if (environment->max_isa != NULL && !sebp_cpu_isa_is_known(environment->max_isa)) {
         return refuse(options, SEBP_ERROR_ENVIRONMENT,
-                      "sebp_context_create: SEBP_MAX_ISA is \"%.100s\"", environment->max_isa);
+                      "sebp_context_create: SEBP_MAX_ISA is \"%.100s\", not scalar, neon, avx2, "
+                      "avx512 or avx512bf16",
+                      environment->max_isa);
     }
     /* Not our variable, so what it holds is never an error. It may be a list, a level each. */
     const char *omp_threads = variable("OMP_NUM_THREADS");

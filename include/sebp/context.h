@@ -21,7 +21,7 @@ typedef struct sebp_context sebp_context;
 
 /** Which matrix product does the work. */
 typedef enum sebp_gemm {
-    SEBP_GEMM_AUTO = 0,   /**< per call, whichever measures faster for such a shape */
+    SEBP_GEMM_AUTO = 0,   /**< by shape and dtype, whichever measured faster for such a product */
     SEBP_GEMM_NATIVE = 1, /**< the library's own: gathers and scatters rows as it packs */
     SEBP_GEMM_ONEDNN =
         2 /**< oneDNN wherever it can; SEBP_ERROR_UNSUPPORTED in a build without it */
@@ -95,7 +95,7 @@ typedef struct sebp_context_options {
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (size_bytes); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
  *         [1, 1 MiB)); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED (oneDNN asked for in a build
- *         without it, placement in a build without hwloc); SEBP_ERROR_BACKEND (hwloc);
+ *         without it, placement in a build without hwloc); SEBP_ERROR_BACKEND (hwloc finds no cores);
  *         SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_context_create(const sebp_context_options *options,

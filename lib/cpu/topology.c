@@ -199,6 +199,11 @@ static void read_from_system(sebp_topology *topology)
 /* The machine as far as this process's affinity mask goes; NULL: hwloc failed. */
 static hwloc_topology_t load_hwloc(void)
 {
+#ifdef __linux__
+    /* Without these files hwloc finds nothing, and says so on standard error. */
+    if (access("/sys/devices/system/cpu/cpu0/topology", F_OK) != 0)
+        return NULL;
+#endif
     hwloc_topology_t hwloc;
     if (hwloc_topology_init(&hwloc) != 0)
         return NULL;
