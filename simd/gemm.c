@@ -250,13 +250,12 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
     const bool is_whole = work->rows == height && work->cols == TILE_COLS;
-    if (is_whole) { /* into L2: rows of C may lie where L1 cannot hold all of them */
-#pragma GCC unroll 16
-        for (int i = 0; i < height; i++)
-            for (int j = 0; j < TILE_COLS; j += LINE)
-                __builtin_prefetch(work->c[i] + work->c_at + j, 0, 2);
-    }
+    const int64_t fetched = is_whole && !work->stream ? height : 0;
     for (int64_t u = 0; u < units; u++) {
+        if (u < fetched) { /* a row of C a unit; into L2, as L1 may not hold all of them */
+            for (int j = 0; j < TILE_COLS; j += LINE)
+                __builtin_prefetch(work->c[u] + work->c_at + j, 0, 2);
+        }
         __builtin_prefetch(*ahead + ahead_at, 0, 2);
         ahead += ahead_step;
         vec lanes[TILE_VECS];
@@ -280,7 +279,12 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         a += TILE_ROWS;
         b += TILE_COLS;
     }
-    if (is_whole && !work->bias) {
+    if (is_whole && work->stream) {
+#pragma GCC unroll 16
+        for (int i = 0; i < height; i++)
+            for (int j = 0; j < TILE_VECS; j++)
+                vec_stream(work->c[i] + work->c_at + (int64_t)j * VEC_LANES, sum[i][j]);
+    } else if (is_whole && !work->bias) {
         /* nearly every tile: straight from the registers */
 #pragma GCC unroll 16
         for (int i = 0; i < height; i++) {

@@ -63,6 +63,7 @@ typedef struct sebp_tile_work {
     int64_t c_at;    /* elements from there to the tile's first column */
     int64_t rows, cols;
     bool accumulate;   /* the sum is added to C, else C is overwritten */
+    bool stream;       /* C, 64-byte aligned, is overwritten past the caches; no bias */
     const float *bias; /* cols numbers, added to each row; NULL: none */
 } sebp_tile_work;
 

@@ -670,14 +670,21 @@ START_TEST(tile)
             memcpy(b_expected, b.data, (size_t)(units * width) * sizeof(float));
         }
 
-        int accumulate = testing_chance(0.5), has_bias = testing_chance(0.5);
+        /* Where C goes past the caches its rows and columns start at multiples of 64 bytes. */
+        int stream = testing_chance(0.3), align = stream ? 16 : 1;
+        int accumulate = !stream && testing_chance(0.5), has_bias = !stream && testing_chance(0.5);
         buffer bias = make(cols, sizeof(float));
-        int64_t c_first = testing_between(0, 20), stride = strided(c_first + cols);
-        buffer c = make((rows - 1) * stride + c_first + cols, sizeof(float));
+        int64_t c_first = testing_between(0, 20) / align * align;
+        int64_t stride = (strided(c_first + cols) + align - 1) / align * align;
+        buffer c = make((rows - 1) * stride + c_first + cols + align, sizeof(float));
+        float *c_data = (void *)c.data;
+        if (stream) {
+            c_data += (64 - (uintptr_t)c.data % 64) % 64 / sizeof(float);
+        }
         for (int64_t j = 0; j < cols; j++) {
             put(bias.data, 0, j, value_of(integers));
             for (int64_t i = 0; accumulate && i < rows; i++) {
-                put(c.data, 0, i * stride + c_first + j, value_of(integers));
+                put(c_data, 0, i * stride + c_first + j, value_of(integers));
             }
         }
         /* The rows of C in any order. */
@@ -686,7 +693,7 @@ START_TEST(tile)
         for (int64_t i = 0; i < rows; i++) {
             int64_t other = testing_between(0, i);
             c_rows[i] = c_rows[other];
-            c_rows[other] = (float *)(void *)c.data + i * stride;
+            c_rows[other] = c_data + i * stride;
         }
         ptrdiff_t to_twin = (unsigned char *)twin_of(&c) - c.data;
 
@@ -704,6 +711,7 @@ START_TEST(tile)
             .rows = rows,
             .cols = cols,
             .accumulate = accumulate,
+            .stream = stream,
             .bias = has_bias ? (void *)bias.data : NULL,
         };
         (is_bf16 ? kernels->tile_bf16 : kernels->tile_f32)(&work);

@@ -556,6 +556,36 @@ START_TEST(native_gemm_does_not_depend_on_threads)
 }
 END_TEST
 
+/* A large dW is written past the caches where its rows start at multiples of 64 bytes, and not
+ * elsewhere: the same numbers. */
+START_TEST(large_dw_is_the_same_past_the_caches)
+{
+    enum { ROWS = 5, IN = 1040, MOST = 64 << 20 };
+    sebp_context *context = make_context(SEBP_GEMM_NATIVE, 3, 0, 0);
+    sebp_info info = {.size_bytes = sizeof info};
+    expect_success(sebp_info_get(context, &info), context);
+    int64_t large = info.l3_bytes > 0 && info.l3_bytes < MOST ? (int64_t)info.l3_bytes : MOST;
+    int64_t out = large / 2 / (IN * (int64_t)sizeof(float)) + testing_between(1, 40);
+    problem p = make_problem(ROWS, out, IN, SEBP_F32, TESTING_REAL, ROWS_ALL);
+    sebp_matrix dw[2];
+    for (int i = 0; i < 2; i++) {
+        size_t bytes = (size_t)(out * IN) * sizeof(float);
+        dw[i] = (sebp_matrix){
+            .data = testing_alloc(bytes, i * sizeof(float)), .rows = out, .cols = IN, .stride = IN};
+        expect_success(sebp_linear_backward(context, &p.dy, &p.x, &p.w, p.rows, &p.options, NULL,
+                                            &dw[i], NULL),
+                       context);
+        testing_check(dw[i].data);
+    }
+    ck_assert(testing_same_bits(&dw[0], &dw[1]));
+    ck_assert_int_gt(testing_nonzeros(&dw[0]), out * IN / 2);
+    testing_free(dw[0].data);
+    testing_free(dw[1].data);
+    free_problem(&p);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* Shapes that need many panels, or several blocks of dW, in 1 MiB. _i: the GEMM. */
 START_TEST(small_workspace_takes_panels)
 {
@@ -822,6 +852,7 @@ static Suite *make_suite(void)
     tcase_add_loop_test(random, small_workspace_takes_panels, 0, GEMMS);
     tcase_add_loop_test(random, runs_are_used_in_place, 0, GEMMS);
     tcase_add_test(random, native_gemm_does_not_depend_on_threads);
+    tcase_add_test(random, large_dw_is_the_same_past_the_caches);
     suite_add_tcase(suite, random);
     TCase *edges = tcase_create("edges");
     tcase_add_loop_test(edges, nan_and_inf_in_dy_spread_as_in_dense, 0, GEMMS);

@@ -286,13 +286,18 @@ static void zero_part(void *work, int64_t part)
         zeroing->kernels->stream_fence();
 }
 
+bool sebp_cpu_streams(const sebp_cpu *cpu, int64_t bytes)
+{
+    int64_t cache = cpu->topology.l3_bytes > 0 ? (int64_t)cpu->topology.l3_bytes : ASSUMED_CACHE;
+    return bytes > cache / 2;
+}
+
 static void zero_other_rows(void *device, const sebp_matrix *to, const int64_t *rows, int64_t count)
 {
     sebp_cpu *cpu = device;
     int64_t element = (int64_t)sebp_dtype_bytes(to->dtype);
     int64_t row_bytes = to->cols * element, others = to->rows - count;
     int64_t bytes = others * row_bytes;
-    int64_t cache = cpu->topology.l3_bytes > 0 ? (int64_t)cpu->topology.l3_bytes : ASSUMED_CACHE;
     zeroing zeroing = {.kernels = cpu->kernels,
                        .data = to->data,
                        .row_bytes = row_bytes,
@@ -302,7 +307,7 @@ static void zero_other_rows(void *device, const sebp_matrix *to, const int64_t *
                        .others = others,
                        .parts =
                            sebp_least(sebp_parts(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
-                       .stream = bytes > cache / 2};
+                       .stream = sebp_cpu_streams(cpu, bytes)};
     sebp_cpu_parallel(cpu, zeroing.parts, zero_part, &zeroing);
 }
 

@@ -130,6 +130,10 @@ typedef struct sebp_cpu_environment {
 sebp_status sebp_cpu_create(const sebp_context_options *options,
                             const sebp_cpu_environment *environment, sebp_cpu **cpu);
 
+/** Whether `bytes` to be written are better sent past the caches: too many to be found there by who
+ * reads them. */
+bool sebp_cpu_streams(const sebp_cpu *cpu, int64_t bytes);
+
 /** Scratch memory of at least `bytes`, 64-byte aligned, what it held lost; NULL: none, or over the
  * bound. Asked for again with no more bytes it cannot fail. */
 void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes);

@@ -13,7 +13,7 @@
  *
  * C is summed in scratch memory if it is bf16, so that it is rounded once, or large and added to for
  * many blocks of the depth: its own rows may lie a multiple of 4 KiB apart, where they drive each
- * other out of the caches.
+ * other out of the caches. A large C that is written just once goes past the caches.
  *
  * Every element of C is summed in an order that depends on k alone, never on the chunk or the
  * worker it falls to: the same bits for every number of threads and every bound of the workspace.
@@ -47,6 +47,7 @@ typedef struct job {
     int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
     int64_t units;         /* most units to a block of the depth */
     bool in_blocks;        /* C is summed in f32 blocks of scratch memory */
+    bool stream;           /* C is written past the caches */
     int64_t grid_m, grid_n;
     int64_t panel;   /* rows of A to a packed panel */
     int64_t block_m; /* rows to a block of C */
@@ -145,6 +146,15 @@ static int64_t worker_bytes(const job *job)
            b_rows_bytes(job) + c_rows_bytes(job);
 }
 
+/* Whether an f32 C that is written once can be written past the caches: large, its vectors aligned,
+ * and nothing of it read. Elsewhere a tile would first have to fetch what it overwrites. */
+static bool can_stream(const sebp_cpu *cpu, const sebp_product *product)
+{
+    return product->c_dtype == SEBP_F32 && !product->accumulate && !product->bias &&
+           (uintptr_t)product->c % 64 == 0 && product->c_stride % 16 == 0 &&
+           sebp_cpu_streams(cpu, product->m * product->n * 4);
+}
+
 /* Sizes the blocks: first by the caches, then down to the workspace's bound. */
 static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
 {
@@ -185,6 +195,7 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
     job->in_blocks =
         product->c_dtype != SEBP_F32 ||
         (units > job->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
+    job->stream = units <= job->units && can_stream(cpu, product);
     if (job->in_blocks)
         job->block_m = round_up(sebp_least(chunk_m, sebp_most(1, C_BYTES / (job->block_n * 4))),
                                 kernels->tile_rows);
@@ -248,6 +259,7 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         .c_at = block->c ? j0 - block->n0 : j0,
         .cols = cols,
         .accumulate = at > 0 || product->accumulate,
+        .stream = job->stream,
         .bias = at == 0 && block->bias ? block->bias + (j0 - block->n0) : NULL,
     };
     if (is_first && !work.pack_b)
@@ -394,6 +406,8 @@ static void run_worker(void *work, int64_t worker)
                   cut(product->n, job->grid_n, j + 1, job->kernels->tile_cols),
                   job->scratch + worker * job->worker_bytes);
     }
+    if (job->stream)
+        job->kernels->stream_fence();
 }
 
 /* k = 0: a product that adds nothing. Each row becomes the bias, or zero, or stays. */
