@@ -15,7 +15,9 @@
 
 enum {
     TILE_COLS = TILE_VECS * VEC_LANES,
-    LINE = 64 / sizeof(float) /* of cache, in floats */
+    LINE_BYTES = 64,                   /* of cache */
+    LINE = LINE_BYTES / sizeof(float), /* in floats */
+    FRACTION = 1 << 16                 /* one, where lines are counted in fractions */
 };
 
 /* A vector stored at each unit may spill into the next unit, which is written after it; with more
@@ -214,6 +216,7 @@ typedef struct arithmetic {
     multiply_add *multiply;
     load_lanes *load;
     int unit_elements;
+    int64_t element_bytes;
 } arithmetic;
 
 /* One row of a tile: TILE_VECS vectors, of which `cols` numbers lie in C. */
@@ -243,8 +246,10 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
     float *b = work->b;
     const char *const here[1] = {(const char *)b}; /* costs nothing to fetch again */
     const char *const *ahead = work->ahead ? work->ahead : here;
-    const int64_t ahead_step = work->ahead ? element : 0;
     const int64_t ahead_at = work->ahead ? work->ahead_at : 0;
+    const int64_t row_lines = (TILE_COLS * with.element_bytes + LINE_BYTES - 1) / LINE_BYTES;
+    const int64_t ahead_step = work->ahead && units ? work->ahead_lines * FRACTION / units : 0;
+    int64_t line = work->ahead ? work->ahead_line * FRACTION : 0;
     vec sum[TILE_ROWS][TILE_VECS];
     for (int i = 0; i < height; i++)
         for (int j = 0; j < TILE_VECS; j++)
@@ -256,8 +261,9 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
             for (int j = 0; j < TILE_COLS; j += LINE)
                 __builtin_prefetch(work->c[u] + work->c_at + j, 0, 2);
         }
-        __builtin_prefetch(*ahead + ahead_at, 0, 2);
-        ahead += ahead_step;
+        int64_t now = line / FRACTION;
+        line += ahead_step;
+        __builtin_prefetch(ahead[now / row_lines] + ahead_at + now % row_lines * LINE_BYTES, 0, 2);
         vec lanes[TILE_VECS];
         for (int j = 0; j < TILE_VECS; j++) {
             if (pack_b) {
@@ -328,10 +334,10 @@ INLINE void tile(arithmetic with, const sebp_tile_work *work)
 
 void SEBP_NAME(tile_f32)(const sebp_tile_work *work)
 {
-    tile((arithmetic){multiply_f32, lanes_f32, 1}, work);
+    tile((arithmetic){multiply_f32, lanes_f32, 1, 4}, work);
 }
 
 void SEBP_NAME(tile_bf16)(const sebp_tile_work *work)
 {
-    tile((arithmetic){multiply_bf16, lanes_bf16, BF16_UNIT}, work);
+    tile((arithmetic){multiply_bf16, lanes_bf16, BF16_UNIT, 2}, work);
 }

@@ -46,9 +46,12 @@ typedef void sebp_pack(float *packed, int64_t sliver_units, const sebp_slab *fro
  * One tile of C: rows <= tile_rows, cols <= tile_cols, C[i][j] (+)= sum over u of a[u][i] b[u][j].
  *
  * Packing B costs least in the tile that uses it first: with `pack_b` the tile reads B's memory
- * rows itself and leaves them packed in b, full columns only. `ahead` is what will be wanted soon:
- * at unit u one line at ahead[u * unit_elements] + ahead_at is fetched, and nothing where it is
- * NULL.
+ * rows itself and leaves them packed in b, full columns only.
+ *
+ * `ahead` is what will be wanted soon: memory rows of a later tile's B, from byte ahead_at on. The
+ * lines of cache that they take there are counted row by row, and `ahead_lines` of them from
+ * `ahead_line` on are fetched, spread evenly over the units, as many at once would hold up the
+ * tile's own loads. NULL: none.
  */
 typedef struct sebp_tile_work {
     int64_t units;
@@ -58,7 +61,7 @@ typedef struct sebp_tile_work {
     const char *const *b_rows; /* a memory row for each element of depth; NULL past an odd depth */
     int64_t b_at;              /* bytes from the start of those rows to the tile's first column */
     const char *const *ahead;
-    int64_t ahead_at;
+    int64_t ahead_at, ahead_line, ahead_lines;
     float *const *c; /* a pointer for each row */
     int64_t c_at;    /* elements from there to the tile's first column */
     int64_t rows, cols;

@@ -706,6 +706,8 @@ START_TEST(tile)
             .b_at = b_first * (int64_t)bytes_of(is_bf16),
             .ahead = testing_chance(0.5) ? b_rows : NULL,
             .ahead_at = 64,
+            .ahead_line = 0,
+            .ahead_lines = testing_between(0, depth),
             .c = c_rows,
             .c_at = c_first,
             .rows = rows,

@@ -264,20 +264,16 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
     };
     if (is_first && !work.pack_b)
         job->pack_b(sliver, sliver_units(job, kernels->tile_cols), &job->b, j0, cols, at, depth);
-    int64_t line = 0, lines = 0; /* of the next sliver's memory rows, one with each tile */
-    if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1)
-        lines = sebp_parts(kernels->tile_cols * bytes, 64) * job->unit_elements;
-    for (int64_t i = i0; i < i1; i += kernels->tile_rows) {
+    int64_t tile = 0, tiles = sebp_parts(i1 - i0, kernels->tile_rows), lines = 0;
+    if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1) {
+        work.ahead = block->b_rows;
+        work.ahead_at = work.b_at + kernels->tile_cols * bytes;
+        lines = depth * sebp_parts(kernels->tile_cols * bytes, 64);
+    }
+    for (int64_t i = i0; i < i1; i += kernels->tile_rows, tile++) {
         work.rows = sebp_least(kernels->tile_rows, i1 - i);
-        work.ahead = NULL;
-        if (line < lines) {
-            int64_t odd = line % job->unit_elements, column = line / job->unit_elements * 64;
-            if (!(odd && depth % 2)) {
-                work.ahead = block->b_rows + odd;
-                work.ahead_at = work.b_at + kernels->tile_cols * bytes + column;
-            }
-            line++;
-        }
+        work.ahead_line = lines * tile / tiles;
+        work.ahead_lines = lines * (tile + 1) / tiles - work.ahead_line;
         job->tile(&work);
         work.a += sliver_units(job, kernels->tile_rows);
         work.c += kernels->tile_rows;
