@@ -20,6 +20,18 @@ def make_model(name: str) -> nn.Module:
             vocab_size=99, pad_token_id=1, max_position_embeddings=64, **SIZES, **NO_DROPOUT
         )
         return t.RobertaForSequenceClassification(config)
+    if name == "distilbert":
+        config = t.DistilBertConfig(
+            vocab_size=99,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+        )
+        return t.DistilBertForSequenceClassification(config)
     if name == "gpt2":
         config = t.GPT2Config(
             vocab_size=99,
@@ -33,8 +45,9 @@ def make_model(name: str) -> nn.Module:
             attn_pdrop=0.0,
         )
         return t.GPT2LMHeadModel(config)
-    config = t.LlamaConfig(vocab_size=99, num_key_value_heads=2, pad_token_id=0, **SIZES)
-    return t.LlamaForCausalLM(config)
+    configs = {"llama": t.LlamaConfig, "mistral": t.MistralConfig, "qwen2": t.Qwen2Config}
+    config = configs[name](vocab_size=99, num_key_value_heads=2, pad_token_id=0, **SIZES)
+    return t.AutoModelForCausalLM.from_config(config)
 
 
 def make_batch(name: str, seed: int, left: bool = False, batch: int = 4, length: int = 16) -> dict:
@@ -49,7 +62,7 @@ def make_batch(name: str, seed: int, left: bool = False, batch: int = 4, length:
     mask = mask.flip(1) if left else mask
     pad = 1 if name == "roberta" else 0
     ids = torch.randint(5, 99, (batch, length), generator=numbers) * mask + pad * (1 - mask)
-    if name in ("bert", "roberta"):
+    if name in ("bert", "distilbert", "roberta"):
         labels = torch.randint(0, 2, (batch,), generator=numbers)
     else:
         labels = ids.masked_fill(mask.cumsum(1) * mask <= 1, -100)

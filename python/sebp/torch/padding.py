@@ -96,6 +96,10 @@ class padding:  # noqa: N801, a context manager that reads like a function
         self._last = (TensorWeakRef(x), x._version, kept)
         return kept
 
+    def skip(self) -> None:
+        """Accept that layers run on real tokens alone, as with :func:`~sebp.padding_free`."""
+        self._fitted = True
+
     def __enter__(self) -> "padding":
         self._outer, _of_thread.current = _of_thread.current, self
         return self

@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders and decoders on real tokens alone: the same results as with padding."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from models import make_batch, make_model  # noqa: E402
+from torch import nn  # noqa: E402
+
+import sebp  # noqa: E402
+
+ENCODERS = ["bert", "roberta", "distilbert"]
+DECODERS = ["llama", "qwen2", "mistral"]
+SIDES = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+
+
+def pair(name):
+    """Make a model and its twin without padding."""
+    plain = make_model(name).train()
+    ours = copy.deepcopy(plain)
+    report = sebp.padding_free(ours)
+    assert len(report.changed) == 1
+    assert not report.skipped
+    return plain, ours
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def watch_rows(model):
+    """Collect how many rows the first linear layer of the first block is given."""
+    rows = []
+    layer = next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "0" in n)
+    layer.register_forward_pre_hook(lambda module, args: rows.append(args[0][..., 0].numel()))
+    return rows
+
+
+def same(plain, ours, batch, packed=True):
+    """Check loss, logits and all gradients, and whether padding was computed."""
+    rows = watch_rows(ours)
+    want, got = plain(**batch), ours(**batch)
+    torch.testing.assert_close(got.loss, want.loss)
+    if got.logits.dim() == 2:
+        torch.testing.assert_close(got.logits, want.logits)
+    else:
+        inside = batch["attention_mask"].bool()
+        torch.testing.assert_close(got.logits[inside], want.logits[inside])
+        assert not packed or not got.logits[~inside].any()
+    want, got = gradients(plain, want.loss), gradients(ours, got.loss)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert sum(g is not None and bool(g.any()) for g in got.values()) > 20
+    tokens = int(batch["attention_mask"].sum())
+    assert rows == [tokens if packed else batch["input_ids"].numel()]
+
+
+# --------------------------------------------------------------------------------------------------
+# One step
+
+
+@SIDES
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder(name, left):
+    same(*pair(name), make_batch(name, 1, left))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder(name):
+    same(*pair(name), make_batch(name, 1))
+
+
+def spy(capfd, monkeypatch):
+    monkeypatch.setenv("SEBP_VERBOSE", "1")
+    return lambda: [line for line in capfd.readouterr().err.split("\n") if "padding_free" in line]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_reads_the_first_token(name, capfd, monkeypatch):
+    """So it must not be padding: with padding on the left the model is as it was."""
+    lines = spy(capfd, monkeypatch)
+    same(*pair(name), make_batch(name, 1, left=True), packed=False)
+    (line,) = lines()
+    assert line.startswith("sebp,fallback,padding_free,")
+    assert line.endswith(",a text whose first token is padding")
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_no_padding(name):
+    batch = make_batch(name, 1)
+    full = torch.ones_like(batch["attention_mask"])
+    batch["input_ids"] = batch["input_ids"].clamp(min=5)
+    same(*pair(name), {**batch, "attention_mask": full}, packed=False)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_no_mask(name):
+    plain, ours = pair(name)
+    ids = make_batch(name, 1)["input_ids"]
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_equal_lengths_and_holes(name):
+    """Texts of one length go through attention together; padding may lie within a text."""
+    batch = make_batch(name, 1)
+    mask = torch.zeros_like(batch["attention_mask"])
+    mask[0, :5], mask[1, :7], mask[2, :5], mask[3, 0], mask[3, 4:8] = 1, 1, 1, 1, 1
+    batch["attention_mask"] = mask
+    if name == "llama":
+        batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+        batch["labels"][3, 4] = -100  # predicted from padding
+    same(*pair(name), batch)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_empty_text(name):
+    """A text of padding alone."""
+    plain, ours = pair(name)
+    batch = make_batch(name, 1)
+    batch["attention_mask"][2] = 0
+    if name == "llama":
+        batch["labels"][2] = -100
+    same(plain, ours, batch, packed=name == "llama")
+    batch["attention_mask"][:] = 0
+    loss = ours(**batch).loss
+    torch.testing.assert_close(loss, plain(**batch).loss, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "qwen2"])
+def test_positions_and_types_given(name):
+    plain, ours = pair(name)
+    batch = make_batch(name, 1)
+    batch["position_ids"] = torch.arange(20, 4, -1)[None].expand(4, 16) % 19 + 2
+    if name == "bert":
+        batch["token_type_ids"] = torch.randint(0, 2, (4, 16))
+    same(plain, ours, batch)
+    batch["position_ids"] = batch["position_ids"][:1]
+    for p in ours.parameters():
+        p.grad = None
+    torch.testing.assert_close(ours(**batch).loss, plain(**batch).loss)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama"])
+def test_embeddings_given(name):
+    plain, ours = pair(name)
+    batch = make_batch(name, 1)
+    ids = batch.pop("input_ids")
+    x = plain.get_input_embeddings()(ids).detach().requires_grad_()
+    want, got = (m(inputs_embeds=x, **batch).loss for m in (plain, ours))
+    torch.testing.assert_close(got, want)
+    want, got = (torch.autograd.grad(loss, x)[0] for loss in (want, got))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_other_heads():
+    config = make_model("bert").config
+    batch = make_batch("bert", 1)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for head, target in (
+        (transformers.BertForMaskedLM, labels),
+        (transformers.BertForTokenClassification, labels.clamp(max=1)),
+    ):
+        plain = head(config)
+        ours = copy.deepcopy(plain)
+        assert sebp.padding_free(ours).changed == ["bert"]
+        same(plain, ours, {**batch, "labels": target})
+    plain = transformers.BertModel(config).train()
+    ours = copy.deepcopy(plain)
+    assert sebp.padding_free(ours).changed == ["BertModel"]
+    del batch["labels"]
+    want, got = plain(**batch), ours(**batch)
+    torch.testing.assert_close(got.pooler_output, want.pooler_output)
+    got = ours(batch["input_ids"], batch["attention_mask"], return_dict=False)
+    torch.testing.assert_close(got[1], want.pooler_output)
+    inside = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[0][inside], want.last_hidden_state[inside])
+
+
+def test_tuple_of_a_decoder():
+    plain, ours = pair("llama")
+    batch = make_batch("llama", 1)
+    got = ours.model(batch["input_ids"], batch["attention_mask"], return_dict=False)
+    want = plain.model(batch["input_ids"], batch["attention_mask"], use_cache=False)
+    inside = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[0][inside], want.last_hidden_state[inside])
+
+
+def test_sequence_classification_by_a_decoder():
+    torch.manual_seed(0)
+    plain = transformers.LlamaForSequenceClassification(make_model("llama").config).train()
+    ours = copy.deepcopy(plain)
+    sebp.padding_free(ours)
+    batch = make_batch("llama", 1)
+    same(plain, ours, {**batch, "labels": torch.tensor([0, 1, 1, 0])})
+
+
+def test_dropout():
+    """It is drawn: losses differ from call to call, in training alone."""
+    model = make_model("bert")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.dropout.p = 0.5
+    batch = make_batch("bert", 1)
+    sebp.padding_free(model)
+    losses = [model.train()(**batch).loss.item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    assert len({model.eval()(**batch).loss.item() for _ in range(3)}) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(model, name, left=False, steps=10, autocast=False, padded=False):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
+    losses = []
+    for step in range(steps):
+        batch = make_batch(name, step, left)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if padded:
+                with sebp.padding(batch["attention_mask"]):
+                    loss = model(**batch).loss
+            else:
+                loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+def agree(plain, ours, name, **options):
+    start = copy.deepcopy(plain.state_dict())
+    want, got = train(plain, name, **options), train(ours, name, **options)
+    assert want.std() > 0
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(value, start[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["plain", "sebp"])
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_ten_steps(name, sparse):
+    plain, ours = pair(name)
+    if sparse:
+        assert len(sebp.apply_sebp_to_model(ours).replaced) >= 8
+    agree(plain, ours, name)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_ten_steps_with_padding_on_the_left(name):
+    plain, ours = pair(name)
+    sebp.apply_sebp_to_model(ours)
+    agree(plain, ours, name, left=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_ten_steps_with_the_mask(name):
+    """Both ways to hand the mask to the linear layers go together with it."""
+    plain, ours = pair(name)
+    sebp.apply_sebp_to_model(ours, padding=True)
+    agree(plain, ours, name)
+    plain, ours = pair(name)
+    sebp.apply_sebp_to_model(ours)
+    want, got = train(plain, name), train(ours, name, padded=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_the_last_block(monkeypatch):
+    """Of the real tokens only [CLS] is active in the last block's feed-forward layers."""
+    import sebp.torch.ops as ops
+
+    counts = []
+    find = ops._find_rows
+    monkeypatch.setattr(
+        ops, "_find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
+    )
+    model = make_model("bert").train()
+    sebp.padding_free(model)
+    sebp.apply_sebp_to_model(model)
+    batch = make_batch("bert", 0)
+    model(**batch).loss.backward()
+    tokens = int(batch["attention_mask"].sum())
+    inside = [(len(rows), rows.total) for rows in counts if rows.total == tokens]
+    assert inside[:3] == [(4, tokens)] * 3
+    assert inside[-3:] == [(tokens, tokens)] * 3
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_autocast(name):
+    plain, ours = pair(name)
+    sebp.apply_sebp_to_model(ours)
+    want = train(plain, name, steps=3, autocast=True)
+    got = train(ours, name, steps=3, autocast=True)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "llama"])
+def test_gradient_checkpointing(name, reentrant):
+    """What is computed again is computed on the same rows."""
+    plain, ours = pair(name)
+    for model in (plain, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    rows = watch_rows(ours)
+    agree(plain, ours, name, steps=3)
+    tokens = [int(make_batch(name, step)["attention_mask"].sum()) for step in range(3)]
+    assert rows == [t for t in tokens for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_compile(name):
+    """Under torch.compile the model is as it was."""
+    plain, ours = pair(name)
+    if name == "llama":
+        plain.config.use_cache = ours.config.use_cache = False
+    compiled = torch.compile(ours, backend="aot_eager")
+    want, got = train(plain, name, steps=2), train(compiled, name, steps=2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_the_padding():
+    """The loss must not depend on padding, where nothing was computed."""
+    _, ours = pair("llama")
+    batch = make_batch("llama", 1, left=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    loss = ours(input_ids=ids, attention_mask=mask, labels=labels).loss
+    last = int((mask[0] == 0).sum()) - 1
+    with pytest.raises(RuntimeError, match=f"4 tokens .* is token {last} of text 0"):
+        loss.backward()
+    assert all(p.grad is None for p in ours.model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# What is left to the model as it was
+
+
+def test_generate():
+    plain, ours = pair("llama")
+    plain.eval()
+    ours.eval()
+    batch = make_batch("llama", 1, left=True)
+    del batch["labels"]
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want, got = (m.generate(**batch, **options) for m in (plain, ours))
+    assert torch.equal(got, want)
+
+
+def test_cache():
+    plain, ours = pair("llama")
+    batch = make_batch("llama", 1)
+    rows = watch_rows(ours)
+    tokens = int(batch["attention_mask"].sum())
+    assert ours(**batch).past_key_values is None
+    assert ours(**batch, use_cache=True).past_key_values.get_seq_length() == 16
+    assert ours.eval()(**batch).past_key_values.get_seq_length() == 16
+    with torch.no_grad():
+        got = ours(**batch, use_cache=False)
+    torch.testing.assert_close(got.loss, plain.eval()(**batch).loss)
+    assert rows == [tokens, 64, 64, tokens]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"is_causal": False}, "is_causal"),
+        ({"encoder_hidden_states": torch.zeros(4, 16, 32)}, "the argument encoder_hidden_states"),
+        ({"attention_mask": torch.ones(4, 1, 16, 16).bool()}, "a mask of 4 dimensions"),
+        ({"attention_mask": None}, "no attention_mask"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_fallbacks(options, reason, capfd, monkeypatch):
+    lines = spy(capfd, monkeypatch)
+    plain, ours = pair("bert")
+    batch = {**make_batch("bert", 1), **options}
+    rows = watch_rows(ours)
+    want, got = plain(**batch), ours(**batch)
+    torch.testing.assert_close(got.logits, want.logits)
+    torch.testing.assert_close(got.hidden_states, want.hidden_states)
+    assert rows == [64]
+    assert lines() == [f"sebp,fallback,padding_free,BertModel,{reason}"]
+
+
+def test_sliding_window():
+    plain, ours = pair("mistral")
+    plain.config.sliding_window = ours.config.sliding_window = 4
+    for model in (plain, ours):
+        model.model.config.sliding_window = 4
+    same(plain, ours, make_batch("mistral", 1), packed=False)
+
+
+def test_other_attention_set_later():
+    plain, ours = pair("bert")
+    ours.set_attn_implementation("eager")
+    same(plain, ours, make_batch("bert", 1), packed=False)
+    assert sebp.remove_padding_free(ours) == ["bert"]
+    assert ours.config._attn_implementation == "eager"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing():
+    _, ours = pair("bert")
+    batch = make_batch("bert", 1)
+    inputs = (batch["input_ids"], batch["attention_mask"])
+    ours.eval()
+    ours.config.return_dict = False
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, inputs)
+        other = make_batch("bert", 2)
+        inputs = (other["input_ids"], other["attention_mask"])
+        torch.testing.assert_close(traced(*inputs)[0], ours(*inputs)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# The report, and the way back
+
+
+def test_in_another_process(monkeypatch):
+    """A model that is loaded makes its attention known to transformers."""
+    plain, ours = pair("bert")
+    ours = pickle.dumps(ours)
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, "sebp")
+    same(plain, pickle.loads(ours), make_batch("bert", 1))
+
+
+def test_there_and_back(tmp_path):
+    plain, ours = make_model("bert"), make_model("bert")
+    parameters = dict(ours.named_parameters())
+    report = sebp.padding_free(ours)
+    assert report.changed == ["bert"]
+    assert str(report) == "bert runs without padding"
+    assert all(parameters[name] is p for name, p in ours.named_parameters())
+    ours.save_pretrained(tmp_path / "ours")
+    plain.save_pretrained(tmp_path / "plain")
+    saved = [(tmp_path / name / "config.json").read_text() for name in ("ours", "plain")]
+    assert saved[0] == saved[1]
+    with pytest.warns(UserWarning, match="without padding already: bert"):
+        assert sebp.padding_free(ours).already == ["bert"]
+    for _ in range(2):
+        twin = copy.deepcopy(ours)
+        assert sebp.remove_padding_free(twin) == ["bert"]
+        assert not twin.bert._forward_pre_hooks
+        assert not twin.bert.encoder._forward_hooks
+        assert twin.config._attn_implementation == "sdpa"
+        ours = pickle.loads(pickle.dumps(ours))
+    same(plain, ours, make_batch("bert", 1))
+    assert sebp.remove_padding_free(ours) == ["bert"]
+    assert sebp.remove_padding_free(ours) == []
+    same(plain, ours, make_batch("bert", 1), packed=False)
+
+
+@pytest.mark.parametrize("first", ["sebp", "padding_free"])
+def test_remove_is_apart(first):
+    """SEBP in the layers and padding-free are put in and taken out each on its own."""
+    plain, ours = pair("bert")
+    sebp.apply_sebp_to_model(ours)
+    if first == "sebp":
+        sebp.remove_sebp_from_model(ours)
+    else:
+        sebp.remove_padding_free(ours)
+    same(plain, ours, make_batch("bert", 1), packed=first == "sebp")
+
+
+def test_one_configuration_for_two_models():
+    """The one that is changed back does not mislead the other."""
+    plain = make_model("bert").train()
+    first, second = copy.deepcopy(plain), copy.deepcopy(plain)
+    second.config = first.config
+    for module in second.modules():
+        if hasattr(module, "config"):
+            module.config = first.config
+    sebp.padding_free(first)
+    batch = make_batch("bert", 1)
+    same(plain, second, batch, packed=False)
+    sebp.padding_free(second)
+    sebp.remove_padding_free(first)
+    same(plain, second, batch, packed=False)
+
+
+def test_old_transformers(monkeypatch):
+    model = make_model("bert")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    report = sebp.padding_free(model)
+    assert report.skipped == {"bert": "it is of transformers 4.57.1, which is before 5"}
+
+
+def test_left_alone():
+    class MyBert(transformers.BertModel):
+        pass
+
+    config = make_model("bert").config
+    report = sebp.padding_free(MyBert(config))
+    assert report.skipped == {"BertModel": "its class is MyBert"}
+    assert "BertModel left alone: its class is MyBert" in str(report)
+
+    model = nn.Sequential(nn.Linear(3, 3))
+    report = sebp.padding_free(model)
+    assert report.changed == []
+    assert "there is none of BertModel, DistilBertModel, LlamaModel" in report.skipped["Sequential"]
+    assert not model._forward_pre_hooks
+
+    report = sebp.padding_free(make_model("gpt2"))
+    assert "there is none of" in str(report)
+
+    model = make_model("bert")
+    model.set_attn_implementation("eager")
+    assert sebp.padding_free(model).skipped == {"bert": 'its attention is "eager", not "sdpa"'}
+    assert model.config._attn_implementation == "eager"
+
+    model = make_model("bert")
+    model.bert.forward = model.bert.forward
+    assert sebp.padding_free(model).skipped == {"bert": "its forward has been replaced"}
+
+    decoder = copy.deepcopy(config)
+    decoder.is_decoder = True
+    model = transformers.BertLMHeadModel(decoder)
+    assert sebp.padding_free(model).skipped == {"bert": "it is an encoder used as a decoder"}
+
+
+def test_two_encoders():
+    model = nn.ModuleDict({"query": make_model("bert"), "text": make_model("roberta")})
+    assert sebp.padding_free(model).changed == ["query.bert", "text.roberta"]
+
+
+@pytest.mark.parametrize("shape", [(4, 15), (3, 16), (4, 17)])
+def test_mask_of_the_wrong_shape(shape):
+    _, ours = pair("bert")
+    batch = make_batch("bert", 1)
+    batch["attention_mask"] = torch.ones(shape)
+    batch["attention_mask"][0, 2:] = 0
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*, but input_ids \(4, 16\)"):
+        ours(**batch)
