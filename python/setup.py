@@ -39,7 +39,8 @@ class BuildWithLibrary(build_py):
     """Copies the library beside the modules; an editable install uses it where it was built."""
 
     def run(self) -> None:
-        """Build, then copy."""
+        """Build, into an empty folder, then copy."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         library = built_library()
         if library is not None and not self.editable_mode:

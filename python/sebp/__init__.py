@@ -17,16 +17,40 @@ from ._version import __version__
 from .core import Context, Rows, SebpError, linear_backward, linear_forward
 
 if TYPE_CHECKING:
-    from .torch import Report, apply_sebp_to_model, padding, remove_sebp_from_model
+    from .torch import (
+        PaddingFreeReport,
+        Profile,
+        Report,
+        apply_sebp_to_model,
+        padding,
+        padding_free,
+        profile,
+        remove_padding_free,
+        remove_sebp_from_model,
+    )
+    from .torch.trainer import SebpCallback
 
-_OF_TORCH = ("Report", "apply_sebp_to_model", "padding", "remove_sebp_from_model")
+_OF_TORCH = (
+    "PaddingFreeReport",
+    "Profile",
+    "Report",
+    "apply_sebp_to_model",
+    "padding",
+    "padding_free",
+    "profile",
+    "remove_padding_free",
+    "remove_sebp_from_model",
+)
 
 __all__ = [
     "Context",
     "LibraryMismatchError",
     "LibraryNotFoundError",
+    "PaddingFreeReport",
+    "Profile",
     "Report",
     "Rows",
+    "SebpCallback",
     "SebpError",
     "__version__",
     "apply_sebp_to_model",
@@ -34,6 +58,9 @@ __all__ = [
     "linear_forward",
     "openmp_runtimes",
     "padding",
+    "padding_free",
+    "profile",
+    "remove_padding_free",
     "remove_sebp_from_model",
 ]
 
@@ -43,4 +70,8 @@ def __getattr__(name: str) -> object:
         from . import torch
 
         return getattr(torch, name)
+    if name == "SebpCallback":
+        from .torch.trainer import SebpCallback
+
+        return SebpCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

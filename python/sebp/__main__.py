@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python3 -m sebp``: what libsebp, PyTorch and their OpenMP make of this machine and each other.
 
-Exits with 1 if the library is not found or more than one OpenMP runtime is loaded.
+Exits with 1 if the library is not found, if the environment allows no context, or if PyTorch and
+the library do not work in the same pool of threads.
 """
 
 import ctypes
@@ -9,9 +10,56 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from . import LibraryMismatchError, LibraryNotFoundError, __version__, _library
+from . import LibraryMismatchError, LibraryNotFoundError, SebpError, __version__, _library
 from ._structs import Info
-from .core import Context
+from .core import Context, linear_forward
+
+
+def _print_library() -> None:
+    library = _library.load()
+    info = Info(ctypes.sizeof(Info))
+    library.sebp_info_get(None, info)
+    path = next(iter(_library.mapped_files("libsebp.so")), library._name)
+    print(f"libsebp          {library.sebp_version().decode()} at {path}")
+    with Context() as context:
+        print(f"kernels          {library.sebp_isa().decode()}")
+        print(f"oneDNN           {info.onednn.decode() or 'none'}")
+        print(f"threads          {context.threads} on {info.cores} cores")
+
+
+def _shares_pool() -> bool | None:
+    """Tell whether the library brings no threads of its own after PyTorch has worked on as many.
+
+    Returns
+    -------
+    bool or None
+        None where it cannot be measured: on one thread, or without ``/proc``.
+    """
+    import torch
+
+    tasks = Path("/proc/self/task")
+    with Context() as context:
+        if context.threads == 1 or not tasks.exists():
+            return None
+        torch.set_num_threads(context.threads)
+        x = torch.ones(1024, 1024)
+        x.sigmoid_()
+        before = len(list(tasks.iterdir()))
+        linear_forward(x.numpy(), x.numpy(), context=context)
+        return len(list(tasks.iterdir())) == before
+
+
+def _print_torch() -> bool:
+    """Print what there is of PyTorch; False: its threads and the library's are two pools."""
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch          none")
+        return True
+    import torch
+
+    print(f"PyTorch          {torch.__version__}, {torch.get_num_threads()} threads")
+    shared = _shares_pool()
+    print(f"thread pools     {'not measured' if shared is None else 'one' if shared else 'two'}")
+    return shared is not False
 
 
 def main() -> int:
@@ -24,33 +72,17 @@ def main() -> int:
     """
     print(f"python package   {__version__} in {Path(__file__).parent}")
     try:
-        library = _library.load()
-    except (LibraryNotFoundError, LibraryMismatchError) as error:
+        _print_library()
+        shared = _print_torch()
+    except (LibraryNotFoundError, LibraryMismatchError, SebpError) as error:
         print(error, file=sys.stderr)
         return 1
-    info = Info(ctypes.sizeof(Info))
-    library.sebp_info_get(None, info)
-    print(f"libsebp          {library.sebp_version().decode()} at {library._name}")
-    print(f"kernels          {library.sebp_isa().decode()}")
-    print(f"oneDNN           {info.onednn.decode() or 'none'}")
-    with Context() as context:
-        print(f"threads          {context.threads} on {info.cores} cores")
-    if importlib.util.find_spec("torch") is None:
-        print("PyTorch          none")
-    else:
-        import torch
-
-        from .torch import linear
-
-        x = torch.ones(64, 64, requires_grad=True)
-        linear(x, x).sum().backward()
-        print(f"PyTorch          {torch.__version__}, {torch.get_num_threads()} threads")
     runtimes = _library.openmp_runtimes()
     print(f"OpenMP runtimes  {len(runtimes)}")
     for path in runtimes:
         print(f"                 {path}")
-    if len(runtimes) > 1:
-        print("More than one OpenMP runtime: their threads fight for the cores.", file=sys.stderr)
+    if not shared:
+        print("Two pools: PyTorch's threads and libsebp's fight for the cores.", file=sys.stderr)
         return 1
     return 0
 

@@ -16,7 +16,7 @@ NAME = "libsebp.so.0"
 
 _HOW_TO_BUILD = """\
 Build it in the source tree, then install the package from there:
-    ./bootstrap && ./configure && make
+    ./bootstrap && make
     pip install ./python
 or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libsebp.so."""
 
@@ -144,17 +144,31 @@ def load() -> ctypes.CDLL:
     raise LibraryNotFoundError(f"libsebp was not found. Looked at:{places}\n{_HOW_TO_BUILD}")
 
 
+def mapped_files(*names: str) -> list[str]:
+    """List the files that this process has mapped whose names begin like one of `names`.
+
+    Returns
+    -------
+    list of str
+        Their paths, sorted; empty where ``/proc`` does not tell.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    return sorted(file for file in files if Path(file).name.startswith(names))
+
+
 def openmp_runtimes() -> list[str]:
-    """List the OpenMP runtimes that this process has loaded. More than one fight for the cores.
+    """List the OpenMP runtimes that this process has loaded.
+
+    A second one, the system's libgomp, does no harm beside a copy of PyTorch's that has a name of
+    its own: the loader brings it along as libsebp names it, and nothing calls it.
+    ``python3 -m sebp`` tells how many pools of threads there are.
 
     Returns
     -------
     list of str
         Paths of libgomp, libomp and libiomp5; empty where ``/proc`` does not tell.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return []
-    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
-    names = ("libgomp", "libomp", "libiomp")
-    return sorted(file for file in files if Path(file).name.startswith(names))
+    return mapped_files("libgomp", "libomp", "libiomp")

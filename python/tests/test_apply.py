@@ -57,11 +57,41 @@ def test_twice_says_so():
         ("2.*", ["2.0"]),
         (["0", "none"], ["0"]),
         (lambda name, module: module.bias is not None, ["0"]),
-        ([], []),
     ],
 )
 def test_layers(layers, replaced):
     assert sebp.apply_sebp_to_model(make_model(), layers=layers).replaced == replaced
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("3.*", r"layers='3\.\*' matches none of 2, such as '0'"),
+        (["linear", "lin"], r"layers=\['linear', 'lin'\] matches none of 2"),
+        ([], r"layers=\[\] matches none of 2"),
+        (lambda name, module: False, "layers=<function .* matches none of 2"),
+    ],
+)
+def test_layers_that_match_nothing(layers, message):
+    model = make_model()
+    with pytest.warns(UserWarning, match=f"no layer was replaced: {message}"):
+        report = sebp.apply_sebp_to_model(model, layers=layers)
+    assert report.replaced == []
+    assert type(model[0]) is nn.Linear
+
+
+def test_model_without_linear_layers():
+    with pytest.warns(UserWarning, match="no layer was replaced: the model has no linear layers"):
+        report = sebp.apply_sebp_to_model(nn.ReLU())
+    assert report.replaced == []
+
+
+def test_layers_that_fail():
+    """What a function of the user raises leaves the model as it was."""
+    model = make_model()
+    with pytest.raises(ZeroDivisionError):
+        sebp.apply_sebp_to_model(model, layers=lambda name, module: name == "0" or 1 / 0)
+    assert type(model[0]) is nn.Linear
 
 
 def test_left_alone():

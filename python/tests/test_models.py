@@ -14,15 +14,18 @@ from models import make_batch, make_model  # noqa: E402
 import sebp  # noqa: E402
 
 NAMES = ["bert", "roberta", "gpt2", "llama"]
+MORE_NAMES = ["distilbert", "qwen2", "mistral"]
 
 
-def train(model, name, steps=10, padded=False, left=False, autocast=False):
-    """Take AdamW steps, and give the losses."""
+def train(model, name, steps=10, padded=False, left=False, autocast=False, full=False):
+    """Take AdamW steps, and give the losses; `full`: no text is padded."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
     model.train()
     losses = []
     for step in range(steps):
         batch = make_batch(name, step, left)
+        if full:
+            batch = fill(batch)
         context = sebp.padding(batch["attention_mask"]) if padded else nullcontext()
         cast = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
         with context, cast:
@@ -34,14 +37,24 @@ def train(model, name, steps=10, padded=False, left=False, autocast=False):
     return torch.tensor(losses)
 
 
-def agree(name, left=False, padded=False, **apply):
+def fill(batch):
+    """Put tokens where the padding is."""
+    mask = batch["attention_mask"]
+    ids = torch.where(mask == 0, 7, batch["input_ids"])
+    labels = ids if batch["labels"].dim() == 2 else batch["labels"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(mask), "labels": labels}
+
+
+def agree(name, left=False, padded=False, full=False, frozen="", **apply):
     plain = make_model(name)
+    for key, parameter in plain.named_parameters():
+        parameter.requires_grad_(not (frozen and frozen in key))
     ours = copy.deepcopy(plain)
     report = sebp.apply_sebp_to_model(ours, **apply)
     assert len(report.replaced) >= 8
     assert not report.skipped
-    want = train(plain, name, left=left)
-    got = train(ours, name, padded=padded, left=left)
+    want = train(plain, name, left=left, full=full)
+    got = train(ours, name, padded=padded, left=left, full=full)
     assert want.std() > 0
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     start = make_model(name).state_dict()
@@ -51,19 +64,58 @@ def agree(name, left=False, padded=False, **apply):
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 def test_ten_steps(name, left):
     agree(name, left)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 def test_ten_steps_with_the_mask(name):
     agree(name, padded=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 def test_ten_steps_with_the_mask_captured(name):
     agree(name, padding=True)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_without_padding(name, padding):
+    agree(name, full=True, padding=padding)
+
+
+@pytest.mark.parametrize("rows", [64, ("threshold", 0.0), ("energy", 0.0)])
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_with_rules_that_keep_all(name, rows):
+    agree(name, rows=rows)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(
+    ("name", "frozen"), [("bert", "embeddings"), ("bert", ".0."), ("gpt2", "mlp"), ("llama", ".0.")]
+)
+def test_ten_steps_with_frozen_weights(name, frozen, padding):
+    agree(name, frozen=frozen, padding=padding)
+
+
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
+def test_walk(name):
+    """Every linear layer of the model is found, and nothing else is changed."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = make_model(name)
+    linear = [key for key, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    classes = {key: type(m) for key, m in model.named_modules()}
+    state = model.state_dict()
+    assert sebp.apply_sebp_to_model(model).replaced == linear
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(after[key].data_ptr() == state[key].data_ptr() for key in state)
+    changed = [key for key, m in model.named_modules() if type(m) is not classes[key]]
+    assert changed == linear
+    assert sebp.remove_sebp_from_model(model) == linear
+    assert all(type(m) is classes[key] for key, m in model.named_modules())
 
 
 def test_captured_mask_is_used_and_released():
@@ -100,7 +152,7 @@ def test_loss_on_padding_is_noticed():
         train(model, "bert", steps=1, padded=True, left=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 def test_rows_are_sparse(name, capfd, monkeypatch):
     """The layers do see the padding: in all of them fewer rows than there are tokens."""
     import sebp.torch.ops as ops
@@ -120,7 +172,7 @@ def test_rows_are_sparse(name, capfd, monkeypatch):
     assert all(len(rows) <= tokens for rows in inside)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_autocast(name):
     plain = make_model(name)
     ours = copy.deepcopy(plain)

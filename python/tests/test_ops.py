@@ -65,7 +65,8 @@ def mask_rows(shape, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", ["none", "right", "left", "scattered", "all"])
 @pytest.mark.parametrize("layout", ["plain", "transposed", "gaps", "expanded"])
-def test_against_autograd(dtype, padding, layout):
+@pytest.mark.parametrize("transposed", [False, True], ids=["NxK", "KxN"])
+def test_against_autograd(dtype, padding, layout, transposed):
     lead = [random.randint(1, 12) for _ in range(random.choice([1, 2, 2, 3]))]
     n, k = random.randint(1, 150), random.randint(1, 150)
     x, w, bias = make(*lead, k, dtype=dtype), make(n, k, dtype=dtype), make(n, dtype=dtype)
@@ -75,7 +76,9 @@ def test_against_autograd(dtype, padding, layout):
     dy = lay(dy, layout) * mask_rows(tuple(lead), padding)[..., None]
     dy = lay(dy, layout) if layout != "expanded" else dy
     laid = [lay(t, layout if layout != "expanded" else "plain") for t in inputs[:2]]
-    y = linear(*laid, bias)
+    if transposed:
+        laid[1] = lay(w.t(), layout if layout != "expanded" else "plain")
+    y = torch.ops.sebp.linear(*laid, bias, None, None, transposed)
     got = torch.autograd.grad(y, inputs, dy)
     want_y = functional.linear(*inputs)
     want = torch.autograd.grad(want_y, inputs, dy)
@@ -89,6 +92,68 @@ def test_against_autograd(dtype, padding, layout):
         close(got[2], want[2], m, g.sum(0))
     if padding != "all" and bool(dy.any()):
         assert bool(want[1].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stretched", ["all", "rows", "columns", "batch"])
+def test_expanded_gradients(dtype, transposed, stretched):
+    """A dY of strides 0, as sums and means make it."""
+    x, w, bias = make(3, 5, 8, dtype=dtype), make(6, 8, dtype=dtype), make(6, dtype=dtype)
+    shape = {"all": (1, 1, 1), "rows": (1, 1, 6), "columns": (3, 5, 1), "batch": (1, 5, 6)}
+    dy = torch.randn(shape[stretched])
+    if stretched in ("columns", "batch"):
+        dy[:, 1:4] = 0
+    dy = dy.to(dtype).expand(3, 5, 6)
+    assert 0 in dy.stride()
+    weight = w.t() if transposed else w
+    y = torch.ops.sebp.linear(x, weight, bias, None, None, transposed)
+    got = torch.autograd.grad(y, (x, w, bias), dy)
+    want = torch.autograd.grad(functional.linear(x, w, bias), (x, w, bias), dy)
+    within = dict(rtol=2e-2, atol=5e-2) if dtype == torch.bfloat16 else {}
+    for one, other in zip(got, want, strict=True):
+        assert bool(other.any())
+        torch.testing.assert_close(one, other, **within)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4, 3), (5, 0, 3), (5, 4, 0), (1, 1, 1), (0, 0, 0)])
+def test_empty(shape, transposed):
+    m, n, k = shape
+    x, w, bias = make(m, k), make(n, k), make(n)
+    dy = torch.randn(m, n)
+    y = torch.ops.sebp.linear(x, w.t() if transposed else w, bias, None, None, transposed)
+    want = functional.linear(x, w, bias)
+    torch.testing.assert_close(y, want)
+    got = torch.autograd.grad(y, (x, w, bias), dy)
+    torch.testing.assert_close(got, torch.autograd.grad(want, (x, w, bias), dy))
+
+
+def test_nan_and_inf():
+    """A row of dY that holds one is active; what an inactive row of X holds does not spread."""
+    x, w = make(6, 4), make(5, 4)
+    dy = torch.randn(6, 5)
+    dy[0], dy[4], dy[5] = 0, 0, -0.0
+    dy[1, 2], dy[4, 3] = float("nan"), float("inf")
+    got = torch.autograd.grad(linear(x, w), (x, w), dy)
+    want = torch.autograd.grad(functional.linear(x, w), (x, w), dy)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    dy[1], dy[4] = 1, 0
+    with torch.no_grad():
+        x[0] = float("nan")
+    dw = torch.autograd.grad(linear(x, w), w, dy)[0]
+    torch.testing.assert_close(dw, dy[1:].T @ x.detach()[1:])
+
+
+def test_input_changed_in_place():
+    """As with PyTorch's own layer, an input that has changed since is an error."""
+    x, w = make(6, 4), make(5, 4)
+    middle = x * 1
+    y = linear(middle, w)
+    with torch.no_grad():
+        middle += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def keep(dy, rule):
@@ -358,6 +423,39 @@ def test_bad_arguments():
         linear(make(3, 4), make(6, 4), rows=0)
     with pytest.raises(RuntimeError):
         linear(make(3, 4), make(6, 4, dtype=torch.bfloat16))
+
+
+def test_work_is_counted():
+    """Rows, active rows and time of each kind of layer, whichever threads compute it."""
+    import threading
+
+    from sebp.torch.ops import LayerKind, Work, work_done
+
+    kind = LayerKind(7, 11, torch.float32, True, True)
+    kinds = {kind, kind._replace(need_dx=False)}
+    before = work_done()
+
+    def work():
+        for _ in range(20):
+            dy = torch.zeros(10, 7)
+            dy[:3] = 1
+            w = make(7, 11)
+            linear(make(10, 11), w).backward(dy)
+            linear(torch.randn(10, 11), w).backward(dy)
+            linear(make(10, 11, dtype=torch.float64), make(7, 11, dtype=torch.float64)).sum()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    after = work_done()
+    for one in kinds:
+        then = before.get(one, Work())
+        assert after[one].rows - then.rows == 40 * 10
+        assert after[one].active - then.active == 40 * 3
+        assert 0 < after[one].seconds - then.seconds < 60
+    assert {one for one in after if after[one] != before.get(one)} == kinds
 
 
 def test_threads():

@@ -62,6 +62,35 @@ def _classes() -> dict[type, type]:
     return classes
 
 
+def _refusal(module: nn.Module, classes: dict[type, type]) -> str:
+    """Say why a linear layer is left alone; "": it is not."""
+    if type(module) not in classes:
+        return f"its class is {type(module).__name__}"
+    return "its forward has been replaced" if "forward" in vars(module) else ""
+
+
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the layers that have SEBP or could have it, by name.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+
+    Returns
+    -------
+    list of (str, nn.Module)
+        In the order of the model's modules, each once.
+    """
+    classes = _classes()
+    known = (*classes, *classes.values())
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) in known and "forward" not in vars(module)
+    ]
+
+
 def _chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
     if layers is None:
         return lambda name, module: True
@@ -81,7 +110,7 @@ def apply_sebp_to_model(
 
     Layers stay the same objects with the same parameters, hooks and names, so that optimizers,
     checkpoints and tied weights are not touched. A layer that has SEBP already is left as it is,
-    with a warning.
+    with a warning; so is a model none of whose layers is chosen.
 
     Parameters
     ----------
@@ -114,21 +143,24 @@ def apply_sebp_to_model(
     _library.load()
     classes = _classes()
     is_chosen = _chooser(layers)
-    for name, module in model.named_modules():
-        if not isinstance(module, tuple(classes)) or not is_chosen(name, module):
-            continue
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(classes))]
+    chosen = [(name, module) for name, module in linear if is_chosen(name, module)]
+    for name, module in chosen:
         if type(module) in classes.values():
             report.already.append(name)
-        elif type(module) not in classes:
-            report.skipped[name] = f"its class is {type(module).__name__}"
-        elif "forward" in vars(module):
-            report.skipped[name] = "its forward has been replaced"
+        elif reason := _refusal(module, classes):
+            report.skipped[name] = reason
         else:
             module.__class__ = classes[type(module)]
             module.sebp_rule = report.rule
             report.replaced.append(name)
     if padding:
         capture_padding(model)
+    if not chosen:
+        reason = "the model has no linear layers"
+        if linear:
+            reason = f"layers={layers!r} matches none of {len(linear)}, such as {linear[0][0]!r}"
+        warnings.warn(f"no layer was replaced: {reason}", stacklevel=2)
     if report.already:
         warnings.warn(
             f"{len(report.already)} layers had SEBP already and are as they were;"

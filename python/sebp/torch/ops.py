@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 import threading
+import time
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,9 @@ _forked = False
 
 
 def _note_fork() -> None:
-    global _forked
+    global _forked, _work_lock
     _forked = True
+    _work_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_note_fork)
@@ -69,6 +71,50 @@ def _context() -> Context:
         here.context = Context(threads=threads)
         here.threads = threads
     return here.context
+
+
+# --------------------------------------------------------------------------------------------------
+# What the backwards have done so far, in all threads
+
+
+class LayerKind(NamedTuple):
+    """What the time of a layer's backward depends on, besides its rows."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    need_dx: bool
+    need_dw: bool
+
+
+class Work(NamedTuple):
+    """Sums over backwards: rows of dY, those among them that were active, and time."""
+
+    rows: int = 0
+    active: int = 0
+    seconds: float = 0.0
+
+
+_work: dict[LayerKind, Work] = {}
+_work_lock = threading.Lock()
+
+
+def _count(kind: LayerKind, rows: int, active: int, seconds: float) -> None:
+    with _work_lock:
+        before = _work.get(kind, Work())
+        _work[kind] = Work(before.rows + rows, before.active + active, before.seconds + seconds)
+
+
+def work_done() -> dict[LayerKind, Work]:
+    """Give what all backwards of this process have done so far.
+
+    Returns
+    -------
+    dict of LayerKind to Work
+        A copy. What PyTorch did in the library's place is not in it.
+    """
+    with _work_lock:
+        return dict(_work)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,6 +359,7 @@ def linear_backward_op(
     """
     if not _is_ours(dy, x, weight):
         return _dense_backward(dy, x, weight, rows, transposed, need_dx, need_dw, need_db)
+    start = time.perf_counter()
     rule = Rule(kind, value)
     dy2 = _flat(dy)
     active = _find_rows(dy2, rule)
@@ -339,6 +386,12 @@ def linear_backward_op(
         if rule.kind == RULE_NONZERO:
             _remember(dx, rule, active)
         dx = dx.view((*dy.shape[:-1], k))
+    _count(
+        LayerKind(dy2.shape[1], k, dy.dtype, need_dx, need_dw),
+        dy2.shape[0],
+        len(active),
+        time.perf_counter() - start,
+    )
     return dx, dw, db
 
 

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows what SEBP would save on a model and a batch, before anything is changed."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .._rules import RowRule, Rule, parse_rule
+from .apply import linear_layers
+from .heat_map import draw
+from .ops import _DTYPES, _find_rows, _flat, _indices_of
+
+Batch = Mapping[str, object] | Sequence[object] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """Row sparsity of one layer's dY.
+
+    Attributes
+    ----------
+    name : str
+        The layer's name in the model.
+    in_features, out_features : int
+        K and N.
+    is_active : array of bool, ... (the shape of the layer's output without N)
+        Which rows of dY are active. A layer that ran several times has its calls one after the
+        other along the first dimension.
+    flops : int
+        What the dense backward takes: 2 M N K for each of dX and dW that training needs.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    is_active: NDArray[np.bool_]
+    flops: int
+
+    @property
+    def rows(self) -> int:
+        """M: the rows of dY."""
+        return self.is_active.size
+
+    @property
+    def active(self) -> int:
+        """m: those among them that are active."""
+        return int(self.is_active.sum())
+
+    @property
+    def activity(self) -> float:
+        """The share m / M; 0 where M is 0."""
+        return self.active / max(self.rows, 1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What :func:`profile` found. ``str()`` makes a table of it.
+
+    Attributes
+    ----------
+    rule : Rule
+        Which rows count as active.
+    layers : list of LayerProfile
+        In the order of the model's modules.
+    without_gradient : list of str
+        Linear layers that no gradient reached.
+    shape : tuple of two int or None
+        Texts and tokens of the batch: the B x L of most layers' outputs; None if none is B x L x N.
+    """
+
+    rule: Rule
+    layers: list[LayerProfile] = field(default_factory=list)
+    without_gradient: list[str] = field(default_factory=list)
+    shape: tuple[int, int] | None = None
+
+    @property
+    def activity(self) -> float:
+        """The active rows of all layers together, as a share of their rows."""
+        return sum(one.active for one in self.layers) / max(sum(one.rows for one in self.layers), 1)
+
+    @property
+    def saved(self) -> float:
+        """The share of the flops of the linear layers' backward that SEBP would save."""
+        saved = sum(one.flops * (1 - one.activity) for one in self.layers)
+        return saved / max(sum(one.flops for one in self.layers), 1)
+
+    def _summary(self) -> str:
+        texts, length = self.shape or (0, 0)
+        batch = f"{texts} text{'s' * (texts > 1)} of {length} tokens, " if self.shape else ""
+        return (
+            f"{batch}rows={self.rule}: {self.activity:.1%} of the rows are active, SEBP would save"
+            f" {self.saved:.1%} of the flops of the linear layers' backward"
+        )
+
+    def __str__(self) -> str:
+        """Make a table, a line for each layer."""
+        width = max([len(one.name) for one in self.layers] + [5])
+        lines = [
+            f"{'layer':{width}}  {'in':>6} {'out':>6}  {'rows':>7} {'active':>7} activity   Gflop"
+        ]
+        for one in self.layers:
+            lines.append(
+                f"{one.name:{width}}  {one.in_features:6} {one.out_features:6}  {one.rows:7}"
+                f" {one.active:7} {one.activity:8.1%} {one.flops / 1e9:7.3g}"
+            )
+        lines += [f"{name}: no gradient" for name in self.without_gradient]
+        return "\n".join([*lines, self._summary()])
+
+    def to_svg(self) -> str:
+        """Draw a heat map of layers by tokens.
+
+        The colour is the share of texts whose row is active at that token.
+
+        Returns
+        -------
+        str
+            An SVG document.
+        """
+        texts, length = self.shape or (0, 0)
+        shares = []
+        for one in self.layers:
+            # Some models flatten batch and length into one dimension.
+            if length and one.rows and one.rows % length == 0 and one.rows >= texts * length:
+                shares.append(one.is_active.reshape(-1, length).mean(0))
+            else:
+                shares.append(np.array([one.activity]))
+        notes = [f"{one.active} / {one.rows}" for one in self.layers]
+        return draw(self._summary(), [one.name for one in self.layers], shares, notes, length)
+
+    def save_svg(self, path: str | PathLike[str]) -> None:
+        """Write the heat map to a file.
+
+        Parameters
+        ----------
+        path : str or path
+            Where.
+        """
+        Path(path).write_text(self.to_svg(), encoding="utf-8")
+
+
+class _Step(nn.Module):
+    """A forward and a backward, as a module, so that both see the parameters it is given."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[object], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> None:
+        """Run both."""
+        if isinstance(batch, Mapping):
+            output = self.model(**batch)
+        elif isinstance(batch, Tensor):
+            output = self.model(batch)
+        else:
+            output = self.model(*batch)
+        self.loss(output).backward()
+
+
+def _loss_of(output: object) -> Tensor:
+    """Find the loss in what a model returned."""
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif not isinstance(output, Tensor):
+        loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            "the model returned no loss. A model of transformers needs labels in the batch; for any"
+            " other say how: profile(..., loss=lambda output: ...)"
+        )
+    return loss
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put all random number generators back to where they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
+    """Make tensors to run a model with in the place of its parameters and buffers.
+
+    The parameters' have their memory, but gradients of their own, which are dropped at once, and
+    none of their hooks.
+    """
+    tensors = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        leaf = parameter.detach().requires_grad_(parameter.requires_grad)
+        if leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(_drop_gradient)
+        tensors[name] = leaf
+    return tensors
+
+
+def profile(
+    model: nn.Module,
+    batch: Batch,
+    rows: RowRule = "nonzero",
+    loss: Callable[[object], Tensor] | None = None,
+) -> Profile:
+    """Run one forward and backward, and tell for each linear layer which rows of dY are active.
+
+    The model is left as it was: parameters, their gradients and hooks, buffers, training mode, and
+    random number generators. It may have SEBP or not; with SEBP and an inexact rule, the rows that
+    a layer leaves out are missing in those before it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model, in the mode it is to be profiled in.
+    batch : mapping, sequence or Tensor
+        What the model is called with, with labels where the model makes its loss from them.
+    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+        Which rows count as active, as for :func:`~sebp.apply_sebp_to_model`.
+    loss : callable, optional
+        Gives a scalar loss from what the model returned. Default: its ``loss``, or a scalar.
+
+    Returns
+    -------
+    Profile
+        A table by ``str()``, numbers in ``layers``, a picture by ``save_svg()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `rows` is no rule; ValueError also if there is no scalar loss.
+    LibraryNotFoundError, LibraryMismatchError
+        If libsebp is not found, or is another version's.
+
+    Examples
+    --------
+    >>> profile = sebp.profile(model, next(iter(loader)))
+    >>> print(profile)
+    >>> profile.save_svg("profile.svg")
+    """
+    rule = parse_rule(rows)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
+    layers = linear_layers(model)
+    found: dict[str, list[NDArray[np.bool_]]] = {name: [] for name, _ in layers}
+    products: dict[str, int] = {}
+
+    def look(name: str, dy: Tensor) -> None:
+        dy2 = _flat(dy.detach() if dy.dtype in _DTYPES else dy.detach().float()).cpu()
+        is_active = np.zeros(dy2.shape[0], bool)
+        is_active[_indices_of(_find_rows(dy2, rule)).numpy()] = True
+        found[name].append(is_active.reshape(dy.shape[:-1]))
+
+    def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+        if y.requires_grad:
+            x = args[0] if args else next(iter(kwargs.values()))
+            products[name] = x.requires_grad + layer.weight.requires_grad
+            y.register_hook(partial(look, name))
+
+    with ExitStack() as stack:
+        stack.enter_context(_generators_kept())
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, layer in layers:
+            handle = layer.register_forward_hook(
+                partial(note, name), prepend=True, with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        step = _Step(model, loss or _loss_of)
+        torch.func.functional_call(step, _stand_ins(step), (batch,))
+
+    shapes = Counter(call.shape for calls in found.values() for call in calls if call.ndim == 2)
+    result = Profile(rule, shape=shapes.most_common(1)[0][0] if shapes else None)
+    for name, layer in layers:
+        if not found[name]:
+            result.without_gradient.append(name)
+            continue
+        is_active = _join(found[name])
+        n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        flops = 2 * products[name] * is_active.size * n * k
+        result.layers.append(LayerProfile(name, k, n, is_active, flops))
+    return result
+
+
+def _join(calls: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """Put the rows of a layer's calls one after the other, flat where their shapes differ."""
+    if len({(call.ndim, *call.shape[1:]) for call in calls}) > 1 or calls[0].ndim == 0:
+        calls = [call.reshape(-1) for call in calls]
+    return np.concatenate(calls)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SEBP in Hugging Face's Trainer. Imported only when its one name is used, as it imports theirs."""
+
+import time
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .._rules import RowRule, parse_rule
+from .apply import Layers, Report, apply_sebp_to_model, remove_sebp_from_model
+from .ops import LayerKind, Work, work_done
+
+_MOST = 512  # rows and outputs of the product that is timed
+
+
+def _dense_seconds_per_row(kind: LayerKind) -> float:
+    """Time PyTorch's own products of a layer's backward, on a part of it."""
+    n = min(kind.out_features, _MOST)
+    dy = torch.ones(_MOST, n, dtype=kind.dtype)
+    x = torch.ones(_MOST, kind.in_features, dtype=kind.dtype)
+    weight = torch.ones(n, kind.in_features, dtype=kind.dtype)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        if kind.need_dx:
+            dy @ weight
+        if kind.need_dw:
+            dy.t() @ x
+        times.append(time.perf_counter() - start)
+    return min(times) / _MOST * kind.out_features / max(n, 1)
+
+
+class SebpCallback(TrainerCallback):
+    """Trains with SEBP, and shows and logs what that saves.
+
+    SEBP is put into the model when training begins and taken out when it ends. With each loss the
+    Trainer logs
+
+    - ``sebp_activity``: active rows of dY / rows of dY, over all layers since the last log,
+    - ``sebp_seconds_saved``: the time that PyTorch would have needed for the backward of these
+      layers, less the time they took, since the last log. An estimate: the time they took is
+      measured, that of PyTorch is its rate on 512 rows, measured once for each kind of layer in the
+      first step, times the rows. What a mask saves in the forward is not in it.
+
+    With the summary at the end it logs both over the whole run. The progress bar shows the activity
+    of the last step and the time saved so far. Each process counts its own work, and the first one
+    logs.
+
+    Reporters that the Trainer makes from ``report_to`` run before other callbacks and so do not see
+    the two; to make them, put this callback first::
+
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, trainer.pop_callback(sebp.SebpCallback))
+
+    Parameters
+    ----------
+    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+        Which rows of dY to keep.
+    layers : str, sequence of str, or callable, optional
+        Which layers. Default: all.
+    padding : bool, default False
+        Skip padded tokens in the forward too. All three as in :func:`~sebp.apply_sebp_to_model`.
+
+    Attributes
+    ----------
+    report : Report or None
+        The layers replaced, once training has begun.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `rows` is not a rule.
+
+    Examples
+    --------
+    >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[sebp.SebpCallback()])
+    >>> trainer.train()
+    """
+
+    def __init__(
+        self, rows: RowRule = "nonzero", layers: Layers = None, padding: bool = False
+    ) -> None:
+        self.rows = parse_rule(rows)
+        self.layers = layers
+        self.padding = padding
+        self.report: Report | None = None
+        self._model: nn.Module | None = None
+        self._dense: dict[LayerKind, float] = {}
+        # What had been done when training began, at the last log and at the last step.
+        self._begin: dict[LayerKind, Work] = {}
+        self._log: dict[LayerKind, Work] = {}
+        self._step: dict[LayerKind, Work] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: object,
+    ) -> None:
+        """Put SEBP into the model, unless an interrupted run has left it there."""
+        if model is not self._model:
+            self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding)
+            self._model = model
+        self._begin = self._log = self._step = work_done()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Write on the progress bar, which its own callback draws again."""
+        if not state.is_world_process_zero:
+            return
+        activity, _ = self._since(self._step)
+        _, saved = self._since(self._begin)
+        self._step = work_done()
+        if activity is not None:
+            for bar in list(getattr(tqdm, "_instances", ())):
+                if bar.total == state.max_steps:
+                    bar.set_postfix_str(f"activity {activity:.1%}, saved {saved:.1f} s", False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Add the two numbers to the logs of training."""
+        if not (state.is_world_process_zero and logs and {"loss", "train_runtime"} & logs.keys()):
+            return
+        activity, saved = self._since(self._begin if "train_runtime" in logs else self._log)
+        self._log = work_done()
+        if activity is not None:
+            ours = {"sebp_activity": round(activity, 4), "sebp_seconds_saved": round(saved, 3)}
+            logs.update(ours)
+            state.log_history[-1].update(ours)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: object,
+    ) -> None:
+        """Take SEBP out of the model, unless it was there before."""
+        if self.report.replaced and not self.report.already:
+            remove_sebp_from_model(model)
+        self._model = None
+
+    def _since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:
+        """Give the activity, None without any work, and the seconds saved since a time."""
+        rows = active = 0
+        saved = 0.0
+        for kind, now in work_done().items():
+            then = before.get(kind, Work())
+            if now.rows == then.rows:
+                continue
+            if kind not in self._dense:
+                self._dense[kind] = _dense_seconds_per_row(kind)
+            rows += now.rows - then.rows
+            active += now.active - then.active
+            saved += self._dense[kind] * (now.rows - then.rows) - (now.seconds - then.seconds)
+        return (active / rows if rows else None), saved

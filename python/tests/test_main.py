@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python3 -m sebp``."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import sebp
+
+
+def run_module(**environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "sebp"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_says_what_is_loaded():
+    torch = pytest.importorskip("torch")
+    done = run_module(OMP_NUM_THREADS="2", SEBP_NUM_THREADS="")
+    assert done.returncode == 0, done.stderr
+    lines = {line[:17].strip(): line[17:] for line in done.stdout.splitlines()}
+    assert lines["libsebp"].startswith(f"{sebp.__version__} at /")
+    assert lines["PyTorch"] == f"{torch.__version__}, 2 threads"
+    assert lines["threads"].startswith("2 on ")
+    assert lines["thread pools"] == "one"
+    assert int(lines["OpenMP runtimes"]) >= 1
+
+
+def test_no_library(tmp_path):
+    done = run_module(SEBP_LIBRARY=str(tmp_path / "libsebp.so"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("libsebp was not found")
+
+
+def test_environment_that_allows_no_context():
+    done = run_module(SEBP_NUM_THREADS="many")
+    assert done.returncode == 1
+    assert "SEBP_NUM_THREADS" in done.stderr
+    assert "Traceback" not in done.stderr
