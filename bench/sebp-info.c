@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <sebp/sebp.h>
 
@@ -16,6 +17,7 @@ static const char usage[] = "Usage: sebp-info [OPTION]\n"
                             "Tell what libsebp finds on this machine.\n"
                             "\n"
                             "      --isa      the tiers of kernels this machine runs, one a line\n"
+                            "      --python   what the Python package finds (python3 -m sebp)\n"
                             "      --help, --version\n";
 
 /* Empty where the CPU does not tell its name. */
@@ -140,11 +142,33 @@ static int print_all(void)
     return made == SEBP_SUCCESS ? 0 : 1;
 }
 
+/* Becomes "python3 -m sebp", with a word on what to do where there is no such module. Returns only
+ * where it cannot. */
+static int run_python(void)
+{
+    static const char program[] =
+        "import sys\n"
+        "try:\n"
+        "    from sebp.__main__ import main\n"
+        "except ImportError as error:\n"
+        "    sys.exit('sebp-info: %s: %s; \"pip install ./python\" in the sources of libsebp '\n"
+        "             'installs the package' % (sys.executable, error))\n"
+        "sys.exit(main())\n";
+    const char *python = getenv("PYTHON");
+    if (python == NULL || python[0] == '\0')
+        python = "python3";
+    execlp(python, python, "-c", program, (char *)NULL);
+    fprintf(stderr, "sebp-info: cannot run '%s' (PYTHON names the interpreter): ", python);
+    perror(NULL);
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
-    int isa = 0, help = 0, version = 0, status = 0, result;
+    int isa = 0, python = 0, help = 0, version = 0, status = 0, result;
     const struct option known[] = {
         {"isa", no_argument, &isa, 1},
+        {"python", no_argument, &python, 1},
         {"help", no_argument, &help, 1},
         {"version", no_argument, &version, 1},
         {NULL, 0, NULL, 0},
@@ -164,6 +188,8 @@ int main(int argc, char **argv)
     else if (isa)
         for (int i = 0; i < sebp_isa_count(); i++)
             puts(sebp_isa_name(i));
+    else if (python)
+        status = run_python();
     else
         status = print_all();
     if (fflush(stdout) != 0) {

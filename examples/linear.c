@@ -55,6 +55,10 @@ int main(void)
     sebp_context *context = NULL;
     sebp_rows *rows[2] = {NULL, NULL};
     double best[2] = {0.0, 0.0};
+    char message[128] = ""; /* why there is no context; of later failures it tells itself */
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.message = message;
+    options.message_bytes = sizeof message;
 
     fill(x, M * K);
     fill(w, N * K);
@@ -63,7 +67,7 @@ int main(void)
             fill(dy + row * N, N);
         }
     }
-    sebp_status status = sebp_context_create(NULL, &context);
+    sebp_status status = sebp_context_create(&options, &context);
     if (status == SEBP_SUCCESS) {
         status = sebp_rows_all(M, &rows[0]);
     }
@@ -83,7 +87,8 @@ int main(void)
         best[way] = run < 2 || time < best[way] ? time : best[way];
     }
     if (status != SEBP_SUCCESS) {
-        fprintf(stderr, "linear: %s\n", sebp_status_string(status));
+        const char *why = context == NULL ? message : sebp_context_message(context);
+        fprintf(stderr, "linear: %s\n", why[0] != '\0' ? why : sebp_status_string(status));
     } else {
         printf("active rows: %lld of %d\n", (long long)sebp_rows_count(rows[1]), (int)M);
         printf("dense: %.1f ms   active rows only: %.1f ms   %.1f times faster\n", 1e3 * best[0],

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare the linear layer with PyTorch's, forward and backward, on random shapes.
 
-Run as ``compare_pytorch.py LIBRARY``, where LIBRARY is the path of libsebp.so. The seed is taken
-from ``SEBP_TEST_SEED``, or from the clock, and printed. The last line counts:
-``N passed, N failed, N skipped``.
+Of the package ``sebp`` it uses the declarations and the objects behind them, but calls the library
+itself, on outputs that hold NaN. The seed is taken from ``SEBP_TEST_SEED``, or from the clock, and
+printed. The last line counts: ``N passed, N failed, N skipped``.
 """
 
 import ctypes
@@ -14,50 +14,16 @@ import time
 from dataclasses import dataclass
 
 import torch
+from sebp import Context, Rows, SebpError
+from sebp._library import load
+from sebp._structs import BF16, F32, LinearOptions, Matrix
 
 CASES = 60
 F32_EPS = 2.0**-23
 BF16_EPS = 2.0**-7
 
 
-class Matrix(ctypes.Structure):
-    """``sebp_matrix`` of matrix.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("dtype", ctypes.c_int),
-    ]
-
-
-class Rule(ctypes.Structure):
-    """``sebp_rule`` of rows.h."""
-
-    _fields_ = [
-        ("kind", ctypes.c_int),
-        ("threshold", ctypes.c_double),
-        ("count", ctypes.c_int64),
-        ("delta", ctypes.c_double),
-    ]
-
-
-class LinearOptions(ctypes.Structure):
-    """``sebp_linear_options`` of linear.h."""
-
-    _fields_ = [
-        ("size_bytes", ctypes.c_size_t),
-        ("rule", Rule),
-        ("x_is_compact", ctypes.c_int),
-        ("inactive", ctypes.c_int),
-        ("dx_write", ctypes.c_int),
-        ("dw_write", ctypes.c_int),
-        ("db_write", ctypes.c_int),
-    ]
-
-
-def view(tensor: torch.Tensor) -> object:
+def view(tensor: torch.Tensor) -> Matrix:
     """Describe a 2-D tensor to the library.
 
     Parameters
@@ -67,12 +33,12 @@ def view(tensor: torch.Tensor) -> object:
 
     Returns
     -------
-    object
-        A pointer to a ``sebp_matrix``. Valid while the tensor lives.
+    Matrix
+        A ``sebp_matrix``. Valid while the tensor lives.
     """
-    dtype = {torch.float32: 0, torch.bfloat16: 1}[tensor.dtype]
+    dtype = {torch.float32: F32, torch.bfloat16: BF16}[tensor.dtype]
     rows, cols = tensor.shape
-    return ctypes.byref(Matrix(tensor.data_ptr(), rows, cols, tensor.stride(0), dtype))
+    return Matrix(tensor.data_ptr(), rows, cols, tensor.stride(0), dtype)
 
 
 @dataclass
@@ -130,25 +96,6 @@ def random_case(numbers: random.Random) -> Case:
     )
 
 
-def check(status: int, function: str) -> None:
-    """Raise where a call of the library failed.
-
-    Parameters
-    ----------
-    status : int
-        What it returned.
-    function : str
-        Its name.
-
-    Raises
-    ------
-    AssertionError
-        If the status is not SEBP_SUCCESS.
-    """
-    if status != 0:
-        raise AssertionError(f"{function} returned status {status}")
-
-
 def compare(name: str, got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor) -> None:
     """Hold a result against PyTorch's, each within its own rounding of the exact sum.
 
@@ -179,22 +126,22 @@ def compare(name: str, got: torch.Tensor, want: torch.Tensor, magnitude: torch.T
         raise AssertionError(f"{name}: all zero, which proves nothing")
 
 
-def run_case(library: ctypes.CDLL, context: ctypes.c_void_p, case: Case) -> None:
+def run_case(context: Context, case: Case) -> None:
     """Compute one case in both and compare.
 
     Parameters
     ----------
-    library : ctypes.CDLL
-        libsebp.
-    context : ctypes.c_void_p
-        A ``sebp_context *``.
+    context : Context
+        Whose threads work.
     case : Case
         The layer.
 
     Raises
     ------
+    SebpError
+        If a call fails.
     AssertionError
-        If a call fails or a result differs.
+        If a result differs.
     """
     m = case.sequences * case.length
     x = torch.randn(m, case.k).to(case.dtype).requires_grad_()
@@ -206,43 +153,21 @@ def run_case(library: ctypes.CDLL, context: ctypes.c_void_p, case: Case) -> None
     want_y = torch.nn.functional.linear(x, w, bias[0])
     want_y.backward(dy)
 
-    rows = ctypes.c_void_p()
-    if case.given:
-        lengths = (ctypes.c_int64 * case.sequences)(*case.lengths)
-        check(
-            library.sebp_rows_from_lengths(
-                lengths,
-                ctypes.c_int64(case.sequences),
-                ctypes.c_int64(case.length),
-                ctypes.byref(rows),
-            ),
-            "sebp_rows_from_lengths",
-        )
-    options = LinearOptions(size_bytes=ctypes.sizeof(LinearOptions))
+    rows = Rows.from_lengths(case.lengths, case.length) if case.given else None
+    handle = None if rows is None else rows._handle
+    options = LinearOptions(ctypes.sizeof(LinearOptions))
     nan = float("nan")
     y, dx, dw, db = (torch.full_like(t, nan) for t in (want_y, x, w, bias))
+    library, own = load(), context._handle
     with torch.no_grad():
-        check(
-            library.sebp_linear_forward(
-                context, view(x), view(w), view(bias), rows, ctypes.byref(options), view(y)
-            ),
-            "sebp_linear_forward",
+        context.check(
+            library.sebp_linear_forward(own, view(x), view(w), view(bias), handle, options, view(y))
         )
-        check(
+        context.check(
             library.sebp_linear_backward(
-                context,
-                view(dy),
-                view(x),
-                view(w),
-                rows,
-                ctypes.byref(options),
-                view(dx),
-                view(dw),
-                view(db),
-            ),
-            "sebp_linear_backward",
+                own, view(dy), view(x), view(w), handle, options, view(dx), view(dw), view(db)
+            )
         )
-        library.sebp_rows_destroy(rows)
 
         a, b, g = x.double().abs(), w.double().abs(), dy.double().abs()
         count = int(active.sum())
@@ -265,18 +190,15 @@ def main() -> int:
     print(f"SEBP_TEST_SEED={seed}")
     numbers = random.Random(seed)
     torch.manual_seed(seed)
-    library = ctypes.CDLL(sys.argv[1])
-    context = ctypes.c_void_p()
-    check(library.sebp_context_create(None, ctypes.byref(context)), "sebp_context_create")
     failed = 0
-    for _ in range(CASES):
-        case = random_case(numbers)
-        try:
-            run_case(library, context, case)
-        except AssertionError as error:
-            failed += 1
-            print(f"{case}: {error}")
-    library.sebp_context_destroy(context)
+    with Context() as context:
+        for _ in range(CASES):
+            case = random_case(numbers)
+            try:
+                run_case(context, case)
+            except (AssertionError, SebpError) as error:
+                failed += 1
+                print(f"{case}: {error}")
     print(f"{CASES - failed} passed, {failed} failed, 0 skipped")
     return 1 if failed else 0
 

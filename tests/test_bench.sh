@@ -196,5 +196,35 @@ else
     fail "SEBP_NUM_THREADS=many"
 fi
 
+# sebp-info --python, with packages that stand in for the real one
+if run 1 env PYTHON="$work/none" "$info" --python && [ ! -s "$work/out" ] &&
+    grep -qF "sebp-info: cannot run '$work/none'" "$work/err"; then
+    pass
+else
+    fail "an interpreter that is not there"
+fi
+if ! command -v "${PYTHON:-python3}" >/dev/null; then
+    skipped=$((skipped + 1))
+    echo "skipped: sebp-info --python: there is no ${PYTHON:-python3}"
+else
+    mkdir "$work/sebp"
+    echo 'raise ImportError("half of it is missing")' >"$work/sebp/__init__.py"
+    if run 1 env PYTHONPATH="$work" PYTHONDONTWRITEBYTECODE=1 "$info" --python &&
+        [ ! -s "$work/out" ] && [ "$(wc -l <"$work/err")" -eq 1 ] &&
+        grep -q '^sebp-info: .*: half of it is missing; "pip install' "$work/err"; then
+        pass
+    else
+        fail "a package that cannot be imported"
+    fi
+    : >"$work/sebp/__init__.py"
+    printf 'def main():\n    print("here")\n    return 3\n' >"$work/sebp/__main__.py"
+    if run 3 env PYTHONPATH="$work" PYTHONDONTWRITEBYTECODE=1 "$info" --python &&
+        [ "$(cat "$work/out")" = here ]; then
+        pass
+    else
+        fail "sebp-info --python: exit $status"
+    fi
+fi
+
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

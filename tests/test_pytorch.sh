@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The layer against PyTorch's, where Python has PyTorch and the build has a shared library that it
 # can load.
+set -u
 
 skip()
 {
@@ -10,10 +11,15 @@ skip()
     exit 77
 }
 
+python=${PYTHON:-python3}
 library=${top_builddir:-.}/.libs/libsebp.so
 test -f "$library" || skip "no shared library"
 if "${NM:-nm}" -D "$library" | grep -q __asan_init; then
     skip "Python does not load a library with AddressSanitizer"
 fi
-python3 -c 'import torch' 2>/dev/null || skip "python3 has no torch"
-exec python3 "${top_srcdir:-.}/tests/compare_pytorch.py" "$library"
+"$python" -c 'import numpy, torch' 2>/dev/null || skip "$python has no numpy or no torch"
+SEBP_LIBRARY=$library
+PYTHONPATH=${top_srcdir:-.}/python${PYTHONPATH:+:$PYTHONPATH}
+PYTHONDONTWRITEBYTECODE=1 # the sources may be read-only
+export SEBP_LIBRARY PYTHONPATH PYTHONDONTWRITEBYTECODE
+exec "$python" "${top_srcdir:-.}/tests/compare_pytorch.py"

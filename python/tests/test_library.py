@@ -32,7 +32,7 @@ def test_not_found_says_where_and_how(tmp_path):
     assert done.returncode != 0
     assert "LibraryNotFoundError" in done.stderr
     assert missing in done.stderr
-    assert "./configure" in done.stderr
+    assert "./bootstrap" in done.stderr
 
 
 def test_not_a_library(tmp_path):
