@@ -145,6 +145,21 @@ def test_nan_and_inf():
     torch.testing.assert_close(dw, dy[1:].T @ x.detach()[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
+def test_output_changed_in_place(shape, dtype):
+    x, weight, bias = torch.randn(*shape), torch.randn(4, 5), torch.randn(4)
+    gradients = []
+    for function in (sebp.torch.linear, torch.nn.functional.linear):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = function(*inputs).relu_()
+        y.sum().backward()
+        gradients.append([t.grad for t in inputs])
+    assert gradients[0][1].count_nonzero() > 0
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_input_changed_in_place():
     """As with PyTorch's own layer, an input that has changed since is an error."""
     x, w = make(6, 4), make(5, 4)

@@ -217,20 +217,21 @@ def linear_op(
     value: float = 0.0,
 ) -> Tensor:
     """Y = X W^T + b, of which a row is computed only if it is in `rows`; the others are zero."""
-    total = math.prod(x.shape[:-1])
-    n = weight.shape[1 if transposed else 0]
     lead = x.shape[:-1]
+    total = math.prod(lead)
+    n = weight.shape[1 if transposed else 0]
     # PyTorch has oneDNN's product in bfloat16 too; in float32 it has MKL's, which on AMD's CPUs
-    # takes twice as long.
+    # takes twice as long. No result is a view: what follows may change it in place.
     if _is_ours(x, weight, bias) and (rows is not None or x.dtype == torch.float32):
-        y = _forward(x, weight, bias, rows, kept, transposed, x.new_empty((total, n)))
-    else:
-        x = x.reshape(total, x.shape[-1])
-        x = x if rows is None else x.index_select(0, rows)
-        y = functional.linear(x, weight.t() if transposed else weight, bias)
-        if rows is not None:
-            y = y.new_zeros((total, n)).index_copy_(0, rows, y)
-    return y.view((*lead, n))
+        y = x.new_empty((*lead, n))
+        _forward(x, weight, bias, rows, kept, transposed, y.view(total, n))
+        return y
+    x = x.reshape(total, x.shape[-1])
+    x = x if rows is None else x.index_select(0, rows)
+    y = functional.linear(x, weight.t() if transposed else weight, bias)
+    if rows is not None:
+        y = y.new_zeros((total, n)).index_copy_(0, rows, y)
+    return torch.ops.aten._unsafe_view.default(y, (*lead, n))
 
 
 def _forward(
@@ -241,7 +242,7 @@ def _forward(
     kept: Tensor | None,
     transposed: bool,
     y: Tensor,
-) -> Tensor:
+) -> None:
     """Fill Y: M x N."""
     total = y.shape[0]
     active = None if rows is None else _rows_of(rows, total)
@@ -262,7 +263,7 @@ def _forward(
                 _view(y),
             )
         )
-        return y
+        return
     # X W, for W: K x N, is what the backward computes as dX = dY W; it is added to b.
     if bias is not None:
         options.dx_write = ACCUMULATE
@@ -284,7 +285,6 @@ def _forward(
             None,
         )
     )
-    return y
 
 
 @linear_op.register_fake
@@ -368,7 +368,8 @@ def linear_backward_op(
     if rows is not None and need_dw:
         x2, compact = _choose_x(active, rows, x2, whole)
     k = weight.shape[0 if transposed else 1]
-    dx = dy.new_empty((dy2.shape[0], k) if need_dx else 0)
+    dx = dy.new_empty((*dy.shape[:-1], k) if need_dx else 0)
+    dx2 = dx.view(dy2.shape[0], k) if need_dx else None
     dw = dy.new_empty(weight.shape if need_dw else 0)
     db = dy.new_empty(dy2.shape[1] if need_db else 0)
     run = _run_transposed if transposed else _run
@@ -378,14 +379,12 @@ def linear_backward_op(
         _flat(weight) if need_dx else None,
         active,
         compact,
-        dx if need_dx else None,
+        dx2,
         dw if need_dw else None,
         db if need_db else None,
     )
-    if need_dx:
-        if rule.kind == RULE_NONZERO:
-            _remember(dx, rule, active)
-        dx = dx.view((*dy.shape[:-1], k))
+    if need_dx and rule.kind == RULE_NONZERO:
+        _remember(dx2, rule, active)
     _count(
         LayerKind(dy2.shape[1], k, dy.dtype, need_dx, need_dw),
         dy2.shape[0],
