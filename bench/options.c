@@ -16,6 +16,7 @@
 enum { MAX_SIZE = 1000000000 };
 
 const char *const gemm_names[3] = {"auto", "native", "onednn"};
+const char *const method_names[METHODS] = {"full", "lora", "meprop", "sparsegrad"};
 
 _Noreturn void die(int status, const char *format, ...)
 {
@@ -31,7 +32,7 @@ _Noreturn void die(int status, const char *format, ...)
 
 static const char usage[] =
     "Usage: sebp-bench [OPTION]...\n"
-    "Verify and time the backward of linear layers on their active rows.\n"
+    "Verify and time the backward of linear layers on their active rows, or training methods.\n"
     "\n"
     "      --shapes FILE         layers, lines of: name M K N [SEQUENCE]\n"
     "      --shape MxK:N         a layer of M rows, K in_features, N out_features; repeatable\n"
@@ -42,6 +43,10 @@ static const char usage[] =
     "      --dtype WHICH         f32, bf16 or both (f32)\n"
     "      --warm, --cold        state of the caches; give both for both (warm)\n"
     "      --forward             time the forward instead\n"
+    "      --method LIST         compare training methods: full, lora, meprop, sparsegrad\n"
+    "      --kept SHARE          of a weight's elements, that they train (0.0119)\n"
+    "      --basis-rank R        leading vectors of SparseGrad's bases (all)\n"
+    "      --fixed-support       SparseGrad chooses its elements once, not in each step\n"
     "      --gemm WHICH          auto, native or onednn (auto)\n"
     "      --threads N           (one for each physical core)\n"
     "      --repetitions N       at least so many for each case (7)\n"
@@ -103,6 +108,24 @@ static void set_activities(options *o, const char *list)
             die(USAGE, "--activity: more than %d numbers", MAX_ACTIVITIES);
         o->activities[o->activity_count++] = value;
         at = after;
+        if (*at == '\0')
+            return;
+    }
+}
+
+static void set_methods(options *o, const char *list)
+{
+    for (const char *at = list;; at++) {
+        size_t length = strcspn(at, ",");
+        int method = 0;
+        while (method < METHODS && (strlen(method_names[method]) != length ||
+                                    strncmp(at, method_names[method], length) != 0))
+            method++;
+        if (method == METHODS)
+            die(USAGE, "--method: '%s' is not a list of %s, %s, %s and %s", list, method_names[0],
+                method_names[1], method_names[2], method_names[3]);
+        o->methods |= 1 << method;
+        at += length;
         if (*at == '\0')
             return;
     }
@@ -187,6 +210,12 @@ static void set_option(options *o, const char *name, const char *value)
         add_shape_option(o, value);
     else if (strcmp(name, "activity") == 0)
         set_activities(o, value);
+    else if (strcmp(name, "method") == 0)
+        set_methods(o, value);
+    else if (strcmp(name, "kept") == 0)
+        o->kept = number(name, value, 1e-9, 1, 0);
+    else if (strcmp(name, "basis-rank") == 0)
+        o->basis_rank = (int64_t)number(name, value, 1, MAX_SIZE, 1);
     else if (strcmp(name, "pattern") == 0)
         o->patterns = either(name, value, "tail", "scattered");
     else if (strcmp(name, "rows") == 0)
@@ -214,6 +243,9 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"shapes", required_argument, NULL, 0},
         {"shape", required_argument, NULL, 0},
         {"activity", required_argument, NULL, 0},
+        {"method", required_argument, NULL, 0},
+        {"kept", required_argument, NULL, 0},
+        {"basis-rank", required_argument, NULL, 0},
         {"pattern", required_argument, NULL, 0},
         {"rows", required_argument, NULL, 0},
         {"dtype", required_argument, NULL, 0},
@@ -226,6 +258,7 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"warm", no_argument, &warm, FIRST},
         {"cold", no_argument, &cold, SECOND},
         {"forward", no_argument, &o->forward, 1},
+        {"fixed-support", no_argument, &o->fixed_support, 1},
         {"verify-only", no_argument, &o->verify_only, 1},
         {"quick", no_argument, &o->quick, 1},
         {"csv", no_argument, &o->csv, 1},
@@ -256,17 +289,24 @@ static void parse_arguments(options *o, int argc, char **argv)
     if (o->forward && (o->sources & SECOND))
         die(USAGE, "--rows: the forward is given its rows, it does not find them");
     o->caches = warm | cold;
+    if (o->methods != 0 && (o->forward || o->patterns || o->sources || o->caches))
+        die(USAGE, "--method goes with neither --forward, --pattern, --rows, --warm nor --cold");
+    if (o->methods == 0 && (o->kept > 0 || o->basis_rank > 0 || o->fixed_support))
+        die(USAGE, "--kept, --basis-rank and --fixed-support need --method");
 }
 
 static void add_default_shapes(options *o)
 {
-    static const char *const names[] = {SEBP_PKGDATADIR "/shapes.txt", "../bench/shapes.txt",
-                                        "bench/shapes.txt"};
-    for (size_t i = 0; i < sizeof names / sizeof *names && o->shape_count == 0; i++)
-        if (access(names[i], R_OK) == 0)
-            add_shapes(o, names[i]);
+    static const char *const folders[] = {SEBP_PKGDATADIR, "../bench", "bench"};
+    const char *file = o->methods != 0 ? "mlp-shapes.txt" : "shapes.txt";
+    for (size_t i = 0; i < sizeof folders / sizeof *folders && o->shape_count == 0; i++) {
+        char name[4096];
+        snprintf(name, sizeof name, "%s/%s", folders[i], file);
+        if (access(name, R_OK) == 0)
+            add_shapes(o, name);
+    }
     if (o->shape_count == 0)
-        die(USAGE, "no %s: use --shapes FILE or --shape MxK:N", names[0]);
+        die(USAGE, "no %s/%s: use --shapes FILE or --shape MxK:N", folders[0], file);
 }
 
 /* Fills in what was not asked for. */
@@ -276,8 +316,12 @@ static void complete_options(options *o)
         add_shape(o, &(shape){"quick", 512, 192, 320, 64});
     if (o->shape_count == 0)
         add_default_shapes(o);
+    if (o->activity_count == 0 && o->methods != 0)
+        set_activities(o, o->quick ? ".25" : "1,.2");
     if (o->activity_count == 0)
         set_activities(o, o->quick ? "1,.25,.05" : "1,.5,.25,.1,.05,.02");
+    if (o->kept == 0)
+        o->kept = 0.0119;
     if (o->patterns == 0)
         o->patterns = o->quick ? BOTH : FIRST;
     if (o->sources == 0)

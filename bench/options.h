@@ -7,7 +7,8 @@
 
 #include <sebp/sebp.h>
 
-enum { FAILED = 1, USAGE = 2 }; /* exit statuses */
+enum { FAILED = 1, USAGE = 2 };                   /* exit statuses */
+enum { FULL, LORA, MEPROP, SPARSEGRAD, METHODS }; /* of training */
 enum { MAX_ACTIVITIES = 32, MAX_ROUNDS = 1000 };
 
 /* Choices that may both be taken. */
@@ -32,11 +33,18 @@ typedef struct options {
     double seconds;
     uint64_t seed;
     sebp_gemm gemm;
+    int methods;        /* a bit each; 0: the layer alone */
+    double kept;        /* share of elements that train */
+    int64_t basis_rank; /* 0: all vectors */
+    int fixed_support;  /* SparseGrad chooses its elements once */
     int csv, verify_only, quick, forward;
 } options;
 
 /* "auto", "native", "onednn", by sebp_gemm. */
 extern const char *const gemm_names[3];
+
+/* By method. */
+extern const char *const method_names[METHODS];
 
 /* Prints "sebp-bench: " and the message to standard error, and exits. */
 _Noreturn void die(int status, const char *format, ...);

@@ -25,34 +25,14 @@
 #include <string.h>
 #include <time.h>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
+#include "inputs.h"
+#include "machine.h"
+#include "methods.h"
 #include "options.h"
 
 #include <sebp/sebp.h>
 
-/* Work on memory is split into one slice a thread. */
-#ifdef _OPENMP
-#define EACH_THREAD _Pragma("omp parallel for schedule(static) num_threads(threads)")
-#else
-#define EACH_THREAD
-#endif
-
 enum { MAX_RUNS = 4 * MAX_ACTIVITIES + 6, SAMPLES = 256 };
-
-typedef struct machine {
-    char cpu[128];
-    sebp_info info;
-    sebp_context
-        *contexts[3]; /* by sebp_gemm; NULL where it is neither asked for nor a reference */
-    sebp_gemm gemm;   /* the one that is measured */
-    int threads;
-    int memory_threads; /* that measure bandwidth */
-    void *flush;        /* larger than the caches */
-    size_t flush_bytes;
-} machine;
 
 /* X: M x K, W: N x K, B: 1 x N, Y and DY: M x N, DX: M x K, DW: N x K, DB: 1 x N. FOUND is DY with
  * its inactive rows zero. */
@@ -92,190 +72,7 @@ static const char *const found_names[] = {"given", "found"};
 static const char *const cold_names[] = {"warm", "cold"};
 static const char *const forward_names[] = {"backward", "forward"};
 
-static void *allocate(size_t bytes)
-{
-    void *block = NULL;
-    if (posix_memalign(&block, 64, bytes + 1) != 0)
-        die(FAILED, "cannot allocate %zu bytes", bytes);
-    return block;
-}
-
-/* ---- The machine -----------------------------------------------------------------------------*/
-
-/* What follows "key" and blanks, a colon among them, on its first line in a file of /proc. */
-static int proc_value(const char *file_name, const char *key, char *value, size_t room)
-{
-    char line[512];
-    int found = 0;
-    FILE *file = fopen(file_name, "r");
-    if (file == NULL)
-        return 0;
-    while (!found && fgets(line, sizeof line, file) != NULL) {
-        if (strncmp(line, key, strlen(key)) != 0)
-            continue;
-        const char *text = line + strlen(key);
-        text += strspn(text, " \t:");
-        snprintf(value, room, "%.*s", (int)strcspn(text, "\n"), text);
-        found = 1;
-    }
-    fclose(file);
-    return found;
-}
-
-static sebp_context *make_context(const options *o, sebp_gemm gemm)
-{
-    char message[256] = "";
-    sebp_context_options wanted = SEBP_CONTEXT_OPTIONS_INIT;
-    sebp_context *context = NULL;
-    wanted.threads = o->threads;
-    wanted.gemm = gemm;
-    wanted.message = message;
-    wanted.message_bytes = sizeof message;
-    sebp_status status = sebp_context_create(&wanted, &context);
-    if (status != SEBP_SUCCESS)
-        die(status == SEBP_ERROR_MEMORY ? FAILED : USAGE, "%s",
-            message[0] ? message : sebp_status_string(status));
-    return context;
-}
-
-static void open_machine(machine *machine, const options *o)
-{
-    memset(machine, 0, sizeof *machine);
-    machine->info.size_bytes = sizeof machine->info;
-    sebp_context *context = make_context(o, o->gemm);
-    sebp_status status = sebp_info_get(context, &machine->info);
-    if (status != SEBP_SUCCESS)
-        die(FAILED, "sebp_info_get: %s", sebp_status_string(status));
-    machine->gemm = machine->info.gemm;
-    machine->contexts[machine->gemm] = context;
-    machine->threads = sebp_context_threads(context);
-
-    /* The dense reference is the fastest of all, whatever the environment wants measured. */
-    unsetenv("SEBP_GEMM");
-    if (machine->contexts[SEBP_GEMM_NATIVE] == NULL)
-        machine->contexts[SEBP_GEMM_NATIVE] = make_context(o, SEBP_GEMM_NATIVE);
-    if (machine->info.onednn[0] != '\0' && machine->contexts[SEBP_GEMM_ONEDNN] == NULL)
-        machine->contexts[SEBP_GEMM_ONEDNN] = make_context(o, SEBP_GEMM_ONEDNN);
-
-#ifdef _OPENMP
-    machine->memory_threads = machine->threads;
-#else
-    machine->memory_threads = 1;
-#endif
-    if (!proc_value("/proc/cpuinfo", "model name", machine->cpu, sizeof machine->cpu))
-        strcpy(machine->cpu, "unknown CPU");
-    if (o->caches & SECOND) {
-        machine->flush_bytes = ((size_t)64 << 20) + 2 * machine->info.l3_bytes +
-                               2 * machine->info.l2_bytes * (size_t)machine->threads;
-        machine->flush = allocate(machine->flush_bytes);
-        memset(machine->flush, 1, machine->flush_bytes);
-    }
-}
-
-static void close_machine(machine *machine)
-{
-    for (int gemm = 0; gemm < 3; gemm++)
-        sebp_context_destroy(machine->contexts[gemm]);
-    free(machine->flush);
-}
-
-static double now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
-}
-
-/* Slice t of `bytes`, a multiple of 64 bytes but for the last. */
-static void slice(size_t bytes, int t, int threads, size_t *begin, size_t *end)
-{
-    size_t lines = bytes / 64;
-    *begin = lines * (size_t)t / (size_t)threads * 64;
-    *end = t + 1 == threads ? bytes : lines * ((size_t)t + 1) / (size_t)threads * 64;
-}
-
-/* Moves every cache line to a core, by one word of each: compiled for any CPU, that is as fast as
- * its widest loads. Volatile, as nothing is done with the words. */
-static void read_memory(const void *memory, size_t bytes, int threads)
-{
-    EACH_THREAD
-    for (int t = 0; t < threads; t++) {
-        size_t begin, end;
-        slice(bytes, t, threads, &begin, &end);
-        for (size_t at = begin; at + 64 <= end; at += 64)
-            (void)*(const volatile uint64_t *)((const char *)memory + at);
-    }
-}
-
-static void fill_memory(void *memory, size_t bytes, int streaming, int threads)
-{
-    EACH_THREAD
-    for (int t = 0; t < threads; t++) {
-        size_t begin, end;
-        slice(bytes, t, threads, &begin, &end);
-#ifdef __SSE2__
-        for (; streaming && begin + 16 <= end; begin += 16)
-            _mm_stream_si128((__m128i *)(void *)((char *)memory + begin), _mm_setzero_si128());
-        _mm_sfence();
-#else
-        (void)streaming;
-#endif
-        memset((char *)memory + begin, 0, end - begin);
-    }
-}
-
 /* ---- Inputs ----------------------------------------------------------------------------------*/
-
-/* A random number for each (seed, index), so that any thread can draw any of them. */
-static uint64_t random_bits(uint64_t seed, uint64_t index)
-{
-    uint64_t z = (seed + 1) * 0x9e3779b97f4a7c15u ^ (index + 1) * 0xd1342543de82ef95u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static double random_unit(uint64_t seed, uint64_t index)
-{
-    return (double)(random_bits(seed, index) >> 11) * 0x1p-53; /* in [0, 1) */
-}
-
-/* Either sign, magnitude in [0.5, 1.5): never zero. */
-static void fill_random(const sebp_matrix *a, uint64_t seed, int threads)
-{
-    int64_t count = a->rows * a->cols;
-    EACH_THREAD
-    for (int t = 0; t < threads; t++) {
-        for (int64_t i = count * t / threads; i < count * (t + 1) / threads; i++) {
-            uint64_t bits = random_bits(seed, (uint64_t)i);
-            float value = 0.5f + (float)(bits >> 40) * 0x1p-24f;
-            value = bits & 1 ? value : -value;
-            if (a->dtype == SEBP_F32) {
-                ((float *)a->data)[i] = value;
-            } else {
-                uint32_t word;
-                memcpy(&word, &value, sizeof word);
-                ((uint16_t *)a->data)[i] = (uint16_t)(word >> 16);
-            }
-        }
-    }
-}
-
-static double element(const sebp_matrix *a, int64_t row, int64_t col)
-{
-    int64_t at = row * a->stride + col;
-    if (a->dtype == SEBP_F32)
-        return (double)((const float *)a->data)[at];
-    uint32_t word = (uint32_t)((const uint16_t *)a->data)[at] << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return (double)value;
-}
-
-static size_t matrix_bytes(const sebp_matrix *a)
-{
-    return (size_t)a->rows * (size_t)a->cols * sebp_dtype_bytes(a->dtype);
-}
 
 static int is_needed(const options *o, int which)
 {
@@ -298,29 +95,6 @@ static void lay_out(const group *g, layer *l)
         a->stride = a->cols;
         a->dtype = one || which == DW ? SEBP_F32 : g->dtype;
     }
-}
-
-/* M rows in sequences that are padded on the right: their lengths vary around activity x sequence
- * and sum to `active`. */
-static sebp_status tail_rows(const group *g, int64_t active, sebp_rows **rows)
-{
-    int64_t length = g->shape->sequence, sequences = g->shape->m / length, left = active;
-    int64_t *lengths = allocate((size_t)sequences * sizeof *lengths);
-    for (int64_t i = 0; i < sequences; i++) {
-        int64_t rest = sequences - 1 - i; /* sequences after this one */
-        double mean = (double)left / (double)(rest + 1);
-        double drawn = mean * (0.5 + random_unit(g->options->seed, (uint64_t)i));
-        int64_t most = left < length ? left : length;
-        int64_t least = left > rest * length ? left - rest * length : 0;
-        lengths[i] = (int64_t)(drawn + 0.5);
-        lengths[i] = lengths[i] > most ? most : lengths[i] < least ? least : lengths[i];
-        if (rest == 0)
-            lengths[i] = left;
-        left -= lengths[i];
-    }
-    sebp_status status = sebp_rows_from_lengths(lengths, sequences, length, rows);
-    free(lengths);
-    return status;
 }
 
 /* `active` of M rows anywhere. */
@@ -429,12 +203,6 @@ static void measure(const machine *machine, const group *g, run *r, const layer 
     double begin = now_ms();
     perform(machine, g, r, l);
     r->ms[r->count++] = now_ms() - begin;
-}
-
-static int compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
 }
 
 /* Of times in ascending order. */
@@ -575,7 +343,7 @@ static void verify(const machine *machine, const group *g, const run *r)
 
 /* ---- Results ---------------------------------------------------------------------------------*/
 
-static void print_machine(const machine *machine, const options *o)
+static void print_heading(const machine *machine, const options *o)
 {
     if (o->csv) {
         puts("shape,M,K,N,sequence,direction,dtype,cache,pattern,rows,activity,active_rows,threads,"
@@ -583,13 +351,7 @@ static void print_machine(const machine *machine, const options *o)
              "compact_ms,compact_min_ms,speedup,limit_ms,efficiency,gflops,status");
         return;
     }
-    printf("sebp-bench %s: %s, %d thread%s, %s kernels, gemm %s", sebp_version(), machine->cpu,
-           machine->threads, machine->threads == 1 ? "" : "s", sebp_isa(),
-           gemm_names[machine->gemm]);
-    if (machine->info.onednn[0] != '\0')
-        printf(", oneDNN %s\n", machine->info.onednn);
-    else
-        puts(", without oneDNN");
+    print_machine_line(machine);
     if (machine->memory_threads != machine->threads)
         puts("Built without OpenMP: bandwidth is that of 1 thread.");
     if (!o->verify_only)
@@ -677,8 +439,7 @@ static void print_results(const machine *machine, const group *g)
 /* Memory for the layers of a group; 0 and a reason where there is not enough. */
 static int allocate_layers(group *g, const machine *machine, char *reason, size_t room)
 {
-    double needed = 0, available = 0;
-    char value[64];
+    double needed = 0, available = available_memory();
     for (int i = 0; i < g->layer_count; i++) {
         lay_out(g, &g->layers[i]);
         for (int which = 0; which < MATRICES; which++) {
@@ -687,8 +448,6 @@ static int allocate_layers(group *g, const machine *machine, char *reason, size_
                 needed += (double)a->rows * (double)a->cols * (double)sebp_dtype_bytes(a->dtype);
         }
     }
-    if (proc_value("/proc/meminfo", "MemAvailable", value, sizeof value))
-        available = strtod(value, NULL) * 1024;
     if (needed >= (double)PTRDIFF_MAX || (available > 0 && needed > available)) {
         snprintf(reason, room, "skipped: needs %.1f GiB and %.1f GiB are available",
                  needed * 0x1p-30, available * 0x1p-30);
@@ -711,9 +470,10 @@ static void make_rows(group *g)
         run *r = &g->runs[i];
         if (r->kind != CALL)
             continue;
-        sebp_status status = r->dense       ? sebp_rows_all(g->shape->m, &r->rows)
-                             : r->scattered ? scattered_rows(g, r->active, &r->rows)
-                                            : tail_rows(g, r->active, &r->rows);
+        sebp_status status = r->dense ? sebp_rows_all(g->shape->m, &r->rows)
+                             : r->scattered
+                                 ? scattered_rows(g, r->active, &r->rows)
+                                 : tail_rows(g->shape, g->options->seed, r->active, &r->rows);
         if (status != SEBP_SUCCESS)
             die(FAILED, "%s: making rows: %s", g->shape->name, sebp_status_string(status));
         if (sebp_rows_count(r->rows) != r->active)
@@ -754,27 +514,35 @@ static void run_group(const machine *machine, group *g)
             free(g->layers[i].at[which].data);
 }
 
+/* All layers, on some of their rows and on all. */
+static void compare_rows(const machine *machine, const options *o)
+{
+    print_heading(machine, o);
+    run *runs = allocate(MAX_RUNS * sizeof *runs);
+    for (int i = 0; i < o->shape_count; i++)
+        for (int bf16 = 0; bf16 < 2; bf16++)
+            for (int cold = 0; cold < 2; cold++) {
+                group g = {.options = o, .shape = &o->shapes[i], .cold = cold, .runs = runs};
+                if (!(o->dtypes >> bf16 & 1) || !(o->caches >> cold & 1))
+                    continue;
+                g.dtype = bf16 ? SEBP_BF16 : SEBP_F32;
+                run_group(machine, &g);
+                if (fflush(stdout) != 0)
+                    die(FAILED, "cannot write: %s", strerror(errno));
+            }
+    free(runs);
+}
+
 int main(int argc, char **argv)
 {
     options o;
     machine machine;
     parse_options(&o, argc, argv);
     open_machine(&machine, &o);
-    print_machine(&machine, &o);
-
-    run *runs = allocate(MAX_RUNS * sizeof *runs);
-    for (int i = 0; i < o.shape_count; i++)
-        for (int bf16 = 0; bf16 < 2; bf16++)
-            for (int cold = 0; cold < 2; cold++) {
-                group g = {.options = &o, .shape = &o.shapes[i], .cold = cold, .runs = runs};
-                if (!(o.dtypes >> bf16 & 1) || !(o.caches >> cold & 1))
-                    continue;
-                g.dtype = bf16 ? SEBP_BF16 : SEBP_F32;
-                run_group(&machine, &g);
-                if (fflush(stdout) != 0)
-                    die(FAILED, "cannot write: %s", strerror(errno));
-            }
-    free(runs);
+    if (o.methods != 0)
+        compare_methods(&machine, &o);
+    else
+        compare_rows(&machine, &o);
     free_options(&o);
     close_machine(&machine);
     return 0;

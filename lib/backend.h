@@ -15,7 +15,9 @@
 #include <sebp/context.h>
 #include <sebp/info.h>
 #include <sebp/matrix.h>
+#include <sebp/optim.h>
 #include <sebp/rows.h>
+#include <sebp/sparse.h>
 #include <sebp/status.h>
 
 /** One factor of a product: memory rows picked out of a matrix, possibly transposed. */
@@ -52,6 +54,15 @@ typedef enum sebp_measure {
     SEBP_MEASURE_SQUARE_SUM /* the sum of squares, in double; Inf for a row with NaN or Inf */
 } sebp_measure;
 
+/** A sparse matrix line by line: line i has elements start[i] to start[i + 1] - 1, element e being
+ * values[e] in place places[e] of its line. */
+typedef struct sebp_sparse_lines {
+    int64_t count;
+    const int64_t *start; /* count + 1 */
+    const int64_t *places;
+    const float *values;
+} sebp_sparse_lines;
+
 typedef struct sebp_backend {
     /** score: dy->rows results. */
     void (*scan_rows)(void *device, const sebp_matrix *dy, sebp_measure measure, double limit,
@@ -73,6 +84,49 @@ typedef struct sebp_backend {
     /** to (1 x n) (+)= the sum of the `count` rows of `from` listed; rows NULL: the first ones. */
     void (*sum_rows)(void *device, const sebp_matrix *from, const int64_t *rows, int64_t count,
                      const sebp_matrix *to, bool accumulate);
+
+    /**
+     * One AdamW step of all elements (optim.h); with step_alone `w` is not read, becomes the step,
+     * and may be `gradient` itself. All four are of one shape, the moments f32.
+     */
+    void (*adamw)(void *device, const sebp_adamw_options *options, int64_t step,
+                  const sebp_matrix *gradient, const sebp_matrix *w, const sebp_matrix *moment1,
+                  const sebp_matrix *moment2, bool step_alone);
+
+    /** matrix *= factor, rounded once. */
+    void (*scale)(void *device, const sebp_matrix *matrix, double factor);
+
+    /**
+     * Keeps products off the first `bytes` of scratch memory, for what a method has between them; 0
+     * gives them back. SEBP_ERROR_MEMORY over set_aside_most(). Its address, aside(), is settled, and what it holds
+     * is kept, once every product that will run is reserved.
+     */
+    sebp_status (*set_aside)(void *device, int64_t bytes);
+    int64_t (*set_aside_most)(const void *device);
+    void *(*aside)(const void *device);
+
+    /** to: f32, count x to->cols, = the rows of `from`, either dtype, that are listed; rows NULL: the
+     * first ones. */
+    void (*widen_rows)(void *device, const sebp_matrix *from, const int64_t *rows, int64_t count,
+                       const sebp_matrix *to);
+
+    /** to (f32, lines->count x n) = lines times from (f32, n columns). */
+    void (*sparse_product)(void *device, const sebp_sparse_lines *lines, const sebp_matrix *from,
+                           const sebp_matrix *to);
+
+    /**
+     * Appends to a list the elements of `from` (f32) of a magnitude above `limit`, NaN and Inf
+     * always, in order, from element *done on, until `room` are listed; *done is where it stopped. An
+     * element's index is `first` more than its place in `from`.
+     */
+    void (*list_above)(void *device, const sebp_matrix *from, float limit, int64_t first,
+                       int64_t *done, sebp_sparse *list, int64_t room);
+
+    /** The values of kept elements from f32; false, and nothing written, where one is NaN or Inf. */
+    bool (*take_elements)(void *device, const sebp_matrix *from, const sebp_sparse *kept);
+
+    /** to += s, each element rounded once. */
+    void (*add_elements)(void *device, const sebp_sparse *s, const sebp_matrix *to);
 
     int64_t (*scratch_bytes)(const void *device); /* the most held so far */
     int (*threads)(const void *device);

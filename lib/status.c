@@ -40,6 +40,10 @@ const char *sebp_status_string(sebp_status status)
         return "an environment variable holds a value it may not hold";
     case SEBP_ERROR_BACKEND:
         return "a library underneath failed";
+    case SEBP_ERROR_NONFINITE:
+        return "a NaN or Inf where there must be none";
+    case SEBP_ERROR_FILE:
+        return "a file that cannot be read or written, or holds something else";
     }
     return "unknown status";
 }

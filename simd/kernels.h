@@ -21,6 +21,9 @@ bool SEBP_NAME(any_above_bf16)(const uint16_t *row, int64_t n, float limit);
 double SEBP_NAME(square_sum_f32)(const float *row, int64_t n);
 double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n);
 
+int64_t SEBP_NAME(list_above)(const float *row, int64_t n, float limit, int64_t first,
+                              int64_t *indices, float *values, int64_t *count, int64_t room);
+
 /* move.c */
 void SEBP_NAME(move_rows)(char *to, int64_t to_stride, const int64_t *to_rows, const char *from,
                           int64_t from_stride, const int64_t *from_rows, int64_t count,
@@ -39,6 +42,14 @@ void SEBP_NAME(add_rows_f32)(float *sum, const float *from, int64_t stride, cons
                              int64_t count, int64_t cols);
 void SEBP_NAME(add_rows_bf16)(float *sum, const uint16_t *from, int64_t stride, const int64_t *rows,
                               int64_t count, int64_t cols);
+
+/* step.c */
+void SEBP_NAME(adamw)(const sebp_adamw_work *work);
+void SEBP_NAME(scale_f32)(float *data, int64_t n, float factor);
+void SEBP_NAME(scale_bf16)(uint16_t *data, int64_t n, float factor);
+
+void SEBP_NAME(sum_scaled_rows)(float *sum, const float *from, int64_t stride, const int64_t *rows,
+                                const float *scale, int64_t count, int64_t cols);
 
 /* gemm.c */
 sebp_pack SEBP_NAME(pack_a_f32), SEBP_NAME(pack_a_bf16);

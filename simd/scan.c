@@ -84,3 +84,39 @@ double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n)
 {
     return square_sum(row, true, n);
 }
+
+static inline bool is_above(float v, uint32_t most)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return (bits & 0x7FFFFFFF) > most;
+}
+
+/* Few elements are above the limit, so most vecs are passed by. */
+int64_t SEBP_NAME(list_above)(const float *row, int64_t n, float limit, int64_t first,
+                              int64_t *indices, float *values, int64_t *count, int64_t room)
+{
+    uint32_t most;
+    memcpy(&most, &limit, sizeof most);
+    most &= 0x7FFFFFFF;
+    most = most < 0x7F7FFFFF ? most : 0x7F7FFFFF; /* Inf is above every limit */
+    vec limits = vec_set1(limit);
+    int64_t at = 0, listed = *count;
+    for (; at + VEC_LANES <= n && listed + VEC_LANES <= room; at += VEC_LANES) {
+        if (!vec_any_above(vec_load(row + at), limits)) {
+            continue;
+        }
+        for (int64_t i = at; i < at + VEC_LANES; i++) {
+            indices[listed] = first + i;
+            values[listed] = row[i];
+            listed += is_above(row[i], most);
+        }
+    }
+    for (; at < n && listed < room; at++) {
+        indices[listed] = first + at;
+        values[listed] = row[at];
+        listed += is_above(row[at], most);
+    }
+    *count = listed;
+    return at;
+}

@@ -72,6 +72,20 @@ typedef struct sebp_tile_work {
 
 typedef void sebp_tile(const sebp_tile_work *work);
 
+/**
+ * One AdamW step of n elements, as optim.h has it: gain = 1 - beta, root2 = 1 / sqrt(1 - beta2^t),
+ * rate = -lr / (1 - beta1^t), keep = 1 - lr weight_decay.
+ */
+typedef struct sebp_adamw_work {
+    float beta1, gain1, beta2, gain2, root2, epsilon, rate, keep;
+    const void *g;
+    void *w; /* may be g, with step_alone and of one type */
+    bool g_is_bf16, w_is_bf16;
+    bool step_alone; /* w is not read: it becomes the step */
+    float *moment1, *moment2;
+    int64_t n;
+} sebp_adamw_work;
+
 /** The kernels of one ISA. */
 typedef struct sebp_kernels {
     const char *isa;
@@ -83,6 +97,12 @@ typedef struct sebp_kernels {
     bool (*any_above_bf16)(const uint16_t *row, int64_t n, float limit);
     double (*square_sum_f32)(const float *row, int64_t n); /* in double; NaN or Inf as they come */
     double (*square_sum_bf16)(const uint16_t *row, int64_t n);
+
+    /* Appends (first + i, row[i]) to the *count < room elements listed, for each |row[i]| > limit,
+     * NaN or Inf, in order, until there are `room`; returns how many elements it has looked at.
+     * limit: not NaN. What lies between *count and `room` may be written to. */
+    int64_t (*list_above)(const float *row, int64_t n, float limit, int64_t first, int64_t *indices,
+                          float *values, int64_t *count, int64_t room);
 
     /* move.c: rows of row_bytes bytes each; strides in bytes */
     void (*move_rows)(char *to, int64_t to_stride, const int64_t *to_rows, const char *from,
@@ -102,6 +122,15 @@ typedef struct sebp_kernels {
                          int64_t count, int64_t cols);
     void (*add_rows_bf16)(float *sum, const uint16_t *from, int64_t stride, const int64_t *rows,
                           int64_t count, int64_t cols);
+
+    /* step.c */
+    void (*adamw)(const sebp_adamw_work *work);
+    void (*scale_f32)(float *data, int64_t n, float factor); /* data *= factor */
+    void (*scale_bf16)(uint16_t *data, int64_t n, float factor);
+
+    /* sum.c: sum[j] = scale[0] * from[rows[0]][j] + scale[1] * from[rows[1]][j] + ... */
+    void (*sum_scaled_rows)(float *sum, const float *from, int64_t stride, const int64_t *rows,
+                            const float *scale, int64_t count, int64_t cols);
 
     /* gemm.c */
     int tile_rows;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file sum.c Sums of rows, for db. */
+/** @file sum.c Sums of rows: for db, and of a sparse matrix times a dense one. */
 #include "kernels.h"
 
 /* Rows that are walked along together: the sum is loaded and stored once for all of them. */
@@ -54,4 +54,38 @@ void SEBP_NAME(add_rows_bf16)(float *sum, const uint16_t *from, int64_t stride, 
                               int64_t count, int64_t cols)
 {
     add_rows(sum, (const char *)from, stride, rows, count, true, cols);
+}
+
+/* Vecs of columns whose sums are held in registers. */
+#define SCALED_VECS 8
+
+void SEBP_NAME(sum_scaled_rows)(float *sum, const float *from, int64_t stride, const int64_t *rows,
+                                const float *scale, int64_t count, int64_t cols)
+{
+    int64_t at = 0;
+    for (; at + SCALED_VECS * VEC_LANES <= cols; at += SCALED_VECS * VEC_LANES) {
+        vec total[SCALED_VECS];
+        for (int v = 0; v < SCALED_VECS; v++) {
+            total[v] = vec_zero();
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const float *row = from + rows[i] * stride + at;
+            vec factor = vec_set1(scale[i]);
+            for (int v = 0; v < SCALED_VECS; v++) {
+                total[v] = vec_fma(factor, vec_load(row + v * VEC_LANES), total[v]);
+            }
+        }
+        for (int v = 0; v < SCALED_VECS; v++) {
+            vec_store(sum + at + v * VEC_LANES, total[v]);
+        }
+    }
+    for (; at < cols; at += VEC_LANES) {
+        int64_t lanes = cols - at < VEC_LANES ? cols - at : VEC_LANES;
+        vec total = vec_zero();
+        for (int64_t i = 0; i < count; i++) {
+            vec row = vec_load_first(from + rows[i] * stride + at, lanes);
+            total = vec_fma(vec_set1(scale[i]), row, total);
+        }
+        vec_store_first(sum + at, total, lanes);
+    }
 }

@@ -15,7 +15,9 @@
  *     vec_store_bf16(p, v)              to nearest, ties to even, by integers, so that every tier
  *                                       gives the same bits: denormals stay, a NaN becomes a quiet
  *                                       NaN of its sign; _first(p, v, n)
- *     vec_add(a, b), vec_fma(a, b, c)   a + b; a * b + c, fused but in scalar
+ *     vec_add(a, b), vec_mul(a, b)      a + b; a * b
+ *     vec_fma(a, b, c)                  a * b + c, fused but in scalar
+ *     vec_div(a, b), vec_sqrt(a)        a / b; the square root; both to nearest
  *     vec_or(a, b)                      of the bits
  *     vec_any_nonzero(v)                any lane but +-0; NaN and denormals count, whatever the
  *                                       floating-point mode
@@ -83,6 +85,24 @@ static inline vec vec_load_at_first(const void *data, bool is_bf16, int64_t at, 
 {
     return is_bf16 ? vec_load_bf16_first((const uint16_t *)data + at, n)
                    : vec_load_first((const float *)data + at, n);
+}
+
+static inline void vec_store_at(void *data, bool is_bf16, int64_t at, vec v)
+{
+    if (is_bf16) {
+        vec_store_bf16((uint16_t *)data + at, v);
+    } else {
+        vec_store((float *)data + at, v);
+    }
+}
+
+static inline void vec_store_at_first(void *data, bool is_bf16, int64_t at, vec v, int64_t n)
+{
+    if (is_bf16) {
+        vec_store_bf16_first((uint16_t *)data + at, v, n);
+    } else {
+        vec_store_first((float *)data + at, v, n);
+    }
 }
 
 #endif

@@ -106,9 +106,24 @@ static inline vec vec_add(vec a, vec b)
     return _mm512_add_ps(a, b);
 }
 
+static inline vec vec_mul(vec a, vec b)
+{
+    return _mm512_mul_ps(a, b);
+}
+
 static inline vec vec_fma(vec a, vec b, vec c)
 {
     return _mm512_fmadd_ps(a, b, c);
+}
+
+static inline vec vec_div(vec a, vec b)
+{
+    return _mm512_div_ps(a, b);
+}
+
+static inline vec vec_sqrt(vec a)
+{
+    return _mm512_sqrt_ps(a);
 }
 
 static inline vec vec_or(vec a, vec b)

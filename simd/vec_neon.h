@@ -101,9 +101,24 @@ static inline vec vec_add(vec a, vec b)
     return vaddq_f32(a, b);
 }
 
+static inline vec vec_mul(vec a, vec b)
+{
+    return vmulq_f32(a, b);
+}
+
 static inline vec vec_fma(vec a, vec b, vec c)
 {
     return vfmaq_f32(c, a, b);
+}
+
+static inline vec vec_div(vec a, vec b)
+{
+    return vdivq_f32(a, b);
+}
+
+static inline vec vec_sqrt(vec a)
+{
+    return vsqrtq_f32(a);
 }
 
 static inline vec vec_or(vec a, vec b)

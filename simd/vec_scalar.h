@@ -3,6 +3,8 @@
 #ifndef SEBP_VEC_SCALAR_H
 #define SEBP_VEC_SCALAR_H
 
+#include <math.h>
+
 #define VEC_LANES        1
 #define VEC_HAS_BF16_DOT 0
 #define TILE_ROWS        4
@@ -97,9 +99,24 @@ static inline vec vec_add(vec a, vec b)
     return a + b;
 }
 
+static inline vec vec_mul(vec a, vec b)
+{
+    return a * b;
+}
+
 static inline vec vec_fma(vec a, vec b, vec c)
 {
     return a * b + c;
+}
+
+static inline vec vec_div(vec a, vec b)
+{
+    return a / b;
+}
+
+static inline vec vec_sqrt(vec a)
+{
+    return sqrtf(a);
 }
 
 static inline vec vec_or(vec a, vec b)

@@ -275,6 +275,99 @@ reference reference_db(const sebp_matrix *dy, const reference_rows *rows, const 
     return want;
 }
 
+/* C: m x n = A B, A: m x k, B: k x n. */
+static double *multiplied(const double *a, const double *b, int64_t m, int64_t n, int64_t k)
+{
+    double *c = array(m * n, sizeof *c);
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t l = 0; l < k; l++) {
+            double factor = a[i * k + l];
+            for (int64_t j = 0; j < n && factor != 0; j++) {
+                c[i * n + j] += factor * b[l * n + j];
+            }
+        }
+    }
+    return c;
+}
+
+static double *transposed(const double *a, int64_t rows, int64_t cols)
+{
+    double *t = array(rows * cols, sizeof *t);
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < cols; j++) {
+            t[j * rows + i] = a[i * cols + j];
+        }
+    }
+    return t;
+}
+
+static void take_magnitudes(double *a, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        a[i] = fabs(a[i]);
+    }
+}
+
+/* to += A B C, A: m x k, B: k x l, C: l x n. */
+static void add_product(double *to, const double *a, const double *b, const double *c, int64_t m,
+                        int64_t n, int64_t k, int64_t l)
+{
+    double *left = multiplied(a, b, m, l, k), *all = multiplied(left, c, m, n, l);
+    for (int64_t i = 0; i < m * n; i++) {
+        to[i] += all[i];
+    }
+    free(left);
+    free(all);
+}
+
+reference reference_r(const sebp_matrix *u_out, const sebp_matrix *u_in, const sebp_matrix *dy,
+                      const sebp_matrix *x, const reference_rows *rows, int x_is_compact,
+                      const sebp_matrix *before)
+{
+    int64_t p = u_out->rows, n = u_out->cols, q = u_in->rows, k = u_in->cols;
+    int64_t terms = rows->count > 0 ? n + k + rows->count : 0;
+    reference want = make_reference(p, q, terms, before);
+    reference dw = reference_dw(dy, x, rows, x_is_compact, NULL);
+    double *u = elements(u_out), *v = elements(u_in), *vt = transposed(v, q, k);
+    for (int64_t i = 0; i < p && terms > 0; i++) {
+        begin_sums(&want, i);
+    }
+    add_product(want.value, u, dw.value, vt, p, q, n, k);
+    take_magnitudes(u, p * n);
+    take_magnitudes(vt, q * k);
+    add_product(want.magnitude, u, dw.magnitude, vt, p, q, n, k);
+    free(u);
+    free(v);
+    free(vt);
+    reference_free(&dw);
+    return want;
+}
+
+reference reference_stepped(const sebp_matrix *u_out, const sebp_matrix *u_in, const sebp_sparse *s,
+                            const sebp_matrix *before)
+{
+    int64_t p = u_out->rows, n = u_out->cols, q = u_in->rows, k = u_in->cols;
+    reference want = make_reference(n, k, s->count > 0 ? p + q : 0, before);
+    double *u = elements(u_out), *ut = transposed(u, p, n), *v = elements(u_in);
+    double *dense = array(p * q, sizeof *dense);
+    for (int64_t i = 0; i < s->count; i++) {
+        dense[s->indices[i]] = s->values[i];
+    }
+    for (int64_t i = 0; i < n && s->count > 0; i++) {
+        begin_sums(&want, i);
+    }
+    add_product(want.value, ut, dense, v, n, k, p, q);
+    take_magnitudes(ut, n * p);
+    take_magnitudes(dense, p * q);
+    take_magnitudes(v, q * k);
+    add_product(want.magnitude, ut, dense, v, n, k, p, q);
+    free(u);
+    free(ut);
+    free(v);
+    free(dense);
+    return want;
+}
+
 void reference_free(reference *want)
 {
     free(want->value);

@@ -64,6 +64,20 @@ reference reference_dw(const sebp_matrix *dy, const sebp_matrix *x, const refere
 reference reference_db(const sebp_matrix *dy, const reference_rows *rows,
                        const sebp_matrix *before);
 
+/*
+ * In a rotated space: u_out: r_out x N, u_in: r_in x K, rows of vectors. `before` is never NULL for
+ * W, which is always added to.
+ */
+
+/** R: r_out x r_in from dy: M x N, x: M x K. */
+reference reference_r(const sebp_matrix *u_out, const sebp_matrix *u_in, const sebp_matrix *dy,
+                      const sebp_matrix *x, const reference_rows *rows, int x_is_compact,
+                      const sebp_matrix *before);
+
+/** W + u_out S u_in^T: N x K, S being r_out x r_in. */
+reference reference_stepped(const sebp_matrix *u_out, const sebp_matrix *u_in, const sebp_sparse *s,
+                            const sebp_matrix *before);
+
 void reference_free(reference *want);
 
 /** How a matrix is compared. */

@@ -12,6 +12,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -240,7 +241,19 @@ static sebp_context *make_context(sebp_gemm gemm)
 
 /* The layer that every call is made on. */
 static sebp_matrix dy, x, w, bias, dx, dw, db, y;
+static sebp_matrix a, b, h, dh, da, lora_db; /* beside it with LoRA */
+static sebp_matrix r;                        /* in a rotated space */
 static sebp_rows *rows;
+static sebp_basis *basis;
+static sebp_basis_sums *sums;
+static const char basis_path[] = "test_allocation.basis";
+
+static const sebp_matrix *const outputs[] = {&dx, &dw, &db, &y, &h, &dh, &da, &lora_db, &r};
+#define OUTPUTS ((int)(sizeof outputs / sizeof outputs[0]))
+
+static int64_t kept_indices[20];
+static float kept_values[20];
+static const sebp_sparse kept = {kept_indices, kept_values, 20, 30, 40};
 
 static void setup(void)
 {
@@ -264,12 +277,40 @@ static void setup(void)
     sebp_context *context = make_context(SEBP_GEMM_NATIVE);
     ck_assert_int_eq(sebp_rows_find(context, &dy, &nonzero, &rows), SEBP_SUCCESS);
     sebp_context_destroy(context);
+
+    const int64_t R = 6, m = sebp_rows_count(rows);
+    a = testing_matrix(K, R, R + 1, SEBP_BF16);
+    b = testing_matrix(R, N, N + 1, SEBP_BF16);
+    h = testing_matrix(m, R, R, SEBP_BF16);
+    dh = testing_matrix(m, R, R, SEBP_BF16);
+    da = testing_matrix(K, R, R, SEBP_F32);
+    lora_db = testing_matrix(R, N, N, SEBP_F32);
+    testing_fill(&a, TESTING_INTEGER);
+    testing_fill(&b, TESTING_INTEGER);
+
+    r = testing_matrix(N, K, K + 1, SEBP_F32);
+    sebp_matrix u_out = testing_matrix(N, N, N, SEBP_F32), u_in = testing_matrix(K, K, K, SEBP_F32);
+    testing_fill(&u_out, TESTING_INTEGER);
+    testing_fill(&u_in, TESTING_INTEGER);
+    context = make_context(SEBP_GEMM_NATIVE);
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &basis), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_basis_save(context, basis, basis_path), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_basis_sums_create(N, K, &sums), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_basis_sums_add(context, sums, &w), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_basis_sums_add(context, sums, &w), SEBP_SUCCESS);
+    sebp_context_destroy(context);
+    testing_release(&u_out);
+    testing_release(&u_in);
 }
 
 static void teardown(void)
 {
     sebp_rows_destroy(rows);
-    sebp_matrix *all[] = {&dy, &x, &w, &bias, &dx, &dw, &db, &y};
+    sebp_basis_destroy(basis);
+    sebp_basis_sums_destroy(sums);
+    remove(basis_path);
+    sebp_matrix *all[] = {&dy, &x, &w, &bias, &dx, &dw,      &db, &y,
+                          &a,  &b, &h, &dh,   &da, &lora_db, &r};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         testing_release(all[i]);
     }
@@ -321,6 +362,146 @@ static sebp_status call_forward(sebp_context *context, void **result)
 {
     (void)result;
     return sebp_linear_forward(context, &x, &w, &bias, rows, NULL, &y);
+}
+
+static sebp_status call_lora_forward(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_lora_forward(context, &x, &w, &bias, &a, &b, 2, rows, NULL, &h, &y);
+}
+
+/* H is as good a matrix as any of its shape. */
+static sebp_status call_lora_backward(sebp_context *context, void **result)
+{
+    (void)result;
+    sebp_matrix saved = x;
+    saved.rows = sebp_rows_count(rows);
+    saved.cols = a.cols;
+    return sebp_lora_backward(context, &dy, &x, &w, &a, &b, &saved, 2, rows, NULL, &dh, &dx, &da,
+                              &lora_db);
+}
+
+static sebp_status call_meprop(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_meprop_gradient(context, &dy, &x, rows, NULL, &kept);
+}
+
+static sebp_status call_sparsegrad(sebp_context *context, sebp_rotation rotation)
+{
+    return sebp_sparsegrad_gradient(context, basis, &dy, &x, rows, NULL, rotation, &r);
+}
+
+static sebp_status call_sparsegrad_factors(sebp_context *context, void **result)
+{
+    (void)result;
+    return call_sparsegrad(context, SEBP_ROTATE_FACTORS);
+}
+
+static sebp_status call_sparsegrad_dy(sebp_context *context, void **result)
+{
+    (void)result;
+    return call_sparsegrad(context, SEBP_ROTATE_DY);
+}
+
+static sebp_status call_sparsegrad_in_out(sebp_context *context, void **result)
+{
+    (void)result;
+    return call_sparsegrad(context, SEBP_ROTATE_IN_OUT);
+}
+
+/* W is added to, and stays poison whatever is: so it is zero here, and poison again if it still is. */
+static sebp_status call_sparsegrad_update(sebp_context *context, void **result)
+{
+    (void)result;
+    int64_t indices[4] = {3, 77, 80, 1199};
+    float values[4] = {1, 2, 3, 4};
+    const sebp_sparse s = {indices, values, 4, 30, 40};
+    for (int64_t i = 0; i < dw.rows * dw.cols; i++) {
+        testing_set(&dw, i / dw.cols, i % dw.cols, 0);
+    }
+    sebp_status status = sebp_sparsegrad_update(context, basis, &s, &dw);
+    if (status != SEBP_SUCCESS && testing_nonzeros(&dw) == 0) {
+        testing_poison(&dw);
+    }
+    return status;
+}
+
+static sebp_status call_sparse_top(sebp_context *context, void **result)
+{
+    (void)result;
+    sebp_matrix from = sebp_basis_in(basis); /* 40 x 40, finite, as good as any */
+    from.rows = kept.rows;
+    return sebp_sparse_top(context, &from, &kept);
+}
+
+static sebp_status call_sums_create(sebp_context *context, void **result)
+{
+    (void)context;
+    sebp_basis_sums *made = NULL;
+    sebp_status status = sebp_basis_sums_create(30, 40, &made);
+    *result = made;
+    return status;
+}
+
+static sebp_status call_sums_add(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_basis_sums_add(context, sums, &w);
+}
+
+static sebp_status call_from_vectors(sebp_context *context, void **result)
+{
+    (void)context;
+    sebp_basis *made = NULL;
+    sebp_matrix u_out = sebp_basis_out(basis), u_in = sebp_basis_in(basis);
+    sebp_status status = sebp_basis_from_vectors(&u_out, &u_in, &made);
+    *result = made;
+    return status;
+}
+
+static sebp_status call_basis_save(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_basis_save(context, basis, basis_path);
+}
+
+static sebp_status call_basis_load(sebp_context *context, void **result)
+{
+    sebp_basis *made = NULL;
+    sebp_status status = sebp_basis_load(context, basis_path, &made);
+    *result = made;
+    return status;
+}
+
+#ifdef SEBP_HAVE_LAPACK
+/* All vectors of one side, and the leading ones of the other. */
+static sebp_status call_basis_solve(sebp_context *context, void **result)
+{
+    sebp_basis *made = NULL;
+    sebp_status status = sebp_basis_solve(context, sums, 30, 10, &made);
+    *result = made;
+    return status;
+}
+#endif
+
+static sebp_status call_sparse_adamw(sebp_context *context, void **result)
+{
+    (void)context;
+    sebp_sparse_adamw *made = NULL;
+    sebp_status status = sebp_sparse_adamw_create(30, 40, NULL, 0, &made);
+    *result = made;
+    return status;
+}
+
+static sebp_status call_sparse_adamw_fixed(sebp_context *context, void **result)
+{
+    (void)context;
+    const int64_t support[3] = {2, 5, 6};
+    sebp_sparse_adamw *made = NULL;
+    sebp_status status = sebp_sparse_adamw_create(30, 40, support, 3, &made);
+    *result = made;
+    return status;
 }
 
 static sebp_status call_create(sebp_context *context, void **result)
@@ -418,6 +599,21 @@ static void destroy_rows(void *set)
     sebp_rows_destroy(set);
 }
 
+static void destroy_basis(void *made)
+{
+    sebp_basis_destroy(made);
+}
+
+static void destroy_sums(void *made)
+{
+    sebp_basis_sums_destroy(made);
+}
+
+static void destroy_state(void *state)
+{
+    sebp_sparse_adamw_destroy(state);
+}
+
 static const struct target {
     const char *name;
     call call;
@@ -439,21 +635,52 @@ static const struct target {
     {"linear_backward dw", call_backward_dw, NULL, 1},
     {"linear_backward found", call_backward_found, NULL, 1},
     {"linear_forward", call_forward, NULL, 1},
+    {"lora_forward", call_lora_forward, NULL, 1},
+    {"lora_backward", call_lora_backward, NULL, 1},
+    {"meprop_gradient", call_meprop, NULL, 3},
+    {"sparsegrad_gradient factors", call_sparsegrad_factors, NULL, 1},
+    {"sparsegrad_gradient dy", call_sparsegrad_dy, NULL, 1},
+    {"sparsegrad_gradient in-out", call_sparsegrad_in_out, NULL, 1},
+    {"sparsegrad_update", call_sparsegrad_update, NULL, 9},
+    {"sparse_top", call_sparse_top, NULL, 2},
+    {"basis_sums_create", call_sums_create, destroy_sums, 3},
+    {"basis_sums_add", call_sums_add, NULL, 1},
+    {"basis_from_vectors", call_from_vectors, destroy_basis, 3},
+    {"basis_save", call_basis_save, NULL, 1},
+    {"basis_load", call_basis_load, destroy_basis, 3},
+#ifdef SEBP_HAVE_LAPACK
+    {"basis_solve", call_basis_solve, destroy_basis, 3 + 3 + 5},
+#endif
+    {"sparse_adamw_create", call_sparse_adamw, destroy_state, 1},
+    {"sparse_adamw_create fixed", call_sparse_adamw_fixed, destroy_state, 4},
 };
 #define TARGETS ((int)(sizeof targets / sizeof targets[0]))
 
 static void poison_outputs(void)
 {
-    testing_poison(&dx);
-    testing_poison(&dw);
-    testing_poison(&db);
-    testing_poison(&y);
+    for (int i = 0; i < OUTPUTS; i++) {
+        testing_poison(outputs[i]);
+    }
     dropped.rows = -7;
+    memset(kept_indices, -1, sizeof kept_indices);
+    memset(kept_values, -1, sizeof kept_values);
+}
+
+static int outputs_are_poison(void)
+{
+    int all = dropped.rows == -7;
+    for (int i = 0; i < OUTPUTS; i++) {
+        all &= is_poison(outputs[i]);
+    }
+    for (int64_t i = 0; i < kept.count; i++) {
+        all &= kept_indices[i] == -1 && kept_values[i] != kept_values[i];
+    }
+    return all;
 }
 
 /* Whether a call that went well has made what it made with all memory to be had. */
 static void check_result(const struct target *target, const void *result, const void *first,
-                         const sebp_matrix first_outputs[4])
+                         const sebp_matrix first_outputs[OUTPUTS])
 {
     if (target->destroy == destroy_rows) {
         int64_t count = sebp_rows_count(first);
@@ -462,10 +689,9 @@ static void check_result(const struct target *target, const void *result, const 
         ck_assert_mem_eq(sebp_rows_indices(result), sebp_rows_indices(first),
                          (size_t)count * sizeof(int64_t));
     }
-    ck_assert(testing_same_bits(&dx, &first_outputs[0]));
-    ck_assert(testing_same_bits(&dw, &first_outputs[1]));
-    ck_assert(testing_same_bits(&db, &first_outputs[2]));
-    ck_assert(testing_same_bits(&y, &first_outputs[3]));
+    for (int i = 0; i < OUTPUTS; i++) {
+        ck_assert(testing_same_bits(outputs[i], &first_outputs[i]));
+    }
 }
 
 static void destroy_result(const struct target *target, void *result)
@@ -483,8 +709,10 @@ static void fail_each(const struct target *target, sebp_gemm gemm)
     sebp_context *context = make_context(gemm);
     poison_outputs();
     ck_assert_int_eq(target->call(context, &first), SEBP_SUCCESS);
-    sebp_matrix first_outputs[4] = {testing_copy(&dx), testing_copy(&dw), testing_copy(&db),
-                                    testing_copy(&y)};
+    sebp_matrix first_outputs[OUTPUTS];
+    for (int i = 0; i < OUTPUTS; i++) {
+        first_outputs[i] = testing_copy(outputs[i]);
+    }
     sebp_context_destroy(context);
 
     int done = 0;
@@ -507,10 +735,13 @@ static void fail_each(const struct target *target, sebp_gemm gemm)
                           (long long)n, sebp_status_string(status));
             ck_assert_msg(result == NULL, "%s, allocation %lld: result written", target->name,
                           (long long)n);
-            ck_assert_msg(is_poison(&dx) && is_poison(&dw) && is_poison(&db) && is_poison(&y),
-                          "%s, allocation %lld: outputs written", target->name, (long long)n);
-            ck_assert_int_eq(dropped.rows, -7);
-            int is_on_context = strncmp(target->name, "linear", 6) == 0;
+            ck_assert_msg(outputs_are_poison(), "%s, allocation %lld: outputs written",
+                          target->name, (long long)n);
+            int is_on_context = strncmp(target->name, "linear", 6) == 0 ||
+                                strncmp(target->name, "lora", 4) == 0 ||
+                                strncmp(target->name, "meprop", 6) == 0 ||
+                                strncmp(target->name, "sparsegrad", 10) == 0 ||
+                                strncmp(target->name, "sparse_top", 10) == 0;
             ck_assert(!is_on_context || *sebp_context_message(context) != '\0');
             /* The same call again, with memory. */
             arm(0);
@@ -524,7 +755,7 @@ static void fail_each(const struct target *target, sebp_gemm gemm)
                       (long long)n, live_count);
     }
     destroy_result(target, first);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < OUTPUTS; i++) {
         testing_release(&first_outputs[i]);
     }
 }
@@ -538,12 +769,111 @@ START_TEST(every_allocation_fails)
 }
 END_TEST
 
+/* Calls that change what is there already: that stays as it was. */
+
+START_TEST(a_merge_that_fails_leaves_the_weight)
+{
+    if (!interposed("a_merge_that_fails_leaves_the_weight")) {
+        return;
+    }
+    sebp_matrix was = testing_copy(&w);
+    int done = 0;
+    for (int64_t n = 1; !done; n++) {
+        sebp_context *context = make_context(SEBP_GEMM_NATIVE);
+        live_count = 0;
+        arm(n);
+        sebp_status status = sebp_lora_merge(context, &a, &b, 2, &w);
+        disarm();
+        done = asked_for < n;
+        ck_assert_int_eq(status, done ? SEBP_SUCCESS : SEBP_ERROR_MEMORY);
+        ck_assert(done ? n > 3 : testing_same_bits(&w, &was));
+        sebp_context_destroy(context);
+        ck_assert_int_eq(live_count, 0);
+    }
+    ck_assert(!testing_same_bits(&w, &was));
+    testing_release(&was);
+}
+END_TEST
+
+/* The moments that a state has of the elements 0 to 199; others are NaN. */
+static void read_state(const sebp_sparse_adamw *state, float moments[400])
+{
+    int64_t indices[200];
+    float moment1[200], moment2[200];
+    int64_t count = sebp_sparse_adamw_count(state);
+    ck_assert_int_le(count, 200);
+    ck_assert_int_eq(sebp_sparse_adamw_export(state, indices, moment1, moment2), SEBP_SUCCESS);
+    memset(moments, -1, 400 * sizeof *moments);
+    for (int64_t i = 0; i < count; i++) {
+        moments[2 * indices[i]] = moment1[i];
+        moments[2 * indices[i] + 1] = moment2[i];
+    }
+}
+
+START_TEST(a_step_that_fails_leaves_the_state)
+{
+    if (!interposed("a_step_that_fails_leaves_the_state")) {
+        return;
+    }
+    int64_t indices[200];
+    float values[200], before[400], after[400];
+    sebp_context *context = make_context(SEBP_GEMM_NATIVE);
+    sebp_sparse_adamw *state = NULL;
+    ck_assert_int_eq(sebp_sparse_adamw_create(10, 20, NULL, 0, &state), SEBP_SUCCESS);
+    sebp_sparse gradient = {indices, values, 0, 10, 20};
+    int growths = 0;
+    for (int64_t end = 40; end <= 200; end += 40) { /* more elements each time */
+        for (gradient.count = 0; gradient.count < end; gradient.count++) {
+            indices[gradient.count] = gradient.count;
+            values[gradient.count] = 1;
+        }
+        read_state(state, before);
+        int64_t steps = sebp_sparse_adamw_steps(state);
+        arm(1);
+        sebp_status status = sebp_sparse_adamw_step(context, state, NULL, &gradient);
+        disarm();
+        if (asked_for > 0) {
+            growths++;
+            ck_assert_int_eq(status, SEBP_ERROR_MEMORY);
+            ck_assert(*sebp_context_message(context) != '\0');
+            read_state(state, after);
+            ck_assert_mem_eq(before, after, sizeof before);
+            ck_assert(sebp_sparse_adamw_steps(state) == steps && values[0] == 1);
+            status = sebp_sparse_adamw_step(context, state, NULL, &gradient);
+        }
+        ck_assert_int_eq(status, SEBP_SUCCESS);
+        ck_assert(sebp_sparse_adamw_count(state) == end && values[0] != 1);
+    }
+    ck_assert_int_ge(growths, 3);
+
+    /* Copied out and in again. */
+    read_state(state, before);
+    float moment1[200], moment2[200];
+    arm(1);
+    sebp_status status = sebp_sparse_adamw_export(state, indices, moment1, moment2);
+    disarm();
+    ck_assert(asked_for == 1 && status == SEBP_ERROR_MEMORY);
+    memset(moment1, 0, sizeof moment1);
+    memset(moment2, 0, sizeof moment2);
+    arm(1);
+    status = sebp_sparse_adamw_import(state, 9, indices, moment1, moment2, 100);
+    disarm();
+    ck_assert(asked_for == 1 && status == SEBP_ERROR_MEMORY);
+    read_state(state, after);
+    ck_assert_mem_eq(before, after, sizeof before);
+    sebp_sparse_adamw_destroy(state);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("allocation");
     TCase *tests = tcase_create("allocation");
     tcase_add_checked_fixture(tests, setup, teardown);
     tcase_add_loop_test(tests, every_allocation_fails, 0, TARGETS);
+    tcase_add_test(tests, a_merge_that_fails_leaves_the_weight);
+    tcase_add_test(tests, a_step_that_fails_leaves_the_state);
     suite_add_tcase(suite, tests);
     return suite;
 }

@@ -100,6 +100,68 @@ succeeds "$bench" --csv --quick --verify-only --activity .5
 csv 4
 prints ',verified$'
 
+# Training methods
+methods=full,lora,meprop,sparsegrad
+succeeds "$bench" --quick --method $methods --verify-only --dtype both
+prints '^verified$'
+succeeds "$bench" --method $methods --verify-only --shape 9x5:3 --shape 65x17:33 --threads 3
+succeeds "$bench" --quick --method sparsegrad,full --repetitions 2 --seconds 0 --basis-rank 40
+prints '^full .* 100\.00%'
+prints '^sparsegrad '
+prints '^ +[a-z-]+ +[0-9.]+ Gflop +[0-9.]+ ms'
+
+# methods_csv CASES: one line a method, whose phases add up, and for each order of SparseGrad's
+# products; one order is chosen for each of its lines
+methods_csv() {
+    if awk -F, -v cases="$1" '
+        NR == 1 { columns = NF; for (i = 1; i <= NF; i++) at[$i] = i; next }
+        NF != columns { print "line " NR ": " NF " columns"; bad = 1; next }
+        $at["order"] != "" {
+            chosen += $at["status"] == "chosen"
+            if (!($at["gradient_ms"] > 0 && $at["model_gflop"] > 0))
+                { print "line " NR ": an order"; bad = 1 }
+            next
+        }
+        {
+            lines++
+            sparsegrad += $at["method"] == "sparsegrad"
+            if (!($at["total_ms"] > 0 && $at["step_ms"] > 0 && $at["gradient_bytes"] > 0))
+                { print "line " NR ": not positive"; bad = 1 }
+            elements = $at["N"] * $at["K"]; bytes = $at["gradient_bytes"] + $at["state_bytes"]
+            if ($at["method"] == "full" && bytes != 12 * elements)
+                { print "line " NR ": bytes of the full method"; bad = 1 }
+            if ($at["method"] == "lora" &&
+                bytes != 12 * $at["lora_rank"] * ($at["N"] + $at["K"]))
+                { print "line " NR ": bytes of LoRA"; bad = 1 }
+            if ($at["method"] == "sparsegrad" && fixed && !(bytes < 20 * $at["kept"] + 200))
+                { print "line " NR ": bytes of a fixed support"; bad = 1 }
+        }
+        END {
+            if (lines != cases || chosen != sparsegrad)
+                { print lines " methods, " chosen " orders chosen"; bad = 1 }
+            exit bad
+        }' fixed="${2:-0}" "$work/out"; then pass; else fail "malformed csv"; fi
+}
+succeeds "$bench" --csv --quick --method $methods --repetitions 2 --seconds 0 --dtype both
+methods_csv 8
+succeeds "$bench" --csv --quick --method sparsegrad --repetitions 2 --seconds 0 --activity 1,.1 \
+    --fixed-support --kept .05
+methods_csv 2 1
+succeeds "$bench" --csv --method full,lora --shape 1000000000x1000000000:1000000000 --activity 1
+prints ',skipped: '
+refuses '--method: ' "$bench" --quick --method full,mezo
+refuses '--method: ' "$bench" --quick --method full,
+refuses '--method: ' "$bench" --quick --method ''
+refuses '--method goes' "$bench" --quick --method full --forward
+refuses '--method goes' "$bench" --quick --method full --rows given
+refuses '--method goes' "$bench" --quick --method full --cold
+refuses '--kept' "$bench" --quick --kept .1
+refuses '--kept: ' "$bench" --quick --method full --kept 0
+refuses '--kept: ' "$bench" --quick --method full --kept 1.5
+refuses '--basis-rank: ' "$bench" --quick --method sparsegrad --basis-rank 0
+succeeds "$bench" --quick --method sparsegrad --basis-rank 5
+prints '^skipped: 5 x 5 vectors'
+
 # More than any memory: skipped, with the reason.
 succeeds "$bench" --csv --shape 1000000000x1000000000:1000000000 --activity 1,.5 --rows given
 csv 2
@@ -131,6 +193,9 @@ refuses "$work: " "$bench" --shapes "$work"
 
 # The shapes that are installed, without their work
 if [ "$(grep -c '^[^#]' "$shapes")" -eq 10 ]; then pass; else fail "shapes.txt has changed"; fi
+mlp=${shapes%/*}/mlp-shapes.txt
+if [ "$(grep -c '^[^#]' "$mlp")" -eq 6 ]; then pass; else fail "mlp-shapes.txt has changed"; fi
+refuses '--sequence' "$bench" --method full --shapes "$mlp" --sequence 1000
 refuses '--sequence' "$bench" --shapes "$shapes" --sequence 1000
 
 # Options

@@ -661,7 +661,7 @@ END_TEST
 
 START_TEST(status_strings)
 {
-    for (int status = SEBP_SUCCESS; status <= SEBP_ERROR_BACKEND; status++) {
+    for (int status = SEBP_SUCCESS; status <= SEBP_ERROR_FILE; status++) {
         const char *text = sebp_status_string((sebp_status)status);
         ck_assert(text != NULL && *text != '\0');
         ck_assert_str_ne(text, "unknown status");
@@ -669,7 +669,7 @@ START_TEST(status_strings)
             ck_assert_str_ne(text, sebp_status_string((sebp_status)other));
         }
     }
-    ck_assert_str_eq(sebp_status_string((sebp_status)(SEBP_ERROR_BACKEND + 1)), "unknown status");
+    ck_assert_str_eq(sebp_status_string((sebp_status)(SEBP_ERROR_FILE + 1)), "unknown status");
     ck_assert_str_eq(sebp_status_string((sebp_status)-1), "unknown status");
     ck_assert_uint_eq(sebp_dtype_bytes(SEBP_F32), 4);
     ck_assert_uint_eq(sebp_dtype_bytes(SEBP_BF16), 2);

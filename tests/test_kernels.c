@@ -536,6 +536,207 @@ START_TEST(add_rows)
 }
 END_TEST
 
+START_TEST(sum_scaled_rows)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "sum_scaled_rows");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(800); round > 0; round--) {
+        int integers = round % 2;
+        int64_t count = testing_between(0, 40), total = count + testing_between(1, 10);
+        int64_t cols = testing_between(0, 300), stride = strided(cols);
+        buffer from = make((total - 1) * stride + cols, sizeof(float));
+        buffer sum = make(cols, sizeof(float)), scale = make(count, sizeof(float));
+        for (int64_t i = 0; i < total; i++) {
+            for (int64_t j = 0; j < cols; j++) {
+                put(from.data, 0, i * stride + j, value_of(integers));
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            put(scale.data, 0, i, value_of(integers));
+        }
+        buffer rows = any_rows(count, total);
+        kernels->sum_scaled_rows((void *)sum.data, (void *)from.data, stride, (void *)rows.data,
+                                 (void *)scale.data, count, cols);
+        for (int64_t j = 0; j < cols; j++) {
+            double expected = 0, magnitude = 0, found = get(sum.data, 0, j);
+            for (int64_t i = 0; i < count; i++) {
+                int64_t row = ((const int64_t *)(void *)rows.data)[i];
+                double term = get(scale.data, 0, i) * get(from.data, 0, row * stride + j);
+                expected += term;
+                magnitude += fabs(term);
+            }
+            double bound = integers ? 0 : (double)count * FLT_EPSILON * magnitude;
+            check(fabs(found - expected) <= bound, "%a, not %a", found, expected);
+        }
+        memset(sum.data, TESTING_POISON, (size_t)cols * sizeof(float));
+        for (size_t i = 0; i < sum.open_bytes; i++) {
+            check(sum.open[i] == TESTING_POISON, "written beside the sums");
+        }
+        release(&from);
+        release(&sum);
+        release(&scale);
+        release(&rows);
+    }
+}
+END_TEST
+
+START_TEST(list_above)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "list_above");
+    if (kernels == NULL) {
+        return;
+    }
+    int64_t most_listed = 0;
+    for (int round = testing_rounds(2000); round > 0; round--) {
+        const float limits[] = {0, -0.0F, 0x1p-149F, 0.5F, FLT_MAX};
+        float limit = limits[testing_between(0, 4)];
+        int64_t n = length(), before = testing_between(0, 5), first = testing_between(0, 1000);
+        int64_t room = before + testing_between(1, testing_chance(0.5) ? 10 : n + 40);
+        buffer row = make(n, sizeof(float)), indices = make(room, sizeof(int64_t));
+        buffer values = make(room, sizeof(float));
+        for (int64_t i = 0; i < n; i++) {
+            const double odd[] = {limit, -limit, NAN, -NAN, INFINITY, -INFINITY, 0, -0.0};
+            double value = testing_chance(0.5) ? odd[testing_between(0, 7)] : testing_uniform();
+            put(row.data, 0, i, value);
+        }
+        /* Lists grow in place, and what is behind their end is free: the ends are compared. */
+        int64_t *list = (void *)indices.data, listed = before, looked = 0, count = before;
+        float *kept = (void *)values.data;
+        flush_denormals(testing_chance(0.5));
+        int64_t done =
+            kernels->list_above((void *)row.data, n, limit, first, list, kept, &count, room);
+        flush_denormals(0);
+        for (; looked < n && listed < room; looked++) {
+            double value = get(row.data, 0, looked);
+            if (!isfinite(value) || fabs(value) > fabsf(limit)) {
+                float as = (float)value;
+                check(listed < count && list[listed] == first + looked &&
+                          memcmp(&kept[listed], &as, sizeof as) == 0,
+                      "element %lld is not listed", (long long)looked);
+                listed++;
+            }
+        }
+        check(count == listed && done == looked, "%lld listed of %lld, not %lld of %lld",
+              (long long)count, (long long)done, (long long)listed, (long long)looked);
+        for (int64_t i = 0; i < before; i++) {
+            check(list[i] == -1 && isnan(kept[i]), "the list's beginning was written to");
+        }
+        most_listed = listed - before > most_listed ? listed - before : most_listed;
+        release(&row);
+        release(&indices);
+        release(&values);
+    }
+    ck_assert_int_gt(most_listed, 20);
+}
+END_TEST
+
+START_TEST(adamw)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "adamw");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(2000); round > 0; round--) {
+        int64_t n = length();
+        int g_is_bf16 = round % 2, w_is_bf16 = round / 2 % 2, step_alone = testing_chance(0.5);
+        int in_place = step_alone && g_is_bf16 == w_is_bf16 && testing_chance(0.5);
+        buffer g = make(n, bytes_of(g_is_bf16)), other = make(n, bytes_of(w_is_bf16));
+        buffer *w = in_place ? &g : &other;
+        buffer m = make(n, sizeof(float)), v = make(n, sizeof(float));
+        double *old_g = malloc((size_t)(n + 1) * sizeof *old_g);
+        check(old_g != NULL, "no memory");
+        for (int64_t i = 0; i < n; i++) {
+            put(g.data, g_is_bf16, i, testing_chance(0.1) ? 0 : testing_uniform());
+            put(m.data, 0, i, testing_uniform());
+            put(v.data, 0, i, testing_chance(0.1) ? 0 : fabs(testing_uniform()));
+            if (!step_alone) {
+                put(w->data, w_is_bf16, i, testing_uniform());
+            }
+            old_g[i] = get(g.data, g_is_bf16, i);
+        }
+        sebp_adamw_work work = {.beta1 = 0.9F,
+                                .gain1 = 0.1F,
+                                .beta2 = 0.99F,
+                                .gain2 = 0.01F,
+                                .root2 = 3,
+                                .epsilon = testing_chance(0.5) ? 1e-8F : 0.1F,
+                                .rate = -0.25F,
+                                .keep = 0.875F,
+                                .g = g.data,
+                                .w = w->data,
+                                .g_is_bf16 = g_is_bf16,
+                                .w_is_bf16 = w_is_bf16,
+                                .step_alone = step_alone,
+                                .moment1 = (void *)m.data,
+                                .moment2 = (void *)v.data,
+                                .n = n};
+        float *m_twin = twin_of(&m), *v_twin = twin_of(&v);
+        void *w_twin = twin_of(w);
+        kernels->adamw(&work);
+        for (int64_t i = 0; i < n; i++) {
+            const double eps = FLT_EPSILON;
+            double m_got = get(m.data, 0, i), v_got = get(v.data, 0, i);
+            double w_got = get(w->data, w_is_bf16, i), w_old = get(w_twin, w_is_bf16, i);
+            double gain = (double)work.gain1 * old_g[i];
+            double m_want = (double)work.beta1 * (double)m_twin[i] + gain;
+            double v_want =
+                (double)work.beta2 * (double)v_twin[i] + (double)work.gain2 * old_g[i] * old_g[i];
+            /* The step follows from the moments as they were stored. */
+            double w_want = (double)work.rate * m_got /
+                            (sqrt(v_got) * (double)work.root2 + (double)work.epsilon);
+            double bound = 3 * eps * fabs(w_want);
+            if (!step_alone) {
+                w_want += (double)work.keep * w_old;
+                bound += eps * (fabs(w_old) + fabs(w_want));
+            }
+            bound += w_is_bf16 ? 0x1p-8 * (fabs(w_want) + bound) : 0;
+            check(fabs(m_got - m_want) <= eps * (fabs((double)m_twin[i]) + fabs(gain)),
+                  "moment1 %a, not %a", m_got, m_want);
+            check(fabs(v_got - v_want) <= 2 * eps * v_want, "moment2 %a, not %a", v_got, v_want);
+            check(fabs(w_got - w_want) <= bound, "w %a, not %a", w_got, w_want);
+            put(m_twin, 0, i, m_got);
+            put(v_twin, 0, i, v_got);
+            put(w_twin, w_is_bf16, i, w_got);
+        }
+        free(old_g);
+        release(&g);
+        release(&other);
+        release(&m);
+        release(&v);
+    }
+}
+END_TEST
+
+START_TEST(scale)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "scale");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(1000); round > 0; round--) {
+        int is_bf16 = round % 2;
+        int64_t n = length();
+        float factor = (float)testing_uniform();
+        buffer data = make(n, bytes_of(is_bf16));
+        for (int64_t i = 0; i < n; i++) {
+            put(data.data, is_bf16, i, testing_uniform());
+        }
+        void *expected = twin_of(&data);
+        for (int64_t i = 0; i < n; i++) {
+            put(expected, is_bf16, i, (double)(factor * (float)get(data.data, is_bf16, i)));
+        }
+        if (is_bf16) {
+            kernels->scale_bf16((void *)data.data, n, factor);
+        } else {
+            kernels->scale_f32((void *)data.data, n, factor);
+        }
+        release(&data);
+    }
+}
+END_TEST
+
 /* What unit u of lane l must hold, in bits. */
 static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t lane, int64_t at,
                         int64_t depth, int64_t u)
@@ -819,6 +1020,19 @@ START_TEST(timing)
          kernels->add_rows_f32(f32, (float *)(void *)two.data, COLS, NULL, ROWS, COLS));
     TIME(kernels, "add_rows_bf16", (ROWS + 2) * BYTES / 2,
          kernels->add_rows_bf16(f32, bf16, COLS, NULL, ROWS, COLS));
+    buffer moments = make(2 * COLS, sizeof(float));
+    memset(moments.data, 0, 2 * BYTES);
+    const sebp_adamw_work step = {.beta1 = 0.5F,
+                                  .beta2 = 0.5F,
+                                  .epsilon = 1,
+                                  .g = two.data,
+                                  .w = f32,
+                                  .moment1 = (void *)moments.data,
+                                  .moment2 = (float *)(void *)moments.data + COLS,
+                                  .n = COLS};
+    TIME(kernels, "adamw", 7 * BYTES, kernels->adamw(&step));
+    TIME(kernels, "scale_f32", 2 * BYTES, kernels->scale_f32(f32, COLS, 1));
+    release(&moments);
 
     enum { DEPTH = 256 };
     int64_t height = kernels->tile_rows, width = kernels->tile_cols;
@@ -888,6 +1102,10 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, f32_from_bf16, 0, TIERS);
     tcase_add_loop_test(all, bf16_from_f32, 0, TIERS);
     tcase_add_loop_test(all, add_rows, 0, TIERS);
+    tcase_add_loop_test(all, sum_scaled_rows, 0, TIERS);
+    tcase_add_loop_test(all, list_above, 0, TIERS);
+    tcase_add_loop_test(all, adamw, 0, TIERS);
+    tcase_add_loop_test(all, scale, 0, TIERS);
     tcase_add_loop_test(all, pack, 0, TIERS);
     tcase_add_loop_test(all, tile, 0, TIERS);
     if (testing_environment("SEBP_TEST_TIMING")) {

@@ -29,11 +29,17 @@
 #ifndef SEBP_SEBP_H
 #define SEBP_SEBP_H
 
+#include <sebp/basis.h>
 #include <sebp/context.h>
 #include <sebp/info.h>
 #include <sebp/linear.h>
+#include <sebp/lora.h>
 #include <sebp/matrix.h>
+#include <sebp/meprop.h>
+#include <sebp/optim.h>
 #include <sebp/rows.h>
+#include <sebp/sparse.h>
+#include <sebp/sparsegrad.h>
 #include <sebp/status.h>
 #include <sebp/version.h>
 

@@ -38,7 +38,9 @@ typedef enum sebp_status {
     SEBP_ERROR_MEMORY = 10,      /**< memory could not be had */
     SEBP_ERROR_UNSUPPORTED = 11, /**< this build or this machine lacks what was asked for */
     SEBP_ERROR_ENVIRONMENT = 12, /**< an environment variable holds a value it may not hold */
-    SEBP_ERROR_BACKEND = 13      /**< a library underneath (oneDNN, hwloc) failed */
+    SEBP_ERROR_BACKEND = 13,     /**< a library underneath (oneDNN, hwloc, LAPACK) failed */
+    SEBP_ERROR_NONFINITE = 14,   /**< a NaN or Inf where there must be none */
+    SEBP_ERROR_FILE = 15 /**< a file that cannot be read or written, or holds something else */
 } sebp_status;
 
 /**

@@ -22,6 +22,8 @@ enum {
     ZERO_PART_BYTES = 128 << 10, /* worth a thread of its own */
     ASSUMED_CACHE = 4 << 20,     /* where the L3 cache is not known */
     SUM_COLS = 512,              /* sums held at a time: 2 KiB */
+    SPARSE_COLS = 128,           /* of a sparse product, to one thread: sums in registers */
+    WALK_PART = 16 << 10,        /* elements worth a thread of their own */
     LARGE = 512                  /* of a product's sizes */
 };
 
@@ -79,6 +81,7 @@ sebp_status sebp_cpu_create(const sebp_context_options *options,
 
 void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
 {
+    bytes += cpu->aside_bytes;
     if (bytes > cpu->workspace_bytes)
         return NULL;
     if (bytes > cpu->scratch_bytes || cpu->scratch == NULL) {
@@ -94,7 +97,34 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
         cpu->scratch_bytes = bytes;
         cpu->scratch_most = sebp_most(cpu->scratch_most, bytes);
     }
-    return cpu->scratch;
+    return cpu->scratch + cpu->aside_bytes;
+}
+
+int64_t sebp_cpu_workspace(const sebp_cpu *cpu)
+{
+    return cpu->workspace_bytes - cpu->aside_bytes;
+}
+
+static int64_t set_aside_most(const void *device)
+{
+    return ((const sebp_cpu *)device)->workspace_bytes / 2 / ALIGNMENT * ALIGNMENT;
+}
+
+static sebp_status set_aside(void *device, int64_t bytes)
+{
+    sebp_cpu *cpu = device;
+    if (bytes > set_aside_most(device))
+        return SEBP_ERROR_MEMORY;
+    cpu->aside_bytes = sebp_parts(bytes, ALIGNMENT) * ALIGNMENT;
+    if (sebp_cpu_scratch(cpu, 0) != NULL)
+        return SEBP_SUCCESS;
+    cpu->aside_bytes = 0;
+    return SEBP_ERROR_MEMORY;
+}
+
+static void *aside(const void *device)
+{
+    return ((const sebp_cpu *)device)->scratch;
 }
 
 /* ---- finding rows ---- */
@@ -380,6 +410,250 @@ static void sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
         sebp_cpu_parallel(cpu, sebp_parts(cols, part_cols), sum_part, &sums);
 }
 
+/* ---- element by element ---- */
+
+/* Matrices of one shape that are walked together. */
+typedef struct walk {
+    const sebp_kernels *kernels;
+    const sebp_matrix *matrices[4];
+    int64_t rows, cols; /* one row where no matrix has gaps */
+    int64_t parts;
+    sebp_adamw_work step;
+    float factor;
+} walk;
+
+static walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int count)
+{
+    walk walk = {.kernels = cpu->kernels, .rows = matrices[0]->rows, .cols = matrices[0]->cols};
+    bool has_gaps = false;
+    for (int i = 0; i < count; i++) {
+        walk.matrices[i] = matrices[i];
+        has_gaps = has_gaps || matrices[i]->stride != walk.cols;
+    }
+    int64_t elements = walk.rows * walk.cols;
+    if (!has_gaps) {
+        walk.rows = elements > 0;
+        walk.cols = elements;
+    }
+    walk.parts = sebp_least(sebp_parts(elements, WALK_PART), sebp_cpu_threads(cpu));
+    return walk;
+}
+
+/* Where part `part` starts among all elements: at a line of each matrix, where they start at one. */
+static int64_t part_start(const walk *walk, int64_t part)
+{
+    enum { LINE_ELEMENTS = 32 };
+    int64_t lines = sebp_parts(walk->rows * walk->cols, LINE_ELEMENTS);
+    return sebp_least(lines * part / walk->parts * LINE_ELEMENTS, walk->rows * walk->cols);
+}
+
+/* Element `at` of all of the walk's i-th matrix. */
+static void *element_of(const walk *walk, int i, int64_t at)
+{
+    const sebp_matrix *matrix = walk->matrices[i];
+    int64_t element = at / walk->cols * matrix->stride + at % walk->cols;
+    return (char *)matrix->data + element * (int64_t)sebp_dtype_bytes(matrix->dtype);
+}
+
+/* How many elements from `at` on lie in one row and before `end`. */
+static int64_t run_length(const walk *walk, int64_t at, int64_t end)
+{
+    return sebp_least(end - at, walk->cols - at % walk->cols);
+}
+
+static void adamw_part(void *work, int64_t part)
+{
+    const walk *walk = work;
+    sebp_adamw_work step = walk->step;
+    int64_t end = part_start(walk, part + 1);
+    for (int64_t at = part_start(walk, part); at < end; at += step.n) {
+        step.g = element_of(walk, 0, at);
+        step.w = element_of(walk, 1, at);
+        step.moment1 = element_of(walk, 2, at);
+        step.moment2 = element_of(walk, 3, at);
+        step.n = run_length(walk, at, end);
+        walk->kernels->adamw(&step);
+    }
+}
+
+static void adamw(void *device, const sebp_adamw_options *options, int64_t step,
+                  const sebp_matrix *gradient, const sebp_matrix *w, const sebp_matrix *moment1,
+                  const sebp_matrix *moment2, bool step_alone)
+{
+    sebp_cpu *cpu = device;
+    const sebp_matrix *matrices[] = {gradient, w, moment1, moment2};
+    walk walk = start_walk(cpu, matrices, 4);
+    double t = (double)step;
+    walk.step = (sebp_adamw_work){
+        .beta1 = (float)options->beta1,
+        .gain1 = (float)(1 - options->beta1),
+        .beta2 = (float)options->beta2,
+        .gain2 = (float)(1 - options->beta2),
+        .root2 = (float)(1 / sqrt(1 - pow(options->beta2, t))),
+        .epsilon = (float)options->epsilon,
+        .rate = (float)(-options->learning_rate / (1 - pow(options->beta1, t))),
+        .keep = (float)(1 - options->learning_rate * options->weight_decay),
+        .g_is_bf16 = gradient->dtype == SEBP_BF16,
+        .w_is_bf16 = w->dtype == SEBP_BF16,
+        .step_alone = step_alone,
+    };
+    sebp_cpu_parallel(cpu, walk.parts, adamw_part, &walk);
+}
+
+static void scale_part(void *work, int64_t part)
+{
+    const walk *walk = work;
+    int64_t end = part_start(walk, part + 1);
+    for (int64_t n, at = part_start(walk, part); at < end; at += n) {
+        n = run_length(walk, at, end);
+        if (walk->matrices[0]->dtype == SEBP_F32)
+            walk->kernels->scale_f32(element_of(walk, 0, at), n, walk->factor);
+        else
+            walk->kernels->scale_bf16(element_of(walk, 0, at), n, walk->factor);
+    }
+}
+
+static void scale(void *device, const sebp_matrix *matrix, double factor)
+{
+    sebp_cpu *cpu = device;
+    walk walk = start_walk(cpu, &matrix, 1);
+    walk.factor = (float)factor;
+    sebp_cpu_parallel(cpu, walk.parts, scale_part, &walk);
+}
+
+/* ---- rows widened ---- */
+
+typedef struct widening {
+    const sebp_kernels *kernels;
+    const sebp_matrix *from;
+    const int64_t *rows;
+    int64_t count;
+    const sebp_matrix *to;
+    int64_t parts;
+} widening;
+
+static void widen_part(void *work, int64_t part)
+{
+    const widening *widening = work;
+    const sebp_matrix *from = widening->from, *to = widening->to;
+    int64_t end = widening->count * (part + 1) / widening->parts;
+    for (int64_t i = widening->count * part / widening->parts; i < end; i++) {
+        int64_t at = (widening->rows != NULL ? widening->rows[i] : i) * from->stride;
+        float *row = (float *)to->data + i * to->stride;
+        if (from->dtype == SEBP_F32)
+            memcpy(row, (const float *)from->data + at, (size_t)to->cols * sizeof *row);
+        else
+            widening->kernels->f32_from_bf16(row, (const uint16_t *)from->data + at, to->cols);
+    }
+}
+
+static void widen_rows(void *device, const sebp_matrix *from, const int64_t *rows, int64_t count,
+                       const sebp_matrix *to)
+{
+    sebp_cpu *cpu = device;
+    widening widening = {.kernels = cpu->kernels,
+                         .from = from,
+                         .rows = rows,
+                         .count = count,
+                         .to = to,
+                         .parts = sebp_least(count, sebp_cpu_threads(cpu))};
+    sebp_cpu_parallel(cpu, widening.parts, widen_part, &widening);
+}
+
+/* ---- sparse times dense ---- */
+
+typedef struct sparse_product {
+    const sebp_kernels *kernels;
+    const sebp_sparse_lines *lines;
+    const sebp_matrix *from, *to;
+    int64_t part_cols;
+} sparse_product;
+
+static void sparse_part(void *work, int64_t part)
+{
+    const sparse_product *product = work;
+    const sebp_sparse_lines *lines = product->lines;
+    int64_t first = part * product->part_cols;
+    int64_t cols = sebp_least(product->part_cols, product->to->cols - first);
+    const float *from = (const float *)product->from->data + first;
+    float *to = (float *)product->to->data + first;
+    for (int64_t i = 0; i < lines->count; i++) {
+        int64_t start = lines->start[i];
+        product->kernels->sum_scaled_rows(to + i * product->to->stride, from, product->from->stride,
+                                          lines->places + start, lines->values + start,
+                                          lines->start[i + 1] - start, cols);
+    }
+}
+
+/* Lines differ in length, columns do not: each thread has columns of its own. */
+static void multiply_sparse(void *device, const sebp_sparse_lines *lines, const sebp_matrix *from,
+                            const sebp_matrix *to)
+{
+    sebp_cpu *cpu = device;
+    int64_t part_cols =
+        sebp_parts(sebp_parts(to->cols, sebp_cpu_threads(cpu)), SPARSE_COLS) * SPARSE_COLS;
+    sparse_product product = {
+        .kernels = cpu->kernels, .lines = lines, .from = from, .to = to, .part_cols = part_cols};
+    if (to->cols > 0)
+        sebp_cpu_parallel(cpu, sebp_parts(to->cols, part_cols), sparse_part, &product);
+}
+
+/* ---- listing what is large ---- */
+
+/* By the thread that calls: each element is looked at once, few are listed, and in order. */
+static void list_above(void *device, const sebp_matrix *from, float limit, int64_t first,
+                       int64_t *done, sebp_sparse *list, int64_t room)
+{
+    const sebp_cpu *cpu = device;
+    int64_t rows = from->rows, cols = from->cols;
+    if (from->stride == cols) {
+        cols *= rows;
+        rows = 1;
+    }
+    while (*done < rows * cols && list->count < room) {
+        const float *at = (const float *)from->data + *done / cols * from->stride + *done % cols;
+        *done += cpu->kernels->list_above(at, cols - *done % cols, limit, first + *done,
+                                          list->indices, list->values, &list->count, room);
+    }
+}
+
+/* ---- kept elements ---- */
+
+static int64_t place_of(const sebp_matrix *matrix, int64_t index)
+{
+    return index / matrix->cols * matrix->stride + index % matrix->cols;
+}
+
+static bool take_elements(void *device, const sebp_matrix *from, const sebp_sparse *kept)
+{
+    (void)device;
+    const float *data = from->data;
+    for (int64_t i = 0; i < kept->count; i++) {
+        if (!isfinite(data[place_of(from, kept->indices[i])]))
+            return false;
+    }
+    for (int64_t i = 0; i < kept->count; i++)
+        kept->values[i] = data[place_of(from, kept->indices[i])];
+    return true;
+}
+
+static void add_elements(void *device, const sebp_sparse *s, const sebp_matrix *to)
+{
+    const sebp_kernels *kernels = ((const sebp_cpu *)device)->kernels;
+    for (int64_t i = 0; i < s->count; i++) {
+        int64_t place = place_of(to, s->indices[i]);
+        if (to->dtype == SEBP_F32) {
+            ((float *)to->data)[place] += s->values[i];
+        } else {
+            uint16_t *element = (uint16_t *)to->data + place;
+            float sum;
+            kernels->f32_from_bf16(&sum, element, 1);
+            sum += s->values[i];
+            kernels->bf16_from_f32(element, &sum, 1);
+        }
+    }
+}
+
 /* ---- what there is to know ---- */
 
 static int64_t scratch_bytes(const void *device)
@@ -422,6 +696,16 @@ const sebp_backend sebp_cpu_backend = {
     .product = run_product,
     .zero_other_rows = zero_other_rows,
     .sum_rows = sum_rows,
+    .set_aside = set_aside,
+    .set_aside_most = set_aside_most,
+    .aside = aside,
+    .widen_rows = widen_rows,
+    .sparse_product = multiply_sparse,
+    .list_above = list_above,
+    .take_elements = take_elements,
+    .add_elements = add_elements,
+    .adamw = adamw,
+    .scale = scale,
     .scratch_bytes = scratch_bytes,
     .threads = threads,
     .info = fill_info,

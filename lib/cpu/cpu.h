@@ -91,6 +91,7 @@ typedef struct sebp_cpu {
     pid_t pid;               /* the process that made it: a forked child works alone */
     sebp_topology topology;  /* as it was found when the context was made */
     int64_t workspace_bytes; /* the bound */
+    int64_t aside_bytes;     /* of scratch, its first: a method's own */
     char *scratch;
     int64_t scratch_bytes;
     int64_t scratch_most; /* the most it has been */
@@ -134,8 +135,12 @@ sebp_status sebp_cpu_create(const sebp_context_options *options,
  * reads them. */
 bool sebp_cpu_streams(const sebp_cpu *cpu, int64_t bytes);
 
-/** Scratch memory of at least `bytes`, 64-byte aligned, what it held lost; NULL: none, or over the
- * bound. Asked for again with no more bytes it cannot fail. */
+/** The bound of scratch memory less what is set aside. */
+int64_t sebp_cpu_workspace(const sebp_cpu *cpu);
+
+/** Scratch memory of at least `bytes` beside what is set aside, 64-byte aligned; NULL: none, or over
+ * the bound. Where there must be more than before, what it held is lost, and what is set aside too.
+ * Asked for again with no more bytes it cannot fail. */
 void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes);
 
 /* gemm.c: the library's own product. */

@@ -201,7 +201,7 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
                                 kernels->tile_rows);
 
     job->workers = sebp_least(threads, job->grid_m * job->grid_n);
-    int64_t bound = cpu->workspace_bytes;
+    int64_t bound = sebp_cpu_workspace(cpu);
     while (job->workers * worker_bytes(job) > bound) {
         if (job->block_n > kernels->tile_cols)
             job->block_n = round_up(job->block_n / 2, kernels->tile_cols);

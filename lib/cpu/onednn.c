@@ -54,7 +54,7 @@ static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
     }
     if (plan.row_bytes)
         plan.rows =
-            sebp_least(sebp_least(plan.rows, PANEL_ROWS), cpu->workspace_bytes / plan.row_bytes);
+            sebp_least(sebp_least(plan.rows, PANEL_ROWS), sebp_cpu_workspace(cpu) / plan.row_bytes);
     return plan;
 }
 

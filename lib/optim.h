@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file optim.h What the dense and the sparse step share. */
+#ifndef SEBP_LIB_OPTIM_H
+#define SEBP_LIB_OPTIM_H
+
+#include "call.h"
+
+/* On error each leaves a line. */
+
+/** Puts the options, or the defaults for NULL, into *taken. */
+sebp_status sebp_take_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
+                                    sebp_adamw_options *taken);
+
+/** Checks their values. */
+sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_options *options);
+
+#endif

@@ -1,0 +1,380 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file optim_sparse.c
+ * AdamW on the few elements that train. The arithmetic is the dense step's, on moments gathered
+ * from wherever the state keeps them.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "optim.h"
+
+enum {
+    BLOCK = 512,      /* elements whose moments are gathered at a time */
+    AHEAD = 16,       /* elements whose place is fetched before it is looked at */
+    LEAST_PLACES = 64 /* of a table; a power of two, as all sizes are */
+};
+
+/* A place of the table: one element, or none. */
+typedef struct place {
+    int64_t index; /* -1: free */
+    float moment1, moment2;
+} place;
+
+struct sebp_sparse_adamw {
+    int64_t rows, cols;
+    int64_t steps;
+    int64_t count;
+    /* a fixed support: `count` of each */
+    int64_t *support; /* NULL: chosen anew */
+    float *moment1, *moment2;
+    /* chosen anew: open addressing, the next place being tried where one is taken */
+    place *places; /* NULL: none yet */
+    int64_t room;  /* places there are: a power of two, or 0 */
+};
+
+/* ---- the table ---- */
+
+/* Multiplied by 2^64 over the golden ratio, indices that are near each other go far apart. */
+static int64_t first_place(int64_t index, int64_t room)
+{
+    uint64_t mixed = (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15);
+    return (int64_t)(mixed >> (64 - __builtin_ctzll((uint64_t)room)));
+}
+
+/* Where an element is, or the free place where it would be. */
+static place *find_place(place *places, int64_t room, int64_t index)
+{
+    int64_t at = first_place(index, room);
+    while (places[at].index != index && places[at].index >= 0)
+        at = (at + 1) & (room - 1);
+    return &places[at];
+}
+
+/* Asks for the lines of the elements that come soon: there are more of them than caches hold. */
+static void fetch_ahead(const sebp_sparse_adamw *state, const int64_t *indices, int64_t count,
+                        int64_t at)
+{
+    if (at + AHEAD < count)
+        __builtin_prefetch(&state->places[first_place(indices[at + AHEAD], state->room)], 1);
+}
+
+static int64_t count_new(const sebp_sparse_adamw *state, const int64_t *indices, int64_t count)
+{
+    int64_t found = 0;
+    for (int64_t i = 0; i < count && state->room > 0; i++) {
+        fetch_ahead(state, indices, count, i);
+        found += find_place(state->places, state->room, indices[i])->index >= 0;
+    }
+    return count - found;
+}
+
+/* The least table that `count` elements fill to three quarters at most; 0: there is none. */
+static int64_t room_for(int64_t count)
+{
+    int64_t room = LEAST_PLACES;
+    while (room / 4 * 3 < count) {
+        if (room > PTRDIFF_MAX / 2 / (int64_t)sizeof(place))
+            return 0;
+        room *= 2;
+    }
+    return room;
+}
+
+static place *make_places(int64_t room)
+{
+    place *places = room > 0 ? malloc((size_t)room * sizeof *places) : NULL;
+    for (int64_t i = 0; places != NULL && i < room; i++)
+        places[i].index = -1;
+    return places;
+}
+
+/* Makes the table large enough for the elements of a gradient too, or leaves it as it is. */
+static sebp_status make_room(sebp_sparse_adamw *state, const int64_t *indices, int64_t count)
+{
+    if (room_for(state->count + count) <= state->room)
+        return SEBP_SUCCESS;
+    int64_t room = room_for(state->count + count_new(state, indices, count));
+    if (room != 0 && room <= state->room)
+        return SEBP_SUCCESS;
+    place *places = make_places(room);
+    if (places == NULL)
+        return SEBP_ERROR_MEMORY;
+    for (int64_t i = 0; i < state->room; i++)
+        if (state->places[i].index >= 0)
+            *find_place(places, room, state->places[i].index) = state->places[i];
+    free(state->places);
+    state->places = places;
+    state->room = room;
+    return SEBP_SUCCESS;
+}
+
+/* ---- making and unmaking ---- */
+
+static sebp_status check_indices(const int64_t *indices, int64_t count, int64_t elements)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (indices[i] < (i > 0 ? indices[i - 1] + 1 : 0) || indices[i] >= elements)
+            return SEBP_ERROR_ROWS;
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *support,
+                                     int64_t count, sebp_sparse_adamw **made)
+{
+    int64_t elements;
+    if (made == NULL || (support == NULL && count > 0))
+        return SEBP_ERROR_NULL;
+    if (rows < 0 || cols < 0 || count < 0)
+        return SEBP_ERROR_SIZE;
+    if (__builtin_mul_overflow(rows, cols, &elements))
+        return SEBP_ERROR_OVERFLOW;
+    if (count > elements) /* said before `count` of them are read */
+        return SEBP_ERROR_ROWS;
+    sebp_status status = check_indices(support, count, elements);
+    if (status != SEBP_SUCCESS)
+        return status;
+
+    sebp_sparse_adamw *state = calloc(1, sizeof *state);
+    if (state == NULL)
+        return SEBP_ERROR_MEMORY;
+    state->rows = rows;
+    state->cols = cols;
+    if (support != NULL) {
+        size_t room = count > 0 ? (size_t)count : 1;
+        state->support = malloc(room * sizeof *state->support);
+        state->moment1 = calloc(room, sizeof *state->moment1);
+        state->moment2 = calloc(room, sizeof *state->moment2);
+        if (!state->support || !state->moment1 || !state->moment2) {
+            sebp_sparse_adamw_destroy(state);
+            return SEBP_ERROR_MEMORY;
+        }
+        memcpy(state->support, support, (size_t)count * sizeof *support);
+        state->count = count;
+    }
+    *made = state;
+    return SEBP_SUCCESS;
+}
+
+void sebp_sparse_adamw_destroy(sebp_sparse_adamw *state)
+{
+    if (state != NULL) {
+        free(state->support);
+        free(state->moment1);
+        free(state->moment2);
+        free(state->places);
+        free(state);
+    }
+}
+
+/* ---- the step ---- */
+
+static bool is_support(const sebp_sparse_adamw *state, const int64_t *indices, int64_t count)
+{
+    return count == state->count &&
+           (indices == state->support || count == 0 ||
+            memcmp(indices, state->support, (size_t)count * sizeof *indices) == 0);
+}
+
+/* `n` values beside each other, as the backend takes them. */
+static sebp_matrix row_of(float *values, int64_t n)
+{
+    return sebp_matrix_f32(values, 1, n);
+}
+
+static void step_values(sebp_context *context, const sebp_adamw_options *options, int64_t step,
+                        float *values, float *moment1, float *moment2, int64_t n)
+{
+    sebp_matrix s = row_of(values, n), m = row_of(moment1, n), v = row_of(moment2, n);
+    context->backend->adamw(context->device, options, step, &s, &s, &m, &v, true);
+}
+
+/* The table has room for all of them. */
+static void step_places(sebp_context *context, const sebp_adamw_options *options,
+                        sebp_sparse_adamw *state, const sebp_sparse *gradient)
+{
+    float moment1[BLOCK], moment2[BLOCK];
+    place *block[BLOCK];
+    for (int64_t first = 0; first < gradient->count; first += BLOCK) {
+        int64_t n = gradient->count - first < BLOCK ? gradient->count - first : BLOCK;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t index = gradient->indices[first + i];
+            fetch_ahead(state, gradient->indices, gradient->count, first + i);
+            block[i] = find_place(state->places, state->room, index);
+            if (block[i]->index < 0) {
+                *block[i] = (place){index, 0, 0};
+                state->count++;
+            }
+            moment1[i] = block[i]->moment1;
+            moment2[i] = block[i]->moment2;
+        }
+        step_values(context, options, state->steps, gradient->values + first, moment1, moment2, n);
+        for (int64_t i = 0; i < n; i++) {
+            block[i]->moment1 = moment1[i];
+            block[i]->moment2 = moment2[i];
+        }
+    }
+}
+
+static sebp_status check_gradient(const sebp_call *call, const sebp_sparse_adamw *state,
+                                  const sebp_sparse *gradient)
+{
+    sebp_status status = sebp_check_sparse(call, "gradient", gradient);
+    if (status == SEBP_SUCCESS && state->support &&
+        !is_support(state, gradient->indices, gradient->count))
+        status = sebp_fail(call->context, SEBP_ERROR_ROWS,
+                           "%s: gradient is not on the state's fixed support", call->function);
+    if (status == SEBP_SUCCESS)
+        status = sebp_check_sparse_shape(call, "gradient", gradient, state->rows, state->cols);
+    if (status == SEBP_SUCCESS)
+        status = sebp_check_sparse_finite(call, "gradient", gradient);
+    return status;
+}
+
+sebp_status sebp_sparse_adamw_step(sebp_context *context, sebp_sparse_adamw *state,
+                                   const sebp_adamw_options *given, const sebp_sparse *gradient)
+{
+    if (!context)
+        return SEBP_ERROR_NULL;
+    sebp_call call = sebp_call_begin(context, "sebp_sparse_adamw_step");
+    sebp_adamw_options options;
+    if (!state || !gradient)
+        return sebp_missing(&call, !state ? "state" : "gradient");
+    sebp_status status = sebp_take_adamw_options(&call, given, &options);
+    if (status == SEBP_SUCCESS)
+        status = sebp_check_adamw_options(&call, &options);
+    if (status == SEBP_SUCCESS)
+        status = check_gradient(&call, state, gradient);
+    if (status != SEBP_SUCCESS)
+        return status;
+    if (!state->support) {
+        status = make_room(state, gradient->indices, gradient->count);
+        if (status != SEBP_SUCCESS)
+            return sebp_fail(context, status,
+                             "%s: no memory for the moments of %" PRId64 " elements and more",
+                             call.function, state->count);
+    }
+    state->steps++;
+    if (state->support)
+        step_values(context, &options, state->steps, gradient->values, state->moment1,
+                    state->moment2, state->count);
+    else
+        step_places(context, &options, state, gradient);
+    return SEBP_SUCCESS;
+}
+
+/* ---- what it holds ---- */
+
+int64_t sebp_sparse_adamw_count(const sebp_sparse_adamw *state)
+{
+    return state != NULL ? state->count : 0;
+}
+
+int64_t sebp_sparse_adamw_steps(const sebp_sparse_adamw *state)
+{
+    return state != NULL ? state->steps : 0;
+}
+
+const int64_t *sebp_sparse_adamw_support(const sebp_sparse_adamw *state)
+{
+    return state != NULL ? state->support : NULL;
+}
+
+int64_t sebp_sparse_adamw_bytes(const sebp_sparse_adamw *state)
+{
+    const int64_t each = sizeof(int64_t) + 2 * sizeof(float);
+    if (state == NULL)
+        return 0;
+    return (int64_t)sizeof *state +
+           (state->support ? state->count * each : state->room * (int64_t)sizeof(place));
+}
+
+static int by_index(const void *left, const void *right)
+{
+    int64_t a = ((const place *)left)->index, b = ((const place *)right)->index;
+    return (a > b) - (a < b);
+}
+
+sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *indices,
+                                     float *moment1, float *moment2)
+{
+    if (state == NULL || (state->count > 0 && (!indices || !moment1 || !moment2)))
+        return SEBP_ERROR_NULL;
+    size_t count = (size_t)state->count;
+    if (count == 0)
+        return SEBP_SUCCESS;
+    if (state->support) {
+        memcpy(indices, state->support, count * sizeof *indices);
+        memcpy(moment1, state->moment1, count * sizeof *moment1);
+        memcpy(moment2, state->moment2, count * sizeof *moment2);
+        return SEBP_SUCCESS;
+    }
+    place *sorted = malloc(count * sizeof *sorted);
+    if (sorted == NULL)
+        return SEBP_ERROR_MEMORY;
+    size_t taken = 0;
+    for (int64_t i = 0; i < state->room; i++)
+        if (state->places[i].index >= 0)
+            sorted[taken++] = state->places[i];
+    qsort(sorted, count, sizeof *sorted, by_index);
+    for (size_t i = 0; i < count; i++) {
+        indices[i] = sorted[i].index;
+        moment1[i] = sorted[i].moment1;
+        moment2[i] = sorted[i].moment2;
+    }
+    free(sorted);
+    return SEBP_SUCCESS;
+}
+
+static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
+                                const int64_t *indices, const float *moment1, const float *moment2,
+                                int64_t count)
+{
+    if (state == NULL || (count > 0 && (!indices || !moment1 || !moment2)))
+        return SEBP_ERROR_NULL;
+    if (count < 0)
+        return SEBP_ERROR_SIZE;
+    if (steps < 0)
+        return SEBP_ERROR_VALUE;
+    int64_t elements = state->rows * state->cols;
+    if (count > elements || (state->support && !is_support(state, indices, count)))
+        return SEBP_ERROR_ROWS;
+    for (int64_t i = 0; i < count; i++)
+        if (!isfinite(moment1[i]) || !(moment2[i] >= 0))
+            return SEBP_ERROR_VALUE;
+    return check_indices(indices, count, elements);
+}
+
+sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,
+                                     const int64_t *indices, const float *moment1,
+                                     const float *moment2, int64_t count)
+{
+    sebp_status status = check_import(state, steps, indices, moment1, moment2, count);
+    if (status != SEBP_SUCCESS)
+        return status;
+    if (state->support) {
+        if (count > 0) {
+            memcpy(state->moment1, moment1, (size_t)count * sizeof *moment1);
+            memcpy(state->moment2, moment2, (size_t)count * sizeof *moment2);
+        }
+    } else {
+        int64_t room = room_for(count);
+        place *places = make_places(room);
+        if (places == NULL)
+            return SEBP_ERROR_MEMORY;
+        for (int64_t i = 0; i < count; i++)
+            *find_place(places, room, indices[i]) = (place){indices[i], moment1[i], moment2[i]};
+        free(state->places);
+        state->places = places;
+        state->room = room;
+        state->count = count;
+    }
+    state->steps = steps;
+    return SEBP_SUCCESS;
+}

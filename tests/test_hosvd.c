@@ -1,0 +1,925 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Bases: the sums of gradients and their eigenvectors against double precision, planted bases, the
+ * files, every byte of them damaged in turn, and bad input. Without LAPACK: that it is said.
+ */
+#include "config.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <sebp/sebp.h>
+
+#include "testing.h"
+
+static sebp_context *make_context(sebp_gemm gemm, int threads, int64_t workspace)
+{
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.gemm = gemm;
+    options.threads = threads;
+    options.workspace_bytes = workspace;
+    sebp_context *context = NULL;
+    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
+    return context;
+}
+
+static void expect_success(sebp_status status, const sebp_context *context)
+{
+    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", sebp_status_string(status),
+                  sebp_context_message(context));
+}
+
+static void expect_refusal(sebp_status got, sebp_status want, const char *word,
+                           const sebp_context *context)
+{
+    ck_assert_msg(got == want && strstr(sebp_context_message(context), word) != NULL,
+                  "%s, not %s with \"%s\": %s", sebp_status_string(got), sebp_status_string(want),
+                  word, sebp_context_message(context));
+}
+
+static void *array(int64_t count)
+{
+    double *data = calloc((size_t)count + 1, sizeof *data);
+    ck_assert_ptr_nonnull(data);
+    return data;
+}
+
+static sebp_matrix random_matrix(int64_t rows, int64_t cols, sebp_dtype dtype)
+{
+    int64_t stride = cols + (testing_chance(0.5) ? 0 : testing_between(1, 19));
+    sebp_matrix matrix = testing_matrix(rows, cols, stride, dtype);
+    testing_fill(&matrix, TESTING_REAL);
+    return matrix;
+}
+
+/* Adds G G^T to out, N x N, and G^T G to in, K x K. */
+static void add_squares(const sebp_matrix *gradient, double *out, double *in)
+{
+    int64_t N = gradient->rows, K = gradient->cols;
+    double *g = array(N * K);
+    for (int64_t i = 0; i < N * K; i++) {
+        g[i] = testing_get(gradient, i / K, i % K);
+    }
+    for (int64_t i = 0; i < N; i++) {
+        for (int64_t j = 0; j < N; j++) {
+            for (int64_t k = 0; k < K; k++) {
+                out[i * N + j] += g[i * K + k] * g[j * K + k];
+            }
+        }
+    }
+    for (int64_t n = 0; n < N; n++) {
+        for (int64_t i = 0; i < K; i++) {
+            for (int64_t j = 0; j < K; j++) {
+                in[i * K + j] += g[n * K + i] * g[n * K + j];
+            }
+        }
+    }
+    free(g);
+}
+
+static void expect_same_basis(const sebp_basis *one, const sebp_basis *other)
+{
+    sebp_matrix a[] = {sebp_basis_out(one), sebp_basis_in(one)};
+    sebp_matrix b[] = {sebp_basis_out(other), sebp_basis_in(other)};
+    double shares[][2] = {{sebp_basis_share_out(one), sebp_basis_share_out(other)},
+                          {sebp_basis_share_in(one), sebp_basis_share_in(other)}};
+    for (int side = 0; side < 2; side++) {
+        ck_assert(a[side].rows == b[side].rows && a[side].cols == b[side].cols);
+        ck_assert(testing_same_bits(&a[side], &b[side]));
+        ck_assert_mem_eq(&shares[side][0], &shares[side][1], sizeof(double));
+    }
+}
+
+#ifdef SEBP_HAVE_LAPACK
+
+/* The eigenvalues of a symmetric matrix, ascending, by Jacobi's rotations; a is destroyed. */
+static int by_value(const void *left, const void *right)
+{
+    double a = *(const double *)left, b = *(const double *)right;
+    return (a > b) - (a < b);
+}
+
+static void eigenvalues(double *a, int64_t n, double *values)
+{
+    for (int sweep = 0; sweep < 30; sweep++) {
+        for (int64_t p = 0; p < n; p++) {
+            for (int64_t q = p + 1; q < n; q++) {
+                if (a[p * n + q] == 0) {
+                    continue;
+                }
+                double angle = 0.5 * atan2(2 * a[p * n + q], a[q * n + q] - a[p * n + p]);
+                double c = cos(angle), s = sin(angle);
+                for (int64_t k = 0; k < n; k++) {
+                    double one = a[p * n + k], other = a[q * n + k];
+                    a[p * n + k] = c * one - s * other;
+                    a[q * n + k] = s * one + c * other;
+                }
+                for (int64_t k = 0; k < n; k++) {
+                    double one = a[k * n + p], other = a[k * n + q];
+                    a[k * n + p] = c * one - s * other;
+                    a[k * n + q] = s * one + c * other;
+                }
+            }
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        values[i] = a[i * n + i];
+    }
+    qsort(values, (size_t)n, sizeof *values, by_value);
+}
+
+/* That rows are the leading eigenvectors of `sum`, size x size: orthonormal, with small residuals,
+ * their eigenvalues the largest, in descending order, of the share told; and of the right sign. */
+static void check_vectors(const sebp_matrix *vectors, const double *sum, double share)
+{
+    int64_t rank = vectors->rows, size = vectors->cols;
+    double *copy = array(size * size), *values = array(size), trace = 0, kept = 0, last = INFINITY;
+    memcpy(copy, sum, (size_t)(size * size) * sizeof *copy);
+    eigenvalues(copy, size, values);
+    for (int64_t i = 0; i < size; i++) {
+        trace += sum[i * size + i];
+    }
+    /* f32 sums and an f32 solution. */
+    double bound = 2e-6 * sqrt((double)size) * values[size - 1];
+    for (int64_t i = 0; i < rank; i++) {
+        double value = 0, largest = 0, residual = 0;
+        for (int64_t j = 0; j <= i; j++) {
+            double dot = 0;
+            for (int64_t k = 0; k < size; k++) {
+                dot += testing_get(vectors, i, k) * testing_get(vectors, j, k);
+            }
+            ck_assert_msg(fabs(dot - (i == j)) < 2e-6 * sqrt((double)size),
+                          "vectors %lld and %lld of %lld: %g", (long long)i, (long long)j,
+                          (long long)size, dot);
+        }
+        double *product = array(size);
+        for (int64_t j = 0; j < size; j++) {
+            for (int64_t k = 0; k < size; k++) {
+                product[j] += sum[j * size + k] * testing_get(vectors, i, k);
+            }
+            value += product[j] * testing_get(vectors, i, j);
+            double element = testing_get(vectors, i, j);
+            largest = fabs(element) > fabs(largest) ? element : largest;
+        }
+        for (int64_t j = 0; j < size; j++) {
+            residual = fmax(residual, fabs(product[j] - value * testing_get(vectors, i, j)));
+        }
+        free(product);
+        ck_assert_msg(residual < bound, "vector %lld of %lld: residual %g", (long long)i,
+                      (long long)size, residual);
+        ck_assert_msg(fabs(value - values[size - 1 - i]) < bound, "eigenvalue %lld is %g, not %g",
+                      (long long)i, value, values[size - 1 - i]);
+        ck_assert_msg(value < last + bound && largest > 0, "order or sign of %lld", (long long)i);
+        last = value;
+        kept += values[size - 1 - i];
+    }
+    ck_assert_msg(fabs(share - kept / trace) < 1e-5, "share %g, not %g", share, kept / trace);
+    free(copy);
+    free(values);
+}
+
+START_TEST(eigenvectors)
+{
+    for (int round = 0; round < testing_rounds(40); round++) {
+        sebp_context *context = make_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), 0);
+        int64_t N = testing_between(1, 50), K = testing_between(1, 50);
+        int64_t least = N < K ? N : K, most = N < K ? K : N;
+        int64_t count = testing_between(1, 4) + (most - 1) / least;
+        double *out = array(N * N), *in = array(K * K);
+        sebp_basis_sums *sums = NULL;
+        expect_success(sebp_basis_sums_create(N, K, &sums), context);
+        for (int64_t t = 0; t < count; t++) {
+            sebp_matrix g = random_matrix(N, K, testing_chance(0.5) ? SEBP_F32 : SEBP_BF16);
+            for (int64_t i = 0; i < N * K; i++) { /* some spectrum, not all alike */
+                double scale = 1.0 / (double)(1 + i / K + i % K);
+                testing_set(&g, i / K, i % K, scale * testing_get(&g, i / K, i % K));
+            }
+            expect_success(sebp_basis_sums_add(context, sums, &g), context);
+            ck_assert_int_eq(sebp_basis_sums_count(sums), t + 1);
+            add_squares(&g, out, in);
+            testing_release(&g);
+        }
+        sebp_basis *basis = NULL;
+        int64_t p = testing_chance(0.4) ? N : testing_between(1, N);
+        int64_t q = testing_chance(0.4) ? K : testing_between(1, K);
+        expect_success(sebp_basis_solve(context, sums, p, q, &basis), context);
+        sebp_matrix u_out = sebp_basis_out(basis), u_in = sebp_basis_in(basis);
+        ck_assert(u_out.rows == p && u_out.cols == N && u_in.rows == q && u_in.cols == K);
+        check_vectors(&u_out, out, sebp_basis_share_out(basis));
+        check_vectors(&u_in, in, sebp_basis_share_in(basis));
+
+        /* The sums are as they were. */
+        sebp_basis *again = NULL;
+        expect_success(sebp_basis_solve(context, sums, p, q, &again), context);
+        expect_same_basis(basis, again);
+        sebp_basis_destroy(again);
+        sebp_basis_destroy(basis);
+        sebp_basis_sums_destroy(sums);
+        sebp_context_destroy(context);
+        free(out);
+        free(in);
+    }
+}
+END_TEST
+
+/* Sizes of several panels, on any number of threads and with little scratch memory. */
+START_TEST(large_sums)
+{
+    const int64_t N = 300, K = 270, count = 3;
+    sebp_matrix g[] = {random_matrix(N, K, SEBP_F32), random_matrix(N, K, SEBP_BF16),
+                       random_matrix(N, K, SEBP_F32)};
+    double *out = array(N * N), *in = array(K * K);
+    sebp_basis *first = NULL;
+    for (int threads = 1; threads <= 3; threads++) {
+        sebp_context *context = make_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
+        sebp_basis_sums *sums = NULL;
+        sebp_basis *basis = NULL;
+        expect_success(sebp_basis_sums_create(N, K, &sums), context);
+        for (int64_t t = 0; t < count; t++) {
+            expect_success(sebp_basis_sums_add(context, sums, &g[t]), context);
+        }
+        expect_success(sebp_basis_solve(context, sums, 5, 7, &basis), context);
+        if (first == NULL) {
+            first = basis;
+        } else {
+            expect_same_basis(basis, first);
+            sebp_basis_destroy(basis);
+        }
+        sebp_basis_sums_destroy(sums);
+        sebp_context_destroy(context);
+    }
+    for (int64_t t = 0; t < count; t++) {
+        add_squares(&g[t], out, in);
+        testing_release(&g[t]);
+    }
+    /* The whole spectrum by Jacobi would take long: the residuals tell. */
+    const sebp_matrix sides[] = {sebp_basis_out(first), sebp_basis_in(first)};
+    for (int side = 0; side < 2; side++) {
+        const double *sum = side == 0 ? out : in;
+        int64_t size = sides[side].cols;
+        for (int64_t i = 0; i < sides[side].rows; i++) {
+            double value = 0, square = 0, residual = 0;
+            for (int64_t j = 0; j < size; j++) {
+                double dot = 0, element = testing_get(&sides[side], i, j);
+                for (int64_t k = 0; k < size; k++) {
+                    dot += sum[j * size + k] * testing_get(&sides[side], i, k);
+                }
+                value += dot * element;
+                square += dot * dot;
+            }
+            residual = sqrt(fmax(0, square - value * value)) / value;
+            ck_assert_msg(residual < 1e-3, "vector %lld: residual %g of its eigenvalue",
+                          (long long)i, residual);
+        }
+    }
+    sebp_basis_destroy(first);
+    free(out);
+    free(in);
+}
+END_TEST
+
+/* A rank-deficient sum, whose zero eigenvalues are many, has orthonormal vectors all the same. */
+START_TEST(few_gradients)
+{
+    const int64_t N = 90, K = 30;
+    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_basis_sums *sums = NULL;
+    double *out = array(N * N), *in = array(K * K);
+    expect_success(sebp_basis_sums_create(N, K, &sums), context);
+    for (int t = 0; t < 3; t++) { /* of rank 2 each */
+        sebp_matrix g = random_matrix(N, K, SEBP_F32), a = random_matrix(2, N, SEBP_F32);
+        for (int64_t i = 0; i < N * K; i++) {
+            double sum = testing_get(&a, 0, i / K) * testing_get(&g, 0, i % K) +
+                         testing_get(&a, 1, i / K) * testing_get(&g, 1, i % K);
+            if (i / K > 1) {
+                testing_set(&g, i / K, i % K, sum);
+            }
+        }
+        expect_success(sebp_basis_sums_add(context, sums, &g), context);
+        add_squares(&g, out, in);
+        testing_release(&g);
+        testing_release(&a);
+    }
+    const int64_t ranks[][2] = {{N, K}, {N - 1, K - 1}, {40, 20}};
+    for (int i = 0; i < 3; i++) {
+        sebp_basis *basis = NULL;
+        expect_success(sebp_basis_solve(context, sums, ranks[i][0], ranks[i][1], &basis), context);
+        sebp_matrix u_out = sebp_basis_out(basis), u_in = sebp_basis_in(basis);
+        check_vectors(&u_out, out, sebp_basis_share_out(basis));
+        check_vectors(&u_in, in, sebp_basis_share_in(basis));
+        sebp_basis_destroy(basis);
+    }
+    sebp_basis_sums_destroy(sums);
+    sebp_context_destroy(context);
+    free(out);
+    free(in);
+}
+END_TEST
+
+/* size orthonormal rows: the product of reflections I - 2 h h^T. */
+static double *random_rotation(int64_t size)
+{
+    double *u = array(size * size), *h = array(size);
+    for (int64_t i = 0; i < size; i++) {
+        u[i * size + i] = 1;
+    }
+    for (int reflection = 0; reflection < 6; reflection++) {
+        double square = 0;
+        for (int64_t j = 0; j < size; j++) {
+            h[j] = testing_uniform();
+            square += h[j] * h[j];
+        }
+        for (int64_t i = 0; i < size; i++) {
+            double dot = 0;
+            for (int64_t j = 0; j < size; j++) {
+                dot += u[i * size + j] * h[j];
+            }
+            for (int64_t j = 0; j < size; j++) {
+                u[i * size + j] -= 2 * dot / square * h[j];
+            }
+        }
+    }
+    free(h);
+    return u;
+}
+
+/* The share of the energy of a matrix that its top 1% holds. */
+static int by_square(const void *left, const void *right)
+{
+    double a = *(const double *)left, b = *(const double *)right;
+    return (a * a < b * b) - (a * a > b * b);
+}
+
+static double top_share(double *elements, int64_t count)
+{
+    double top = 0, all = 0;
+    qsort(elements, (size_t)count, sizeof *elements, by_square);
+    for (int64_t i = 0; i < count; i++) {
+        all += elements[i] * elements[i];
+        top += i < count / 100 ? elements[i] * elements[i] : 0;
+    }
+    return top / all;
+}
+
+/*
+ * Gradients G = A^T C B with bases A, B and elements C_ij of a size that falls with i and j. Bases
+ * found from 40 of them must make a new one as sparse as the planted ones do, nearly; and with one
+ * of them applied transposed they must not, or this would prove nothing.
+ */
+START_TEST(planted_bases_are_found)
+{
+    const int64_t N = 64, K = 48;
+    sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, 0);
+    double *a = random_rotation(N), *b = random_rotation(K), *c = array(N * K);
+    sebp_basis_sums *sums = NULL;
+    sebp_basis *basis = NULL;
+    expect_success(sebp_basis_sums_create(N, K, &sums), context);
+    sebp_matrix g = testing_matrix(N, K, K, SEBP_F32);
+    for (int t = 0; t <= 40; t++) {
+        double *left = array(N * K); /* C B */
+        for (int64_t i = 0; i < N; i++) {
+            for (int64_t j = 0; j < K; j++) {
+                c[i * K + j] = testing_uniform() * pow(0.9, (double)i) * pow(0.6, (double)j);
+            }
+        }
+        for (int64_t i = 0; i < N * K; i++) {
+            for (int64_t k = 0; k < K; k++) {
+                left[i] += c[i / K * K + k] * b[k * K + i % K];
+            }
+        }
+        for (int64_t i = 0; i < N * K; i++) {
+            double sum = 0;
+            for (int64_t n = 0; n < N; n++) {
+                sum += a[n * N + i / K] * left[n * K + i % K];
+            }
+            testing_set(&g, i / K, i % K, sum);
+        }
+        free(left);
+        if (t < 40) {
+            expect_success(sebp_basis_sums_add(context, sums, &g), context);
+        }
+    }
+    double planted = top_share(c, N * K);
+    expect_success(sebp_basis_solve(context, sums, N, K, &basis), context);
+
+    /* G as dY^T X: dY = G^T, K x N, X = I, K x K. */
+    sebp_matrix dy = testing_matrix(K, N, N, SEBP_F32), x = testing_matrix(K, K, K, SEBP_F32);
+    sebp_matrix r = testing_matrix(N, K, K, SEBP_F32), u_in = sebp_basis_in(basis);
+    sebp_matrix u_out = sebp_basis_out(basis), turned = testing_matrix(K, K, K, SEBP_F32);
+    for (int64_t i = 0; i < K; i++) {
+        for (int64_t j = 0; j < N; j++) {
+            testing_set(&dy, i, j, testing_get(&g, j, i));
+        }
+        for (int64_t j = 0; j < K; j++) {
+            testing_set(&x, i, j, i == j);
+            testing_set(&turned, i, j, testing_get(&u_in, j, i));
+        }
+    }
+    sebp_basis *wrong = NULL;
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &turned, &wrong), SEBP_SUCCESS);
+    double shares[2];
+    for (int i = 0; i < 2; i++) {
+        expect_success(sebp_sparsegrad_gradient(context, i == 0 ? basis : wrong, &dy, &x, NULL,
+                                                NULL, SEBP_ROTATE_AUTO, &r),
+                       context);
+        for (int64_t j = 0; j < N * K; j++) {
+            c[j] = testing_get(&r, j / K, j % K);
+        }
+        shares[i] = top_share(c, N * K);
+    }
+    ck_assert_msg(planted > 0.5 && shares[0] > 0.94 * planted,
+                  "the top 1%% holds %g of the energy, as planted %g", shares[0], planted);
+    ck_assert_msg(shares[1] < 0.9 * planted, "with a transposed basis %g", shares[1]);
+
+    sebp_basis_destroy(wrong);
+    sebp_basis_destroy(basis);
+    sebp_basis_sums_destroy(sums);
+    testing_release(&g);
+    testing_release(&dy);
+    testing_release(&x);
+    testing_release(&r);
+    testing_release(&turned);
+    free(a);
+    free(b);
+    free(c);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+START_TEST(bad_ranks)
+{
+    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_basis_sums *sums = NULL;
+    sebp_basis *basis = NULL;
+    expect_success(sebp_basis_sums_create(20, 6, &sums), context);
+    expect_refusal(sebp_basis_solve(context, sums, 1, 1, &basis), SEBP_ERROR_VALUE,
+                   "0 gradients of 20x6", context);
+    sebp_matrix g = testing_matrix(20, 6, 6, SEBP_F32);
+    memset(g.data, 0, 20 * 6 * sizeof(float));
+    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    expect_refusal(sebp_basis_solve(context, sums, 1, 1, &basis), SEBP_ERROR_VALUE, "all zero",
+                   context);
+    testing_fill(&g, TESTING_REAL);
+    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    const int64_t bad[][2] = {{0, 1}, {-1, 1}, {21, 1}, {1, 0}, {1, 7}, {1, INT64_MAX}};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        expect_refusal(sebp_basis_solve(context, sums, bad[i][0], bad[i][1], &basis),
+                       SEBP_ERROR_VALUE, "rank", context);
+    }
+    expect_refusal(sebp_basis_solve(context, sums, 13, 6, &basis), SEBP_ERROR_VALUE,
+                   "rank_out of 13", context); /* 2 gradients of rank 6 at most */
+    ck_assert_int_eq(sebp_basis_solve(NULL, sums, 1, 1, &basis), SEBP_ERROR_NULL);
+    expect_refusal(sebp_basis_solve(context, NULL, 1, 1, &basis), SEBP_ERROR_NULL, "sums", context);
+    expect_refusal(sebp_basis_solve(context, sums, 1, 1, NULL), SEBP_ERROR_NULL, "basis", context);
+    ck_assert_ptr_null(basis);
+    expect_success(sebp_basis_solve(context, sums, 12, 6, &basis), context);
+    sebp_basis_destroy(basis);
+    sebp_basis_sums_destroy(sums);
+    testing_release(&g);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+/* Sums copied out and in go on as if they had never been. */
+START_TEST(sums_copied)
+{
+    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_basis_sums *sums = NULL, *other = NULL;
+    sebp_basis *want = NULL, *got = NULL;
+    sebp_matrix g = random_matrix(9, 7, SEBP_F32), h = random_matrix(9, 7, SEBP_BF16);
+    sebp_matrix out = testing_matrix(9, 9, 11, SEBP_F32), in = testing_matrix(7, 7, 7, SEBP_F32);
+    double energy = 0, squares[9 * 9] = {0}, others[7 * 7] = {0}, trace = 0;
+    expect_success(sebp_basis_sums_create(9, 7, &sums), context);
+    expect_success(sebp_basis_sums_create(9, 7, &other), context);
+    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    expect_success(sebp_basis_sums_add(context, sums, &h), context);
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &in), SEBP_SUCCESS);
+    add_squares(&g, squares, others);
+    add_squares(&h, squares, others);
+    for (int64_t i = 0; i < 9 * 9; i++) { /* whole and symmetric */
+        ck_assert(fabs(testing_get(&out, i / 9, i % 9) - squares[i]) < 1e-5);
+        trace += i % 10 == 0 ? squares[i] : 0;
+    }
+    for (int64_t i = 0; i < 7 * 7; i++) {
+        ck_assert(fabs(testing_get(&in, i / 7, i % 7) - others[i]) < 1e-5);
+    }
+    ck_assert(fabs(energy - trace) < 1e-9 * trace);
+
+    expect_success(sebp_basis_sums_add(context, other, &h), context); /* what was there goes */
+    ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_basis_sums_count(other), 2);
+
+    sebp_matrix view = out;
+    ck_assert_int_eq(sebp_basis_sums_export(NULL, &energy, &out, &in), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_sums_export(sums, NULL, &out, &in), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, NULL, &in), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &in, &out), SEBP_ERROR_SHAPE);
+    view.dtype = SEBP_BF16;
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &view, &in), SEBP_ERROR_DTYPE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 3, energy, &view, &in), SEBP_ERROR_DTYPE);
+    view = in;
+    view.data = out.data;
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &view), SEBP_ERROR_ALIAS);
+    view.stride = 6;
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &view), SEBP_ERROR_STRIDE);
+    ck_assert_int_eq(sebp_basis_sums_import(NULL, 3, energy, &out, &in), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_sums_import(other, -1, energy, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 3, -1, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 3, NAN, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 3, INFINITY, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 3, energy, &in, &out), SEBP_ERROR_SHAPE);
+    testing_set(&in, 3, 5, INFINITY);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 3, energy, &out, &in), SEBP_ERROR_NONFINITE);
+    ck_assert_int_eq(sebp_basis_sums_count(other), 2);
+
+    sebp_basis_sums *both[] = {sums, other};
+    sebp_basis **bases[] = {&want, &got};
+    for (int i = 0; i < 2; i++) {
+        expect_success(sebp_basis_sums_add(context, both[i], &g), context);
+        expect_success(sebp_basis_solve(context, both[i], 9, 3, bases[i]), context);
+        sebp_basis_sums_destroy(both[i]);
+    }
+    expect_same_basis(want, got);
+    sebp_basis_destroy(want);
+    sebp_basis_destroy(got);
+    testing_release(&g);
+    testing_release(&h);
+    testing_release(&out);
+    testing_release(&in);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+/* A gradient that is refused leaves the sums as they were. */
+START_TEST(refused_gradients)
+{
+    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_basis_sums *sums = NULL;
+    sebp_basis *before = NULL, *after = NULL;
+    sebp_matrix g = random_matrix(9, 7, SEBP_F32), odd = testing_copy(&g);
+    expect_success(sebp_basis_sums_create(9, 7, &sums), context);
+    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    expect_success(sebp_basis_solve(context, sums, 5, 5, &before), context);
+    const double values[] = {NAN, INFINITY, -INFINITY, 2e19};
+    for (int i = 0; i < 4; i++) {
+        testing_set(&odd, testing_between(0, 8), testing_between(0, 6), values[i]);
+        expect_refusal(sebp_basis_sums_add(context, sums, &odd), SEBP_ERROR_NONFINITE,
+                       "gradient 1 ", context);
+        testing_release(&odd);
+        odd = testing_copy(&g);
+    }
+    sebp_matrix view = g;
+    view.stride = 6;
+    expect_refusal(sebp_basis_sums_add(context, sums, &view), SEBP_ERROR_STRIDE, "gradient",
+                   context);
+    view = g;
+    view.rows = 8;
+    expect_refusal(sebp_basis_sums_add(context, sums, &view), SEBP_ERROR_SHAPE, "8x7", context);
+    expect_refusal(sebp_basis_sums_add(context, sums, NULL), SEBP_ERROR_NULL, "gradient", context);
+    expect_refusal(sebp_basis_sums_add(context, NULL, &g), SEBP_ERROR_NULL, "sums", context);
+    ck_assert_int_eq(sebp_basis_sums_add(NULL, sums, &g), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_sums_count(sums), 1);
+    expect_success(sebp_basis_solve(context, sums, 5, 5, &after), context);
+    expect_same_basis(before, after);
+    sebp_basis_destroy(before);
+    sebp_basis_destroy(after);
+    sebp_basis_sums_destroy(sums);
+    testing_release(&g);
+    testing_release(&odd);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+#else
+
+START_TEST(without_lapack)
+{
+    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_basis_sums *sums = NULL;
+    sebp_basis *basis = NULL;
+    sebp_matrix g = random_matrix(9, 7, SEBP_F32);
+    double *out = array(9 * 9), *in = array(7 * 7);
+    add_squares(&g, out, in);
+    expect_success(sebp_basis_sums_create(9, 7, &sums), context);
+    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    expect_refusal(sebp_basis_solve(context, sums, 5, 5, &basis), SEBP_ERROR_UNSUPPORTED,
+                   "liblapacke-dev", context);
+    ck_assert_ptr_null(basis);
+    sebp_basis_sums_destroy(sums);
+    testing_release(&g);
+    free(out);
+    free(in);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+#endif
+
+START_TEST(sums_of_no_size)
+{
+    sebp_basis_sums *sums = NULL;
+    ck_assert_int_eq(sebp_basis_sums_create(0, 5, &sums), SEBP_ERROR_SIZE);
+    ck_assert_int_eq(sebp_basis_sums_create(5, -1, &sums), SEBP_ERROR_SIZE);
+    ck_assert_int_eq(sebp_basis_sums_create((int64_t)1 << 31, 5, &sums), SEBP_ERROR_OVERFLOW);
+    ck_assert_int_eq(sebp_basis_sums_create(5, INT64_MAX, &sums), SEBP_ERROR_OVERFLOW);
+    ck_assert_int_eq(sebp_basis_sums_create(5, 5, NULL), SEBP_ERROR_NULL);
+    ck_assert_ptr_null(sums);
+    ck_assert_int_eq(sebp_basis_sums_count(NULL), 0);
+    sebp_basis_sums_destroy(NULL);
+}
+END_TEST
+
+START_TEST(from_vectors)
+{
+    sebp_matrix u_out = random_matrix(3, 5, SEBP_F32), u_in = random_matrix(4, 4, SEBP_F32);
+    sebp_basis *basis = NULL;
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &basis), SEBP_SUCCESS);
+    sebp_matrix out = sebp_basis_out(basis), in = sebp_basis_in(basis);
+    ck_assert(testing_same_bits(&out, &u_out) && testing_same_bits(&in, &u_in));
+    ck_assert(isnan(sebp_basis_share_out(basis)) && isnan(sebp_basis_share_in(basis)));
+    sebp_basis_destroy(basis);
+    basis = NULL;
+
+    ck_assert_int_eq(sebp_basis_from_vectors(NULL, &u_in, &basis), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, NULL, &basis), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, NULL), SEBP_ERROR_NULL);
+    sebp_matrix view = u_out;
+    view.stride = 4;
+    ck_assert_int_eq(sebp_basis_from_vectors(&view, &u_in, &basis), SEBP_ERROR_STRIDE);
+    view = u_out;
+    view.rows = 0;
+    ck_assert_int_eq(sebp_basis_from_vectors(&view, &u_in, &basis), SEBP_ERROR_SIZE);
+    view = u_in;
+    view.dtype = SEBP_BF16;
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &view, &basis), SEBP_ERROR_DTYPE);
+    view = u_in;
+    view.cols = 3;
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &view, &basis), SEBP_ERROR_SHAPE);
+    testing_set(&u_in, 2, 1, NAN);
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &basis), SEBP_ERROR_NONFINITE);
+    ck_assert_ptr_null(basis);
+    ck_assert(sebp_basis_out(NULL).rows == 0 && sebp_basis_in(NULL).rows == 0);
+    ck_assert(isnan(sebp_basis_share_out(NULL)) && isnan(sebp_basis_share_in(NULL)));
+    sebp_basis_destroy(NULL);
+    testing_release(&u_out);
+    testing_release(&u_in);
+}
+END_TEST
+
+/* ---- files ---- */
+
+static char folder[64], path[96];
+static sebp_context *context;
+static sebp_basis *saved;
+static unsigned char *file; /* as it was saved */
+static size_t file_bytes;
+
+static void write_file(const unsigned char *bytes, size_t count)
+{
+    FILE *stream = fopen(path, "wb");
+    if (stream == NULL || fwrite(bytes, 1, count, stream) != count || fclose(stream) != 0) {
+        ck_abort_msg("%s cannot be written", path);
+    }
+}
+
+static void setup_file(void)
+{
+    strcpy(folder, "/tmp/test_hosvd.XXXXXX");
+    ck_assert_ptr_nonnull(mkdtemp(folder));
+    snprintf(path, sizeof path, "%s/basis", folder);
+    context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_matrix u_out = random_matrix(3, 7, SEBP_F32), u_in = random_matrix(2, 5, SEBP_F32);
+    ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &saved), SEBP_SUCCESS);
+    testing_release(&u_out);
+    testing_release(&u_in);
+    expect_success(sebp_basis_save(context, saved, path), context);
+    FILE *stream = fopen(path, "rb");
+    ck_assert_ptr_nonnull(stream);
+    file = malloc(4096);
+    ck_assert_ptr_nonnull(file);
+    file_bytes = fread(file, 1, 4096, stream);
+    fclose(stream);
+}
+
+static void teardown_file(void)
+{
+    unlink(path);
+    ck_assert_msg(rmdir(folder) == 0, "something was left in %s", folder);
+    sebp_basis_destroy(saved);
+    sebp_context_destroy(context);
+    free(file);
+}
+
+static void refuses_file(const unsigned char *bytes, size_t count, sebp_status want,
+                         const char *word, const char *what, size_t where)
+{
+    sebp_basis *basis = NULL;
+    write_file(bytes, count);
+    sebp_status got = sebp_basis_load(context, path, &basis);
+    if (got != want || basis != NULL || strstr(sebp_context_message(context), word) == NULL) {
+        ck_abort_msg("%s %zu: %s: %s", what, where, sebp_status_string(got),
+                     sebp_context_message(context));
+    }
+}
+
+/* zlib's, bit by bit. */
+static uint32_t crc32_of(const unsigned char *bytes, size_t count)
+{
+    uint32_t crc = 0xFFFFFFFF;
+    for (size_t i = 0; i < count; i++) {
+        crc ^= bytes[i];
+        for (int bit = 0; bit < 8; bit++) {
+            crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320 : 0);
+        }
+    }
+    return ~crc;
+}
+
+static void seal(unsigned char *bytes)
+{
+    uint32_t crc = crc32_of(bytes, file_bytes - sizeof crc);
+    memcpy(bytes + file_bytes - sizeof crc, &crc, sizeof crc);
+}
+
+START_TEST(file_as_described)
+{
+    int64_t sizes[4];
+    uint32_t numbers[2], crc;
+    const unsigned char *at = file + 64;
+    ck_assert_uint_eq(file_bytes, 64 + 4 * (3 * 7 + 2 * 5) + 4);
+    ck_assert_mem_eq(file, "SEBPBAS\x1A", 8);
+    memcpy(numbers, file + 8, sizeof numbers);
+    ck_assert(numbers[0] == 0x01020304 && numbers[1] == 1);
+    memcpy(sizes, file + 16, sizeof sizes);
+    ck_assert(sizes[0] == 7 && sizes[1] == 5 && sizes[2] == 3 && sizes[3] == 2);
+    const sebp_matrix sides[] = {sebp_basis_out(saved), sebp_basis_in(saved)};
+    for (int side = 0; side < 2; side++) {
+        for (int64_t i = 0; i < sides[side].rows * sides[side].cols; i++, at += 4) {
+            float value;
+            memcpy(&value, at, sizeof value);
+            ck_assert((double)value ==
+                      testing_get(&sides[side], i / sides[side].cols, i % sides[side].cols));
+        }
+    }
+    memcpy(&crc, at, sizeof crc);
+    ck_assert_uint_eq(crc, crc32_of(file, file_bytes - 4));
+    ck_assert_uint_eq(crc32_of((const unsigned char *)"123456789", 9), 0xCBF43926);
+}
+END_TEST
+
+START_TEST(saved_and_loaded)
+{
+    sebp_basis *loaded = NULL;
+    expect_success(sebp_basis_load(context, path, &loaded), context);
+    expect_same_basis(saved, loaded);
+    sebp_basis_destroy(loaded);
+
+    /* Shares, too; and over a file that is there. */
+    const double shares[] = {0.75, 0.5};
+    memcpy(file + 48, shares, sizeof shares);
+    seal(file);
+    write_file(file, file_bytes);
+    expect_success(sebp_basis_load(context, path, &loaded), context);
+    ck_assert(sebp_basis_share_out(loaded) == 0.75 && sebp_basis_share_in(loaded) == 0.5);
+    expect_success(sebp_basis_save(context, saved, path), context);
+    sebp_basis *again = NULL;
+    expect_success(sebp_basis_load(context, path, &again), context);
+    expect_same_basis(again, saved);
+    sebp_basis_destroy(again);
+    sebp_basis_destroy(loaded);
+}
+END_TEST
+
+START_TEST(damaged_files)
+{
+    for (size_t i = 0; i < file_bytes; i++) {
+        for (int bit = 0; bit < 8; bit++) {
+            file[i] ^= (unsigned char)(1 << bit);
+            refuses_file(file, file_bytes, SEBP_ERROR_FILE, path, "byte", i);
+            file[i] ^= (unsigned char)(1 << bit);
+        }
+    }
+    for (size_t i = 0; i < file_bytes; i++) {
+        refuses_file(file, i, SEBP_ERROR_FILE, i < 64 ? "too short" : "length", "cut at", i);
+    }
+    unsigned char *longer = calloc(1, file_bytes + 8);
+    ck_assert_ptr_nonnull(longer);
+    memcpy(longer, file, file_bytes);
+    for (size_t i = 1; i <= 8; i++) {
+        refuses_file(longer, file_bytes + i, SEBP_ERROR_FILE, "length", "longer by", i);
+    }
+    free(longer);
+}
+END_TEST
+
+/* Files whose checksum is right. */
+START_TEST(foreign_files)
+{
+    const unsigned char swapped[] = {file[11], file[10], file[9], file[8]};
+    unsigned char *other = malloc(file_bytes);
+    ck_assert_ptr_nonnull(other);
+    const int64_t sizes[][4] = {{7, 5, 8, 2},  {7, 5, 3, 6},  {7, 5, 0, 2},
+                                {7, 5, 3, -2}, {-7, 5, 3, 2}, {0, 0, 0, 0}};
+    memcpy(other, file, file_bytes);
+    memcpy(other + 8, swapped, 4);
+    seal(other);
+    refuses_file(other, file_bytes, SEBP_ERROR_FILE, "another byte order", "byte order", 0);
+    memcpy(other, file, file_bytes);
+    other[12] ^= 3;
+    seal(other);
+    refuses_file(other, file_bytes, SEBP_ERROR_FILE, "another version", "version", 0);
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        memcpy(other, file, file_bytes);
+        memcpy(other + 16, sizes[i], sizeof sizes[i]);
+        seal(other);
+        refuses_file(other, file_bytes, SEBP_ERROR_FILE, "sizes", "sizes", i);
+    }
+    /* Sizes so large that their bytes overflow, some to the right number. */
+    const int64_t large[] = {INT64_MAX, INT64_MAX, (int64_t)1 << 62, (int64_t)1 << 62};
+    memcpy(other, file, file_bytes);
+    memcpy(other + 16, large, sizeof large);
+    seal(other);
+    refuses_file(other, file_bytes, SEBP_ERROR_FILE, "length", "large", 0);
+    memcpy(other, file, file_bytes);
+    memcpy(other + 64 + 8, &(float){NAN}, sizeof(float));
+    seal(other);
+    refuses_file(other, file_bytes, SEBP_ERROR_NONFINITE, "NaN", "NaN", 0);
+    memset(other, 'a', file_bytes);
+    refuses_file(other, file_bytes, SEBP_ERROR_FILE, "not a basis", "text", 0);
+    refuses_file(other, 0, SEBP_ERROR_FILE, "too short", "empty", 0);
+    free(other);
+}
+END_TEST
+
+START_TEST(no_file)
+{
+    sebp_basis *basis = NULL;
+    char missing[160];
+    snprintf(missing, sizeof missing, "%s/no/basis", folder);
+    expect_refusal(sebp_basis_load(context, missing, &basis), SEBP_ERROR_FILE, missing, context);
+    expect_refusal(sebp_basis_load(context, folder, &basis), SEBP_ERROR_FILE, folder, context);
+    expect_refusal(sebp_basis_save(context, saved, missing), SEBP_ERROR_FILE, missing, context);
+    expect_refusal(sebp_basis_save(context, saved, folder), SEBP_ERROR_FILE, folder, context);
+    expect_refusal(sebp_basis_load(context, NULL, &basis), SEBP_ERROR_NULL, "path", context);
+    expect_refusal(sebp_basis_load(context, path, NULL), SEBP_ERROR_NULL, "basis", context);
+    expect_refusal(sebp_basis_save(context, NULL, path), SEBP_ERROR_NULL, "basis", context);
+    expect_refusal(sebp_basis_save(context, saved, NULL), SEBP_ERROR_NULL, "path", context);
+    ck_assert_int_eq(sebp_basis_load(NULL, path, &basis), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_basis_save(NULL, saved, path), SEBP_ERROR_NULL);
+    ck_assert_ptr_null(basis);
+
+    /* A name where nothing can be written beside: what the path holds stays. */
+    char beside[160];
+    snprintf(beside, sizeof beside, "%s.new", path);
+    ck_assert_int_eq(mkdir(beside, 0700), 0);
+    expect_refusal(sebp_basis_save(context, saved, path), SEBP_ERROR_FILE, path, context);
+    expect_success(sebp_basis_load(context, path, &basis), context);
+    sebp_basis_destroy(basis);
+    ck_assert_int_eq(rmdir(beside), 0);
+
+    /* A full disk. */
+    if (access("/dev/full", W_OK) == 0 && symlink("/dev/full", beside) == 0) {
+        expect_refusal(sebp_basis_save(context, saved, path), SEBP_ERROR_FILE, "space", context);
+        expect_success(sebp_basis_load(context, path, &basis), context);
+        sebp_basis_destroy(basis);
+    }
+}
+END_TEST
+
+static Suite *make_suite(void)
+{
+    Suite *suite = suite_create("hosvd");
+    TCase *tests = tcase_create("bases");
+#ifdef SEBP_HAVE_LAPACK
+    tcase_add_test(tests, eigenvectors);
+    tcase_add_test(tests, large_sums);
+    tcase_add_test(tests, few_gradients);
+    tcase_add_test(tests, planted_bases_are_found);
+    tcase_add_test(tests, bad_ranks);
+    tcase_add_test(tests, refused_gradients);
+    tcase_add_test(tests, sums_copied);
+#else
+    tcase_add_test(tests, without_lapack);
+#endif
+    tcase_add_test(tests, sums_of_no_size);
+    tcase_add_test(tests, from_vectors);
+    suite_add_tcase(suite, tests);
+    TCase *files = tcase_create("files");
+    tcase_add_checked_fixture(files, setup_file, teardown_file);
+    tcase_add_test(files, file_as_described);
+    tcase_add_test(files, saved_and_loaded);
+    tcase_add_test(files, damaged_files);
+    tcase_add_test(files, foreign_files);
+    tcase_add_test(files, no_file);
+    suite_add_tcase(suite, files);
+    return suite;
+}
+
+int main(void)
+{
+    return testing_main(make_suite);
+}
