@@ -6,8 +6,8 @@ On a PyTorch model::
     import sebp
     sebp.apply_sebp_to_model(model)
 
-The layer on NumPy arrays is in :mod:`sebp.core`, PyTorch's in :mod:`sebp.torch`. PyTorch is
-imported when one of its names is first used.
+The layer on NumPy arrays is in :mod:`sebp.core`, SparseGrad on them in :mod:`sebp.sparse`,
+PyTorch's in :mod:`sebp.torch`. PyTorch is imported when one of its names is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
         PaddingFreeReport,
         Profile,
         Report,
+        apply_lora_to_model,
+        apply_meprop_to_model,
         apply_sebp_to_model,
+        apply_sparsegrad_to_model,
+        merge_lora,
         padding,
         padding_free,
         profile,
@@ -34,7 +38,11 @@ _OF_TORCH = (
     "PaddingFreeReport",
     "Profile",
     "Report",
+    "apply_lora_to_model",
+    "apply_meprop_to_model",
     "apply_sebp_to_model",
+    "apply_sparsegrad_to_model",
+    "merge_lora",
     "padding",
     "padding_free",
     "profile",
@@ -53,9 +61,13 @@ __all__ = [
     "SebpCallback",
     "SebpError",
     "__version__",
+    "apply_lora_to_model",
+    "apply_meprop_to_model",
     "apply_sebp_to_model",
+    "apply_sparsegrad_to_model",
     "linear_backward",
     "linear_forward",
+    "merge_lora",
     "openmp_runtimes",
     "padding",
     "padding_free",

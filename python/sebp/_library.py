@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
-from ._structs import ContextOptions, Dropped, Info, LinearOptions, Matrix, RuleStruct
+from ._structs import (
+    AdamWOptions,
+    ContextOptions,
+    Dropped,
+    Info,
+    LinearOptions,
+    Matrix,
+    RuleStruct,
+    SparseStruct,
+)
 from ._version import __version__
 
 NAME = "libsebp.so.0"
@@ -21,6 +30,9 @@ Build it in the source tree, then install the package from there:
 or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libsebp.so."""
 
 _view = POINTER(Matrix)
+_kept = POINTER(SparseStruct)
+_linear_options = POINTER(LinearOptions)
+_adamw_options = POINTER(AdamWOptions)
 
 # Each function that is used: what it returns, and its arguments.
 _FUNCTIONS = {
@@ -46,12 +58,50 @@ _FUNCTIONS = {
     "sebp_rows_dropped": (c_int, [c_void_p, _view, c_void_p, POINTER(Dropped)]),
     "sebp_linear_forward": (
         c_int,
-        [c_void_p, _view, _view, _view, c_void_p, POINTER(LinearOptions), _view],
+        [c_void_p, _view, _view, _view, c_void_p, _linear_options, _view],
     ),
     "sebp_linear_backward": (
         c_int,
-        [c_void_p, _view, _view, _view, c_void_p, POINTER(LinearOptions), _view, _view, _view],
+        [c_void_p, _view, _view, _view, c_void_p, _linear_options, _view, _view, _view],
     ),
+    "sebp_sparse_top": (c_int, [c_void_p, _view, _kept]),
+    "sebp_sparse_take": (c_int, [c_void_p, _view, _kept]),
+    "sebp_sparse_add": (c_int, [c_void_p, _kept, _view]),
+    "sebp_basis_sums_create": (c_int, [c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_basis_sums_add": (c_int, [c_void_p, c_void_p, _view]),
+    "sebp_basis_sums_count": (c_int64, [c_void_p]),
+    "sebp_basis_sums_export": (c_int, [c_void_p, POINTER(c_double), _view, _view]),
+    "sebp_basis_sums_import": (c_int, [c_void_p, c_int64, c_double, _view, _view]),
+    "sebp_basis_sums_destroy": (None, [c_void_p]),
+    "sebp_basis_solve": (c_int, [c_void_p, c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_basis_from_vectors": (c_int, [_view, _view, POINTER(c_void_p)]),
+    "sebp_basis_destroy": (None, [c_void_p]),
+    "sebp_basis_out": (Matrix, [c_void_p]),
+    "sebp_basis_in": (Matrix, [c_void_p]),
+    "sebp_basis_share_out": (c_double, [c_void_p]),
+    "sebp_basis_share_in": (c_double, [c_void_p]),
+    "sebp_basis_save": (c_int, [c_void_p, c_void_p, c_char_p]),
+    "sebp_basis_load": (c_int, [c_void_p, c_char_p, POINTER(c_void_p)]),
+    "sebp_sparsegrad_gradient": (
+        c_int,
+        [c_void_p, c_void_p, _view, _view, c_void_p, _linear_options, c_int, _view],
+    ),
+    "sebp_sparsegrad_update": (c_int, [c_void_p, c_void_p, _kept, _view]),
+    "sebp_meprop_gradient": (c_int, [c_void_p, _view, _view, c_void_p, _linear_options, _kept]),
+    "sebp_weight_decay": (c_int, [c_void_p, _adamw_options, _view]),
+    "sebp_sparse_adamw_create": (c_int, [c_int64, c_int64, c_void_p, c_int64, POINTER(c_void_p)]),
+    "sebp_sparse_adamw_destroy": (None, [c_void_p]),
+    "sebp_sparse_adamw_step": (c_int, [c_void_p, c_void_p, _adamw_options, _kept]),
+    "sebp_sparse_adamw_count": (c_int64, [c_void_p]),
+    "sebp_sparse_adamw_steps": (c_int64, [c_void_p]),
+    "sebp_sparse_adamw_support": (c_void_p, [c_void_p]),
+    "sebp_sparse_adamw_bytes": (c_int64, [c_void_p]),
+    "sebp_sparse_adamw_export": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
+    "sebp_sparse_adamw_import": (
+        c_int,
+        [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64],
+    ),
+    "sebp_lora_merge": (c_int, [c_void_p, _view, _view, c_double, _view]),
 }
 
 

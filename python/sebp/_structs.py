@@ -51,6 +51,31 @@ class LinearOptions(ctypes.Structure):
     ]
 
 
+class SparseStruct(ctypes.Structure):
+    """``sebp_sparse`` of sparse.h."""
+
+    _fields_ = [
+        ("indices", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+    ]
+
+
+class AdamWOptions(ctypes.Structure):
+    """``sebp_adamw_options`` of optim.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("learning_rate", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("epsilon", ctypes.c_double),
+        ("weight_decay", ctypes.c_double),
+    ]
+
+
 class ContextOptions(ctypes.Structure):
     """``sebp_context_options`` of context.h."""
 

@@ -26,3 +26,17 @@ def seeded():
     except ImportError:
         return
     torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def lapack():
+    """Skip where the library was built without LAPACK."""
+    from sebp import SebpError
+    from sebp.sparse import BasisSums
+
+    sums = BasisSums(1, 1)
+    sums.add(np.ones((1, 1), np.float32))
+    try:
+        sums.solve(1, 1)
+    except SebpError as error:
+        pytest.skip(str(error))

@@ -11,7 +11,7 @@ import pytest
 
 import sebp
 from sebp import _library
-from sebp._structs import ContextOptions, Info, LinearOptions, Matrix
+from sebp._structs import AdamWOptions, ContextOptions, Info, LinearOptions, Matrix
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -84,6 +84,12 @@ def test_struct_sizes():
     assert result[0] == 9.0
     linear.size_bytes += 8
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 2
+
+    adamw = AdamWOptions(ctypes.sizeof(AdamWOptions), learning_rate=0.5, epsilon=1, weight_decay=1)
+    assert library.sebp_weight_decay(context, adamw, out) == 0
+    assert result[0] == 4.5
+    adamw.size_bytes += 8
+    assert library.sebp_weight_decay(context, adamw, out) == 2
     library.sebp_context_destroy(context)
 
 

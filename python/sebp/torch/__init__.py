@@ -3,9 +3,11 @@
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
 from .layers import SebpLinear, linear
+from .lora import apply_lora_to_model, merge_lora
 from .padding import padding
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
 from .profile import LayerProfile, Profile, profile
+from .sparsegrad import SparseOptimizer, apply_meprop_to_model, apply_sparsegrad_to_model
 
 __all__ = [
     "LayerProfile",
@@ -13,8 +15,13 @@ __all__ = [
     "Profile",
     "Report",
     "SebpLinear",
+    "SparseOptimizer",
+    "apply_lora_to_model",
+    "apply_meprop_to_model",
     "apply_sebp_to_model",
+    "apply_sparsegrad_to_model",
     "linear",
+    "merge_lora",
     "padding",
     "padding_free",
     "profile",

@@ -1,0 +1,816 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseGrad and MeProp: layers of which a few elements of the weight's gradient are trained.
+
+A layer's forward and its gradients of inputs and bias stay its own. Its weight asks for no
+gradient; a hook on the forward lets the backward compute, from dY and X on the active rows, the k
+elements that are kept. The optimizer moves them, and hands the other parameters to the user's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.weak import TensorWeakRef
+
+from .._rules import Rule
+from ..core import Array, Rows, SebpError
+from ..sparse import (
+    NONFINITE,
+    AdamW,
+    Basis,
+    BasisSums,
+    Moments,
+    Sparse,
+    SparseAdamW,
+    Sums,
+    add_elements,
+    meprop_gradient,
+    sparsegrad_gradient,
+    sparsegrad_update,
+    take_elements,
+    top_elements,
+    weight_decay,
+)
+from .apply import Layers
+from .feed_forward import choose_layers, place_of
+from .ops import _choose_x, _context, _find_rows, _flat, _indices_of, _run
+from .padding import current_padding
+
+
+class SparseBytes(NamedTuple):
+    """Memory for the training of the sparse layers' weights, in bytes.
+
+    Attributes
+    ----------
+    gradient : int
+        Of all layers, between a backward and its step.
+    state : int
+        The optimizer's, of all layers.
+    bases : int
+        One for each kind of layers; during the basis phase the sums that they are made of.
+    scratch : int
+        One gradient of the largest layer, overwritten by each.
+    """
+
+    gradient: int
+    state: int
+    bases: int
+    scratch: int
+
+
+def _array(tensor: Tensor) -> Array:
+    """Give a tensor's memory as the library takes it from NumPy."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class _Scratch:
+    """Room for one gradient in the space where elements are chosen."""
+
+    def __init__(self) -> None:
+        self.floats = torch.empty(0)
+
+    def matrix(self, shape: tuple[int, int]) -> Tensor:
+        size = shape[0] * shape[1]
+        if self.floats.numel() < size:
+            self.floats = torch.empty(size)
+        return self.floats[:size].view(shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer
+
+
+class _Layer:
+    """One layer: the elements of its gradient since the last step, and their moments.
+
+    Matrices are as the weight lies in memory: N x K, of a ``Conv1D`` K x N, where dY and X change
+    places.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, k: int, fix_support_after: int | None, accumulate: bool
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.k = k
+        self.fix_support_after = fix_support_after
+        self.accumulate = accumulate
+        self.basis: Basis | None = None
+        self.moments: SparseAdamW | None = None
+        self.scratch = _Scratch()
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.drop_gradient()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight
+
+    def drop_gradient(self) -> None:
+        self.gradient: Sparse | None = None
+        self.whole: np.ndarray | None = None  # with `accumulate`, while the support is not fixed
+        self.is_finite = True
+
+    # ---- in the backward ----
+
+    def collect(self, dy: Tensor, x: Tensor, rows: Tensor | None, whole: Tensor | None) -> None:
+        """Compute the gradient's elements from dY and X, or X[rows] with `rows`."""
+        dy = _flat(dy)
+        active = _find_rows(dy, getattr(self.module, "sebp_rule", Rule()))
+        if rows is None:
+            x, compact = _flat(x), False
+        else:
+            x, compact = _choose_x(active, rows, x, whole)
+        x = x.to(dy.dtype)
+        if not isinstance(self.module, nn.Linear):
+            if compact:
+                dy, active = dy.index_select(0, _indices_of(active)), Rows.all(len(active))
+            dy, x, compact = x, dy, False
+        try:
+            self._keep(dy, x, active, compact)
+        except SebpError as error:
+            if error.status != NONFINITE:
+                raise
+            self.is_finite = False
+
+    def _keep(self, dy: Tensor, x: Tensor, active: Rows, compact: bool) -> None:
+        context = _context()
+        is_fixed = self.moments.is_fixed
+        if self.gradient is not None and not is_fixed:
+            raise RuntimeError(
+                f"{self.name}: a second backward before the step, but elements are chosen by each;"
+                " pass accumulate=True, or fix the support"
+            )
+        if self.basis is None and not is_fixed and not self.accumulate:
+            self.gradient = meprop_gradient(
+                _array(dy), _array(x), self.k, active, x_is_compact=compact, context=context
+            )
+            return
+        r = self.scratch.matrix(self.moments.shape)
+        if self.basis is None:
+            _run(dy, x, None, active, compact, None, r, None)
+        else:
+            sparsegrad_gradient(
+                self.basis,
+                _array(dy),
+                _array(x),
+                active,
+                x_is_compact=compact,
+                out=r.numpy(),
+                context=context,
+            )
+        if is_fixed:
+            taken = take_elements(r.numpy(), self.moments.support, context)
+            if self.gradient is not None:
+                taken.values[:] += self.gradient.values
+            self.gradient = taken
+        elif not self.accumulate:
+            self.gradient = top_elements(r.numpy(), self.k, context)
+        elif self.whole is None:
+            self.whole = r.numpy().copy()
+        else:
+            self.whole += r.numpy()
+
+    # ---- in the step ----
+
+    def finish_gradient(self) -> bool:
+        """Choose the elements where backwards were summed; False: the gradient is not finite."""
+        if self.whole is not None:
+            if not np.isfinite(self.whole).all():
+                return False
+            self.gradient = top_elements(self.whole, self.k, _context())
+            self.whole = None
+        sound = self.gradient is None or bool(np.isfinite(self.gradient.values).all())
+        return self.is_finite and sound
+
+    def step(self, adamw: AdamW) -> None:
+        """Move the weight, if there is a gradient, which is then used up."""
+        if self.gradient is None:
+            return
+        context, weight = _context(), _array(self.weight)
+        self.moments.step(self.gradient, adamw, context)
+        weight_decay(weight, adamw, context)
+        if self.basis is None:
+            add_elements(self.gradient, weight, context)
+        else:
+            sparsegrad_update(self.basis, self.gradient, weight, context)
+        torch.autograd.graph.increment_version(self.weight)
+        self.drop_gradient()
+        after = self.fix_support_after
+        if after is not None and not self.moments.is_fixed and self.moments.steps >= after:
+            self._fix_support()
+
+    def _fix_support(self) -> None:
+        """Go on with the k elements of largest second moment alone."""
+        old = self.moments.moments()
+        chosen = top_elements(old.moment2[None, :], self.k, _context()).indices
+        self.moments = SparseAdamW(self.moments.shape, old.indices[chosen])
+        self.moments.set_moments(Moments(*(array[chosen] for array in old[:3]), old.steps))
+
+    # ---- in and out of the model ----
+
+    def attach(self, basis: Basis | None, moments: SparseAdamW, scratch: _Scratch) -> None:
+        self.basis, self.moments, self.scratch = basis, moments, scratch
+        self.drop_gradient()
+        self.weight.requires_grad_(False)
+        self.weight.grad = None
+        if self.hook is None:
+            self.hook = self.module.register_forward_hook(_Hook(self), with_kwargs=True)
+
+    def detach(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+            self.weight.requires_grad_(True)
+        self.basis = self.moments = None
+        self.drop_gradient()
+
+
+class _Tap(torch.autograd.Function):
+    """Gives Y as it is, and in the backward dY to the layer."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        y: Tensor,
+        anchor: Tensor,
+        layer: _Layer,
+        x: Tensor,
+        rows: Tensor | None,
+        whole: Tensor | None,
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, rows)
+        ctx.whole = None if whole is None else (TensorWeakRef(whole), whole._version)
+        # The same memory, but to autograd no view of Y, which could not be changed in place.
+        return y.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        x, rows = ctx.saved_tensors
+        whole = None
+        if ctx.whole is not None:
+            whole, version = ctx.whole[0](), ctx.whole[1]
+            whole = None if whole is None or whole._version != version else whole
+        ctx.layer.collect(dy, x, rows, whole)
+        return dy, None, None, None, None, None
+
+
+@torch.compiler.disable
+def _tap(layer: _Layer, x: Tensor, y: Tensor) -> Tensor:
+    rows = whole = None
+    padding = current_padding()
+    skips = padding is not None and hasattr(layer.module, "sebp_rule") and padding.fits(x)
+    if skips and not padding.keep_inputs:
+        x, rows, whole = padding.compact(x), padding.rows, x
+    # The output has a gradient even where neither input nor bias has one.
+    anchor = torch.empty(0, requires_grad=True)
+    return _Tap.apply(y, anchor, layer, x.detach(), rows, whole)
+
+
+class _Hook:
+    """The forward hook of a layer. In a copy of the model it does nothing."""
+
+    def __init__(self, layer: _Layer | None) -> None:
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        if self.layer is None or not torch.is_grad_enabled():
+            return None
+        return _tap(self.layer, args[0] if args else next(iter(kwargs.values())), y)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (None,)
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+_UNKNOWN = (float("nan"), float("nan"))
+
+
+@dataclass
+class Kind:
+    """Layers at the same place of each block, which share a basis.
+
+    Attributes
+    ----------
+    name : str
+        The layers' names with "*" for numbers, and `shape`: "layer.*.output.dense 768x3072".
+    shape : (int, int)
+        Of their weights: N x K; of a ``Conv1D`` K x N.
+    layers : list of str
+        Their names.
+    basis : Basis or None
+        None during the basis phase, and for MeProp.
+    shares : (float, float)
+        The shares of the energy of the gradients seen that lie in u_out and u_in; NaN where not
+        known.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    layers: list[str] = field(default_factory=list)
+    basis: Basis | None = None
+    shares: tuple[float, float] = _UNKNOWN
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Trains the chosen layers' weights by SparseGrad or MeProp, all else by another optimizer.
+
+    Made by :func:`~sebp.apply_sparsegrad_to_model` and :func:`~sebp.apply_meprop_to_model`. It
+    shares ``param_groups`` and ``state`` with the user's optimizer, so that schedulers may be given
+    either. The sparse weights stay in their groups, from which their step takes ``lr``,
+    ``weight_decay`` (decoupled), ``betas`` and ``eps``; what a group lacks is as in
+    ``torch.optim.AdamW``, without decay. As they have no ``grad``, the user's optimizer passes them
+    by, and what it kept for them is deleted: that memory is free.
+
+    Attributes
+    ----------
+    base : torch.optim.Optimizer
+        The user's.
+    kinds : list of Kind
+        The layers, by kind.
+    method : "SparseGrad" or "MeProp"
+    steps : int
+        How many steps were taken, those of the basis phase among them.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        base: torch.optim.Optimizer,
+        kinds: list[Kind],
+        layers: list[_Layer],
+        basis_steps: int,
+        rank: tuple[int, int] | None,
+    ) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.method = method
+        self.base = base
+        self.kinds = kinds
+        self.steps = 0
+        self._layers = {layer.name: layer for layer in layers}
+        self._basis_steps = basis_steps
+        self._rank = rank
+        self._sums: dict[str, BasisSums] = {}
+        self._share_groups()
+        if basis_steps > 0:
+            self._begin_basis_phase({kind.name: BasisSums(*kind.shape) for kind in kinds})
+        else:
+            self._begin_sparse_phase(self._new_moments())
+
+    def _share_groups(self) -> None:
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    # ---- phases ----
+
+    @property
+    def in_basis_phase(self) -> bool:
+        """Whether gradients are still collected, and all weights train as usual."""
+        return bool(self._sums)
+
+    def _begin_basis_phase(self, sums: dict[str, BasisSums]) -> None:
+        self._sums = sums
+        for kind in self.kinds:
+            kind.basis = None
+        for layer in self._layers.values():
+            layer.detach()
+
+    def _new_moments(self) -> dict[str, SparseAdamW]:
+        return {
+            name: SparseAdamW(kind.shape if kind.basis is None else kind.basis.rank)
+            for kind in self.kinds
+            for name in kind.layers
+        }
+
+    def _begin_sparse_phase(self, moments: dict[str, SparseAdamW]) -> None:
+        self._sums = {}
+        scratch = _Scratch()
+        for kind in self.kinds:
+            for name in kind.layers:
+                layer = self._layers[name]
+                layer.attach(kind.basis, moments[name], scratch)
+                self.base.state.pop(layer.weight, None)
+
+    def _solve(self) -> None:
+        bases = [
+            self._sums[kind.name].solve(*(self._rank or kind.shape), _context())
+            for kind in self.kinds
+        ]
+        for kind, basis in zip(self.kinds, bases, strict=True):
+            kind.basis, kind.shares = basis, basis.shares
+        self._begin_sparse_phase(self._new_moments())
+
+    # ---- a step ----
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Take a step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients.
+
+        Returns
+        -------
+        Tensor or None
+            What `closure` returned.
+
+        Raises
+        ------
+        SebpError
+            If a gradient of these layers holds a NaN or Inf: the message names step and layers, the
+            gradients are dropped, and no parameter has changed. At the end of the basis phase also
+            if a basis cannot be had.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self.in_basis_phase:
+                self._collect()
+            else:
+                self._step_sparse()
+            self.base.step()
+            self.steps += 1
+            if self.in_basis_phase and self.steps >= self._basis_steps:
+                self._solve()
+        return loss
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        """Raise if the gradients of some layers are not finite."""
+        if names:
+            self._drop_gradients()
+            raise SebpError(
+                NONFINITE,
+                f"step {self.steps + 1}: the gradient of {', '.join(names)} holds a NaN or Inf;"
+                " no parameter was changed",
+            )
+
+    def _collect(self) -> None:
+        grads = {name: layer.weight.grad for name, layer in self._layers.items()}
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+        self._refuse([name for name, grad in grads.items() if not grad.isfinite().all()])
+        for kind in self.kinds:
+            for name in kind.layers:
+                if name in grads:
+                    self._sums[kind.name].add(_array(grads[name]), _context())
+
+    def _step_sparse(self) -> None:
+        layers = self._layers.values()
+        self._refuse([layer.name for layer in layers if not layer.finish_gradient()])
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for layer in layers:
+            group = groups[id(layer.weight)]
+            layer.step(
+                AdamW(
+                    float(group["lr"]),
+                    *group.get("betas", (0.9, 0.999)),
+                    group.get("eps", 1e-8),
+                    group.get("weight_decay", 0.0),
+                )
+            )
+
+    def _drop_gradients(self) -> None:
+        for layer in self._layers.values():
+            layer.drop_gradient()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; a step has used up those of the sparse layers anyway."""
+        self.base.zero_grad(set_to_none)
+        self._drop_gradients()
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, object]:
+        """Give all that a resumed run needs besides the model's own: it goes on bit for bit.
+
+        Returns
+        -------
+        dict
+            The user's optimizer's, and under "sebp" the rest: steps, the sums of the basis phase or
+            bases, supports and moments.
+        """
+        ours = {
+            "method": self.method,
+            "steps": self.steps,
+            "k": {name: layer.k for name, layer in self._layers.items()},
+            "sums": {kind: _tensors(sums.sums()) for kind, sums in self._sums.items()},
+            "bases": {},
+            "moments": {},
+        }
+        for kind in self.kinds:
+            if kind.basis is not None:
+                ours["bases"][kind.name] = {
+                    "u_out": torch.from_numpy(kind.basis.u_out),
+                    "u_in": torch.from_numpy(kind.basis.u_in),
+                    "shares": kind.shares,
+                }
+        for name, layer in self._layers.items():
+            if layer.moments is not None:
+                ours["moments"][name] = {
+                    "is_fixed": layer.moments.is_fixed,
+                    **_tensors(layer.moments.moments()),
+                }
+        return {**self.base.state_dict(), "sebp": ours}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Go on where a run stopped, whatever phase it was in and this one is.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint is not of such an optimizer, or of other layers or another k.
+        SebpError
+            If a basis or moments are not valid or of another shape.
+        """
+        theirs = dict(state_dict)
+        ours = theirs.pop("sebp", None)
+        if ours is None:
+            raise ValueError("the checkpoint is of an optimizer without sparse layers")
+        k = {name: layer.k for name, layer in self._layers.items()}
+        if ours["method"] != self.method or ours["k"] != k:
+            raise ValueError(
+                f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
+                f" {self.method} with {len(k)} layers"
+            )
+        sums, bases, moments = {}, {}, {}
+        for kind in self.kinds:
+            shape = kind.shape
+            if kind.name in ours["sums"]:
+                sums[kind.name] = BasisSums(*shape)
+                sums[kind.name].set_sums(Sums(**_arrays(ours["sums"][kind.name])))
+                continue
+            if self.method == "SparseGrad":
+                saved = _arrays(ours["bases"][kind.name])
+                basis = Basis.from_vectors(saved["u_out"], saved["u_in"])
+                if basis.shape != shape:
+                    raise ValueError(
+                        f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {shape}"
+                    )
+                bases[kind.name], shape = (basis, tuple(saved["shares"])), basis.rank
+            for name in kind.layers:
+                saved = _arrays(ours["moments"][name])
+                is_fixed = saved.pop("is_fixed")
+                moments[name] = SparseAdamW(shape, saved["indices"] if is_fixed else None)
+                moments[name].set_moments(Moments(**saved))
+        self.base.load_state_dict(theirs)
+        self._share_groups()
+        self.steps = ours["steps"]
+        for kind in self.kinds:
+            kind.basis, kind.shares = bases.get(kind.name, (None, _UNKNOWN))
+        if sums:
+            self._begin_basis_phase(sums)
+        else:
+            self._begin_sparse_phase(moments)
+
+    # ---- what it is and what it takes ----
+
+    def bytes(self) -> SparseBytes:
+        """Count the memory that the training of the sparse layers' weights takes now."""
+        gradient = state = scratch = 0
+        for layer in self._layers.values():
+            weight = layer.weight
+            if self.in_basis_phase:
+                gradient += weight.numel() * weight.element_size()
+                kept = self.base.state.get(weight, {}).values()
+                state += sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+                continue
+            rows, cols = layer.moments.shape
+            state += layer.moments.bytes
+            if layer.moments.is_fixed:
+                gradient += 4 * layer.k
+            else:
+                gradient += 4 * rows * cols if layer.accumulate else 12 * layer.k
+            scratch = 4 * layer.scratch.floats.numel()
+        if self.in_basis_phase:
+            bases = sum(4 * (n * n + k * k) for n, k in (kind.shape for kind in self.kinds))
+        else:
+            bases = sum(kind.basis.bytes for kind in self.kinds if kind.basis is not None)
+        return SparseBytes(gradient, state, bases, scratch)
+
+    def __repr__(self) -> str:
+        """Say it in a few lines."""
+        phase = f"in step {self.steps}"
+        if self.in_basis_phase:
+            phase = f"basis phase, {self.steps} of {self._basis_steps} steps"
+        lines = [f"{self.method} on {len(self._layers)} layers, {phase}"]
+        for kind in self.kinds:
+            line = f"{kind.name}: {len(kind.layers)} layers"
+            if kind.basis is not None:
+                line += ", basis of {} x {}".format(*kind.basis.rank)
+                line += ", which hold {:.1%} and {:.1%} of the energy".format(*kind.shares)
+            lines.append(line)
+        memory = ", ".join(f"{name} {size}" for name, size in self.bytes()._asdict().items())
+        return "\n".join([*lines, f"bytes: {memory}", f"all else: {type(self.base).__name__}"])
+
+    def release(self) -> None:
+        """Make the model's layers what they were; their weights are ordinary at all times.
+
+        Afterwards this object is not to be used.
+        """
+        for layer in self._layers.values():
+            layer.detach()
+
+
+def _tensors(copy: tuple) -> dict[str, object]:
+    """Give a copied state as PyTorch saves it: arrays as tensors, by name."""
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in copy._asdict().items()
+    }
+
+
+def _arrays(saved: dict[str, object]) -> dict[str, object]:
+    """Undo :func:`_tensors`."""
+    return {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in saved.items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Into a model
+
+
+def _make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
+    kinds: dict[str, Kind] = {}
+    for name, module in chosen:
+        n, k = module.weight.shape
+        kind = f"{place_of(name)} {n}x{k}"
+        kinds.setdefault(kind, Kind(kind, (n, k))).layers.append(name)
+    return list(kinds.values())
+
+
+def _check(optimizer: torch.optim.Optimizer, chosen: list[tuple[str, nn.Module]], k: int) -> None:
+    """Raise for what both methods refuse."""
+    distributed = torch.distributed
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
+        raise RuntimeError("gradients of sparse layers are not summed over processes")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"the optimizer is {type(optimizer).__name__}, not of torch.optim")
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, module in chosen:
+        if id(module.weight) not in known:
+            raise ValueError(f"{name}: its weight is not among the optimizer's parameters")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k is {k!r}, not a number of elements")
+
+
+def _check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
+    if not 1 <= k <= shape[0] * shape[1]:
+        raise ValueError(f"k is {k}, but {kind.name} has 1 to {shape[0] * shape[1]} elements")
+
+
+def _check_after(fix_support_after: int | None) -> None:
+    if fix_support_after is not None and fix_support_after < 1:
+        raise ValueError(f"fix_support_after is {fix_support_after}, not 1 or more")
+
+
+def _check_lapack() -> None:
+    """Raise now, not after the basis phase, if the library has no LAPACK."""
+    sums = BasisSums(1, 1)
+    sums.add(np.ones((1, 1), np.float32))
+    sums.solve(1, 1)
+
+
+def _check_rank(kind: Kind, rank: tuple[int, int], basis_steps: int) -> None:
+    for size, r in zip(kind.shape, rank, strict=True):
+        if not 1 <= r <= size:
+            raise ValueError(f"rank is {r}, but {kind.name} has 1 to {size} directions")
+        if r > basis_steps * len(kind.layers) * min(kind.shape):
+            raise ValueError(
+                f"{basis_steps} gradients of {len(kind.layers)} layers do not span {r} directions"
+                f" of {kind.name}"
+            )
+
+
+def apply_sparsegrad_to_model(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    k: int,
+    basis_steps: int = 30,
+    rank: int | tuple[int, int] | None = None,
+    layers: Layers = None,
+    *,
+    bases: Mapping[str, Basis] | None = None,
+    fix_support_after: int | None = None,
+    accumulate: bool = False,
+) -> SparseOptimizer:
+    """Train a model's feed-forward layers by SparseGrad, all else by the user's optimizer.
+
+    For `basis_steps` steps all weights train under the user's optimizer, and the gradients of these
+    layers are summed for the bases, one pair for the layers at the same place of each block. Then
+    only k elements of each gradient are computed and kept, in the bases' space, and AdamW's moments
+    of them alone. W stays an ordinary weight. Use what is returned in the place of `optimizer`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    optimizer : torch.optim.Optimizer
+        Of all its parameters that train, these weights among them.
+    k : int
+        How many elements of each gradient are kept.
+    basis_steps : int, default 30
+        Steps from whose gradients bases are made.
+    rank : int or (int, int), optional
+        How many leading vectors of u_out and u_in. Default: all.
+    layers : str, sequence of str, or callable, optional
+        Which layers: shell patterns of names, or a function of name and module. Default: the
+        feed-forward layers of BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral and Qwen.
+    bases : mapping of str to Basis, optional
+        Bases made before, by the names of :attr:`SparseOptimizer.kinds`: there is no basis phase.
+    fix_support_after : int, optional
+        After so many steps in the bases' space go on with the k elements of largest second moment
+        alone: state and gradient then take 20 bytes for each. Default: elements are chosen anew in
+        each step, as in the paper, and moments of all that ever were are kept.
+    accumulate : bool, default False
+        Allow more than one backward before a step while elements are chosen anew: each layer then
+        holds its whole rotated gradient between them. With a fixed support it is not needed.
+
+    Returns
+    -------
+    SparseOptimizer
+        The optimizer to use.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it should be; if a layer cannot be trained so; or if the basis
+        phase is too short for the vectors asked for. The model is then as it was.
+    SebpError
+        If libsebp was built without LAPACK and there are no `bases`.
+    RuntimeError
+        Under ``torch.distributed``.
+    """
+    chosen = choose_layers(model, layers)
+    _check(optimizer, chosen, k)
+    _check_after(fix_support_after)
+    kinds = _make_kinds(chosen)
+    pair = (rank, rank) if isinstance(rank, int) else rank
+    if bases is None and basis_steps < 1:
+        raise ValueError(f"basis_steps is {basis_steps}, not 1 or more")
+    for kind in kinds:
+        if bases is None:
+            _check_rank(kind, pair or kind.shape, basis_steps)
+            _check_k(k, kind, pair or kind.shape)
+            continue
+        if kind.name not in bases:
+            raise ValueError(f"there is no basis for {kind.name}")
+        kind.basis = bases[kind.name]
+        kind.shares = kind.basis.shares
+        if kind.basis.shape != kind.shape:
+            raise ValueError(f"{kind.name} is of {kind.shape}, its basis of {kind.basis.shape}")
+        _check_k(k, kind, kind.basis.rank)
+    if bases is None:
+        _check_lapack()
+    made = [_Layer(name, module, k, fix_support_after, accumulate) for name, module in chosen]
+    return SparseOptimizer(
+        "SparseGrad", optimizer, kinds, made, basis_steps if bases is None else 0, pair
+    )
+
+
+def apply_meprop_to_model(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    k: int,
+    layers: Layers = None,
+    *,
+    fix_support_after: int | None = None,
+    accumulate: bool = False,
+) -> SparseOptimizer:
+    """Train a model's feed-forward layers by MeProp, as SparseGrad's paper runs it.
+
+    The k largest elements of each weight's gradient are kept, without any bases; gradients of
+    inputs and biases are whole. All arguments are those of :func:`apply_sparsegrad_to_model`.
+
+    Returns
+    -------
+    SparseOptimizer
+        The optimizer to use in the place of `optimizer`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`apply_sparsegrad_to_model`.
+    """
+    chosen = choose_layers(model, layers)
+    _check(optimizer, chosen, k)
+    _check_after(fix_support_after)
+    kinds = _make_kinds(chosen)
+    for kind in kinds:
+        _check_k(k, kind, kind.shape)
+    made = [_Layer(name, module, k, fix_support_after, accumulate) for name, module in chosen]
+    return SparseOptimizer("MeProp", optimizer, kinds, made, 0, None)

@@ -1,0 +1,671 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseGrad and MeProp in PyTorch: the paper's layer, phases, checkpoints, memory, bad input."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import sebp  # noqa: E402
+from sebp.sparse import Basis  # noqa: E402
+
+try:
+    from models import make_batch, make_model
+except ImportError:
+    make_batch = make_model = None
+
+
+def orthonormal(size: int) -> np.ndarray:
+    return np.linalg.qr(np.random.randn(size, size))[0].astype(np.float32)
+
+
+def make_net(dtype=torch.float32) -> nn.Sequential:
+    """Two layers of different shapes; the activation works in place."""
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(inplace=True), nn.Linear(20, 8)).to(dtype)
+
+
+SHAPES = {"* 20x12": (20, 12), "* 8x20": (8, 20)}
+
+
+def make_bases(rank=None) -> dict[str, Basis]:
+    return {
+        kind: Basis.from_vectors(*(orthonormal(size)[:rank] for size in shape))
+        for kind, shape in SHAPES.items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper's layer
+
+
+class PaperLayer:
+    """The layer as the paper has it, in double precision: weight and activations rotated.
+
+    Y = (X u_in) (u_out^T W u_in)^T u_out^T + b; Adam moves the k largest elements of the rotated
+    weight's gradient, each with moments of its own, and all of b. Columns of u_out and u_in are
+    vectors, of which the leading ones alone may have elements that train.
+    """
+
+    def __init__(self, layer, u_out, u_in, rank, k, lr, fix_after):
+        self.u_out, self.u_in = u_out.T.astype(float), u_in.T.astype(float)
+        self.weight = self.u_out.T @ layer.weight.detach().double().numpy() @ self.u_in
+        self.bias = layer.bias.detach().double().numpy().copy()
+        self.trains = np.zeros(self.weight.shape, bool)
+        self.trains[:rank, :rank] = True
+        self.k, self.lr, self.fix_after = k, lr, fix_after
+        self.moments = {name: np.zeros_like(value) for name, value in self.state().items()}
+        self.squares = {name: np.zeros_like(value) for name, value in self.state().items()}
+        self.support = None
+
+    def state(self):
+        return {"weight": self.weight, "bias": self.bias}
+
+    def forward(self, x):
+        self.x = x @ self.u_in
+        return self.x @ self.weight.T @ self.u_out.T + self.bias
+
+    def backward(self, dy):
+        rotated = dy @ self.u_out
+        self.gradients = {"weight": rotated.T @ self.x, "bias": dy.sum(0)}
+        return rotated @ self.weight @ self.u_in.T
+
+    def step(self, t, beta1=0.9, beta2=0.999, eps=1e-8):
+        r = np.where(self.trains, self.gradients["weight"], 0)
+        chosen = np.zeros(r.size, bool)
+        chosen[np.argsort(-np.abs(r).ravel(), kind="stable")[: self.k]] = True
+        chosen = chosen.reshape(r.shape) if self.support is None else self.support
+        for name, parameter in self.state().items():
+            g, m, v = self.gradients[name], self.moments[name], self.squares[name]
+            at = chosen if name == "weight" else np.ones(g.shape, bool)
+            m[at] = beta1 * m[at] + (1 - beta1) * g[at]
+            v[at] = beta2 * v[at] + (1 - beta2) * g[at] ** 2
+            root = np.sqrt(v[at] / (1 - beta2**t)) + eps
+            parameter[at] -= self.lr * (m[at] / (1 - beta1**t)) / root
+        if t == self.fix_after:
+            largest = np.argsort(-self.squares["weight"].ravel(), kind="stable")[: self.k]
+            self.support = np.isin(np.arange(r.size), largest).reshape(r.shape)
+
+    def reverted(self):
+        return self.u_out @ self.weight @ self.u_in.T
+
+
+@pytest.mark.parametrize("fix_after", [None, 1, 4])
+@pytest.mark.parametrize("rank", [None, 6])
+def test_ten_steps_of_the_paper(rank, fix_after):
+    """Ten training steps agree with the paper's layer in double precision within rounding."""
+    # No seed of the run: where two elements around the k-th are equal up to rounding, float32 may
+    # choose the other one.
+    np.random.seed(5)
+    torch.manual_seed(5)
+    net, k, lr = make_net(), 24, 0.01
+    vectors = {kind: [orthonormal(size) for size in shape] for kind, shape in SHAPES.items()}
+    bases = {kind: Basis.from_vectors(*(u[:rank] for u in pair)) for kind, pair in vectors.items()}
+    paper = [
+        PaperLayer(layer, *pair, rank, k, lr, fix_after)
+        for layer, pair in zip((net[0], net[2]), vectors.values(), strict=True)
+    ]
+    before = [layer.weight.detach().clone() for layer in (net[0], net[2])]
+    optimizer = sebp.apply_sparsegrad_to_model(
+        net,
+        torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0),
+        k,
+        layers="*",
+        bases=bases,
+        fix_support_after=fix_after,
+    )
+    for t in range(1, 11):
+        x, target = torch.randn(40, 12), torch.randn(40, 8)
+        real = (torch.rand(40, 1) < 0.5).float()
+        optimizer.zero_grad()
+        (0.5 * real * (net(x) - target) ** 2).sum().backward()
+        assert all(layer.weight.grad is None for layer in (net[0], net[2]))
+        optimizer.step()
+        hidden = paper[0].forward(x.double().numpy())
+        y = paper[1].forward(np.maximum(hidden, 0))
+        d_hidden = paper[1].backward((y - target.numpy()) * real.numpy())
+        paper[0].backward(d_hidden * (hidden > 0))
+        for layer in paper:
+            layer.step(t)
+    for ours, theirs, old in zip((net[0], net[2]), paper, before, strict=True):
+        weight = ours.weight.detach()
+        assert (weight - old).abs().max() > lr
+        np.testing.assert_allclose(weight.double(), theirs.reverted(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours.bias.detach().double(), theirs.bias, rtol=0, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Phases, and what trains how
+
+
+def make_batches(name: str) -> list[dict]:
+    return [make_batch(name, seed) for seed in range(3)]
+
+
+def train(model, optimizer, batches, steps, first=0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss = model(**batches[step % len(batches)]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def sgd(model) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def adamw(model, **options) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **{"lr": 3e-3, **options})
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("with_sebp", [False, True])
+@pytest.mark.usefixtures("lapack")
+def test_models(name, with_sebp):
+    """Both phases train; after the switch W moves within the bases, by k elements at a time."""
+    pytest.importorskip("transformers")
+    model, k, rank = make_model(name), 40, 12
+    if with_sebp:
+        sebp.apply_sebp_to_model(model, padding=True)
+    optimizer = sebp.apply_sparsegrad_to_model(model, adamw(model), k, 4, rank)
+    assert [len(kind.layers) for kind in optimizer.kinds] == [2] * (3 if name == "llama" else 2)
+    assert not any("attention" in kind.name for kind in optimizer.kinds)
+    batches = make_batches(name)
+    losses = train(model, optimizer, batches, 3)
+    assert optimizer.in_basis_phase
+    weights = {n: p for n, p in model.named_parameters() if is_sparse(n, optimizer)}
+    assert all(p in optimizer.base.state for p in weights.values())
+    losses += train(model, optimizer, batches, 1, 3)
+    assert not optimizer.in_basis_phase
+    assert not any(p in optimizer.state for p in weights.values())
+    for kind in optimizer.kinds:
+        assert kind.basis.rank == (rank, rank)
+        assert all(0.3 < share <= 1.0001 for share in kind.shares)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    losses += train(model, optimizer, batches, 1, 4)
+    for n, p in model.named_parameters():
+        moved = p.detach() - before[n]
+        if n not in weights:
+            assert bool(moved.any()) or not bool(p.grad.any())
+            continue
+        basis = next(kind.basis for kind in optimizer.kinds if n[: -len(".weight")] in kind.layers)
+        step = basis.u_out @ (moved + 3e-5 * before[n]).numpy() @ basis.u_in.T
+        assert np.count_nonzero(np.abs(step) > 1e-4) == k
+    losses += train(model, optimizer, batches, 25, 5)
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def is_sparse(name: str, optimizer) -> bool:
+    return any(name == f"{layer}.weight" for kind in optimizer.kinds for layer in kind.layers)
+
+
+@pytest.mark.usefixtures("lapack")
+def test_basis_phase_is_full_fine_tuning():
+    """Until the switch all is bit for bit as without; then other weights are frozen nowhere."""
+    pytest.importorskip("transformers")
+    plain, model = make_model("bert"), make_model("bert")
+    batches = make_batches("bert")
+    train(plain, adamw(plain), batches, 4)
+    optimizer = sebp.apply_sparsegrad_to_model(model, adamw(model), 9, 4)
+    train(model, optimizer, batches, 4)
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("lapack")
+def test_bases_of_another_run():
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    for _ in range(3):
+        net(torch.randn(9, 12)).sum().backward()
+        optimizer.step()
+    bases = {kind.name: kind.basis for kind in optimizer.kinds}
+    other = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(other, adamw(other), 5, layers="*", bases=bases)
+    assert not optimizer.in_basis_phase
+    assert "* 8x20: 1 layers, basis of 8 x 20" in repr(optimizer)
+
+
+def test_numbers_are_the_groups():
+    """Rate and decay are those of the weight's group at that step, so that schedulers work."""
+    net = make_net()
+    groups = [
+        {"params": [net[0].weight], "lr": 0.1, "weight_decay": 0.5},
+        {"params": [net[0].bias, net[2].bias], "lr": 0.0},
+        {"params": [net[2].weight], "lr": 0.0},
+    ]
+    base = torch.optim.AdamW(groups)
+    optimizer = sebp.apply_sparsegrad_to_model(net, base, 1, layers="*", bases=make_bases())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2.0**-step)
+    old = copy.deepcopy(net.state_dict())
+    for step in range(2):
+        net(torch.randn(9, 12)).sum().backward()
+        before = net[0].weight.detach().clone()
+        optimizer.step()
+        lr = 0.1 * 2.0**-step
+        moved = net[0].weight.detach() - (1 - 0.5 * lr) * before
+        # AdamW's first step on an element is by the rate; u s v^T is of its norm.
+        if step == 0:
+            torch.testing.assert_close(moved.norm(), torch.tensor(lr), rtol=1e-4, atol=0)
+        assert np.linalg.matrix_rank(moved.numpy(), tol=1e-5) == 1
+        schedule.step()
+    new = net.state_dict()
+    assert all(torch.equal(old[key], new[key]) == (key != "0.weight") for key in old)
+
+
+# --------------------------------------------------------------------------------------------------
+# Backwards between steps
+
+
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop"])
+@pytest.mark.parametrize("fix_after", [None, 1])
+def test_accumulation(method, fix_after):
+    """Micro-batches add up to the batch, exactly on small integers."""
+    weights = []
+    x, dy = (torch.randint(-3, 4, (10, size)).float() for size in (12, 20))
+    for parts in (1, 2, 5):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 20))
+        if method == "sparsegrad":
+            swap = np.eye(20, dtype=np.float32)[::-1].copy(), np.eye(12, dtype=np.float32)
+            bases = {"* 20x12": Basis.from_vectors(*swap)}
+            optimizer = sebp.apply_sparsegrad_to_model(
+                net,
+                adamw(net),
+                30,
+                layers="*",
+                bases=bases,
+                fix_support_after=fix_after,
+                accumulate=True,
+            )
+        else:
+            optimizer = sebp.apply_meprop_to_model(
+                net, adamw(net), 30, "*", fix_support_after=fix_after, accumulate=True
+            )
+        for _ in range(3):
+            for part_x, part_dy in zip(x.chunk(parts), dy.chunk(parts), strict=True):
+                (net(part_x) * part_dy).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(net[0].weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_second_backward():
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", bases=make_bases())
+    net(torch.randn(9, 12)).sum().backward()
+    with pytest.raises(RuntimeError, match="2: a second backward before the step"):
+        net(torch.randn(9, 12)).sum().backward()
+    optimizer.zero_grad()
+    net(torch.randn(9, 12)).sum().backward()
+    optimizer.step()
+    net(torch.randn(9, 12)).sum().backward()
+
+
+def test_meprop_is_the_top_of_the_gradient():
+    net, twin = make_net(), make_net()
+    twin.load_state_dict(net.state_dict())
+    k = 17
+    optimizer = sebp.apply_meprop_to_model(net, adamw(net, weight_decay=0.1), k, "*")
+    x = torch.randn(30, 12)
+    net(x).square().sum().backward()
+    optimizer.step()
+    twin(x).square().sum().backward()
+    for layer, plain in ((net[0], twin[0]), (net[2], twin[2])):
+        assert torch.equal(layer.bias.grad, plain.bias.grad)
+        grad = plain.weight.grad.flatten()
+        at = grad.abs().topk(k).indices
+        want = plain.weight.detach().flatten() * (1 - 3e-4)
+        want[at] -= 3e-3 * grad[at].sign()
+        torch.testing.assert_close(layer.weight.detach().flatten(), want, rtol=0, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def make_run(method, name="bert", **options):
+    model = make_model(name)
+    base = adamw(model)
+    if method == "meprop":
+        return model, sebp.apply_meprop_to_model(model, base, 30, **options)
+    return model, sebp.apply_sparsegrad_to_model(model, base, 30, 4, 12, **options)
+
+
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop"])
+@pytest.mark.parametrize("stop", [2, 4, 6, 9])
+@pytest.mark.parametrize("fix_after", [None, 4])
+@pytest.mark.usefixtures("lapack")
+def test_resume(method, stop, fix_after):
+    """A resumed run goes on bit for bit."""
+    pytest.importorskip("transformers")
+    batches = make_batches("bert")
+    model, optimizer = make_run(method, fix_support_after=fix_after)
+    train(model, optimizer, batches, stop)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    want = train(model, optimizer, batches, 7, stop)
+    file.seek(0)
+    again, resumed = make_run(method, fix_support_after=fix_after)
+    saved = torch.load(file)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.steps == stop
+    assert train(again, resumed, batches, 7, stop) == want
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(optimizer.kinds, resumed.kinds, strict=True):
+        np.testing.assert_array_equal(one.shares, other.shares)
+
+
+def test_foreign_checkpoints():
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", bases=make_bases())
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="without sparse layers"):
+        optimizer.load_state_dict(adamw(net).state_dict())
+    meprop = sebp.apply_meprop_to_model(*(lambda net: (net, adamw(net)))(make_net()), 5, "*")
+    for other in (meprop.state_dict(), {**state, "sebp": {**state["sebp"], "k": {"0": 5}}}):
+        with pytest.raises(ValueError, match="other layers, or another k"):
+            optimizer.load_state_dict(other)
+    broken = copy.deepcopy(state)
+    broken["sebp"]["bases"]["* 8x20"]["u_in"][0, 0] = float("nan")
+    with pytest.raises(sebp.SebpError):
+        optimizer.load_state_dict(broken)
+    broken["sebp"]["bases"]["* 8x20"]["u_in"] = torch.eye(7)
+    with pytest.raises(ValueError, match="not \\(8, 20\\)"):
+        optimizer.load_state_dict(broken)
+    optimizer.load_state_dict(state)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_memory_of_a_fixed_support():
+    """Gradient and state at k = 1%: at most 2% of the 12 bytes of full fine-tuning."""
+    net = nn.Sequential(nn.Linear(768, 3072), nn.Linear(3072, 768))
+    k = 768 * 3072 // 100
+    optimizer = sebp.apply_meprop_to_model(net, sgd(net), k, "*", fix_support_after=1)
+    net(torch.randn(2, 768)).sum().backward()
+    optimizer.step()
+    memory = optimizer.bytes()
+    full = 12 * sum(layer.weight.numel() for layer in net)
+    assert 0 < memory.gradient + memory.state <= 0.02 * full
+
+
+@pytest.mark.usefixtures("lapack")
+def test_memory():
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    elements = 20 * 12 + 8 * 20
+    sums = 4 * (20**2 + 12**2 + 8**2 + 20**2)
+    for step in range(4):
+        if step == 1:
+            # AdamW's own counts of steps take 4 bytes each.
+            assert optimizer.bytes() == (4 * elements, 8 * elements + 2 * 4, sums, 0)
+        net(torch.randn(9, 12)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    memory = optimizer.bytes()
+    assert memory.gradient == 12 * 5 * 2
+    assert 16 * 5 * 2 <= memory.state < 8 * elements
+    assert (memory.bases, memory.scratch) == (sums, 4 * 20 * 12)
+
+
+# --------------------------------------------------------------------------------------------------
+# In a model
+
+
+def test_release_and_copies():
+    net = make_net()
+    before = {name: (type(m), set(vars(m))) for name, m in net.named_modules()}
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", bases=make_bases())
+    assert not net[0].weight.requires_grad
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        twin(torch.randn(9, 12)).sum().backward()
+    net(torch.randn(9, 12)).sum().backward()
+    optimizer.step()
+    optimizer.release()
+    assert all(p.requires_grad for p in net.parameters())
+    assert {name: (type(m), set(vars(m))) for name, m in net.named_modules()} == before
+    assert not net[0]._forward_hooks
+    net(torch.randn(9, 12)).sum().backward()
+    assert net[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpoint", "compile", "sebp", "keyword"])
+def test_ways_to_run(way):
+    """The step is the same, whatever surrounds the layer, and with no gradient of its input."""
+    moved = []
+    for run in ("plain", way):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        net = nn.Sequential(nn.Linear(12, 20, bias=False), nn.ReLU(inplace=True), nn.Linear(20, 8))
+        if run == "sebp":
+            sebp.apply_sebp_to_model(net)
+        optimizer = sebp.apply_sparsegrad_to_model(net, sgd(net), 5, layers="*", bases=make_bases())
+        x = torch.randn(9, 12)
+        forward = net
+        if run == "checkpoint":
+
+            def forward(x, net=net):
+                return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+
+        elif run == "compile":
+            forward = torch.compile(net, backend="eager")
+        elif run == "keyword":
+
+            def forward(x, net=net):
+                return net[2](input=net[1](net[0](input=x)))
+
+        for _ in range(2):
+            forward(x).square().sum().backward()
+            optimizer.step()
+        moved.append(net[0].weight.detach().clone())
+    torch.testing.assert_close(*moved)
+
+
+@pytest.mark.parametrize("kind", ["weights", "autocast"])
+@pytest.mark.usefixtures("lapack")
+def test_bf16(kind):
+    torch.manual_seed(1)
+    net = make_net(torch.bfloat16 if kind == "weights" else torch.float32)
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net, lr=0.05), 20, 3, layers="*")
+    x, target = torch.randn(64, 12), torch.randn(64, 8)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            y = net(x.to(net[0].weight.dtype))
+        loss = (y.float() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[3] < losses[0]
+
+
+@pytest.mark.parametrize("keep_inputs", [False, True])
+def test_padding(keep_inputs):
+    """With a mask only the rows of real tokens are kept, and the steps are the same."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    moved = []
+    for masked in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        net = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
+        sebp.apply_sebp_to_model(net)
+        optimizer = sebp.apply_sparsegrad_to_model(net, sgd(net), 9, layers="*", bases=make_bases())
+        x = torch.randn(2, 4, 12)
+        if masked:
+            with sebp.padding(mask, keep_inputs):
+                y = net(x)
+        else:
+            y = net(x)
+        (y.square() * mask[..., None]).sum().backward()
+        optimizer.step()
+        moved.append(net[0].weight.detach().clone())
+    torch.testing.assert_close(*moved)
+
+
+@pytest.mark.usefixtures("lapack")
+def test_trainer(tmp_path):
+    """Hugging Face's Trainer steps, schedules, saves and resumes it."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    items = [
+        {key: value[i] for key, value in batch.items()}
+        for batch in make_batches("bert")
+        for i in range(4)
+    ]
+    finals = []
+    for resume in (False, True):
+        model = make_model("bert")
+        optimizer = sebp.apply_sparsegrad_to_model(model, adamw(model), 30, 2, 12)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=6,
+            save_steps=3,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            seed=1,
+        )
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=items, optimizers=(optimizer, None)
+        )
+        last = str(tmp_path / "checkpoint-3") if resume else None
+        trainer.train(resume_from_checkpoint=last)
+        assert not optimizer.in_basis_phase
+        assert optimizer.steps == 6
+        finals.append(model.state_dict())
+    for key, value in finals[0].items():
+        assert torch.equal(value, finals[1][key])
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("fix_after", [None, 1])
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_not_finite(method, fix_after, accumulate):
+    """The step is refused by name and number, nothing has moved, and training can go on."""
+    net = make_net()
+    options = dict(layers="*", fix_support_after=fix_after, accumulate=accumulate)
+    if method == "sparsegrad":
+        options["bases"] = make_bases()
+        optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, **options)
+    else:
+        optimizer = sebp.apply_meprop_to_model(net, adamw(net), 5, **options)
+    net(torch.randn(9, 12)).sum().backward()
+    optimizer.step()
+    x = torch.randn(9, 12)
+    x[4, 3] = float("nan")
+    before = copy.deepcopy(net.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict()["sebp"]["moments"])
+    net(x).sum().backward()
+    with pytest.raises(sebp.SebpError, match="step 2: the gradient of .*2.* holds a NaN"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    for name, saved in optimizer.state_dict()["sebp"]["moments"].items():
+        assert all(
+            torch.equal(torch.as_tensor(saved[key]), torch.as_tensor(value))
+            for key, value in moments[name].items()
+        )
+    optimizer.zero_grad()
+    net(torch.randn(9, 12)).sum().backward()
+    optimizer.step()
+    assert optimizer.steps == 2
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@pytest.mark.usefixtures("lapack")
+def test_not_finite_in_the_basis_phase():
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    before = copy.deepcopy(net.state_dict())
+    net(torch.full((3, 12), float("inf"))).sum().backward()
+    with pytest.raises(sebp.SebpError, match="step 1: the gradient of 0, 2 holds"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert optimizer.in_basis_phase
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(9, 12)).sum().backward()
+        optimizer.step()
+    assert not optimizer.in_basis_phase
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"k": 161}, "k is 161, but .* 8x20 has 1 to 160"),
+        ({"k": 10, "rank": 3}, "k is 10"),
+        ({"rank": 9}, "rank is 9, but .* 8x20 has 1 to 8"),
+        ({"rank": (0, 1)}, "rank is 0"),
+        ({"basis_steps": 1}, "1 gradients of 1 layers do not span 20 directions"),
+        ({"basis_steps": 0}, "basis_steps is 0"),
+        ({"fix_support_after": 0}, "fix_support_after is 0"),
+        ({"layers": "9"}, "none in '9'"),
+        ({"layers": None}, "no feed-forward layers known by name"),
+        ({"bases": {}}, "no basis for"),
+    ],
+)
+def test_bad_arguments(options, message):
+    net = make_net()
+    options = {"k": 5, "basis_steps": 3, "layers": "*", **options}
+    base = adamw(net)
+    with pytest.raises(ValueError, match=message):
+        sebp.apply_sparsegrad_to_model(net, base, **options)
+    assert all(p.requires_grad for p in net.parameters())
+    assert not any(module._forward_hooks for module in net)
+
+
+def test_bad_models():
+    net = make_net()
+    with pytest.raises(ValueError, match="2: its weight is not among"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net[0]), 5, layers="*")
+    with pytest.raises(TypeError, match="not of torch.optim"):
+        sebp.apply_sparsegrad_to_model(net, None, 5, layers="*")
+    with pytest.raises(TypeError, match="k is 0.01"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 0.01, layers="*")
+    bases = make_bases()
+    bases["* 8x20"] = bases["* 20x12"]
+    with pytest.raises(ValueError, match="is of \\(8, 20\\), its basis of \\(20, 12\\)"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", bases=bases)
+    sebp.apply_meprop_to_model(net, adamw(net), 5, "0")
+    with pytest.raises(ValueError, match="0: its weight is frozen"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*")
+    double = make_net(torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        sebp.apply_meprop_to_model(double, adamw(double), 5, "*")
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="1: its weight is that of 0"):
+        sebp.apply_meprop_to_model(tied, adamw(tied), 5, "*")
+
+
+def test_no_lapack(monkeypatch):
+    """A library without it is told of before the basis phase, not after."""
+
+    def solve(self, rank_out, rank_in, context=None):
+        raise sebp.SebpError(11, "install liblapacke-dev")
+
+    monkeypatch.setattr(sebp.sparse.BasisSums, "solve", solve)
+    net = make_net()
+    with pytest.raises(sebp.SebpError, match="liblapacke"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*")
+    sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", bases=make_bases())
