@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file backend.h
- * The table of operations a device offers. The methods (rows.c, linear.c) are written over it
+ * The table of operations a device offers. The methods are written over it
  * alone; a new device is a new table and changes no method.
  *
  * Arguments are valid when they get here: views checked, shapes fitting, nothing overlapping.

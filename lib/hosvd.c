@@ -387,6 +387,11 @@ static sebp_status solve(const sebp_call *call, const sebp_matrix *sum, double e
         for (int64_t i = 0; i < rank; i++)
             sum_of_values += (double)values[i];
         *share = sum_of_values / energy;
+        if (!(sum_of_values > 0) || !isfinite(sum_of_values))
+            status = sebp_fail(call->context, SEBP_ERROR_VALUE,
+                               "%s: the sums hold nothing that f32 can tell: gradients are too "
+                               "small, or the sums were not from here",
+                               call->function);
     }
     free(values);
     return status;

@@ -10,8 +10,8 @@
 #include "call.h"
 #include "select.h"
 
-/* dW in panels of its rows, each handed to the selection as it is done. `panel` has room for the
- * first of them, the largest. */
+/* dW in panels of its rows, which lie in what is set aside, each handed to the selection as it is
+ * done. */
 static sebp_status feed_panels(const sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
                                sebp_selection *selection, int64_t panel_rows)
 {
@@ -24,10 +24,15 @@ static sebp_status feed_panels(const sebp_call *call, const sebp_matrix *dy, con
     product.c_stride = x->cols;
     const char *dy_data = product.a.data;
     sebp_status status = sebp_reserve(call, &product);
+    int64_t last_rows = dy->cols % panel_rows; /* a smaller panel may need more than a whole one */
+    if (status == SEBP_SUCCESS && last_rows > 0) {
+        product.m = last_rows;
+        status = sebp_reserve(call, &product);
+    }
     product.c = backend->aside(context->device);
-    for (int64_t n = 0; n < dy->cols && status == SEBP_SUCCESS; n += product.m) {
+    for (int64_t n = 0; n < dy->cols && status == SEBP_SUCCESS; n += panel_rows) {
         const char *path;
-        product.m = dy->cols - n < panel_rows ? dy->cols - n : panel_rows;
+        product.m = dy->cols - n < panel_rows ? last_rows : panel_rows;
         product.a.data = dy_data ? dy_data + n * (int64_t)sebp_dtype_bytes(dy->dtype) : NULL;
         status = sebp_run(call, &product, &path);
         sebp_matrix panel = sebp_matrix_f32(product.c, product.m, x->cols);

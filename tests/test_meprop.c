@@ -183,6 +183,33 @@ START_TEST(panels_choose_as_the_whole)
 }
 END_TEST
 
+/* Shapes whose last panel needs more scratch memory than a whole one: another GEMM, other chunks. */
+START_TEST(the_last_panel_is_reserved_too)
+{
+    static const struct {
+        sebp_gemm gemm;
+        int64_t M, N, K;
+    } cases[] = {{SEBP_GEMM_AUTO, 512, 1030, 512}, {SEBP_GEMM_NATIVE, 60, 3470, 256}};
+    problem p = {.M = cases[_i].M, .N = cases[_i].N, .K = cases[_i].K};
+    p.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
+    p.dy = random_matrix(p.M, p.N, SEBP_F32, TESTING_INTEGER);
+    p.x = random_matrix(p.M, p.K, SEBP_F32, TESTING_INTEGER);
+    sebp_sparse want = make_sparse(1000, p.N, p.K), got = make_sparse(1000, p.N, p.K);
+    for (int64_t mib = 4; mib <= 64; mib += 60) {
+        sebp_context *context = make_context(cases[_i].gemm, 1, mib << 20);
+        expect(
+            sebp_meprop_gradient(context, &p.dy, &p.x, NULL, &p.options, mib == 4 ? &got : &want),
+            SEBP_SUCCESS, context);
+        sebp_context_destroy(context);
+    }
+    ck_assert_mem_eq(got.indices, want.indices, 1000 * sizeof(int64_t));
+    ck_assert_mem_eq(got.values, want.values, 1000 * sizeof(float));
+    free_sparse(&got);
+    free_sparse(&want);
+    free_problem(&p);
+}
+END_TEST
+
 /* With no active row all of dW is zero, and the lowest indices are kept. */
 START_TEST(no_active_row_keeps_the_first_elements)
 {
@@ -279,6 +306,7 @@ static Suite *make_suite(void)
     TCase *tests = tcase_create("meprop");
     tcase_add_test(tests, top_is_exact_on_integers);
     tcase_add_test(tests, panels_choose_as_the_whole);
+    tcase_add_loop_test(tests, the_last_panel_is_reserved_too, 0, 2);
     tcase_add_test(tests, no_active_row_keeps_the_first_elements);
     tcase_add_test(tests, bad_input_is_refused);
     suite_add_tcase(suite, tests);

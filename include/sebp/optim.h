@@ -17,7 +17,7 @@
  * step; moments are always f32.
  *
  * Each element is computed from its own numbers alone: the bits do not depend on the number of
- * threads, nor on whether the step is dense or sparse.
+ * threads, nor, without weight decay, on whether the step is dense or sparse.
  *
  * A gradient that holds a NaN or an Inf is refused, SEBP_ERROR_NONFINITE: weights, moments and
  * the count of steps stay as they were. The weights themselves are not looked at.
@@ -77,8 +77,8 @@ SEBP_API sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *g
  * W <- (1 - lr weight_decay) W, for the methods whose step S is sparse: before S is added. For a
  * step in a rotated space it is the same decay, as rotating is linear.
  *
- * @param options  NULL: the defaults. Only learning_rate and weight_decay matter; with a product of
- *                 0 nothing is read or written.
+ * @param options  NULL: the defaults. All are checked, learning_rate and weight_decay used; with a
+ *                 product of 0 nothing is read or written.
  * @param w        any size, either dtype, any stride. bf16 weights round a decay of less than about
  *                 2^-9 away, here as in the dense step.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
@@ -128,7 +128,7 @@ SEBP_API void sebp_sparse_adamw_destroy(sebp_sparse_adamw *state);
  * state what follows from it. Weights do not decay here: see sebp_weight_decay().
  *
  * @param state     of a matrix of the gradient's shape.
- * @param options   NULL: the defaults. weight_decay is not looked at.
+ * @param options   NULL: the defaults. weight_decay is checked, but not used.
  * @param gradient  with a fixed support, on exactly that: its indices may be those of
  *                  sebp_sparse_adamw_support() themselves, so that gradient and state together take
  *                  20 bytes an element. No elements: only t grows.

@@ -247,7 +247,12 @@ static sebp_status run_product(void *device, const sebp_product *product, const 
         *path = "none:empty";
         return SEBP_SUCCESS;
     }
-    void *scratch = sebp_cpu_scratch(cpu, product_scratch(cpu, product));
+    int64_t bytes = product_scratch(cpu, product);
+    if (cpu->aside_bytes > 0 && bytes + cpu->aside_bytes > cpu->scratch_bytes) {
+        *path = "a product that was not reserved"; /* what is set aside would be lost */
+        return SEBP_ERROR_BACKEND;
+    }
+    void *scratch = sebp_cpu_scratch(cpu, bytes);
     bool onednn = choose_onednn(cpu, product, path);
 #ifdef SEBP_HAVE_ONEDNN
     if (onednn) {

@@ -210,7 +210,7 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
         else if (block_c_bytes(job) && job->block_m > kernels->tile_rows)
             job->block_m = round_up(job->block_m / 2, kernels->tile_rows);
         else
-            job->workers--; /* one worker of one tile takes far less than the least bound, 1 MiB */
+            job->workers--; /* one worker of one tile takes far less than half the least bound */
     }
     job->worker_bytes = worker_bytes(job);
 }
