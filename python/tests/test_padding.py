@@ -168,3 +168,54 @@ def test_wrong_masks():
     misfit = r"\(3, 5\), but the layers' inputs \(3, 4, 6\)"
     with pytest.raises(ValueError, match=misfit), sebp.padding(torch.ones(3, 5)):
         layer(x)
+
+
+def test_encoder_decoder():
+    """The mask is the encoder's: where source and target have one length, too."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=99,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config)
+    mask = (torch.arange(8) < torch.tensor([[3], [8]])).long()
+    batch = {"input_ids": torch.full((2, 8), 7), "attention_mask": mask}
+    batch["labels"] = torch.full((2, 8), 5)
+    want = model(**batch).loss
+    with pytest.warns(UserWarning, match="encoder-decoder"):
+        report = sebp.apply_sebp_to_model(model, padding=True)
+    assert not report.padding
+    got = model(**batch).loss
+    torch.testing.assert_close(got, want)
+    got.backward()
+
+
+def test_interrupted_forward():
+    """A KeyboardInterrupt within a model leaves its mask to no later call."""
+    pytest.importorskip("transformers")
+    from models import make_batch, make_model
+
+    from sebp.torch.padding import current_padding
+
+    model, batch = make_model("bert").eval(), make_batch("bert", 1)
+    with torch.no_grad():
+        want = model(batch["input_ids"]).logits
+        sebp.apply_sebp_to_model(model, padding=True)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = model.bert.encoder.layer[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        handle.remove()
+        torch.testing.assert_close(model(batch["input_ids"]).logits, want)
+    assert current_padding() is None

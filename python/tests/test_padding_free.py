@@ -546,3 +546,21 @@ def test_mask_of_the_wrong_shape(shape):
     batch["attention_mask"][0, 2:] = 0
     with pytest.raises(ValueError, match=r"attention_mask has shape .*, but input_ids \(4, 16\)"):
         ours(**batch)
+
+
+def test_rope_that_depends_on_the_length():
+    """Left to the model: the longest text is shorter than what it is padded to."""
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=8,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM(config).train()
+    ours = copy.deepcopy(plain)
+    sebp.padding_free(ours)
+    same(plain, ours, make_batch("llama", 0, length=32), packed=False)

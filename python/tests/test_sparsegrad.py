@@ -311,6 +311,23 @@ def test_second_backward():
     net(torch.randn(9, 12)).sum().backward()
 
 
+def test_profile_is_no_backward():
+    x = torch.randn(6, 12)
+    weights = []
+    for profiles in (False, True):
+        torch.manual_seed(3)
+        model = make_net()
+        optimizer = sebp.apply_meprop_to_model(model, sgd(model), k=5, layers="*")
+        model(x).square().sum().backward()
+        if profiles:
+            sebp.profile(model, x, loss=lambda y: y.sum())
+        optimizer.step()
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+    torch.manual_seed(3)
+    assert not torch.equal(weights[0], make_net()[0].weight)
+
+
 def test_meprop_is_the_top_of_the_gradient():
     net, twin = make_net(), make_net()
     twin.load_state_dict(net.state_dict())

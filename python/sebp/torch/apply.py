@@ -139,7 +139,7 @@ def apply_sebp_to_model(
     LibraryNotFoundError, LibraryMismatchError
         If libsebp is not found, or is another version's.
     """
-    report = Report(parse_rule(rows), padding=padding)
+    report = Report(parse_rule(rows))
     _library.load()
     classes = _classes()
     is_chosen = _chooser(layers)
@@ -155,7 +155,10 @@ def apply_sebp_to_model(
             module.sebp_rule = report.rule
             report.replaced.append(name)
     if padding:
-        capture_padding(model)
+        reason = capture_padding(model)
+        report.padding = not reason
+        if reason:
+            warnings.warn(f"the forward skips no padding: {reason}", stacklevel=2)
     if not chosen:
         reason = "the model has no linear layers"
         if linear:
@@ -168,6 +171,15 @@ def apply_sebp_to_model(
             stacklevel=2,
         )
     return report
+
+
+def put_back(layer: nn.Module) -> bool:
+    """Make a layer what it was before :func:`apply_sebp_to_model`; False: it had no SEBP."""
+    if type(layer) not in _classes().values():
+        return False
+    layer.__class__ = type(layer).original_class
+    del layer.sebp_rule
+    return True
 
 
 def remove_sebp_from_model(model: nn.Module) -> list[str]:
@@ -184,10 +196,4 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
         The names of the layers put back; empty if none had SEBP.
     """
     release_padding(model)
-    names = []
-    for name, module in model.named_modules():
-        if type(module) in _classes().values():
-            module.__class__ = type(module).original_class
-            del module.sebp_rule
-            names.append(name)
-    return names
+    return [name for name, module in model.named_modules() if put_back(module)]

@@ -16,7 +16,7 @@ class _OfThread(threading.local):
     current: "padding | None" = None
 
     def __init__(self) -> None:
-        self.captured: list[padding | None] = []
+        self.captured: list[tuple[nn.Module, padding | None]] = []
 
 
 _of_thread = _OfThread()
@@ -139,7 +139,16 @@ def _is_checkpointing(model: nn.Module) -> bool:
     return False
 
 
+def _leave_last() -> None:
+    _, context = _of_thread.captured.pop()
+    if context is not None:
+        context._leave()
+
+
 def _enter_model(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    # Hooks behind a forward do not run for a KeyboardInterrupt in it: such a forward ends here.
+    while any(running is model for running, _ in _of_thread.captured):
+        _leave_last()
     context = None
     # What checkpointing computes again is computed after the model has returned, without the mask.
     if not (torch.compiler.is_compiling() or _is_checkpointing(model)):
@@ -147,16 +156,14 @@ def _enter_model(model: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
         if isinstance(mask, Tensor) and mask.dim() == 2:
             context = padding(mask).__enter__()
-    _of_thread.captured.append(context)
+    _of_thread.captured.append((model, context))
 
 
 def _leave_model(model: nn.Module, args: tuple, output: object) -> None:
-    context = _of_thread.captured.pop()
-    if context is not None:
-        context._leave()
+    _leave_last()
 
 
-def capture_padding(model: nn.Module) -> None:
+def capture_padding(model: nn.Module) -> str:
     """Run each forward of a model within the padding that its ``attention_mask`` argument says.
 
     Parameters
@@ -164,17 +171,30 @@ def capture_padding(model: nn.Module) -> None:
     model : nn.Module
         Gets two hooks. A mask that is absent or not B x L is not used, and neither is one under
         gradient checkpointing or ``torch.compile``.
+
+    Returns
+    -------
+    str
+        Why it cannot be done; "" where it was. An encoder-decoder's mask is the encoder's alone.
     """
-    if not hasattr(model, "_sebp_hooks"):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "the model is an encoder-decoder, whose attention_mask is the encoder's alone"
+    if not is_captured(model):
         model._sebp_hooks = (
             model.register_forward_pre_hook(_enter_model, with_kwargs=True),
             model.register_forward_hook(_leave_model, always_call=True),
         )
+    return ""
+
+
+def is_captured(model: nn.Module) -> bool:
+    """Tell whether :func:`capture_padding` was done."""
+    return hasattr(model, "_sebp_hooks")
 
 
 def release_padding(model: nn.Module) -> None:
     """Undo :func:`capture_padding`; nothing if it was not done."""
-    if hasattr(model, "_sebp_hooks"):
+    if is_captured(model):
         for hook in model._sebp_hooks:
             hook.remove()
         del model._sebp_hooks

@@ -206,6 +206,9 @@ def _refusal(model: nn.Module, given: dict[str, object]) -> str:
     for name in ("output_attentions", "output_hidden_states", "chunk_size_feed_forward"):
         if given.get(name, getattr(config, name, None)):
             return name
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return f"rotary embeddings that depend on the length ({rope['rope_type']})"
     if given.get("is_causal", getattr(config, "is_causal", None)) is not None:
         return "is_causal"
     return _unknown_argument(given) or _unfit_mask(model, mask)

@@ -274,13 +274,18 @@ def _tap(layer: _Layer, x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Hook:
-    """The forward hook of a layer. In a copy of the model it does nothing."""
+    """The forward hook of a layer.
+
+    It does nothing in a copy of the model, and where another weight stands in for the layer's, as
+    ``torch.func.functional_call`` and so :func:`~sebp.profile` have it.
+    """
 
     def __init__(self, layer: _Layer | None) -> None:
         self.layer = layer
+        self.weight = None if layer is None else layer.weight
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
-        if self.layer is None or not torch.is_grad_enabled():
+        if module.weight is not self.weight or not torch.is_grad_enabled():
             return None
         return _tap(self.layer, args[0] if args else next(iter(kwargs.values())), y)
 

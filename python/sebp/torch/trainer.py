@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._rules import RowRule, parse_rule
-from .apply import Layers, Report, apply_sebp_to_model, remove_sebp_from_model
+from .apply import Layers, Report, apply_sebp_to_model, put_back
 from .ops import LayerKind, Work, work_done
+from .padding import is_captured, release_padding
 
 _MOST = 512  # rows and outputs of the product that is timed
 
@@ -87,6 +88,7 @@ class SebpCallback(TrainerCallback):
         self.padding = padding
         self.report: Report | None = None
         self._model: nn.Module | None = None
+        self._had_padding = False
         self._dense: dict[LayerKind, float] = {}
         # What had been done when training began, at the last log and at the last step.
         self._begin: dict[LayerKind, Work] = {}
@@ -103,6 +105,7 @@ class SebpCallback(TrainerCallback):
     ) -> None:
         """Put SEBP into the model, unless an interrupted run has left it there."""
         if model is not self._model:
+            self._had_padding = is_captured(model)
             self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding)
             self._model = model
         self._begin = self._log = self._step = work_done()
@@ -151,9 +154,11 @@ class SebpCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Take SEBP out of the model, unless it was there before."""
-        if self.report.replaced and not self.report.already:
-            remove_sebp_from_model(model)
+        """Take SEBP out of the layers that it was put into."""
+        for name in self.report.replaced:
+            put_back(model.get_submodule(name))
+        if not self._had_padding:
+            release_padding(model)
         self._model = None
 
     def _since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:
