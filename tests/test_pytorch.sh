@@ -1,12 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# The layer against PyTorch's, where Python has PyTorch and the build has a shared library that it
-# can load.
+# The layer against PyTorch's, or what else `comparison` names, where Python has PyTorch and the
+# build has a shared library that it can load.
 set -u
+
+comparison=${comparison:-compare_pytorch.py}
 
 skip()
 {
-    echo "skipped: test_pytorch: $1"
+    echo "skipped: $comparison: $1"
     echo "0 passed, 0 failed, 1 skipped"
     exit 77
 }
@@ -22,4 +24,4 @@ SEBP_LIBRARY=$library
 PYTHONPATH=${top_srcdir:-.}/python${PYTHONPATH:+:$PYTHONPATH}
 PYTHONDONTWRITEBYTECODE=1 # the sources may be read-only
 export SEBP_LIBRARY PYTHONPATH PYTHONDONTWRITEBYTECODE
-exec "$python" "${top_srcdir:-.}/tests/compare_pytorch.py"
+exec "$python" "${top_srcdir:-.}/tests/$comparison"

@@ -95,8 +95,8 @@ SEBP_API void sebp_basis_sums_destroy(sebp_basis_sums *sums);
 /* ---- bases ---- */
 
 /**
- * A pair of bases. Immutable, owns its memory, 4 (r_out N + r_in K) bytes, belongs to no context
- * and may be shared between threads and by all layers of its kind.
+ * A pair of bases. Immutable, owns its memory, about 4 (r_out N + r_in K) bytes, belongs to no
+ * context and may be shared between threads and by all layers of its kind.
  */
 typedef struct sebp_basis sebp_basis;
 

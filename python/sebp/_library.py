@@ -88,6 +88,10 @@ _FUNCTIONS = {
     ),
     "sebp_sparsegrad_update": (c_int, [c_void_p, c_void_p, _kept, _view]),
     "sebp_meprop_gradient": (c_int, [c_void_p, _view, _view, c_void_p, _linear_options, _kept]),
+    "sebp_adamw_step": (
+        c_int,
+        [c_void_p, _view, c_int64, _adamw_options, _view, _view, _view],
+    ),
     "sebp_weight_decay": (c_int, [c_void_p, _adamw_options, _view]),
     "sebp_sparse_adamw_create": (c_int, [c_int64, c_int64, c_void_p, c_int64, POINTER(c_void_p)]),
     "sebp_sparse_adamw_destroy": (None, [c_void_p]),
