@@ -63,6 +63,15 @@ typedef struct sebp_sparse_lines {
     const float *values;
 } sebp_sparse_lines;
 
+enum { SEBP_DIGIT_BITS = 11, SEBP_DIGITS = 1 << SEBP_DIGIT_BITS };
+
+/** A block of elements whose magnitudes are looked at: how many are at least some least, how many
+ * above it; and where in a list the latter go, with how many of the ties. */
+typedef struct sebp_block {
+    int64_t at_least, above;
+    int64_t ties, at;
+} sebp_block;
+
 typedef struct sebp_backend {
     /** score: dy->rows results. */
     void (*scan_rows)(void *device, const sebp_matrix *dy, sebp_measure measure, double limit,
@@ -114,13 +123,27 @@ typedef struct sebp_backend {
     void (*sparse_product)(void *device, const sebp_sparse_lines *lines, const sebp_matrix *from,
                            const sebp_matrix *to);
 
-    /**
-     * Appends to a list the elements of `from` (f32) of a magnitude above `limit`, NaN and Inf
-     * always, in order, from element *done on, until `room` are listed; *done is where it stopped. An
-     * element's index is `first` more than its place in `from`.
+    /*
+     * Magnitudes of `from` (f32) by their bits, without the sign, so that NaN and Inf are above all
+     * others. least < 2^31.
      */
-    void (*list_above)(void *device, const sebp_matrix *from, float limit, int64_t first,
-                       int64_t *done, sebp_sparse *list, int64_t room);
+
+    /** counts[d] = how many of those whose bits under `mask` are `found` have the digit d of
+     * SEBP_DIGIT_BITS bits from bit `shift` on. counts: SEBP_DIGITS for each of threads(), the result
+     * being in the first. */
+    void (*count_digits)(void *device, const sebp_matrix *from, uint32_t mask, uint32_t found,
+                         int shift, int64_t *counts);
+
+    /** Counts in each block, of `size` elements as they follow each other, those with bits of at
+     * least `least` and of more. */
+    void (*count_at_least)(void *device, const sebp_matrix *from, uint32_t least, int64_t size,
+                           sebp_block *blocks);
+
+    /** Lists, in order, from list[blocks[i].at] on, the elements of each block with bits above
+     * `least`, and of those that have just these the first blocks[i].ties. An element's index is
+     * `first` more than its place in `from`. */
+    void (*list_at_least)(void *device, const sebp_matrix *from, uint32_t least, int64_t first,
+                          int64_t size, const sebp_block *blocks, const sebp_sparse *list);
 
     /** The values of kept elements from f32; false, and nothing written, where one is NaN or Inf. */
     bool (*take_elements)(void *device, const sebp_matrix *from, const sebp_sparse *kept);

@@ -8,11 +8,13 @@
 #endif
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "basis.h"
 #include "call.h"
@@ -225,6 +227,40 @@ static bool write_basis(FILE *file, const sebp_basis *basis)
     return write_bytes(&stream, &crc, sizeof crc);
 }
 
+/* Opens a new file beside `path`, of a name that nobody else has, which is put into *name; the mode
+ * is that of fopen(), which mkstemp() would not give. NULL: errno says why; *name is NULL then. */
+static FILE *open_beside(const char *path, char **name)
+{
+    enum { SUFFIX = 64, TRIES = 10000 };
+    size_t room = strlen(path) + SUFFIX;
+    int descriptor = -1;
+    FILE *file = NULL;
+    *name = malloc(room);
+    if (!*name) {
+        errno = ENOMEM;
+        return NULL;
+    }
+    for (int i = 0; i < TRIES; i++) {
+        snprintf(*name, room, "%s.new-%ld-%d", path, (long)getpid(), i);
+        descriptor = open(*name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (descriptor >= 0 || errno != EEXIST)
+            break;
+    }
+    if (descriptor >= 0)
+        file = fdopen(descriptor, "wb");
+    if (!file) {
+        int reason = errno;
+        if (descriptor >= 0) {
+            close(descriptor);
+            unlink(*name);
+        }
+        free(*name);
+        *name = NULL;
+        errno = reason;
+    }
+    return file;
+}
+
 sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, const char *path)
 {
     if (!context)
@@ -232,23 +268,30 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
     sebp_call call = sebp_call_begin(context, "sebp_basis_save");
     if (!basis || !path)
         return sebp_missing(&call, !basis ? "basis" : "path");
-    char *beside = malloc(strlen(path) + sizeof ".new");
-    if (!beside)
-        return sebp_fail(context, SEBP_ERROR_MEMORY, "%s: no memory for a name", call.function);
-    strcat(strcpy(beside, path), ".new");
-    FILE *file = fopen(beside, "wb");
-    bool done = file && write_basis(file, basis);
-    if (file && fclose(file) != 0)
-        done = false;
-    done = done && rename(beside, path) == 0;
+    char *beside;
+    FILE *file = open_beside(path, &beside);
+    bool done = false;
     int reason = errno;
-    if (file && !done)
-        remove(beside);
+    if (file) {
+        /* On the disk before it has the name: a crash must not leave a part of it there. */
+        done = write_basis(file, basis) && fflush(file) == 0 && fsync(fileno(file)) == 0;
+        reason = errno;
+        if (fclose(file) != 0 && done) {
+            done = false;
+            reason = errno;
+        }
+        if (done && rename(beside, path) != 0) {
+            done = false;
+            reason = errno;
+        }
+        if (!done)
+            unlink(beside);
+    }
     free(beside);
     if (done)
         return SEBP_SUCCESS;
-    return sebp_fail(context, SEBP_ERROR_FILE, "%s: %s cannot be written: %s", call.function, path,
-                     strerror(reason));
+    return sebp_fail(context, reason == ENOMEM ? SEBP_ERROR_MEMORY : SEBP_ERROR_FILE,
+                     "%s: %s cannot be written: %s", call.function, path, strerror(reason));
 }
 
 /* Why a header is refused; NULL: it is not. `length`: the file's. */

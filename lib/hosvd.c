@@ -208,6 +208,25 @@ sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double *energy,
     return SEBP_SUCCESS;
 }
 
+/*
+ * Whether a diagonal is that of a sum of `count` squares, each of `depth` terms, whose energy is
+ * known. Its elements are sums of squares: whatever order they were added in, each of the at most
+ * count * depth roundings takes away or adds FLT_EPSILON / 2 of it at most, and what is below FLT_MIN
+ * may be lost with each term.
+ */
+static bool trace_is(const sebp_matrix *sum, double energy, int64_t count, int64_t depth)
+{
+    double trace = 0, terms = (double)count * (double)depth;
+    for (int64_t i = 0; i < sum->rows; i++) {
+        float element = ((const float *)sum->data)[i * sum->stride + i];
+        if (!(element >= 0))
+            return false;
+        trace += (double)element;
+    }
+    double lost = 2 * terms * (double)sum->rows * (double)FLT_MIN;
+    return fabs(trace - energy) <= expm1(terms * (double)FLT_EPSILON) * energy + lost;
+}
+
 sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
                                    const sebp_matrix *out, const sebp_matrix *in)
 {
@@ -216,12 +235,14 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
     sebp_status status = check_copies(out, in);
     if (status != SEBP_SUCCESS)
         return status;
-    if (count < 0 || !(energy >= 0 && energy < MOST_ENERGY))
+    if (count < 0 || !(energy >= 0 && energy < MOST_ENERGY) || (count == 0 && energy > 0))
         return SEBP_ERROR_VALUE;
     if (!are_of_shape(sums, out, in))
         return SEBP_ERROR_SHAPE;
     if (!sebp_basis_all_finite(out) || !sebp_basis_all_finite(in))
         return SEBP_ERROR_NONFINITE;
+    if (!trace_is(out, energy, count, in->rows) || !trace_is(in, energy, count, out->rows))
+        return SEBP_ERROR_VALUE;
     sebp_matrix_convert(out, &sums->out);
     sebp_matrix_convert(in, &sums->in);
     sums->count = count;

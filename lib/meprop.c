@@ -51,7 +51,7 @@ static sebp_status gradient_on_rows(const sebp_call *call, const sebp_matrix *dy
     int64_t panel_rows = backend->set_aside_most(context->device) / row_bytes;
     panel_rows = panel_rows < dy->cols ? panel_rows : dy->cols;
     sebp_selection selection;
-    sebp_status status = sebp_selection_begin(&selection, gradient->count);
+    sebp_status status = sebp_selection_begin(context, &selection, gradient->count);
     if (status != SEBP_SUCCESS)
         return sebp_fail(context, status, "%s: no memory to choose among", call->function);
     status = panel_rows > 0 ? backend->set_aside(context->device, panel_rows * row_bytes)
@@ -61,7 +61,7 @@ static sebp_status gradient_on_rows(const sebp_call *call, const sebp_matrix *dy
     else
         status = feed_panels(call, dy, x, &selection, panel_rows);
     if (status == SEBP_SUCCESS) {
-        status = sebp_selection_finish(&selection, gradient);
+        status = sebp_selection_finish(context, &selection, gradient);
         if (status != SEBP_SUCCESS)
             sebp_fail(context, status, "%s: dW holds a NaN or an Inf", call->function);
     }

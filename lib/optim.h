@@ -11,7 +11,8 @@
 sebp_status sebp_take_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
                                     sebp_adamw_options *taken);
 
-/** Checks their values. */
-sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_options *options);
+/** Checks their values, and what step number `step` makes of them; step 0: what the decay does. */
+sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
+                                     int64_t step);
 
 #endif

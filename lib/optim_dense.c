@@ -33,7 +33,17 @@ sebp_status sebp_take_adamw_options(const sebp_call *call, const sebp_adamw_opti
     return status;
 }
 
-sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_options *options)
+/* What a step computes with must be finite as f32, as each option is by itself. */
+static sebp_status check_product(const sebp_call *call, const char *name, double value)
+{
+    if (isfinite((float)value))
+        return SEBP_SUCCESS;
+    return sebp_fail(call->context, SEBP_ERROR_VALUE, "%s: %s is %g: too large for f32",
+                     call->function, name, value);
+}
+
+sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
+                                     int64_t step)
 {
     sebp_status status = check_range(call, "learning_rate", options->learning_rate, INFINITY);
     if (status == SEBP_SUCCESS)
@@ -47,6 +57,12 @@ sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_opt
                            call->function, options->epsilon);
     if (status == SEBP_SUCCESS)
         status = check_range(call, "weight_decay", options->weight_decay, INFINITY);
+    if (status == SEBP_SUCCESS)
+        status = check_product(call, "learning_rate * weight_decay",
+                               options->learning_rate * options->weight_decay);
+    if (status == SEBP_SUCCESS && step > 0)
+        status = check_product(call, "learning_rate / (1 - beta1^t)",
+                               options->learning_rate / (1 - pow(options->beta1, (double)step)));
     return status;
 }
 
@@ -72,11 +88,11 @@ sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *gradient, 
         status = sebp_check_views(&call, arguments, COUNT);
     for (int i = 2; i < COUNT && status == SEBP_SUCCESS; i++)
         status = sebp_check_f32(&call, &arguments[i]);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_adamw_options(&call, &options);
     if (status == SEBP_SUCCESS && step < 1)
         status = sebp_fail(context, SEBP_ERROR_VALUE, "%s: step is %" PRId64 ", not >= 1",
                            call.function, step);
+    if (status == SEBP_SUCCESS)
+        status = sebp_check_adamw_options(&call, &options, step);
     for (int i = 1; i < COUNT && status == SEBP_SUCCESS; i++)
         status = sebp_check_shape(&call, &arguments[i], gradient->rows, gradient->cols);
     if (status == SEBP_SUCCESS)
@@ -103,7 +119,7 @@ sebp_status sebp_weight_decay(sebp_context *context, const sebp_adamw_options *g
     if (status == SEBP_SUCCESS)
         status = sebp_check_views(&call, &argument, 1);
     if (status == SEBP_SUCCESS)
-        status = sebp_check_adamw_options(&call, &options);
+        status = sebp_check_adamw_options(&call, &options, 0);
     double decay = options.learning_rate * options.weight_decay;
     if (status == SEBP_SUCCESS && decay > 0)
         context->backend->scale(context->device, w, 1 - decay);

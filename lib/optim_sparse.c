@@ -248,7 +248,7 @@ sebp_status sebp_sparse_adamw_step(sebp_context *context, sebp_sparse_adamw *sta
         return sebp_missing(&call, !state ? "state" : "gradient");
     sebp_status status = sebp_take_adamw_options(&call, given, &options);
     if (status == SEBP_SUCCESS)
-        status = sebp_check_adamw_options(&call, &options);
+        status = sebp_check_adamw_options(&call, &options, state->steps + 1);
     if (status == SEBP_SUCCESS)
         status = check_gradient(&call, state, gradient);
     if (status != SEBP_SUCCESS)

@@ -113,10 +113,10 @@ sebp_status sebp_sparse_top(sebp_context *context, const sebp_matrix *r, const s
         return status;
 
     sebp_selection selection;
-    status = sebp_selection_begin(&selection, top->count);
+    status = sebp_selection_begin(context, &selection, top->count);
     if (status == SEBP_SUCCESS) {
         sebp_selection_feed(context, &selection, r, 0);
-        status = sebp_selection_finish(&selection, top);
+        status = sebp_selection_finish(context, &selection, top);
         sebp_selection_end(&selection);
     }
     if (status != SEBP_SUCCESS)

@@ -519,6 +519,10 @@ static sebp_status add_step(const sebp_call *call, const sebp_basis *basis,
     int64_t panel = even_part(width, room / count);
     int64_t step = (by_cols ? w->stride : 1) * (int64_t)sebp_dtype_bytes(w->dtype);
     sebp_sparse_lines sparse = {count, lines->start, lines->places, lines->values};
+    /* Lines that follow each other, as all of them do, are a matrix that any GEMM takes as it lies. */
+    int64_t first = lines->lines[0];
+    bool is_run = lines->lines[count - 1] - first == count - 1;
+    const float *far_data = (const float *)far->data + (is_run ? first * far->stride : 0);
 
     sebp_status status = set_aside(call, count * panel);
     for (pass pass = RESERVE; pass <= RUN && status == SEBP_SUCCESS; pass++) {
@@ -526,7 +530,7 @@ static sebp_status add_step(const sebp_call *call, const sebp_basis *basis,
         for (int64_t j = 0; j < width && status == SEBP_SUCCESS; j += panel) {
             int64_t some = least(panel, width - j);
             sebp_operand of_t = dense(t, some, by_cols);
-            sebp_operand of_far = {far->data, far->stride, lines->lines, !by_cols};
+            sebp_operand of_far = {far_data, far->stride, is_run ? NULL : lines->lines, !by_cols};
             sebp_product product = {.k = count, .c_stride = w->stride, .c_dtype = w->dtype};
             product.m = by_cols ? some : w->rows;
             product.n = by_cols ? w->cols : some;

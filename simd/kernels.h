@@ -21,8 +21,10 @@ bool SEBP_NAME(any_above_bf16)(const uint16_t *row, int64_t n, float limit);
 double SEBP_NAME(square_sum_f32)(const float *row, int64_t n);
 double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n);
 
-int64_t SEBP_NAME(list_above)(const float *row, int64_t n, float limit, int64_t first,
-                              int64_t *indices, float *values, int64_t *count, int64_t room);
+void SEBP_NAME(count_at_least)(const float *row, int64_t n, uint32_t least, int64_t *count,
+                               int64_t *above);
+int64_t SEBP_NAME(list_at_least)(const float *row, int64_t n, uint32_t least, int64_t first,
+                                 int64_t *indices, float *values);
 
 /* move.c */
 void SEBP_NAME(move_rows)(char *to, int64_t to_stride, const int64_t *to_rows, const char *from,

@@ -85,38 +85,48 @@ double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n)
     return square_sum(row, true, n);
 }
 
-static inline bool is_above(float v, uint32_t most)
+/* Those of the first n lanes. */
+static inline uint32_t lanes_at_least(vec v, uint32_t least, int64_t n)
 {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    return (bits & 0x7FFFFFFF) > most;
+    return vec_at_least(v, least) & (uint32_t)((UINT64_C(1) << n) - 1);
 }
 
-/* Few elements are above the limit, so most vecs are passed by. */
-int64_t SEBP_NAME(list_above)(const float *row, int64_t n, float limit, int64_t first,
-                              int64_t *indices, float *values, int64_t *count, int64_t room)
+void SEBP_NAME(count_at_least)(const float *row, int64_t n, uint32_t least, int64_t *count,
+                               int64_t *above)
 {
-    uint32_t most;
-    memcpy(&most, &limit, sizeof most);
-    most &= 0x7FFFFFFF;
-    most = most < 0x7F7FFFFF ? most : 0x7F7FFFFF; /* Inf is above every limit */
-    vec limits = vec_set1(limit);
-    int64_t at = 0, listed = *count;
-    for (; at + VEC_LANES <= n && listed + VEC_LANES <= room; at += VEC_LANES) {
-        if (!vec_any_above(vec_load(row + at), limits)) {
-            continue;
-        }
-        for (int64_t i = at; i < at + VEC_LANES; i++) {
-            indices[listed] = first + i;
-            values[listed] = row[i];
-            listed += is_above(row[i], most);
+    int64_t at = 0, found = 0, larger = 0;
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        vec v = vec_load(row + at);
+        found += __builtin_popcount(vec_at_least(v, least));
+        larger += __builtin_popcount(vec_at_least(v, least + 1));
+    }
+    vec rest = vec_load_first(row + at, n - at);
+    *count += found + __builtin_popcount(lanes_at_least(rest, least, n - at));
+    *above += larger + __builtin_popcount(lanes_at_least(rest, least + 1, n - at));
+}
+
+static inline int64_t list_lanes(const float *row, uint32_t lanes, int64_t first, int64_t *indices,
+                                 float *values, int64_t listed)
+{
+    for (; lanes != 0; lanes &= lanes - 1) {
+        int lane = __builtin_ctz(lanes);
+        indices[listed] = first + lane;
+        values[listed++] = row[lane];
+    }
+    return listed;
+}
+
+/* Few elements are listed, so most vecs are passed by. */
+int64_t SEBP_NAME(list_at_least)(const float *row, int64_t n, uint32_t least, int64_t first,
+                                 int64_t *indices, float *values)
+{
+    int64_t at = 0, listed = 0;
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        uint32_t lanes = vec_at_least(vec_load(row + at), least);
+        if (lanes != 0) {
+            listed = list_lanes(row + at, lanes, first + at, indices, values, listed);
         }
     }
-    for (; at < n && listed < room; at++) {
-        indices[listed] = first + at;
-        values[listed] = row[at];
-        listed += is_above(row[at], most);
-    }
-    *count = listed;
-    return at;
+    uint32_t lanes = lanes_at_least(vec_load_first(row + at, n - at), least, n - at);
+    return list_lanes(row + at, lanes, first + at, indices, values, listed);
 }

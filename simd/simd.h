@@ -98,11 +98,14 @@ typedef struct sebp_kernels {
     double (*square_sum_f32)(const float *row, int64_t n); /* in double; NaN or Inf as they come */
     double (*square_sum_bf16)(const uint16_t *row, int64_t n);
 
-    /* Appends (first + i, row[i]) to the *count < room elements listed, for each |row[i]| > limit,
-     * NaN or Inf, in order, until there are `room`; returns how many elements it has looked at.
-     * limit: not NaN. What lies between *count and `room` may be written to. */
-    int64_t (*list_above)(const float *row, int64_t n, float limit, int64_t first, int64_t *indices,
-                          float *values, int64_t *count, int64_t room);
+    /* Magnitudes by their bits, so that NaN and Inf are above all others: adds to *count how many
+     * have bits of at least `least` < 2^31, to *above how many have more. */
+    void (*count_at_least)(const float *row, int64_t n, uint32_t least, int64_t *count,
+                           int64_t *above);
+    /* Lists (first + i, row[i]) of each that has at least `least` <= 2^31, in order; returns how
+     * many. Nothing is written behind them. */
+    int64_t (*list_at_least)(const float *row, int64_t n, uint32_t least, int64_t first,
+                             int64_t *indices, float *values);
 
     /* move.c: rows of row_bytes bytes each; strides in bytes */
     void (*move_rows)(char *to, int64_t to_stride, const int64_t *to_rows, const char *from,

@@ -23,6 +23,8 @@
  *                                       floating-point mode
  *     vec_any_above(v, limit)           any lane whose magnitude is above that of its limit, is Inf
  *                                       or NaN; by the bits, whatever the mode. limit: not NaN
+ *     vec_at_least(v, least)            which lanes' magnitudes have bits of at least `least`, which is
+ *                                       at most 2^31: bit i is lane i's; whatever the mode
  *     vec_transpose(rows)               in place, VEC_LANES vecs
  *
  * `vecd` is VEC_LANES f64, for sums that must not lose what f32 would lose.

@@ -142,6 +142,14 @@ static inline bool vec_any_above(vec v, vec limit)
     return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, most)) != 0;
 }
 
+static inline uint32_t vec_at_least(vec v, uint32_t least)
+{
+    /* There is no comparison of unsigned numbers; these are below 2^31 once 1 is taken off. */
+    __m256i below = _mm256_set1_epi32((int)(least - 1));
+    __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF));
+    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bits, below)));
+}
+
 static inline void vec_transpose(vec rows[VEC_LANES])
 {
     vec t[VEC_LANES];

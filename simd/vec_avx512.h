@@ -145,6 +145,12 @@ static inline bool vec_any_above(vec v, vec limit)
     return _mm512_cmpgt_epi32_mask(bits, most) != 0;
 }
 
+static inline uint32_t vec_at_least(vec v, uint32_t least)
+{
+    __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+    return _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32((int)least));
+}
+
 static inline void vec_transpose(vec rows[VEC_LANES])
 {
     vec t[VEC_LANES];

@@ -141,6 +141,13 @@ static inline bool vec_any_above(vec v, vec limit)
     return vmaxvq_u32(vcgtq_u32(bits, most)) != 0;
 }
 
+static inline uint32_t vec_at_least(vec v, uint32_t least)
+{
+    const uint32_t lanes[VEC_LANES] = {1, 2, 4, 8};
+    uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7FFFFFFF));
+    return vaddvq_u32(vandq_u32(vcgeq_u32(bits, vdupq_n_u32(least)), vld1q_u32(lanes)));
+}
+
 static inline void vec_transpose(vec rows[VEC_LANES])
 {
     float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(rows[0], rows[1]));

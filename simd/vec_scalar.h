@@ -136,6 +136,11 @@ static inline bool vec_any_above(vec v, vec limit)
     return (vec_bits(v) & 0x7FFFFFFF) > most;
 }
 
+static inline uint32_t vec_at_least(vec v, uint32_t least)
+{
+    return (vec_bits(v) & 0x7FFFFFFF) >= least;
+}
+
 static inline void vec_transpose(vec rows[VEC_LANES])
 {
     (void)rows;

@@ -35,7 +35,7 @@ reference_rows reference_rows_all(int64_t total)
     return rows;
 }
 
-static int by_index(const void *left, const void *right)
+int reference_by_index(const void *left, const void *right)
 {
     int64_t a = *(const int64_t *)left;
     int64_t b = *(const int64_t *)right;
@@ -44,7 +44,7 @@ static int by_index(const void *left, const void *right)
 
 int reference_rows_have(const reference_rows *rows, int64_t i)
 {
-    return bsearch(&i, rows->indices, (size_t)rows->count, sizeof i, by_index) != NULL;
+    return bsearch(&i, rows->indices, (size_t)rows->count, sizeof i, reference_by_index) != NULL;
 }
 
 int reference_rows_equal(const reference_rows *want, const sebp_rows *got)
@@ -134,7 +134,7 @@ reference_rows reference_rows_find(const sebp_matrix *dy, const sebp_rule *rule)
             rows.indices[rows.count++] = facts[i].index;
         }
     }
-    qsort(rows.indices, (size_t)rows.count, sizeof *rows.indices, by_index);
+    qsort(rows.indices, (size_t)rows.count, sizeof *rows.indices, reference_by_index);
     free(facts);
     return rows;
 }
@@ -418,4 +418,23 @@ void reference_check(const reference *want, const sebp_matrix *got, reference_mo
                   "%s: %lld of %lld sums are zero, which proves nothing", what,
                   (long long)(computed - nonzeros), (long long)computed);
     testing_check_matrix(got);
+}
+
+static const double *ranked;
+
+/* Larger magnitudes first, of equal ones lower indices. */
+static int by_magnitude(const void *left, const void *right)
+{
+    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
+    double one = fabs(ranked[a]), other = fabs(ranked[b]);
+    return one != other ? (one < other) - (one > other) : (a > b) - (a < b);
+}
+
+void reference_rank(const double *elements, int64_t count, int64_t *order)
+{
+    for (int64_t i = 0; i < count; i++) {
+        order[i] = i;
+    }
+    ranked = elements;
+    qsort(order, (size_t)count, sizeof *order, by_magnitude);
 }

@@ -80,6 +80,13 @@ reference reference_stepped(const sebp_matrix *u_out, const sebp_matrix *u_in, c
 
 void reference_free(reference *want);
 
+/** The indices of elements, larger magnitudes first, of equal ones lower indices first: the first k
+ * are those that a top k keeps. */
+void reference_rank(const double *elements, int64_t count, int64_t *order);
+
+/** For qsort() and bsearch(): int64_t, ascending. */
+int reference_by_index(const void *left, const void *right);
+
 /** How a matrix is compared. */
 typedef enum reference_mode {
     REFERENCE_BOUND, /**< |got - want| <= terms * eps * magnitude, and one rounding to bf16 */

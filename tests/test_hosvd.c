@@ -6,32 +6,18 @@
 #include "config.h"
 
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <sebp/sebp.h>
 
 #include "testing.h"
-
-static sebp_context *make_context(sebp_gemm gemm, int threads, int64_t workspace)
-{
-    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemm;
-    options.threads = threads;
-    options.workspace_bytes = workspace;
-    sebp_context *context = NULL;
-    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
-    return context;
-}
-
-static void expect_success(sebp_status status, const sebp_context *context)
-{
-    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", sebp_status_string(status),
-                  sebp_context_message(context));
-}
 
 static void expect_refusal(sebp_status got, sebp_status want, const char *word,
                            const sebp_context *context)
@@ -46,14 +32,6 @@ static void *array(int64_t count)
     double *data = calloc((size_t)count + 1, sizeof *data);
     ck_assert_ptr_nonnull(data);
     return data;
-}
-
-static sebp_matrix random_matrix(int64_t rows, int64_t cols, sebp_dtype dtype)
-{
-    int64_t stride = cols + (testing_chance(0.5) ? 0 : testing_between(1, 19));
-    sebp_matrix matrix = testing_matrix(rows, cols, stride, dtype);
-    testing_fill(&matrix, TESTING_REAL);
-    return matrix;
 }
 
 /* Adds G G^T to out, N x N, and G^T G to in, K x K. */
@@ -185,20 +163,20 @@ static void check_vectors(const sebp_matrix *vectors, const double *sum, double 
 START_TEST(eigenvectors)
 {
     for (int round = 0; round < testing_rounds(40); round++) {
-        sebp_context *context = make_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), 0);
+        sebp_context *context = testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), 0);
         int64_t N = testing_between(1, 50), K = testing_between(1, 50);
         int64_t least = N < K ? N : K, most = N < K ? K : N;
         int64_t count = testing_between(1, 4) + (most - 1) / least;
         double *out = array(N * N), *in = array(K * K);
         sebp_basis_sums *sums = NULL;
-        expect_success(sebp_basis_sums_create(N, K, &sums), context);
+        testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
         for (int64_t t = 0; t < count; t++) {
-            sebp_matrix g = random_matrix(N, K, testing_chance(0.5) ? SEBP_F32 : SEBP_BF16);
+            sebp_matrix g = testing_random_matrix(N, K, testing_dtype(), TESTING_REAL);
             for (int64_t i = 0; i < N * K; i++) { /* some spectrum, not all alike */
                 double scale = 1.0 / (double)(1 + i / K + i % K);
                 testing_set(&g, i / K, i % K, scale * testing_get(&g, i / K, i % K));
             }
-            expect_success(sebp_basis_sums_add(context, sums, &g), context);
+            testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
             ck_assert_int_eq(sebp_basis_sums_count(sums), t + 1);
             add_squares(&g, out, in);
             testing_release(&g);
@@ -206,7 +184,7 @@ START_TEST(eigenvectors)
         sebp_basis *basis = NULL;
         int64_t p = testing_chance(0.4) ? N : testing_between(1, N);
         int64_t q = testing_chance(0.4) ? K : testing_between(1, K);
-        expect_success(sebp_basis_solve(context, sums, p, q, &basis), context);
+        testing_succeed(sebp_basis_solve(context, sums, p, q, &basis), context);
         sebp_matrix u_out = sebp_basis_out(basis), u_in = sebp_basis_in(basis);
         ck_assert(u_out.rows == p && u_out.cols == N && u_in.rows == q && u_in.cols == K);
         check_vectors(&u_out, out, sebp_basis_share_out(basis));
@@ -214,7 +192,7 @@ START_TEST(eigenvectors)
 
         /* The sums are as they were. */
         sebp_basis *again = NULL;
-        expect_success(sebp_basis_solve(context, sums, p, q, &again), context);
+        testing_succeed(sebp_basis_solve(context, sums, p, q, &again), context);
         expect_same_basis(basis, again);
         sebp_basis_destroy(again);
         sebp_basis_destroy(basis);
@@ -230,19 +208,20 @@ END_TEST
 START_TEST(large_sums)
 {
     const int64_t N = 300, K = 270, count = 3;
-    sebp_matrix g[] = {random_matrix(N, K, SEBP_F32), random_matrix(N, K, SEBP_BF16),
-                       random_matrix(N, K, SEBP_F32)};
+    sebp_matrix g[] = {testing_random_matrix(N, K, SEBP_F32, TESTING_REAL),
+                       testing_random_matrix(N, K, SEBP_BF16, TESTING_REAL),
+                       testing_random_matrix(N, K, SEBP_F32, TESTING_REAL)};
     double *out = array(N * N), *in = array(K * K);
     sebp_basis *first = NULL;
     for (int threads = 1; threads <= 3; threads++) {
-        sebp_context *context = make_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
+        sebp_context *context = testing_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
         sebp_basis_sums *sums = NULL;
         sebp_basis *basis = NULL;
-        expect_success(sebp_basis_sums_create(N, K, &sums), context);
+        testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
         for (int64_t t = 0; t < count; t++) {
-            expect_success(sebp_basis_sums_add(context, sums, &g[t]), context);
+            testing_succeed(sebp_basis_sums_add(context, sums, &g[t]), context);
         }
-        expect_success(sebp_basis_solve(context, sums, 5, 7, &basis), context);
+        testing_succeed(sebp_basis_solve(context, sums, 5, 7, &basis), context);
         if (first == NULL) {
             first = basis;
         } else {
@@ -286,12 +265,13 @@ END_TEST
 START_TEST(few_gradients)
 {
     const int64_t N = 90, K = 30;
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     sebp_basis_sums *sums = NULL;
     double *out = array(N * N), *in = array(K * K);
-    expect_success(sebp_basis_sums_create(N, K, &sums), context);
+    testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
     for (int t = 0; t < 3; t++) { /* of rank 2 each */
-        sebp_matrix g = random_matrix(N, K, SEBP_F32), a = random_matrix(2, N, SEBP_F32);
+        sebp_matrix g = testing_random_matrix(N, K, SEBP_F32, TESTING_REAL),
+                    a = testing_random_matrix(2, N, SEBP_F32, TESTING_REAL);
         for (int64_t i = 0; i < N * K; i++) {
             double sum = testing_get(&a, 0, i / K) * testing_get(&g, 0, i % K) +
                          testing_get(&a, 1, i / K) * testing_get(&g, 1, i % K);
@@ -299,7 +279,7 @@ START_TEST(few_gradients)
                 testing_set(&g, i / K, i % K, sum);
             }
         }
-        expect_success(sebp_basis_sums_add(context, sums, &g), context);
+        testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
         add_squares(&g, out, in);
         testing_release(&g);
         testing_release(&a);
@@ -307,7 +287,7 @@ START_TEST(few_gradients)
     const int64_t ranks[][2] = {{N, K}, {N - 1, K - 1}, {40, 20}};
     for (int i = 0; i < 3; i++) {
         sebp_basis *basis = NULL;
-        expect_success(sebp_basis_solve(context, sums, ranks[i][0], ranks[i][1], &basis), context);
+        testing_succeed(sebp_basis_solve(context, sums, ranks[i][0], ranks[i][1], &basis), context);
         sebp_matrix u_out = sebp_basis_out(basis), u_in = sebp_basis_in(basis);
         check_vectors(&u_out, out, sebp_basis_share_out(basis));
         check_vectors(&u_in, in, sebp_basis_share_in(basis));
@@ -373,11 +353,11 @@ static double top_share(double *elements, int64_t count)
 START_TEST(planted_bases_are_found)
 {
     const int64_t N = 64, K = 48;
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
     double *a = random_rotation(N), *b = random_rotation(K), *c = array(N * K);
     sebp_basis_sums *sums = NULL;
     sebp_basis *basis = NULL;
-    expect_success(sebp_basis_sums_create(N, K, &sums), context);
+    testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
     sebp_matrix g = testing_matrix(N, K, K, SEBP_F32);
     for (int t = 0; t <= 40; t++) {
         double *left = array(N * K); /* C B */
@@ -400,11 +380,11 @@ START_TEST(planted_bases_are_found)
         }
         free(left);
         if (t < 40) {
-            expect_success(sebp_basis_sums_add(context, sums, &g), context);
+            testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
         }
     }
     double planted = top_share(c, N * K);
-    expect_success(sebp_basis_solve(context, sums, N, K, &basis), context);
+    testing_succeed(sebp_basis_solve(context, sums, N, K, &basis), context);
 
     /* G as dY^T X: dY = G^T, K x N, X = I, K x K. */
     sebp_matrix dy = testing_matrix(K, N, N, SEBP_F32), x = testing_matrix(K, K, K, SEBP_F32);
@@ -423,9 +403,9 @@ START_TEST(planted_bases_are_found)
     ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &turned, &wrong), SEBP_SUCCESS);
     double shares[2];
     for (int i = 0; i < 2; i++) {
-        expect_success(sebp_sparsegrad_gradient(context, i == 0 ? basis : wrong, &dy, &x, NULL,
-                                                NULL, SEBP_ROTATE_AUTO, &r),
-                       context);
+        testing_succeed(sebp_sparsegrad_gradient(context, i == 0 ? basis : wrong, &dy, &x, NULL,
+                                                 NULL, SEBP_ROTATE_AUTO, &r),
+                        context);
         for (int64_t j = 0; j < N * K; j++) {
             c[j] = testing_get(&r, j / K, j % K);
         }
@@ -450,21 +430,96 @@ START_TEST(planted_bases_are_found)
 }
 END_TEST
 
-START_TEST(bad_ranks)
+/*
+ * Gradients whose sums are diagonal in the planted bases, G = A^T C B with C_ii = +-0.85^i alone: what
+ * is found is what was planted, up to signs. Of another gradient, whose C is full and falls with i
+ * and j, the top 1% then holds at least the energy that the top 1% of C does.
+ */
+START_TEST(top_1_percent_holds_what_was_planted)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    const int64_t N = 64, K = 48;
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
+    double *a = random_rotation(N), *b = random_rotation(K), *c = array(N * K);
     sebp_basis_sums *sums = NULL;
     sebp_basis *basis = NULL;
-    expect_success(sebp_basis_sums_create(20, 6, &sums), context);
+    testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
+    sebp_matrix dy = testing_matrix(K, N, N, SEBP_F32), x = testing_matrix(K, K, K, SEBP_F32);
+    sebp_matrix g = testing_matrix(N, K, K, SEBP_F32), r = testing_matrix(N, K, K, SEBP_F32);
+    for (int t = 0; t <= 3; t++) {
+        double *left = array(N * K); /* A^T C */
+        for (int64_t i = 0; i < K; i++) {
+            for (int64_t j = 0; j < K; j++) {
+                double size = t < 3 ? i == j : testing_uniform() * pow(0.85, (double)j);
+                c[i * K + j] = size * pow(0.85, (double)i) * (testing_chance(0.5) ? 1 : -1);
+            }
+        }
+        for (int64_t n = 0; n < N; n++) {
+            for (int64_t i = 0; i < K; i++) {
+                for (int64_t j = 0; j < K; j++) {
+                    left[n * K + j] += a[i * N + n] * c[i * K + j];
+                }
+            }
+            for (int64_t k = 0; k < K; k++) {
+                double sum = 0;
+                for (int64_t j = 0; j < K; j++) {
+                    sum += left[n * K + j] * b[j * K + k];
+                }
+                testing_set(&g, n, k, sum);
+                testing_set(&dy, k, n, sum); /* dY^T X, of dY = G^T and X = I */
+            }
+        }
+        free(left);
+        if (t < 3) {
+            testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+        }
+    }
+    for (int64_t i = 0; i < K * K; i++) {
+        testing_set(&x, i / K, i % K, i / K == i % K);
+    }
+    double planted = top_share(c, N * K);
+    testing_succeed(sebp_basis_solve(context, sums, N, K, &basis), context);
+    testing_succeed(
+        sebp_sparsegrad_gradient(context, basis, &dy, &x, NULL, NULL, SEBP_ROTATE_AUTO, &r),
+        context);
+    for (int64_t j = 0; j < N * K; j++) {
+        c[j] = testing_get(&r, j / K, j % K);
+    }
+    double found = top_share(c, N * K);
+    ck_assert_msg(planted > 0.5 && found > (1 - 1e-4) * planted,
+                  "the top 1%% holds %g of the energy, as planted %g", found, planted);
+    for (int64_t i = 0; i < N * K; i++) {
+        c[i] = testing_get(&g, i / K, i % K);
+    }
+    double plain = top_share(c, N * K); /* or there would be nothing to find */
+    ck_assert_msg(plain < 0.75 * planted, "%g without bases, %g with them", plain, planted);
+    sebp_basis_destroy(basis);
+    sebp_basis_sums_destroy(sums);
+    testing_release(&g);
+    testing_release(&dy);
+    testing_release(&x);
+    testing_release(&r);
+    free(a);
+    free(b);
+    free(c);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+START_TEST(bad_ranks)
+{
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_basis_sums *sums = NULL;
+    sebp_basis *basis = NULL;
+    testing_succeed(sebp_basis_sums_create(20, 6, &sums), context);
     expect_refusal(sebp_basis_solve(context, sums, 1, 1, &basis), SEBP_ERROR_VALUE,
                    "0 gradients of 20x6", context);
     sebp_matrix g = testing_matrix(20, 6, 6, SEBP_F32);
     memset(g.data, 0, 20 * 6 * sizeof(float));
-    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
     expect_refusal(sebp_basis_solve(context, sums, 1, 1, &basis), SEBP_ERROR_VALUE, "all zero",
                    context);
     testing_fill(&g, TESTING_REAL);
-    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
     const int64_t bad[][2] = {{0, 1}, {-1, 1}, {21, 1}, {1, 0}, {1, 7}, {1, INT64_MAX}};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         expect_refusal(sebp_basis_solve(context, sums, bad[i][0], bad[i][1], &basis),
@@ -476,7 +531,7 @@ START_TEST(bad_ranks)
     expect_refusal(sebp_basis_solve(context, NULL, 1, 1, &basis), SEBP_ERROR_NULL, "sums", context);
     expect_refusal(sebp_basis_solve(context, sums, 1, 1, NULL), SEBP_ERROR_NULL, "basis", context);
     ck_assert_ptr_null(basis);
-    expect_success(sebp_basis_solve(context, sums, 12, 6, &basis), context);
+    testing_succeed(sebp_basis_solve(context, sums, 12, 6, &basis), context);
     sebp_basis_destroy(basis);
     sebp_basis_sums_destroy(sums);
     testing_release(&g);
@@ -487,16 +542,17 @@ END_TEST
 /* Sums copied out and in go on as if they had never been. */
 START_TEST(sums_copied)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     sebp_basis_sums *sums = NULL, *other = NULL;
     sebp_basis *want = NULL, *got = NULL;
-    sebp_matrix g = random_matrix(9, 7, SEBP_F32), h = random_matrix(9, 7, SEBP_BF16);
+    sebp_matrix g = testing_random_matrix(9, 7, SEBP_F32, TESTING_REAL),
+                h = testing_random_matrix(9, 7, SEBP_BF16, TESTING_REAL);
     sebp_matrix out = testing_matrix(9, 9, 11, SEBP_F32), in = testing_matrix(7, 7, 7, SEBP_F32);
     double energy = 0, squares[9 * 9] = {0}, others[7 * 7] = {0}, trace = 0;
-    expect_success(sebp_basis_sums_create(9, 7, &sums), context);
-    expect_success(sebp_basis_sums_create(9, 7, &other), context);
-    expect_success(sebp_basis_sums_add(context, sums, &g), context);
-    expect_success(sebp_basis_sums_add(context, sums, &h), context);
+    testing_succeed(sebp_basis_sums_create(9, 7, &sums), context);
+    testing_succeed(sebp_basis_sums_create(9, 7, &other), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &h), context);
     ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &in), SEBP_SUCCESS);
     add_squares(&g, squares, others);
     add_squares(&h, squares, others);
@@ -509,7 +565,7 @@ START_TEST(sums_copied)
     }
     ck_assert(fabs(energy - trace) < 1e-9 * trace);
 
-    expect_success(sebp_basis_sums_add(context, other, &h), context); /* what was there goes */
+    testing_succeed(sebp_basis_sums_add(context, other, &h), context); /* what was there goes */
     ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_SUCCESS);
     ck_assert_int_eq(sebp_basis_sums_count(other), 2);
 
@@ -532,6 +588,26 @@ START_TEST(sums_copied)
     ck_assert_int_eq(sebp_basis_sums_import(other, 3, NAN, &out, &in), SEBP_ERROR_VALUE);
     ck_assert_int_eq(sebp_basis_sums_import(other, 3, INFINITY, &out, &in), SEBP_ERROR_VALUE);
     ck_assert_int_eq(sebp_basis_sums_import(other, 3, energy, &in, &out), SEBP_ERROR_SHAPE);
+    /* A sum that is not of the energy told, by one element of a diagonal, or all of them; or by
+     * the energy itself. */
+    ck_assert_int_eq(sebp_basis_sums_import(other, 2, 1.001 * energy, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 2, 0.999 * energy, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 2, 0, &out, &in), SEBP_ERROR_VALUE);
+    ck_assert_int_eq(sebp_basis_sums_import(other, 0, energy, &out, &in), SEBP_ERROR_VALUE);
+    for (int side = 0; side < 2; side++) {
+        const sebp_matrix *sum = side == 0 ? &out : &in;
+        double element = testing_get(sum, 2, 2), next = testing_get(sum, 3, 3);
+        const double factors[] = {2, 0.5, 0, -1};
+        for (int i = 0; i < 4; i++) {
+            testing_set(sum, 2, 2, factors[i] * element);
+            ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_ERROR_VALUE);
+        }
+        testing_set(sum, 2, 2, element + next + 1); /* the trace is right, but one is negative */
+        testing_set(sum, 3, 3, -1);
+        ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_ERROR_VALUE);
+        testing_set(sum, 2, 2, element);
+        testing_set(sum, 3, 3, next);
+    }
     testing_set(&in, 3, 5, INFINITY);
     ck_assert_int_eq(sebp_basis_sums_import(other, 3, energy, &out, &in), SEBP_ERROR_NONFINITE);
     ck_assert_int_eq(sebp_basis_sums_count(other), 2);
@@ -539,8 +615,8 @@ START_TEST(sums_copied)
     sebp_basis_sums *both[] = {sums, other};
     sebp_basis **bases[] = {&want, &got};
     for (int i = 0; i < 2; i++) {
-        expect_success(sebp_basis_sums_add(context, both[i], &g), context);
-        expect_success(sebp_basis_solve(context, both[i], 9, 3, bases[i]), context);
+        testing_succeed(sebp_basis_sums_add(context, both[i], &g), context);
+        testing_succeed(sebp_basis_solve(context, both[i], 9, 3, bases[i]), context);
         sebp_basis_sums_destroy(both[i]);
     }
     expect_same_basis(want, got);
@@ -554,16 +630,53 @@ START_TEST(sums_copied)
 }
 END_TEST
 
+/* What was exported is never taken for damaged: of sizes where rounding adds up, and of gradients
+ * whose squares f32 cannot hold. */
+START_TEST(sums_come_back)
+{
+    for (int round = 0; round < testing_rounds(40); round++) {
+        sebp_context *context =
+            testing_context(testing_chance(0.5) ? SEBP_GEMM_AUTO : SEBP_GEMM_NATIVE, 1, 0);
+        int64_t N = testing_between(1, 40), K = testing_chance(0.2) ? 2000 : testing_between(1, 40);
+        const double scales[] = {1, 1e-17, 1e-19, 1e-22, 1e-30, 1e15, 0};
+        double scale = scales[testing_between(0, 6)], energy = 0;
+        sebp_basis_sums *sums = NULL, *other = NULL;
+        testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
+        testing_succeed(sebp_basis_sums_create(N, K, &other), context);
+        int64_t count = testing_between(0, 5);
+        for (int64_t t = 0; t < count; t++) {
+            sebp_matrix g = testing_random_matrix(N, K, testing_dtype(), TESTING_REAL);
+            for (int64_t i = 0; i < N * K; i++) {
+                testing_set(&g, i / K, i % K, scale * testing_get(&g, i / K, i % K));
+            }
+            testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+            testing_release(&g);
+        }
+        sebp_matrix out = testing_matrix(N, N, N, SEBP_F32), in = testing_matrix(K, K, K, SEBP_F32);
+        ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &in), SEBP_SUCCESS);
+        sebp_status status = sebp_basis_sums_import(other, count, energy, &out, &in);
+        ck_assert_msg(status == SEBP_SUCCESS, "%lld gradients of %lldx%lld times %g: %s",
+                      (long long)count, (long long)N, (long long)K, scale,
+                      sebp_status_string(status));
+        sebp_basis_sums_destroy(sums);
+        sebp_basis_sums_destroy(other);
+        testing_release(&out);
+        testing_release(&in);
+        sebp_context_destroy(context);
+    }
+}
+END_TEST
+
 /* A gradient that is refused leaves the sums as they were. */
 START_TEST(refused_gradients)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     sebp_basis_sums *sums = NULL;
     sebp_basis *before = NULL, *after = NULL;
-    sebp_matrix g = random_matrix(9, 7, SEBP_F32), odd = testing_copy(&g);
-    expect_success(sebp_basis_sums_create(9, 7, &sums), context);
-    expect_success(sebp_basis_sums_add(context, sums, &g), context);
-    expect_success(sebp_basis_solve(context, sums, 5, 5, &before), context);
+    sebp_matrix g = testing_random_matrix(9, 7, SEBP_F32, TESTING_REAL), odd = testing_copy(&g);
+    testing_succeed(sebp_basis_sums_create(9, 7, &sums), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_solve(context, sums, 5, 5, &before), context);
     const double values[] = {NAN, INFINITY, -INFINITY, 2e19};
     for (int i = 0; i < 4; i++) {
         testing_set(&odd, testing_between(0, 8), testing_between(0, 6), values[i]);
@@ -583,7 +696,7 @@ START_TEST(refused_gradients)
     expect_refusal(sebp_basis_sums_add(context, NULL, &g), SEBP_ERROR_NULL, "sums", context);
     ck_assert_int_eq(sebp_basis_sums_add(NULL, sums, &g), SEBP_ERROR_NULL);
     ck_assert_int_eq(sebp_basis_sums_count(sums), 1);
-    expect_success(sebp_basis_solve(context, sums, 5, 5, &after), context);
+    testing_succeed(sebp_basis_solve(context, sums, 5, 5, &after), context);
     expect_same_basis(before, after);
     sebp_basis_destroy(before);
     sebp_basis_destroy(after);
@@ -598,14 +711,14 @@ END_TEST
 
 START_TEST(without_lapack)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     sebp_basis_sums *sums = NULL;
     sebp_basis *basis = NULL;
-    sebp_matrix g = random_matrix(9, 7, SEBP_F32);
+    sebp_matrix g = testing_random_matrix(9, 7, SEBP_F32, TESTING_REAL);
     double *out = array(9 * 9), *in = array(7 * 7);
     add_squares(&g, out, in);
-    expect_success(sebp_basis_sums_create(9, 7, &sums), context);
-    expect_success(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_sums_create(9, 7, &sums), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
     expect_refusal(sebp_basis_solve(context, sums, 5, 5, &basis), SEBP_ERROR_UNSUPPORTED,
                    "liblapacke-dev", context);
     ck_assert_ptr_null(basis);
@@ -635,7 +748,8 @@ END_TEST
 
 START_TEST(from_vectors)
 {
-    sebp_matrix u_out = random_matrix(3, 5, SEBP_F32), u_in = random_matrix(4, 4, SEBP_F32);
+    sebp_matrix u_out = testing_random_matrix(3, 5, SEBP_F32, TESTING_REAL),
+                u_in = testing_random_matrix(4, 4, SEBP_F32, TESTING_REAL);
     sebp_basis *basis = NULL;
     ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &basis), SEBP_SUCCESS);
     sebp_matrix out = sebp_basis_out(basis), in = sebp_basis_in(basis);
@@ -691,12 +805,13 @@ static void setup_file(void)
     strcpy(folder, "/tmp/test_hosvd.XXXXXX");
     ck_assert_ptr_nonnull(mkdtemp(folder));
     snprintf(path, sizeof path, "%s/basis", folder);
-    context = make_context(SEBP_GEMM_AUTO, 1, 0);
-    sebp_matrix u_out = random_matrix(3, 7, SEBP_F32), u_in = random_matrix(2, 5, SEBP_F32);
+    context = testing_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_matrix u_out = testing_random_matrix(3, 7, SEBP_F32, TESTING_REAL),
+                u_in = testing_random_matrix(2, 5, SEBP_F32, TESTING_REAL);
     ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &saved), SEBP_SUCCESS);
     testing_release(&u_out);
     testing_release(&u_in);
-    expect_success(sebp_basis_save(context, saved, path), context);
+    testing_succeed(sebp_basis_save(context, saved, path), context);
     FILE *stream = fopen(path, "rb");
     ck_assert_ptr_nonnull(stream);
     file = malloc(4096);
@@ -774,7 +889,7 @@ END_TEST
 START_TEST(saved_and_loaded)
 {
     sebp_basis *loaded = NULL;
-    expect_success(sebp_basis_load(context, path, &loaded), context);
+    testing_succeed(sebp_basis_load(context, path, &loaded), context);
     expect_same_basis(saved, loaded);
     sebp_basis_destroy(loaded);
 
@@ -783,11 +898,11 @@ START_TEST(saved_and_loaded)
     memcpy(file + 48, shares, sizeof shares);
     seal(file);
     write_file(file, file_bytes);
-    expect_success(sebp_basis_load(context, path, &loaded), context);
+    testing_succeed(sebp_basis_load(context, path, &loaded), context);
     ck_assert(sebp_basis_share_out(loaded) == 0.75 && sebp_basis_share_in(loaded) == 0.5);
-    expect_success(sebp_basis_save(context, saved, path), context);
+    testing_succeed(sebp_basis_save(context, saved, path), context);
     sebp_basis *again = NULL;
-    expect_success(sebp_basis_load(context, path, &again), context);
+    testing_succeed(sebp_basis_load(context, path, &again), context);
     expect_same_basis(again, saved);
     sebp_basis_destroy(again);
     sebp_basis_destroy(loaded);
@@ -871,22 +986,124 @@ START_TEST(no_file)
     ck_assert_int_eq(sebp_basis_load(NULL, path, &basis), SEBP_ERROR_NULL);
     ck_assert_int_eq(sebp_basis_save(NULL, saved, path), SEBP_ERROR_NULL);
     ck_assert_ptr_null(basis);
+}
+END_TEST
 
-    /* A name where nothing can be written beside: what the path holds stays. */
-    char beside[160];
-    snprintf(beside, sizeof beside, "%s.new", path);
-    ck_assert_int_eq(mkdir(beside, 0700), 0);
-    expect_refusal(sebp_basis_save(context, saved, path), SEBP_ERROR_FILE, path, context);
-    expect_success(sebp_basis_load(context, path, &basis), context);
-    sebp_basis_destroy(basis);
-    ck_assert_int_eq(rmdir(beside), 0);
+/* What the path holds is what was saved. */
+static void still_there(void)
+{
+    sebp_basis *loaded = NULL;
+    testing_succeed(sebp_basis_load(context, path, &loaded), context);
+    expect_same_basis(loaded, saved);
+    sebp_basis_destroy(loaded);
+}
 
-    /* A full disk. */
-    if (access("/dev/full", W_OK) == 0 && symlink("/dev/full", beside) == 0) {
-        expect_refusal(sebp_basis_save(context, saved, path), SEBP_ERROR_FILE, "space", context);
-        expect_success(sebp_basis_load(context, path, &basis), context);
-        sebp_basis_destroy(basis);
+/* A file that grows over a limit, as on a disk that is full: nothing is lost, nothing is left. */
+START_TEST(full_disk)
+{
+    struct rlimit before, limit;
+    ck_assert_int_eq(getrlimit(RLIMIT_FSIZE, &before), 0);
+    limit = before;
+    limit.rlim_cur = 100;
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    fflush(NULL);
+    /* Check writes to files, too: nothing is asserted meanwhile. */
+    int limited = setrlimit(RLIMIT_FSIZE, &limit);
+    sebp_status status = sebp_basis_save(context, saved, path);
+    int unlimited = setrlimit(RLIMIT_FSIZE, &before);
+    signal(SIGXFSZ, handler);
+    ck_assert(limited == 0 && unlimited == 0);
+    expect_refusal(status, SEBP_ERROR_FILE, "large", context);
+    still_there();
+}
+END_TEST
+
+/* A folder that may be read alone. For root there is none: it becomes somebody else. */
+START_TEST(unwritable_folder)
+{
+    const uid_t root = 0, nobody = 65534;
+    ck_assert_int_eq(chmod(path, 0644), 0);
+    ck_assert_int_eq(chmod(folder, 0555), 0);
+    if (geteuid() == root && seteuid(nobody) != 0) {
+        testing_skip("unwritable_folder", "nothing is unwritable for root");
+    } else {
+        sebp_status status = sebp_basis_save(context, saved, path);
+        expect_refusal(status, SEBP_ERROR_FILE, "denied", context);
+        still_there();
     }
+    ck_assert(getuid() != root || seteuid(root) == 0);
+    ck_assert_int_eq(chmod(folder, 0755), 0);
+}
+END_TEST
+
+/* The mode of any new file. */
+START_TEST(mode_of_a_file)
+{
+    const mode_t masks[] = {022, 027, 077, 0};
+    for (int i = 0; i < 4; i++) {
+        struct stat is;
+        mode_t before = umask(masks[i]);
+        sebp_status status = sebp_basis_save(context, saved, path);
+        umask(before);
+        testing_succeed(status, context);
+        ck_assert_int_eq(stat(path, &is), 0);
+        ck_assert_uint_eq(is.st_mode & 0777, 0666 & ~masks[i]);
+    }
+}
+END_TEST
+
+/* Processes that save to one path: whoever reads meanwhile finds a whole file of one of them, and
+ * they leave that alone. What is left of one that was killed is in nobody's way. */
+START_TEST(many_save_to_one_path)
+{
+    enum { SAVERS = 4, TIMES = 60 };
+    sebp_basis *bases[SAVERS];
+    pid_t children[SAVERS];
+    char stale[160];
+    for (int i = 0; i < SAVERS; i++) { /* of different sizes, so of different lengths */
+        sebp_matrix u_out = testing_random_matrix(3 + i, 7 + 50 * i, SEBP_F32, TESTING_REAL);
+        sebp_matrix u_in = testing_random_matrix(2, 5, SEBP_F32, TESTING_REAL);
+        ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &bases[i]), SEBP_SUCCESS);
+        testing_release(&u_out);
+        testing_release(&u_in);
+    }
+    snprintf(stale, sizeof stale, "%s.new-%ld-0", path, (long)getpid());
+    FILE *stream = fopen(stale, "wb");
+    ck_assert(stream != NULL && fclose(stream) == 0);
+    testing_succeed(sebp_basis_save(context, bases[0], path), context);
+    fflush(NULL);
+    for (int i = 0; i < SAVERS; i++) {
+        children[i] = fork();
+        ck_assert_int_ge(children[i], 0);
+        for (int times = 0; children[i] == 0 && times < TIMES; times++) {
+            if (sebp_basis_save(context, bases[i], path) != SEBP_SUCCESS) {
+                _exit(1);
+            }
+        }
+        if (children[i] == 0) {
+            _exit(0);
+        }
+    }
+    int ended = 0, good = 0;
+    for (int last = 0; !last;) {
+        int result;
+        last = ended == SAVERS; /* once more when all are done */
+        while (ended < SAVERS && waitpid(-1, &result, WNOHANG) > 0) {
+            good += WIFEXITED(result) && WEXITSTATUS(result) == 0;
+            ended++;
+        }
+        sebp_basis *loaded = NULL;
+        testing_succeed(sebp_basis_load(context, path, &loaded), context);
+        int64_t whose = sebp_basis_out(loaded).rows - 3;
+        ck_assert(whose >= 0 && whose < SAVERS);
+        expect_same_basis(loaded, bases[whose]);
+        sebp_basis_destroy(loaded);
+    }
+    ck_assert_int_eq(good, SAVERS);
+    for (int i = 0; i < SAVERS; i++) {
+        sebp_basis_destroy(bases[i]);
+    }
+    ck_assert_int_eq(unlink(stale), 0); /* that the folder is empty is seen when it is removed */
 }
 END_TEST
 
@@ -899,9 +1116,11 @@ static Suite *make_suite(void)
     tcase_add_test(tests, large_sums);
     tcase_add_test(tests, few_gradients);
     tcase_add_test(tests, planted_bases_are_found);
+    tcase_add_test(tests, top_1_percent_holds_what_was_planted);
     tcase_add_test(tests, bad_ranks);
     tcase_add_test(tests, refused_gradients);
     tcase_add_test(tests, sums_copied);
+    tcase_add_test(tests, sums_come_back);
 #else
     tcase_add_test(tests, without_lapack);
 #endif
@@ -915,6 +1134,10 @@ static Suite *make_suite(void)
     tcase_add_test(files, damaged_files);
     tcase_add_test(files, foreign_files);
     tcase_add_test(files, no_file);
+    tcase_add_test(files, full_disk);
+    tcase_add_test(files, unwritable_folder);
+    tcase_add_test(files, mode_of_a_file);
+    tcase_add_test(files, many_save_to_one_path);
     suite_add_tcase(suite, files);
     return suite;
 }

@@ -12,23 +12,6 @@
 #include "reference.h"
 #include "testing.h"
 
-static sebp_context *make_context(sebp_gemm gemm, int threads, int64_t workspace)
-{
-    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemm;
-    options.threads = threads;
-    options.workspace_bytes = workspace;
-    sebp_context *context = NULL;
-    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
-    return context;
-}
-
-static void expect(sebp_status got, sebp_status want, const sebp_context *context)
-{
-    ck_assert_msg(got == want, "%s, not %s: %s", sebp_status_string(got), sebp_status_string(want),
-                  sebp_context_message(context));
-}
-
 /* A layer's gradient and input, and the rows to compute. */
 typedef struct problem {
     int64_t M, N, K;
@@ -38,20 +21,11 @@ typedef struct problem {
     sebp_linear_options options;
 } problem;
 
-static sebp_matrix random_matrix(int64_t rows, int64_t cols, sebp_dtype dtype,
-                                 testing_values values)
-{
-    int64_t stride = cols + (testing_chance(0.5) ? 0 : testing_between(1, 19));
-    sebp_matrix matrix = testing_matrix(rows, cols, stride, dtype);
-    testing_fill(&matrix, values);
-    return matrix;
-}
-
 static problem make_problem(int64_t M, int64_t N, int64_t K, testing_values values)
 {
     problem p = {.M = M, .N = N, .K = K, .options = SEBP_LINEAR_OPTIONS_INIT};
-    sebp_dtype dtype = testing_chance(0.5) ? SEBP_F32 : SEBP_BF16;
-    p.dy = random_matrix(M, N, dtype, values);
+    sebp_dtype dtype = testing_dtype();
+    p.dy = testing_random_matrix(M, N, dtype, values);
     testing_zero_rows(&p.dy, testing_chance(0.1) ? 0 : 0.5);
     const sebp_rule rule = sebp_rule_nonzero();
     p.active = reference_rows_find(&p.dy, &rule);
@@ -60,7 +34,7 @@ static problem make_problem(int64_t M, int64_t N, int64_t K, testing_values valu
                          SEBP_SUCCESS);
         p.options.x_is_compact = testing_chance(0.5);
     }
-    p.x = random_matrix(p.options.x_is_compact ? p.active.count : M, K, dtype, values);
+    p.x = testing_random_matrix(p.options.x_is_compact ? p.active.count : M, K, dtype, values);
     return p;
 }
 
@@ -72,47 +46,14 @@ static void free_problem(problem *p)
     testing_release(&p->x);
 }
 
-/* Room for k elements. */
-static sebp_sparse make_sparse(int64_t k, int64_t rows, int64_t cols)
-{
-    return (sebp_sparse){testing_alloc((size_t)k * sizeof(int64_t), 0),
-                         testing_alloc((size_t)k * sizeof(float), 0), k, rows, cols};
-}
-
-static void free_sparse(sebp_sparse *sparse)
-{
-    testing_free(sparse->indices);
-    testing_free(sparse->values);
-}
-
-/* Larger magnitudes first, of equal ones lower indices. */
-static const double *ranked;
-
-static int by_rank(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    double one = fabs(ranked[a]), other = fabs(ranked[b]);
-    return one != other ? (one < other) - (one > other) : (a > b) - (a < b);
-}
-
-static int by_index(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
-
 /* Whether the elements kept are the first of all by rank, with their values. */
 static void check_top(const sebp_sparse *got, const double *all)
 {
     int64_t total = got->rows * got->cols;
     int64_t *order = malloc((size_t)total * sizeof *order);
     ck_assert_ptr_nonnull(order);
-    for (int64_t i = 0; i < total; i++) {
-        order[i] = i;
-    }
-    ranked = all;
-    qsort(order, (size_t)total, sizeof *order, by_rank);
-    qsort(order, (size_t)got->count, sizeof *order, by_index);
+    reference_rank(all, total, order);
+    qsort(order, (size_t)got->count, sizeof *order, reference_by_index);
     for (int64_t i = 0; i < got->count; i++) {
         if (got->indices[i] != order[i] || (double)got->values[i] != all[order[i]]) {
             ck_abort_msg("element %lld of %lld is %lld: %g, not %lld: %g", (long long)i,
@@ -134,16 +75,16 @@ START_TEST(top_is_exact_on_integers)
 {
     for (int round = 0; round < testing_rounds(200); round++) {
         sebp_context *context =
-            make_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), (int64_t)1 << 20);
+            testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), (int64_t)1 << 20);
         problem p = make_problem(testing_between(1, 60), testing_between(1, 60),
                                  testing_between(1, 60), TESTING_INTEGER);
-        sebp_sparse got = make_sparse(random_k(p.N * p.K), p.N, p.K);
+        sebp_sparse got = testing_sparse(random_k(p.N * p.K), p.N, p.K);
         reference dw = reference_dw(&p.dy, &p.x, &p.active, p.options.x_is_compact, NULL);
-        expect(sebp_meprop_gradient(context, &p.dy, &p.x, p.rows, &p.options, &got), SEBP_SUCCESS,
-               context);
+        testing_expect(sebp_meprop_gradient(context, &p.dy, &p.x, p.rows, &p.options, &got),
+                       SEBP_SUCCESS, context);
         check_top(&got, dw.value);
         reference_free(&dw);
-        free_sparse(&got);
+        testing_free_sparse(&got);
         free_problem(&p);
         sebp_context_destroy(context);
     }
@@ -157,27 +98,27 @@ START_TEST(panels_choose_as_the_whole)
         /* dW of 2 to 4 MB; half a MiB is left for panels. */
         problem p = make_problem(testing_between(20, 60), testing_between(700, 900),
                                  testing_between(700, 900), TESTING_REAL);
-        sebp_sparse want = make_sparse(testing_between(1, 20000), p.N, p.K);
-        sebp_context *context = make_context(SEBP_GEMM_NATIVE, 2, 0);
+        sebp_sparse want = testing_sparse(testing_between(1, 20000), p.N, p.K);
+        sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, 0);
         sebp_matrix dw = testing_matrix(p.N, p.K, p.K, SEBP_F32);
-        expect(
+        testing_expect(
             sebp_linear_backward(context, &p.dy, &p.x, NULL, p.rows, &p.options, NULL, &dw, NULL),
             SEBP_SUCCESS, context);
-        expect(sebp_sparse_top(context, &dw, &want), SEBP_SUCCESS, context);
+        testing_expect(sebp_sparse_top(context, &dw, &want), SEBP_SUCCESS, context);
         sebp_context_destroy(context);
         for (int threads = 1; threads <= 4; threads++) {
-            context = make_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
-            sebp_sparse got = make_sparse(want.count, p.N, p.K);
-            expect(sebp_meprop_gradient(context, &p.dy, &p.x, p.rows, &p.options, &got),
-                   SEBP_SUCCESS, context);
+            context = testing_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
+            sebp_sparse got = testing_sparse(want.count, p.N, p.K);
+            testing_expect(sebp_meprop_gradient(context, &p.dy, &p.x, p.rows, &p.options, &got),
+                           SEBP_SUCCESS, context);
             ck_assert_mem_eq(got.indices, want.indices, (size_t)got.count * sizeof(int64_t));
             ck_assert_mem_eq(got.values, want.values, (size_t)got.count * sizeof(float));
             ck_assert_int_le(sebp_context_scratch_bytes(context), (int64_t)1 << 20);
-            free_sparse(&got);
+            testing_free_sparse(&got);
             sebp_context_destroy(context);
         }
         testing_release(&dw);
-        free_sparse(&want);
+        testing_free_sparse(&want);
         free_problem(&p);
     }
 }
@@ -192,20 +133,20 @@ START_TEST(the_last_panel_is_reserved_too)
     } cases[] = {{SEBP_GEMM_AUTO, 512, 1030, 512}, {SEBP_GEMM_NATIVE, 60, 3470, 256}};
     problem p = {.M = cases[_i].M, .N = cases[_i].N, .K = cases[_i].K};
     p.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
-    p.dy = random_matrix(p.M, p.N, SEBP_F32, TESTING_INTEGER);
-    p.x = random_matrix(p.M, p.K, SEBP_F32, TESTING_INTEGER);
-    sebp_sparse want = make_sparse(1000, p.N, p.K), got = make_sparse(1000, p.N, p.K);
+    p.dy = testing_random_matrix(p.M, p.N, SEBP_F32, TESTING_INTEGER);
+    p.x = testing_random_matrix(p.M, p.K, SEBP_F32, TESTING_INTEGER);
+    sebp_sparse want = testing_sparse(1000, p.N, p.K), got = testing_sparse(1000, p.N, p.K);
     for (int64_t mib = 4; mib <= 64; mib += 60) {
-        sebp_context *context = make_context(cases[_i].gemm, 1, mib << 20);
-        expect(
+        sebp_context *context = testing_context(cases[_i].gemm, 1, mib << 20);
+        testing_expect(
             sebp_meprop_gradient(context, &p.dy, &p.x, NULL, &p.options, mib == 4 ? &got : &want),
             SEBP_SUCCESS, context);
         sebp_context_destroy(context);
     }
     ck_assert_mem_eq(got.indices, want.indices, 1000 * sizeof(int64_t));
     ck_assert_mem_eq(got.values, want.values, 1000 * sizeof(float));
-    free_sparse(&got);
-    free_sparse(&want);
+    testing_free_sparse(&got);
+    testing_free_sparse(&want);
     free_problem(&p);
 }
 END_TEST
@@ -213,15 +154,15 @@ END_TEST
 /* With no active row all of dW is zero, and the lowest indices are kept. */
 START_TEST(no_active_row_keeps_the_first_elements)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     sebp_matrix dy = testing_matrix(7, 5, 5, SEBP_F32), x = testing_matrix(7, 6, 6, SEBP_F32);
     memset(dy.data, 0, 7 * 5 * sizeof(float)); /* X is poison: not read */
-    sebp_sparse got = make_sparse(4, 5, 6);
-    expect(sebp_meprop_gradient(context, &dy, &x, NULL, NULL, &got), SEBP_SUCCESS, context);
+    sebp_sparse got = testing_sparse(4, 5, 6);
+    testing_expect(sebp_meprop_gradient(context, &dy, &x, NULL, NULL, &got), SEBP_SUCCESS, context);
     for (int64_t i = 0; i < 4; i++) {
         ck_assert(got.indices[i] == i && got.values[i] == 0);
     }
-    free_sparse(&got);
+    testing_free_sparse(&got);
     testing_release(&dy);
     testing_release(&x);
     sebp_context_destroy(context);
@@ -248,13 +189,13 @@ END_TEST
 
 START_TEST(bad_input_is_refused)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, (int64_t)1 << 20);
-    problem p = {.dy = random_matrix(8, 5, SEBP_F32, TESTING_REAL),
-                 .x = random_matrix(8, 6, SEBP_F32, TESTING_REAL)};
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, (int64_t)1 << 20);
+    problem p = {.dy = testing_random_matrix(8, 5, SEBP_F32, TESTING_REAL),
+                 .x = testing_random_matrix(8, 6, SEBP_F32, TESTING_REAL)};
     sebp_rows *other_rows = NULL;
     ck_assert_int_eq(sebp_rows_all(8, &p.rows), SEBP_SUCCESS);
     ck_assert_int_eq(sebp_rows_all(9, &other_rows), SEBP_SUCCESS);
-    sebp_sparse room = make_sparse(10, 5, 6); /* of poison: indices of -1 */
+    sebp_sparse room = testing_sparse(10, 5, 6); /* of poison: indices of -1 */
     REFUSES(SEBP_ERROR_NULL, "dy", dy = NULL);
     REFUSES(SEBP_ERROR_NULL, "x", x = NULL);
     REFUSES(SEBP_ERROR_NULL, "gradient", gradient = NULL);
@@ -280,16 +221,16 @@ START_TEST(bad_input_is_refused)
         testing_set(&p.dy, 3, i, was);
     }
     ck_assert_int_eq(sebp_meprop_gradient(NULL, &p.dy, &p.x, NULL, NULL, &room), SEBP_ERROR_NULL);
-    free_sparse(&room);
+    testing_free_sparse(&room);
 
     /* One row of dW is more than half of the scratch memory. */
-    sebp_matrix wide = random_matrix(2, 150000, SEBP_F32, TESTING_REAL);
-    sebp_matrix narrow = random_matrix(2, 1, SEBP_F32, TESTING_REAL);
-    sebp_sparse one = make_sparse(1, 1, 150000);
-    expect(sebp_meprop_gradient(context, &narrow, &wide, NULL, NULL, &one), SEBP_ERROR_MEMORY,
-           context);
+    sebp_matrix wide = testing_random_matrix(2, 150000, SEBP_F32, TESTING_REAL);
+    sebp_matrix narrow = testing_random_matrix(2, 1, SEBP_F32, TESTING_REAL);
+    sebp_sparse one = testing_sparse(1, 1, 150000);
+    testing_expect(sebp_meprop_gradient(context, &narrow, &wide, NULL, NULL, &one),
+                   SEBP_ERROR_MEMORY, context);
     ck_assert_int_eq(one.indices[0], -1);
-    free_sparse(&one);
+    testing_free_sparse(&one);
     testing_release(&wide);
     testing_release(&narrow);
     sebp_rows_destroy(other_rows);

@@ -658,6 +658,13 @@ START_TEST(dense_step_refuses_bad_input)
         DENSE(SEBP_ERROR_VALUE, "epsilon", options.epsilon = -1);
         DENSE(SEBP_ERROR_VALUE, "weight_decay", options.weight_decay = -1);
         DENSE(SEBP_ERROR_VALUE, "weight_decay", options.weight_decay = INFINITY);
+        /* Each fits into f32, what is computed of them does not. */
+        DENSE(SEBP_ERROR_VALUE, "learning_rate * weight_decay",
+              (options.learning_rate = 1e20, options.weight_decay = 1e20));
+        DENSE(SEBP_ERROR_VALUE, "learning_rate / (1 - beta1^t)",
+              (options.learning_rate = 1e38, options.weight_decay = 0, t = 1));
+        DENSE(SEBP_ERROR_VALUE, "learning_rate / (1 - beta1^t)",
+              (options.learning_rate = 1e23, options.beta1 = 1 - 0x1p-53, t = 1));
         const double odd[] = {NAN, INFINITY, -INFINITY};
         for (int at = 0; at < 9; at++) {
             DENSE(SEBP_ERROR_NONFINITE, "gradient", testing_set(gradient, at, 8 - at, odd[at % 3]));
@@ -685,7 +692,19 @@ START_TEST(decay_refuses_bad_input)
     options.size_bytes--;
     options.weight_decay = NAN;
     expect(sebp_weight_decay(context, &options, &w), SEBP_ERROR_VALUE, context);
+    options.learning_rate = options.weight_decay = 2e19;
+    expect(sebp_weight_decay(context, &options, &w), SEBP_ERROR_VALUE, context);
+    ck_assert_ptr_nonnull(strstr(sebp_context_message(context), "learning_rate * weight_decay"));
     ck_assert(testing_same_bits(&w, &was));
+    /* As a decay is no step, it does not divide by 1 - beta1^t. */
+    options.learning_rate = 1e38;
+    options.weight_decay = 1e-38;
+    expect(sebp_weight_decay(context, &options, &w), SEBP_SUCCESS, context);
+    for (int64_t i = 0; i < 3; i++) {
+        for (int64_t j = 0; j < 4; j++) {
+            ck_assert(fabs(testing_get(&w, i, j)) < 1e-6);
+        }
+    }
     testing_release(&w);
     testing_release(&was);
     sebp_context_destroy(context);
@@ -736,6 +755,10 @@ START_TEST(sparse_step_refuses_bad_input)
     SPARSE(SEBP_ERROR_ROWS, "gradient", indices[1] = 12);
     SPARSE(SEBP_ERROR_SIZE, "size_bytes", options.size_bytes = 1);
     SPARSE(SEBP_ERROR_VALUE, "beta1", options.beta1 = 2);
+    SPARSE(SEBP_ERROR_VALUE, "learning_rate * weight_decay",
+           (options.learning_rate = 1e20, options.weight_decay = 1e20));
+    SPARSE(SEBP_ERROR_VALUE, "learning_rate / (1 - beta1^t)", /* t = 2: 1 - 0.81 */
+           (options.learning_rate = 1e38, options.weight_decay = 0));
     SPARSE(SEBP_ERROR_NONFINITE, "gradient", values[2] = NAN);
     SPARSE(SEBP_ERROR_NONFINITE, "gradient", values[0] = -INFINITY);
     if (_i) {
@@ -745,6 +768,17 @@ START_TEST(sparse_step_refuses_bad_input)
     ck_assert_int_eq(sebp_sparse_adamw_step(NULL, state, NULL, &gradient), SEBP_ERROR_NULL);
     expect(sebp_sparse_adamw_step(context, NULL, NULL, &gradient), SEBP_ERROR_NULL, context);
     ck_assert_int_eq(sebp_sparse_adamw_steps(state), 1);
+
+    /* It is the step's own t that counts: this rate is too large for the first steps alone. */
+    sebp_adamw_options options = SEBP_ADAMW_OPTIONS_INIT;
+    options.learning_rate = 1e38;
+    options.weight_decay = 0;
+    for (int t = 2; t <= 4; t++) { /* 1 - 0.9^t: 0.19, 0.271, 0.344 */
+        float next[3] = {1, -2, 3};
+        sebp_sparse values_of_3 = {support, next, 3, 3, 5};
+        expect(sebp_sparse_adamw_step(context, state, t < 4 ? NULL : &options, &values_of_3),
+               SEBP_SUCCESS, context);
+    }
     sebp_sparse_adamw_destroy(state);
     sebp_context_destroy(context);
 }

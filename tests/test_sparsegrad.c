@@ -16,46 +16,11 @@
 #define LEAST_SCRATCH ((int64_t)1 << 20)
 #define ROTATIONS     6
 
-static sebp_context *make_context(sebp_gemm gemm, int threads, int64_t workspace)
-{
-    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemm;
-    options.threads = threads;
-    options.workspace_bytes = workspace;
-    sebp_context *context = NULL;
-    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
-    return context;
-}
-
-static void expect_success(sebp_status status, const sebp_context *context)
-{
-    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", sebp_status_string(status),
-                  sebp_context_message(context));
-}
-
-static sebp_dtype random_dtype(void)
-{
-    return testing_chance(0.5) ? SEBP_F32 : SEBP_BF16;
-}
-
-static int64_t random_stride(int64_t cols)
-{
-    return cols + (testing_chance(0.5) ? 0 : testing_between(1, 19));
-}
-
-static sebp_matrix random_matrix(int64_t rows, int64_t cols, sebp_dtype dtype,
-                                 testing_values values)
-{
-    sebp_matrix matrix = testing_matrix(rows, cols, random_stride(cols), dtype);
-    testing_fill(&matrix, values);
-    return matrix;
-}
-
 /* `rank` orthonormal rows of `size`: Gram-Schmidt, twice, in double; or, for exact sums, rows of
  * the identity in any order and with any sign. */
 static sebp_matrix random_vectors(int64_t rank, int64_t size, testing_values values)
 {
-    sebp_matrix vectors = testing_matrix(rank, size, random_stride(size), SEBP_F32);
+    sebp_matrix vectors = testing_matrix(rank, size, testing_stride(size), SEBP_F32);
     double *row = calloc((size_t)(rank * size), sizeof *row);
     ck_assert_ptr_nonnull(row);
     for (int64_t i = 0; i < rank; i++) {
@@ -125,7 +90,7 @@ static problem make_problem(int64_t M, int64_t N, int64_t K, sebp_dtype dtype,
     p.p = testing_chance(0.3) ? N : testing_between(1, N);
     p.q = testing_chance(0.3) ? K : testing_between(1, K);
     make_basis(&p, values);
-    p.dy = random_matrix(M, N, dtype, values);
+    p.dy = testing_random_matrix(M, N, dtype, values);
     testing_zero_rows(&p.dy, testing_chance(0.1) ? 0 : 0.6);
     const sebp_rule rule = sebp_rule_nonzero();
     p.active = reference_rows_find(&p.dy, &rule);
@@ -134,7 +99,7 @@ static problem make_problem(int64_t M, int64_t N, int64_t K, sebp_dtype dtype,
                          SEBP_SUCCESS);
         p.options.x_is_compact = testing_chance(0.5);
     }
-    p.x = random_matrix(p.options.x_is_compact ? p.active.count : M, K, dtype, values);
+    p.x = testing_random_matrix(p.options.x_is_compact ? p.active.count : M, K, dtype, values);
     for (int64_t i = 0; i < M && !p.options.x_is_compact; i++) {
         if (!reference_rows_have(&p.active, i)) { /* what must not be read */
             testing_set(&p.x, i, testing_between(0, K - 1), NAN);
@@ -168,13 +133,13 @@ static void check_gradient(sebp_context *context, problem *p, testing_values val
     for (int rotation = 0; rotation < ROTATIONS; rotation++) {
         int add = testing_chance(0.5);
         p->options.dw_write = add ? SEBP_ACCUMULATE : SEBP_OVERWRITE;
-        sebp_matrix r = testing_matrix(p->p, p->q, random_stride(p->q), SEBP_F32);
+        sebp_matrix r = testing_matrix(p->p, p->q, testing_stride(p->q), SEBP_F32);
         if (add) {
             testing_fill(&r, values);
         }
         reference want = reference_r(&p->u_out, &p->u_in, &p->dy, &p->x, &p->active,
                                      p->options.x_is_compact, add ? &r : NULL);
-        expect_success(call_gradient(context, p, rotation, &r), context);
+        testing_succeed(call_gradient(context, p, rotation, &r), context);
         reference_check(&want, &r, values == TESTING_INTEGER ? REFERENCE_EXACT : REFERENCE_BOUND,
                         "R");
         reference_free(&want);
@@ -186,10 +151,10 @@ START_TEST(gradient)
 {
     testing_values values = _i == 0 ? TESTING_REAL : TESTING_INTEGER;
     for (int round = 0; round < testing_rounds(60); round++) {
-        sebp_context *context = make_context(
+        sebp_context *context = testing_context(
             testing_chance(0.5) ? SEBP_GEMM_AUTO : SEBP_GEMM_NATIVE, (int)testing_between(1, 3), 0);
         problem p = make_problem(testing_between(1, 60), testing_between(1, 60),
-                                 testing_between(1, 60), random_dtype(), values);
+                                 testing_between(1, 60), testing_dtype(), values);
         check_gradient(context, &p, values);
         free_problem(&p);
         sebp_context_destroy(context);
@@ -201,7 +166,7 @@ END_TEST
 START_TEST(gradient_in_panels)
 {
     sebp_dtype dtype = _i == 0 ? SEBP_F32 : SEBP_BF16;
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, LEAST_SCRATCH);
     problem p = make_problem(900, 420, 300, dtype, TESTING_REAL);
     while (p.active.count == 0) {
         free_problem(&p);
@@ -216,19 +181,20 @@ END_TEST
 
 START_TEST(gradient_without_active_rows)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     problem p = {.M = 9, .N = 5, .K = 4, .p = 3, .q = 2, .options = SEBP_LINEAR_OPTIONS_INIT};
     make_basis(&p, TESTING_REAL);
     p.dy = testing_matrix(9, 5, 5, SEBP_F32);
     memset(p.dy.data, 0, 9 * 5 * sizeof(float));
     p.x = testing_matrix(9, 4, 4, SEBP_F32); /* poison: not read */
     for (int rotation = 0; rotation < ROTATIONS; rotation++) {
-        sebp_matrix r = random_matrix(3, 2, SEBP_F32, TESTING_REAL), before = testing_copy(&r);
+        sebp_matrix r = testing_random_matrix(3, 2, SEBP_F32, TESTING_REAL),
+                    before = testing_copy(&r);
         p.options.dw_write = SEBP_ACCUMULATE;
-        expect_success(call_gradient(context, &p, rotation, &r), context);
+        testing_succeed(call_gradient(context, &p, rotation, &r), context);
         ck_assert(testing_same_bits(&r, &before));
         p.options.dw_write = SEBP_OVERWRITE;
-        expect_success(call_gradient(context, &p, rotation, &r), context);
+        testing_succeed(call_gradient(context, &p, rotation, &r), context);
         ck_assert_int_eq(testing_nonzeros(&r), 0);
         testing_release(&before);
         testing_release(&r);
@@ -282,68 +248,75 @@ END_TEST
 
 /* ---- kept elements ---- */
 
-static sebp_sparse make_sparse(int64_t k, int64_t rows, int64_t cols)
-{
-    return (sebp_sparse){testing_alloc((size_t)k * sizeof(int64_t), 0),
-                         testing_alloc((size_t)k * sizeof(float), 0), k, rows, cols};
-}
-
-static void free_sparse(sebp_sparse *sparse)
-{
-    testing_free(sparse->indices);
-    testing_free(sparse->values);
-}
-
-static const sebp_matrix *ranked;
-
 static double at(const sebp_matrix *matrix, int64_t index)
 {
     return testing_get(matrix, index / matrix->cols, index % matrix->cols);
 }
 
-/* Larger magnitudes first, of equal ones lower indices. */
-static int by_rank(const void *left, const void *right)
+static double *in_double(const sebp_matrix *matrix)
 {
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    double one = fabs(at(ranked, a)), other = fabs(at(ranked, b));
-    return one != other ? (one < other) - (one > other) : (a > b) - (a < b);
+    double *data = calloc((size_t)(matrix->rows * matrix->cols), sizeof *data);
+    ck_assert_ptr_nonnull(data);
+    for (int64_t i = 0; i < matrix->rows * matrix->cols; i++) {
+        data[i] = at(matrix, i);
+    }
+    return data;
 }
 
-static int by_index(const void *left, const void *right)
-{
-    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
-    return (a > b) - (a < b);
-}
+enum { CONTEXTS = 4 };
+static const int context_threads[CONTEXTS] = {1, 2, 3, 8};
 
-static void check_top(sebp_context *context, const sebp_matrix *r, int64_t k)
+/* Each k of `ks`, on any number of threads, against a sort of all elements. */
+static void check_tops(sebp_context *const *contexts, const sebp_matrix *r, const int64_t *ks,
+                       int count)
 {
     int64_t total = r->rows * r->cols;
     int64_t *order = malloc((size_t)total * sizeof *order);
-    ck_assert_ptr_nonnull(order);
-    for (int64_t i = 0; i < total; i++) {
-        order[i] = i;
-    }
-    ranked = r;
-    qsort(order, (size_t)total, sizeof *order, by_rank);
-    qsort(order, (size_t)k, sizeof *order, by_index);
-    sebp_sparse top = make_sparse(k, r->rows, r->cols);
-    expect_success(sebp_sparse_top(context, r, &top), context);
-    for (int64_t i = 0; i < k; i++) {
-        if (top.indices[i] != order[i] || (double)top.values[i] != at(r, order[i])) {
-            ck_abort_msg("element %lld of %lld is %lld, not %lld", (long long)i, (long long)k,
-                         (long long)top.indices[i], (long long)order[i]);
+    int64_t *want = malloc((size_t)total * sizeof *want);
+    ck_assert(order != NULL && want != NULL);
+    double *all = in_double(r);
+    reference_rank(all, total, order);
+    for (int c = 0; c < count; c++) {
+        int64_t k = ks[c];
+        memcpy(want, order, (size_t)k * sizeof *want);
+        qsort(want, (size_t)k, sizeof *want, reference_by_index);
+        for (int t = 0; t < CONTEXTS; t++) {
+            sebp_sparse top = testing_sparse(k, r->rows, r->cols);
+            testing_succeed(sebp_sparse_top(contexts[t], r, &top), contexts[t]);
+            for (int64_t i = 0; i < k; i++) {
+                if (top.indices[i] != want[i] || (double)top.values[i] != all[want[i]]) {
+                    ck_abort_msg("%d threads: element %lld of %lld is %lld, not %lld",
+                                 context_threads[t], (long long)i, (long long)k,
+                                 (long long)top.indices[i], (long long)want[i]);
+                }
+            }
+            testing_free_sparse(&top);
         }
     }
+    free(all);
     free(order);
-    free_sparse(&top);
+    free(want);
 }
 
 /* Values in an order that is hard on a selection in one pass. */
-typedef enum shape { RANDOM, TIES, EQUAL, ZEROS, RISING, FALLING, BITS, SHAPES } shape;
+typedef enum shape {
+    RANDOM,
+    TIES,
+    EQUAL,
+    ZEROS,
+    RISING,
+    FALLING,
+    CORNER,
+    RUNS,
+    DENORMALS,
+    BITS,
+    SHAPES
+} shape;
 
 static void fill_shape(const sebp_matrix *r, shape shape)
 {
     int64_t total = r->rows * r->cols;
+    int is_large = 0;
     for (int64_t i = 0; i < total; i++) {
         double value = testing_uniform();
         uint32_t bits;
@@ -364,6 +337,16 @@ static void fill_shape(const sebp_matrix *r, shape shape)
         case FALLING:
             value = (double)(total - i);
             break;
+        case CORNER: /* as a rotated gradient is */
+            value /= (double)((1 + i / r->cols) * (1 + i % r->cols));
+            break;
+        case RUNS: /* of which a sample has too many, or too few */
+            is_large = i % 128 == 0 ? testing_chance(0.1) : is_large;
+            value = is_large ? value : 1e-3 * value;
+            break;
+        case DENORMALS: /* and ties among them */
+            value = (double)testing_between(-40, 40) * 0x1p-149;
+            break;
         case BITS: /* any magnitude, denormals too */
             do {
                 bits = (uint32_t)testing_random();
@@ -381,47 +364,54 @@ static void fill_shape(const sebp_matrix *r, shape shape)
 
 START_TEST(top)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, 0);
-    for (int round = 0; round < testing_rounds(30); round++) {
-        int64_t rows = testing_between(1, 40), cols = testing_between(1, 40);
-        sebp_matrix r = testing_matrix(rows, cols, random_stride(cols), SEBP_F32);
+    sebp_context *contexts[CONTEXTS];
+    for (int t = 0; t < CONTEXTS; t++) {
+        contexts[t] = testing_context(SEBP_GEMM_AUTO, context_threads[t], 0);
+    }
+    for (int round = 0; round < testing_rounds(12); round++) {
+        int64_t rows = testing_between(1, 40), cols = testing_between(1, 40), all = rows * cols;
+        sebp_matrix r = testing_matrix(rows, cols, testing_stride(cols), SEBP_F32);
         fill_shape(&r, (shape)_i);
-        check_top(context, &r, testing_between(1, rows * cols));
-        check_top(context, &r, rows * cols);
-        check_top(context, &r, 1);
+        check_tops(contexts, &r, (int64_t[]){1, testing_between(1, all), all - (all > 1), all}, 4);
         testing_release(&r);
     }
-    /* More elements than there are ever candidates. */
-    for (int round = 0; round < testing_rounds(4); round++) {
+    /* More elements than there are ever candidates, in many blocks. */
+    for (int round = 0; round < testing_rounds(3); round++) {
         int64_t rows = testing_between(200, 300), cols = testing_between(200, 300);
-        sebp_matrix r = testing_matrix(rows, cols, random_stride(cols), SEBP_F32);
+        int64_t all = rows * cols;
+        sebp_matrix r = testing_matrix(rows, cols, testing_stride(cols), SEBP_F32);
         fill_shape(&r, (shape)_i);
-        check_top(context, &r, testing_between(1, 10000));
+        check_tops(contexts, &r,
+                   (int64_t[]){1, testing_between(1, 100), testing_between(1, 10000),
+                               testing_between(8000, 12000), testing_between(1, all), all - 1, all},
+                   7);
         testing_release(&r);
     }
-    sebp_context_destroy(context);
+    for (int t = 0; t < CONTEXTS; t++) {
+        sebp_context_destroy(contexts[t]);
+    }
 }
 END_TEST
 
 START_TEST(top_refuses_nan_and_inf)
 {
     const double odd[] = {NAN, INFINITY, -INFINITY};
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     for (int round = 0; round < testing_rounds(60); round++) {
         int64_t size = testing_chance(0.5) ? 150 : 10, last = size * size - 1;
-        sebp_matrix r = random_matrix(size, size, SEBP_F32, TESTING_REAL);
+        sebp_matrix r = testing_random_matrix(size, size, SEBP_F32, TESTING_REAL);
         int64_t count = testing_chance(0.5) ? 1 : last / 2; /* also more of them than k */
         for (int64_t i = 0; i < count; i++) {
             int64_t where = testing_between(0, last);
             testing_set(&r, where / size, where % size, odd[testing_between(0, 2)]);
         }
-        sebp_sparse room = make_sparse(testing_between(1, 30), size, size);
+        sebp_sparse room = testing_sparse(testing_between(1, 30), size, size);
         ck_assert_int_eq(sebp_sparse_top(context, &r, &room), SEBP_ERROR_NONFINITE);
         ck_assert_ptr_nonnull(strstr(sebp_context_message(context), "NaN or Inf"));
         for (int64_t i = 0; i < room.count; i++) {
             ck_assert(room.indices[i] == -1 && isnan(room.values[i]));
         }
-        free_sparse(&room);
+        testing_free_sparse(&room);
         testing_release(&r);
     }
     sebp_context_destroy(context);
@@ -443,7 +433,7 @@ static sebp_sparse random_sparse(int64_t rows, int64_t cols, double chance, test
     if (count == 0) {
         indices[count++] = 0;
     }
-    sebp_sparse made = make_sparse(count, rows, cols);
+    sebp_sparse made = testing_sparse(count, rows, cols);
     memcpy(made.indices, indices, (size_t)count * sizeof *indices);
     memcpy(made.values, numbers.data, (size_t)count * sizeof(float));
     free(indices);
@@ -453,37 +443,37 @@ static sebp_sparse random_sparse(int64_t rows, int64_t cols, double chance, test
 
 START_TEST(take_and_add)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
     for (int round = 0; round < testing_rounds(100); round++) {
         int64_t rows = testing_between(1, 40), cols = testing_between(1, 40);
         sebp_sparse s = random_sparse(rows, cols, 0.3, TESTING_REAL);
-        sebp_matrix w = random_matrix(rows, cols, random_dtype(), TESTING_REAL);
+        sebp_matrix w = testing_random_matrix(rows, cols, testing_dtype(), TESTING_REAL);
         sebp_matrix want = testing_copy(&w);
         for (int64_t i = 0; i < s.count; i++) {
             int64_t row = s.indices[i] / cols, col = s.indices[i] % cols;
             testing_set(&want, row, col, (float)at(&want, s.indices[i]) + s.values[i]);
         }
-        expect_success(sebp_sparse_add(context, &s, &w), context);
+        testing_succeed(sebp_sparse_add(context, &s, &w), context);
         ck_assert(testing_same_bits(&w, &want));
 
-        sebp_matrix r = random_matrix(rows, cols, SEBP_F32, TESTING_REAL);
+        sebp_matrix r = testing_random_matrix(rows, cols, SEBP_F32, TESTING_REAL);
         for (int64_t i = 0; i < rows * cols; i++) { /* what is not kept is not read */
-            if (!bsearch(&i, s.indices, (size_t)s.count, sizeof i, by_index)) {
+            if (!bsearch(&i, s.indices, (size_t)s.count, sizeof i, reference_by_index)) {
                 testing_set(&r, i / cols, i % cols, NAN);
             }
         }
-        expect_success(sebp_sparse_take(context, &r, &s), context);
+        testing_succeed(sebp_sparse_take(context, &r, &s), context);
         for (int64_t i = 0; i < s.count; i++) {
             ck_assert((double)s.values[i] == at(&r, s.indices[i]));
         }
-        sebp_sparse before = make_sparse(s.count, rows, cols);
+        sebp_sparse before = testing_sparse(s.count, rows, cols);
         memcpy(before.values, s.values, (size_t)s.count * sizeof(float));
         int64_t bad = s.indices[testing_between(0, s.count - 1)];
         testing_set(&r, bad / cols, bad % cols, testing_chance(0.5) ? NAN : INFINITY);
         ck_assert_int_eq(sebp_sparse_take(context, &r, &s), SEBP_ERROR_NONFINITE);
         ck_assert_mem_eq(s.values, before.values, (size_t)s.count * sizeof(float));
-        free_sparse(&before);
-        free_sparse(&s);
+        testing_free_sparse(&before);
+        testing_free_sparse(&s);
         testing_release(&r);
         testing_release(&w);
         testing_release(&want);
@@ -497,9 +487,9 @@ END_TEST
 static void check_update(sebp_context *context, const problem *p, const sebp_sparse *s,
                          sebp_dtype dtype, testing_values values)
 {
-    sebp_matrix w = random_matrix(p->N, p->K, dtype, values), before = testing_copy(&w);
+    sebp_matrix w = testing_random_matrix(p->N, p->K, dtype, values), before = testing_copy(&w);
     reference want = reference_stepped(&p->u_out, &p->u_in, s, &before);
-    expect_success(sebp_sparsegrad_update(context, p->basis, s, &w), context);
+    testing_succeed(sebp_sparsegrad_update(context, p->basis, s, &w), context);
     reference_check(&want, &w, values == TESTING_INTEGER ? REFERENCE_EXACT : REFERENCE_BOUND, "W");
     reference_free(&want);
     testing_release(&w);
@@ -511,7 +501,7 @@ START_TEST(update)
     testing_values values = _i == 0 ? TESTING_REAL : TESTING_INTEGER;
     for (int round = 0; round < testing_rounds(200); round++) {
         sebp_context *context =
-            make_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), LEAST_SCRATCH);
+            testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), LEAST_SCRATCH);
         problem p = {.N = testing_between(1, 60), .K = testing_between(1, 60)};
         p.p = testing_between(1, p.N);
         p.q = testing_between(1, p.K);
@@ -519,10 +509,10 @@ START_TEST(update)
         /* Few elements leave rows and columns of zeros, in few rows or in few columns. */
         sebp_sparse s =
             random_sparse(p.p, p.q, testing_chance(0.5) ? 0.02 : testing_uniform(), values);
-        check_update(context, &p, &s, random_dtype(), values);
+        check_update(context, &p, &s, testing_dtype(), values);
         s.count = 0;
-        check_update(context, &p, &s, random_dtype(), values);
-        free_sparse(&s);
+        check_update(context, &p, &s, testing_dtype(), values);
+        testing_free_sparse(&s);
         sebp_basis_destroy(p.basis);
         testing_release(&p.u_out);
         testing_release(&p.u_in);
@@ -535,7 +525,7 @@ END_TEST
 START_TEST(update_in_panels)
 {
     for (int tall = 0; tall < 2; tall++) {
-        sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, LEAST_SCRATCH);
+        sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, LEAST_SCRATCH);
         problem p = {.N = tall ? 1500 : 300, .K = tall ? 300 : 1500};
         p.p = tall ? 200 : 130;
         p.q = tall ? 130 : 200;
@@ -544,7 +534,7 @@ START_TEST(update_in_panels)
         check_update(context, &p, &s, SEBP_F32, TESTING_INTEGER);
         check_update(context, &p, &s, SEBP_BF16, TESTING_INTEGER);
         ck_assert_int_le(sebp_context_scratch_bytes(context), LEAST_SCRATCH);
-        free_sparse(&s);
+        testing_free_sparse(&s);
         sebp_basis_destroy(p.basis);
         testing_release(&p.u_out);
         testing_release(&p.u_in);
@@ -558,20 +548,21 @@ END_TEST
 START_TEST(any_number_of_threads_gives_the_same_bits)
 {
     for (int round = 0; round < testing_rounds(10); round++) {
-        sebp_dtype dtype = random_dtype();
+        sebp_dtype dtype = testing_dtype();
         problem p = make_problem(testing_between(50, 200), testing_between(50, 200),
                                  testing_between(50, 200), dtype, TESTING_REAL);
         int rotation = (int)testing_between(0, ROTATIONS - 1);
         int64_t k = testing_between(1, p.p * p.q);
-        sebp_matrix w = random_matrix(p.N, p.K, dtype, TESTING_REAL), first_r = {0}, first_w = {0};
+        sebp_matrix w = testing_random_matrix(p.N, p.K, dtype, TESTING_REAL), first_r = {0},
+                    first_w = {0};
         sebp_sparse first_top = {0};
         for (int threads = 1; threads <= 5; threads++) {
-            sebp_context *context = make_context(SEBP_GEMM_NATIVE, threads, 0);
+            sebp_context *context = testing_context(SEBP_GEMM_NATIVE, threads, 0);
             sebp_matrix r = testing_matrix(p.p, p.q, p.q, SEBP_F32), stepped = testing_copy(&w);
-            sebp_sparse top = make_sparse(k, p.p, p.q);
-            expect_success(call_gradient(context, &p, rotation, &r), context);
-            expect_success(sebp_sparse_top(context, &r, &top), context);
-            expect_success(sebp_sparsegrad_update(context, p.basis, &top, &stepped), context);
+            sebp_sparse top = testing_sparse(k, p.p, p.q);
+            testing_succeed(call_gradient(context, &p, rotation, &r), context);
+            testing_succeed(sebp_sparse_top(context, &r, &top), context);
+            testing_succeed(sebp_sparsegrad_update(context, p.basis, &top, &stepped), context);
             sebp_context_destroy(context);
             if (threads == 1) {
                 first_r = r;
@@ -585,11 +576,11 @@ START_TEST(any_number_of_threads_gives_the_same_bits)
             ck_assert_mem_eq(top.values, first_top.values, (size_t)k * sizeof(float));
             testing_release(&r);
             testing_release(&stepped);
-            free_sparse(&top);
+            testing_free_sparse(&top);
         }
         testing_release(&first_r);
         testing_release(&first_w);
-        free_sparse(&first_top);
+        testing_free_sparse(&first_top);
         testing_release(&w);
         free_problem(&p);
     }
@@ -622,16 +613,6 @@ static double *product(const double *a, int a_transposed, const double *b, int b
         }
     }
     return c;
-}
-
-static double *in_double(const sebp_matrix *matrix)
-{
-    double *data = calloc((size_t)(matrix->rows * matrix->cols), sizeof *data);
-    ck_assert_ptr_nonnull(data);
-    for (int64_t i = 0; i < matrix->rows * matrix->cols; i++) {
-        data[i] = at(matrix, i);
-    }
-    return data;
 }
 
 /* Y = (X u_in) V^T u_out^T */
@@ -675,13 +656,7 @@ static void paper_step(paper *layer, const double *gradient, const int64_t *kept
 static int64_t clear_cut(const double *gradient, int64_t N, int64_t K, int64_t low, int64_t high,
                          int64_t *kept)
 {
-    sebp_matrix view = testing_matrix(N, K, K, SEBP_F32);
-    for (int64_t i = 0; i < N * K; i++) {
-        testing_set(&view, i / K, i % K, gradient[i]);
-        kept[i] = i;
-    }
-    ranked = &view;
-    qsort(kept, (size_t)(N * K), sizeof *kept, by_rank);
+    reference_rank(gradient, N * K, kept);
     int64_t best = low;
     double widest = 0;
     for (int64_t k = low; k <= high; k++) {
@@ -691,8 +666,7 @@ static int64_t clear_cut(const double *gradient, int64_t N, int64_t K, int64_t l
             best = k;
         }
     }
-    qsort(kept, (size_t)best, sizeof *kept, by_index);
-    testing_release(&view);
+    qsort(kept, (size_t)best, sizeof *kept, reference_by_index);
     return best;
 }
 
@@ -700,14 +674,14 @@ START_TEST(ten_steps_are_the_papers)
 {
     int is_fixed = _i;
     const int64_t M = 40, N = 24, K = 32;
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, 0);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
     problem p = {.M = M, .N = N, .K = K, .p = N, .q = K, .options = SEBP_LINEAR_OPTIONS_INIT};
     make_basis(&p, TESTING_REAL);
-    sebp_matrix w = random_matrix(N, K, SEBP_F32, TESTING_REAL), start = testing_copy(&w);
+    sebp_matrix w = testing_random_matrix(N, K, SEBP_F32, TESTING_REAL), start = testing_copy(&w);
     p.dy = testing_matrix(M, N, N, SEBP_F32);
-    p.x = random_matrix(M, K, SEBP_F32, TESTING_REAL);
+    p.x = testing_random_matrix(M, K, SEBP_F32, TESTING_REAL);
     p.active = reference_rows_all(M);
-    sebp_matrix target = random_matrix(M, N, SEBP_F32, TESTING_REAL);
+    sebp_matrix target = testing_random_matrix(M, N, SEBP_F32, TESTING_REAL);
     sebp_matrix y = testing_matrix(M, N, N, SEBP_F32), r = testing_matrix(N, K, K, SEBP_F32);
 
     /* u_out and u_in have their vectors as columns. */
@@ -744,27 +718,27 @@ START_TEST(ten_steps_are_the_papers)
         free(dy);
         free(gradient);
 
-        expect_success(sebp_linear_forward(context, &p.x, &w, NULL, NULL, NULL, &y), context);
+        testing_succeed(sebp_linear_forward(context, &p.x, &w, NULL, NULL, NULL, &y), context);
         for (int64_t i = 0; i < M * N; i++) {
             testing_set(&p.dy, i / N, i % N, at(&y, i) - at(&target, i));
         }
-        sebp_sparse s = make_sparse(k, N, K);
-        expect_success(call_gradient(context, &p, t % ROTATIONS, &r), context);
+        sebp_sparse s = testing_sparse(k, N, K);
+        testing_succeed(call_gradient(context, &p, t % ROTATIONS, &r), context);
         if (t == 1 || !is_fixed) {
-            expect_success(sebp_sparse_top(context, &r, &s), context);
+            testing_succeed(sebp_sparse_top(context, &r, &s), context);
         } else {
             memcpy(s.indices, sebp_sparse_adamw_support(state), (size_t)k * sizeof *kept);
-            expect_success(sebp_sparse_take(context, &r, &s), context);
+            testing_succeed(sebp_sparse_take(context, &r, &s), context);
         }
         ck_assert_mem_eq(s.indices, kept, (size_t)k * sizeof *kept);
         if (t == 1) {
-            expect_success(sebp_sparse_adamw_create(N, K, is_fixed ? s.indices : NULL,
-                                                    is_fixed ? k : 0, &state),
-                           context);
+            testing_succeed(sebp_sparse_adamw_create(N, K, is_fixed ? s.indices : NULL,
+                                                     is_fixed ? k : 0, &state),
+                            context);
         }
-        expect_success(sebp_sparse_adamw_step(context, state, &options, &s), context);
-        expect_success(sebp_sparsegrad_update(context, p.basis, &s, &w), context);
-        free_sparse(&s);
+        testing_succeed(sebp_sparse_adamw_step(context, state, &options, &s), context);
+        testing_succeed(sebp_sparsegrad_update(context, p.basis, &s, &w), context);
+        testing_free_sparse(&s);
     }
     free(half);
     half = product(u, 0, layer.weight, 0, N, K, N);
@@ -789,6 +763,41 @@ START_TEST(ten_steps_are_the_papers)
     testing_release(&y);
     testing_release(&r);
     free_problem(&p);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+/* A NaN or an Inf in an active row is refused at the choice of elements, of either kind: no state
+ * and no weight is reached. */
+START_TEST(nonfinite_gradients_stop_the_step)
+{
+    const double odd[] = {NAN, INFINITY, -INFINITY};
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
+    for (int round = 0; round < testing_rounds(30); round++) {
+        int64_t N = testing_between(2, 30), K = testing_between(2, 30), M = testing_between(2, 30);
+        problem p = {
+            .M = M, .N = N, .K = K, .p = testing_between(1, N), .q = testing_between(1, K)};
+        p.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
+        make_basis(&p, TESTING_REAL);
+        p.dy = testing_random_matrix(M, N, SEBP_F32, TESTING_REAL);
+        p.x = testing_random_matrix(M, K, SEBP_F32, TESTING_REAL);
+        p.active = reference_rows_all(M);
+        testing_set(round % 2 ? &p.dy : &p.x, testing_between(0, M - 1), testing_between(0, 1),
+                    odd[round % 3]);
+        sebp_matrix r = testing_matrix(p.p, p.q, p.q, SEBP_F32);
+        sebp_sparse room = testing_sparse(testing_between(1, p.p * p.q), p.p, p.q);
+        int64_t first = 0;
+        float value = 5;
+        sebp_sparse support = {&first, &value, 1, p.p, p.q};
+        testing_succeed(call_gradient(context, &p, round % ROTATIONS, &r), context);
+        ck_assert_int_eq(sebp_sparse_top(context, &r, &room), SEBP_ERROR_NONFINITE);
+        ck_assert(room.indices[0] == -1 && isnan(room.values[0]));
+        ck_assert_int_eq(sebp_sparse_take(context, &r, &support), SEBP_ERROR_NONFINITE);
+        ck_assert(value == 5);
+        testing_free_sparse(&room);
+        testing_release(&r);
+        free_problem(&p);
+    }
     sebp_context_destroy(context);
 }
 END_TEST
@@ -847,15 +856,16 @@ static sebp_status add_swapped(sebp_context *context, const sebp_matrix *w, cons
 
 START_TEST(bad_input_is_refused)
 {
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, LEAST_SCRATCH);
     problem p = {.N = 5, .K = 6, .p = 3, .q = 4};
     make_basis(&p, TESTING_REAL);
-    p.dy = random_matrix(8, 5, SEBP_F32, TESTING_REAL);
-    p.x = random_matrix(8, 6, SEBP_F32, TESTING_REAL);
+    p.dy = testing_random_matrix(8, 5, SEBP_F32, TESTING_REAL);
+    p.x = testing_random_matrix(8, 6, SEBP_F32, TESTING_REAL);
     sebp_rows *other_rows = NULL;
     ck_assert_int_eq(sebp_rows_all(8, &p.rows), SEBP_SUCCESS);
     ck_assert_int_eq(sebp_rows_all(9, &other_rows), SEBP_SUCCESS);
-    sebp_matrix r = random_matrix(3, 4, SEBP_F32, TESTING_REAL), r_before = testing_copy(&r);
+    sebp_matrix r = testing_random_matrix(3, 4, SEBP_F32, TESTING_REAL),
+                r_before = testing_copy(&r);
     GRADIENT_REFUSES(SEBP_ERROR_NULL, "basis", basis = NULL);
     GRADIENT_REFUSES(SEBP_ERROR_NULL, "dy", dy = NULL);
     GRADIENT_REFUSES(SEBP_ERROR_NULL, "x", x = NULL);
@@ -883,7 +893,8 @@ START_TEST(bad_input_is_refused)
         sebp_sparsegrad_gradient(NULL, p.basis, &p.dy, &p.x, NULL, NULL, SEBP_ROTATE_AUTO, &r),
         SEBP_ERROR_NULL);
 
-    sebp_matrix w = random_matrix(5, 6, SEBP_F32, TESTING_REAL), w_before = testing_copy(&w);
+    sebp_matrix w = testing_random_matrix(5, 6, SEBP_F32, TESTING_REAL),
+                w_before = testing_copy(&w);
     int64_t indices[] = {1, 5, 11};
     float values[] = {1, 2, 3};
     sebp_sparse s = {indices, values, 3, 3, 4};
@@ -950,20 +961,20 @@ END_TEST
 START_TEST(too_little_scratch)
 {
     const int64_t K = _i == 0 ? 150000 : 300000; /* of less than all the scratch memory, and more */
-    sebp_context *context = make_context(SEBP_GEMM_AUTO, 1, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, LEAST_SCRATCH);
     sebp_matrix u_out = random_vectors(1, 1, TESTING_INTEGER);
     sebp_matrix u_in = testing_matrix(1, K, K, SEBP_F32);
     memset(u_in.data, 0, (size_t)K * sizeof(float));
     testing_set(&u_in, 0, 7, 1);
     problem p = {.options = SEBP_LINEAR_OPTIONS_INIT};
     ck_assert_int_eq(sebp_basis_from_vectors(&u_out, &u_in, &p.basis), SEBP_SUCCESS);
-    p.dy = random_matrix(2, 1, SEBP_BF16, TESTING_REAL);
-    p.x = random_matrix(2, K, SEBP_BF16, TESTING_REAL);
+    p.dy = testing_random_matrix(2, 1, SEBP_BF16, TESTING_REAL);
+    p.x = testing_random_matrix(2, K, SEBP_BF16, TESTING_REAL);
     sebp_matrix r = testing_matrix(1, 1, 1, SEBP_F32);
     ck_assert_int_eq(call_gradient(context, &p, SEBP_ROTATE_FACTORS, &r), SEBP_ERROR_MEMORY);
     ck_assert_ptr_nonnull(strstr(sebp_context_message(context), "scratch"));
     ck_assert(isnan(testing_get(&r, 0, 0)));
-    expect_success(call_gradient(context, &p, SEBP_ROTATE_OUT_IN, &r), context); /* in panels */
+    testing_succeed(call_gradient(context, &p, SEBP_ROTATE_OUT_IN, &r), context); /* in panels */
     testing_release(&r);
     p.active = reference_rows_all(0);
     p.u_out = u_out;
@@ -988,6 +999,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, update_in_panels);
     tcase_add_test(tests, any_number_of_threads_gives_the_same_bits);
     tcase_add_loop_test(tests, ten_steps_are_the_papers, 0, 2);
+    tcase_add_test(tests, nonfinite_gradients_stop_the_step);
     tcase_add_test(tests, bad_input_is_refused);
     tcase_add_loop_test(tests, too_little_scratch, 0, 2);
     suite_add_tcase(suite, tests);

@@ -322,3 +322,55 @@ void testing_release(sebp_matrix *matrix)
     testing_free(matrix->data);
     matrix->data = NULL;
 }
+
+sebp_dtype testing_dtype(void)
+{
+    return testing_chance(0.5) ? SEBP_F32 : SEBP_BF16;
+}
+
+int64_t testing_stride(int64_t cols)
+{
+    return cols + (testing_chance(0.5) ? 0 : testing_between(1, 19));
+}
+
+sebp_matrix testing_random_matrix(int64_t rows, int64_t cols, sebp_dtype dtype,
+                                  testing_values values)
+{
+    sebp_matrix matrix = testing_matrix(rows, cols, testing_stride(cols), dtype);
+    testing_fill(&matrix, values);
+    return matrix;
+}
+
+sebp_sparse testing_sparse(int64_t k, int64_t rows, int64_t cols)
+{
+    return (sebp_sparse){testing_alloc((size_t)k * sizeof(int64_t), 0),
+                         testing_alloc((size_t)k * sizeof(float), 0), k, rows, cols};
+}
+
+void testing_free_sparse(sebp_sparse *sparse)
+{
+    testing_free(sparse->indices);
+    testing_free(sparse->values);
+}
+
+sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace)
+{
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.gemm = gemm;
+    options.threads = threads;
+    options.workspace_bytes = workspace;
+    sebp_context *context = NULL;
+    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
+    return context;
+}
+
+void testing_expect(sebp_status got, sebp_status want, const sebp_context *context)
+{
+    ck_assert_msg(got == want, "%s, not %s: %s", sebp_status_string(got), sebp_status_string(want),
+                  sebp_context_message(context));
+}
+
+void testing_succeed(sebp_status status, const sebp_context *context)
+{
+    testing_expect(status, SEBP_SUCCESS, context);
+}

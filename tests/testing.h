@@ -10,7 +10,7 @@
  *     CK_FORK           no: all tests in one process, as valgrind and debuggers like it
  *
  * What the library itself reads (SEBP_NUM_THREADS and the like) is unset, but for SEBP_MAX_ISA: a
- * test says what it wants. Nothing here calls the library.
+ * test says what it wants. Only what has to do with contexts calls the library.
  */
 #ifndef SEBP_TESTS_TESTING_H
 #define SEBP_TESTS_TESTING_H
@@ -20,7 +20,10 @@
 
 #include <check.h>
 
+#include <sebp/context.h>
 #include <sebp/matrix.h>
+#include <sebp/sparse.h>
+#include <sebp/status.h>
 
 /**
  * Runs the suite and prints, as the last line, `N passed, N failed, N skipped`. Each test runs in a
@@ -88,6 +91,16 @@ void testing_fill(const sebp_matrix *matrix, testing_values values);
 /** Poisons elements and gaps. */
 void testing_poison(const sebp_matrix *matrix);
 
+/** f32 or bf16. */
+sebp_dtype testing_dtype(void);
+
+/** A stride for rows of `cols`: without gaps, or with some. */
+int64_t testing_stride(int64_t cols);
+
+/** A matrix of random values, with or without gaps. */
+sebp_matrix testing_random_matrix(int64_t rows, int64_t cols, sebp_dtype dtype,
+                                  testing_values values);
+
 /** Sets a random choice of rows to zero; `activity` is the chance of a row to stay. */
 void testing_zero_rows(const sebp_matrix *matrix, double activity);
 
@@ -108,5 +121,19 @@ void testing_check_matrix(const sebp_matrix *matrix);
 
 /** testing_check_matrix(), and frees the data. */
 void testing_release(sebp_matrix *matrix);
+
+/** Room for k elements of a matrix, in guarded buffers: indices of -1, values of NaN. */
+sebp_sparse testing_sparse(int64_t k, int64_t rows, int64_t cols);
+void testing_free_sparse(sebp_sparse *sparse);
+
+/* Contexts. */
+
+/** A context, or the test fails; as the options of these names are. */
+sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace);
+
+/** Fails the test where a call has not the status that it should have, with the context's message. */
+void testing_expect(sebp_status got, sebp_status want, const sebp_context *context);
+/** That it has succeeded. */
+void testing_succeed(sebp_status status, const sebp_context *context);
 
 #endif

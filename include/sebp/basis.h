@@ -80,11 +80,14 @@ SEBP_API sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double 
  * Puts sums copied out in the place of what these hold: what follows is the same, bit for bit. Of
  * both matrices the upper triangle counts.
  *
+ * What is damaged is refused where it can be told: on both diagonals no element is negative and
+ * their sum is `energy`, as far as the rounding of count * K and of count * N squares allows.
+ *
  * @param count   gradients in them, >= 0.
- * @param energy  as exported: finite, >= 0.
+ * @param energy  as exported: finite, >= 0; 0 where count is.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; a status of sebp_matrix_check(); SEBP_ERROR_DTYPE (not
- *         f32); SEBP_ERROR_VALUE (count, energy); SEBP_ERROR_SHAPE; SEBP_ERROR_NONFINITE (a matrix
- *         holds a NaN or Inf). On error the sums are as they were.
+ *         f32); SEBP_ERROR_VALUE (count, energy, a diagonal); SEBP_ERROR_SHAPE; SEBP_ERROR_NONFINITE
+ *         (a matrix holds a NaN or Inf). On error the sums are as they were.
  */
 SEBP_API sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
                                             const sebp_matrix *out, const sebp_matrix *in);
@@ -155,8 +158,11 @@ SEBP_API double sebp_basis_share_in(const sebp_basis *basis);
 /* ---- files ---- */
 
 /**
- * Writes a basis to a file. It is written beside the path, as "<path>.new", and moved there when it
- * is whole, so that what the path held is not lost on error.
+ * Writes a basis to a file. It is written to a new file beside the path, "<path>.new-" and numbers
+ * that no other file has, and moved there when it is whole and on the disk: what the path held is
+ * not lost on error, a reader sees the one or the other, and of several processes that save to one
+ * path the last to be done has it. On error the new file is removed; a process that is killed leaves
+ * it. Its mode is that of any new file, 0666 without the umask; a symbolic link is replaced.
  *
  * The file, in the byte order and the IEEE floating point of the machine that writes it:
  *

@@ -35,7 +35,10 @@
 
 SEBP_BEGIN_DECLS
 
-/** All finite, NaN refused (SEBP_ERROR_VALUE). */
+/**
+ * All finite as f32, and so must be what is computed of them: lr weight_decay, in a step also
+ * lr / (1 - beta1^t). Else, and for NaN, SEBP_ERROR_VALUE.
+ */
 typedef struct sebp_adamw_options {
     size_t size_bytes;    /**< sizeof(sebp_adamw_options), so that the struct can grow */
     double learning_rate; /**< lr, >= 0 */

@@ -22,8 +22,10 @@ enum {
     ZERO_PART_BYTES = 128 << 10, /* worth a thread of its own */
     ASSUMED_CACHE = 4 << 20,     /* where the L3 cache is not known */
     SUM_COLS = 512,              /* sums held at a time: 2 KiB */
-    SPARSE_COLS = 128,           /* of a sparse product, to one thread: sums in registers */
+    SPARSE_COLS = 128,           /* of a sparse product, at a time */
     WALK_PART = 16 << 10,        /* elements worth a thread of their own */
+    LEAST_DIGITS = 4 << 10,      /* elements worth their digits' counts */
+    MOST_DIGITS = 1 << 20,       /* elements to one set of 32-bit counts */
     LARGE = 512                  /* of a product's sizes */
 };
 
@@ -571,15 +573,14 @@ typedef struct sparse_product {
     const sebp_kernels *kernels;
     const sebp_sparse_lines *lines;
     const sebp_matrix *from, *to;
-    int64_t part_cols;
 } sparse_product;
 
 static void sparse_part(void *work, int64_t part)
 {
     const sparse_product *product = work;
     const sebp_sparse_lines *lines = product->lines;
-    int64_t first = part * product->part_cols;
-    int64_t cols = sebp_least(product->part_cols, product->to->cols - first);
+    int64_t first = part * SPARSE_COLS;
+    int64_t cols = sebp_least(SPARSE_COLS, product->to->cols - first);
     const float *from = (const float *)product->from->data + first;
     float *to = (float *)product->to->data + first;
     for (int64_t i = 0; i < lines->count; i++) {
@@ -590,36 +591,177 @@ static void sparse_part(void *work, int64_t part)
     }
 }
 
-/* Lines differ in length, columns do not: each thread has columns of its own. */
+/* Lines differ in length, columns do not: each thread has columns of its own, so few at a time that
+ * those of all rows stay in its caches. */
 static void multiply_sparse(void *device, const sebp_sparse_lines *lines, const sebp_matrix *from,
                             const sebp_matrix *to)
 {
     sebp_cpu *cpu = device;
-    int64_t part_cols =
-        sebp_parts(sebp_parts(to->cols, sebp_cpu_threads(cpu)), SPARSE_COLS) * SPARSE_COLS;
-    sparse_product product = {
-        .kernels = cpu->kernels, .lines = lines, .from = from, .to = to, .part_cols = part_cols};
+    sparse_product product = {.kernels = cpu->kernels, .lines = lines, .from = from, .to = to};
     if (to->cols > 0)
-        sebp_cpu_parallel(cpu, sebp_parts(to->cols, part_cols), sparse_part, &product);
+        sebp_cpu_parallel(cpu, sebp_parts(to->cols, SPARSE_COLS), sparse_part, &product);
 }
 
-/* ---- listing what is large ---- */
+/* ---- what is large ---- */
 
-/* By the thread that calls: each element is looked at once, few are listed, and in order. */
-static void list_above(void *device, const sebp_matrix *from, float limit, int64_t first,
-                       int64_t *done, sebp_sparse *list, int64_t room)
+/* Elements of a matrix, as they follow each other, in blocks that threads take in turn: what is
+ * large may lie in one corner. */
+typedef struct ranking {
+    const sebp_kernels *kernels;
+    const sebp_matrix *from;
+    int64_t cols; /* one row where there are no gaps */
+    int64_t elements, size, blocks, workers;
+    uint32_t mask, found, least;
+    int shift;
+    int64_t *counts;
+    sebp_block *counted;
+    const sebp_block *listed;
+    int64_t first;
+    const sebp_sparse *list;
+} ranking;
+
+static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64_t size)
 {
-    const sebp_cpu *cpu = device;
-    int64_t rows = from->rows, cols = from->cols;
-    if (from->stride == cols) {
-        cols *= rows;
-        rows = 1;
+    ranking ranking = {.kernels = cpu->kernels, .from = from, .cols = from->cols, .size = size};
+    ranking.elements = from->rows * from->cols;
+    if (from->stride == from->cols)
+        ranking.cols = ranking.elements;
+    ranking.blocks = sebp_parts(ranking.elements, size);
+    ranking.workers = sebp_least(ranking.blocks, sebp_cpu_threads(cpu));
+    return ranking;
+}
+
+/* The elements from `at` on that lie in one row and before `end`, and how many they are. */
+static const float *run_of(const ranking *ranking, int64_t at, int64_t end, int64_t *n)
+{
+    int64_t row = at / ranking->cols, col = at % ranking->cols;
+    *n = sebp_least(end - at, ranking->cols - col);
+    return (const float *)ranking->from->data + row * ranking->from->stride + col;
+}
+
+static int64_t block_end(const ranking *ranking, int64_t block)
+{
+    return sebp_least((block + 1) * ranking->size, ranking->elements);
+}
+
+static uint32_t magnitude_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits & 0x7FFFFFFF;
+}
+
+/* Two counts for each digit, so that equal ones that follow each other need not wait. */
+static void count_digits_part(void *work, int64_t worker)
+{
+    const ranking *ranking = work;
+    int64_t *counts = ranking->counts + worker * SEBP_DIGITS;
+    memset(counts, 0, SEBP_DIGITS * sizeof *counts);
+    for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
+        uint32_t held[SEBP_DIGITS][2] = {{0}};
+        int64_t end = block_end(ranking, block);
+        for (int64_t n, at = block * ranking->size; at < end; at += n) {
+            const float *run = run_of(ranking, at, end, &n);
+            for (int64_t i = 0; i < n; i++) {
+                uint32_t bits = magnitude_bits(run[i]);
+                uint32_t digit = bits >> ranking->shift & (SEBP_DIGITS - 1);
+                held[digit][i & 1] += (bits & ranking->mask) == ranking->found;
+            }
+        }
+        for (int d = 0; d < SEBP_DIGITS; d++)
+            counts[d] += (int64_t)held[d][0] + held[d][1];
     }
-    while (*done < rows * cols && list->count < room) {
-        const float *at = (const float *)from->data + *done / cols * from->stride + *done % cols;
-        *done += cpu->kernels->list_above(at, cols - *done % cols, limit, first + *done,
-                                          list->indices, list->values, &list->count, room);
+}
+
+static void count_digits(void *device, const sebp_matrix *from, uint32_t mask, uint32_t found,
+                         int shift, int64_t *counts)
+{
+    sebp_cpu *cpu = device;
+    int64_t share = sebp_parts(from->rows * from->cols, sebp_cpu_threads(cpu));
+    ranking ranking =
+        start_ranking(cpu, from, sebp_least(sebp_most(share, LEAST_DIGITS), MOST_DIGITS));
+    ranking.mask = mask;
+    ranking.found = found;
+    ranking.shift = shift;
+    ranking.counts = counts;
+    sebp_cpu_parallel(cpu, ranking.workers, count_digits_part, &ranking);
+    for (int64_t worker = 1; worker < ranking.workers; worker++)
+        for (int d = 0; d < SEBP_DIGITS; d++)
+            counts[d] += counts[worker * SEBP_DIGITS + d];
+}
+
+static void count_at_least_part(void *work, int64_t worker)
+{
+    const ranking *ranking = work;
+    for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
+        int64_t end = block_end(ranking, block), at_least = 0, above = 0;
+        for (int64_t n, at = block * ranking->size; at < end; at += n) {
+            const float *run = run_of(ranking, at, end, &n);
+            ranking->kernels->count_at_least(run, n, ranking->least, &at_least, &above);
+        }
+        ranking->counted[block] = (sebp_block){.at_least = at_least, .above = above};
     }
+}
+
+static void count_at_least(void *device, const sebp_matrix *from, uint32_t least, int64_t size,
+                           sebp_block *blocks)
+{
+    sebp_cpu *cpu = device;
+    ranking ranking = start_ranking(cpu, from, size);
+    ranking.least = least;
+    ranking.counted = blocks;
+    sebp_cpu_parallel(cpu, ranking.workers, count_at_least_part, &ranking);
+}
+
+/* A run of a block of whose ties some, but not all, are listed: there is one such block at most. */
+static int64_t list_some_ties(const float *run, int64_t n, uint32_t least, int64_t *ties,
+                              int64_t first, int64_t *indices, float *values)
+{
+    int64_t listed = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = magnitude_bits(run[i]);
+        if (bits > least || (bits == least && (*ties)-- > 0)) {
+            indices[listed] = first + i;
+            values[listed++] = run[i];
+        }
+    }
+    return listed;
+}
+
+static void list_at_least_part(void *work, int64_t worker)
+{
+    const ranking *ranking = work;
+    uint32_t least = ranking->least;
+    for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
+        const sebp_block *its = &ranking->listed[block];
+        int64_t end = block_end(ranking, block), ties = its->ties;
+        int64_t *indices = ranking->list->indices + its->at;
+        float *values = ranking->list->values + its->at;
+        bool some = ties > 0 && ties < its->at_least - its->above;
+        for (int64_t n, listed, at = block * ranking->size; at < end; at += n) {
+            const float *run = run_of(ranking, at, end, &n);
+            int64_t first = ranking->first + at;
+            if (some)
+                listed = list_some_ties(run, n, least, &ties, first, indices, values);
+            else
+                listed = ranking->kernels->list_at_least(run, n, least + (ties == 0), first,
+                                                         indices, values);
+            indices += listed;
+            values += listed;
+        }
+    }
+}
+
+static void list_at_least(void *device, const sebp_matrix *from, uint32_t least, int64_t first,
+                          int64_t size, const sebp_block *blocks, const sebp_sparse *list)
+{
+    sebp_cpu *cpu = device;
+    ranking ranking = start_ranking(cpu, from, size);
+    ranking.least = least;
+    ranking.listed = blocks;
+    ranking.first = first;
+    ranking.list = list;
+    sebp_cpu_parallel(cpu, ranking.workers, list_at_least_part, &ranking);
 }
 
 /* ---- kept elements ---- */
@@ -706,7 +848,9 @@ const sebp_backend sebp_cpu_backend = {
     .aside = aside,
     .widen_rows = widen_rows,
     .sparse_product = multiply_sparse,
-    .list_above = list_above,
+    .count_digits = count_digits,
+    .count_at_least = count_at_least,
+    .list_at_least = list_at_least,
     .take_elements = take_elements,
     .add_elements = add_elements,
     .adamw = adamw,
