@@ -648,11 +648,13 @@ class SparseAdamW:
 
     @property
     def support(self) -> NDArray[np.int64]:
-        """The fixed support: no copy, to be read alone, as long as this object lives."""
+        """The fixed support: no copy, to be read alone."""
         if not self.is_fixed or self.count == 0:
             return np.empty(0, np.int64)
         address = self._library.sebp_sparse_adamw_support(self._handle)
-        listed = np.frombuffer((ctypes.c_int64 * self.count).from_address(address), np.int64)
+        memory = (ctypes.c_int64 * self.count).from_address(address)
+        memory.owner = self  # lives as long as the array
+        listed = np.frombuffer(memory, np.int64)
         listed.flags.writeable = False
         return listed
 
@@ -724,3 +726,17 @@ class SparseAdamW:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._library.sebp_sparse_adamw_destroy(self._handle)
+
+
+def check_adamw(adamw: AdamW, steps: int = 0, context: Context | None = None) -> None:
+    """Check the numbers of the step that follows `steps` steps, without taking it.
+
+    Raises
+    ------
+    SebpError
+        If one of them is out of range.
+    """
+    empty = np.empty(0, np.int64), np.empty(0, np.float32)
+    state = SparseAdamW((1, 1), empty[0])
+    state.set_moments(Moments(*empty, empty[1], steps))
+    state.step(Sparse(*empty, (1, 1)), adamw, context)

@@ -66,9 +66,24 @@ def train(model, name, idle, part=slice(None), processes=1):
     return gradients
 
 
+def refused_step(net, optimizer):
+    """Try a step of sparse layers; give what was said, and whether nothing has moved."""
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    net(torch.ones(3, 4)).sum().backward()
+    said = ""
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        said = str(error)
+    return said, all(map(torch.equal, before, net.parameters()))
+
+
 def work(rank, folder):
     """Train each case on one process's part."""
     torch.set_num_threads(1)
+    net = torch.nn.Linear(4, 5)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    early = sebp.apply_meprop_to_model(net, sgd, 3, "*")
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -77,7 +92,7 @@ def work(rank, folder):
         timeout=datetime.timedelta(seconds=SECONDS // 2),
     )
     part = slice(4 * rank, 4 * rank + 4)
-    results = {}
+    results = {"early": refused_step(net, early)}
     for key, case in CASES.items():
         model = make_model(case["name"])
         sebp.apply_sebp_to_model(model, padding=case.get("padding", False))
@@ -112,6 +127,14 @@ def results(tmp_path_factory):
                 process.kill()
                 process.join()
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+def test_sparse_layers_made_before(results):
+    """Processes that came together after layers were made sparse are noticed in the step."""
+    for result in results:
+        said, is_unmoved = result["early"]
+        assert "not summed over processes" in said
+        assert is_unmoved
 
 
 @pytest.mark.parametrize("key", CASES)

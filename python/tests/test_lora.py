@@ -115,6 +115,32 @@ def test_peft():
         torch.testing.assert_close(product, want, rtol=0, atol=1e-3)
 
 
+def test_other_hooks():
+    """A hook that was there before sees the whole output, as it does of the merged layer."""
+    net = make_net()
+    net[0].register_forward_hook(lambda module, args, y: 3 * y)
+    sebp.apply_lora_to_model(net, 2, layers="*")
+    nn.init.normal_(net[0].lora_b)
+    x = torch.randn(4, 12)
+    want = net(x)
+    sebp.merge_lora(net)
+    torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_of_what_is_not_finite():
+    """No weight is changed if one of them could not be read afterwards."""
+    net = make_net()
+    sebp.apply_lora_to_model(net, 2, layers="*")
+    nn.init.normal_(net[0].lora_b)
+    nn.init.constant_(net[2].lora_b, float("nan"))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="2: lora_a or lora_b holds a NaN"):
+        sebp.merge_lora(net)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    nn.init.zeros_(net[2].lora_b)
+    assert sebp.merge_lora(net) == ["0", "2"]
+
+
 def test_copies():
     net = make_net()
     sebp.apply_lora_to_model(net, 2, layers="*")

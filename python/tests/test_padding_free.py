@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -437,6 +438,24 @@ def test_in_another_process(monkeypatch):
     for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
         monkeypatch.delitem(interface._global_mapping, "sebp")
     same(plain, pickle.loads(ours), make_batch("bert", 1))
+
+
+def test_configuration_in_another_process():
+    """A configuration that is loaded alone makes another model there."""
+    _, ours = pair("bert")
+    code = (
+        "import pickle, sys, transformers\n"
+        "config = pickle.load(sys.stdin.buffer)\n"
+        "model = transformers.BertForSequenceClassification(config)\n"
+        "assert model.config._attn_implementation == 'sebp'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(ours.config), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert type(copy.deepcopy(ours.config)._attn_implementation) is type(
+        ours.config._attn_implementation
+    )
 
 
 def test_there_and_back(tmp_path):

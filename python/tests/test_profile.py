@@ -232,6 +232,26 @@ def test_transformers(name, reentrant):
         np.testing.assert_array_equal(head.is_active[:, :-1], last.numpy())
 
 
+def test_padding_free():
+    """What ran without padding is said to be tokens, not one text; the table is the model's own."""
+    pytest.importorskip("transformers")
+    from models import make_batch, make_model
+
+    model, batch = make_model("bert").train(), make_batch("bert", 0)
+    plain = sebp.profile(model, batch)
+    assert not plain.is_padding_free
+    assert "4 texts of 16 tokens, rows=" in str(plain)
+    sebp.padding_free(model)
+    tokens = int(batch["attention_mask"].sum())
+    ours = sebp.profile(model, batch)
+    assert (ours.shape, ours.is_padding_free) == ((1, tokens), True)
+    assert f"{tokens} tokens without padding, rows=" in str(ours)
+    assert "text" not in str(ours)
+    batch["attention_mask"][:] = 1
+    full = sebp.profile(model, batch)
+    assert (full.shape, full.is_padding_free) == ((4, 16), False)
+
+
 def boxes(svg):
     """Give the coloured cells of a picture: their colour, corner, width and height."""
     cell = re.compile(r"M(\d+) (\d+)h(\d+)v(\d+)h-\d+z")

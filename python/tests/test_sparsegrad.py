@@ -311,6 +311,206 @@ def test_second_backward():
     net(torch.randn(9, 12)).sum().backward()
 
 
+OPTIONS = {
+    "anew": {},
+    "accumulate": {"accumulate": True},
+    "fixed": {"fix_support_after": 1},
+}
+
+
+def meprop_net(**options):
+    """Make a net that is after its first step: a support that is fixed after it is."""
+    torch.manual_seed(7)
+    net = make_net()
+    optimizer = sebp.apply_meprop_to_model(net, adamw(net), 30, "*", **options)
+    backward(net, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return net, optimizer
+
+
+def backward(net, seed) -> None:
+    numbers = torch.Generator().manual_seed(seed)
+    net(torch.randn(9, 12, generator=numbers)).square().sum().backward()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_grad_is_no_backward(options):
+    """``torch.autograd.grad()`` gives what it is asked for and leaves no gradient behind."""
+    weights = []
+    for asks in (False, True):
+        net, optimizer = meprop_net(**options)
+        x = torch.randn(9, 12, requires_grad=True)
+        if asks:
+            (grad,) = torch.autograd.grad(net(x).square().sum(), x)
+            assert grad.any()
+            net(x).square().sum().backward(inputs=[x])
+        backward(net, 1)
+        if asks:
+            torch.autograd.grad(net(x).sum(), net[2].bias)
+        optimizer.step()
+        weights.append([net[0].weight.detach(), net[2].weight.detach()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("who", ["optimizer", "model", "base", "by hand"])
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_zero_grad(options, who, when):
+    """Whoever drops gradients, and wherever in the loop, those of the sparse layers are dropped."""
+    weights = []
+    for drops in (False, True):
+        net, optimizer = meprop_net(**options)
+
+        def zero_grad(net=net, optimizer=optimizer):
+            if who == "by hand":
+                for parameter in net.parameters():
+                    parameter.grad = None
+            else:
+                {"optimizer": optimizer, "model": net, "base": optimizer.base}[who].zero_grad()
+
+        if drops and when != "after":
+            backward(net, 1)
+        if when == "before":
+            zero_grad()
+        y = net(torch.ones(9, 12)).square().sum()
+        if when == "between":
+            zero_grad()
+        y.backward()
+        if when == "after" and drops:
+            # Nothing is there that would move.
+            zero_grad()
+            before = copy.deepcopy(net.state_dict())
+            optimizer.step()
+            torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+            return
+        optimizer.step()
+        weights.append([parameter.detach() for parameter in net.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_gradients_replaced_by_hand():
+    """Other tensors in the place of gradients are no ``zero_grad()``; nor is a graph of them."""
+    weights = []
+    for replaces in (False, True):
+        net, optimizer = meprop_net(accumulate=True)
+        backward(net, 1)
+        if replaces:
+            net[0].bias.grad = net[0].bias.grad.clone()
+            net[2].bias.grad = net[2].bias.grad.clone()
+        backward(net, 2)
+        optimizer.step()
+        weights.append([net[0].weight.detach(), net[2].weight.detach()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("lapack")
+def test_second_backward_in_the_basis_phase():
+    """What would fail after the basis phase fails in it, at the first step."""
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    for drop in (optimizer.zero_grad, net.zero_grad, optimizer.step):
+        backward(net, 0)
+        with pytest.raises(RuntimeError, match="2: a second backward before the step"):
+            backward(net, 1)
+        drop()
+        optimizer.zero_grad()
+    for _ in range(2):
+        backward(net, 1)
+        optimizer.step()
+        net.zero_grad()
+    assert not optimizer.in_basis_phase
+    twice = nn.Linear(4, 4)
+    optimizer = sebp.apply_sparsegrad_to_model(twice, adamw(twice), 5, 3, layers="*")
+    with pytest.raises(RuntimeError, match="a second call of the layer"):
+        twice(twice(torch.ones(2, 4))).sum().backward()
+    summing = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(
+        summing, adamw(summing), 5, 3, layers="*", accumulate=True
+    )
+    for _ in range(5):
+        backward(summing, 0)
+        backward(summing, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not optimizer.in_basis_phase
+
+
+@pytest.mark.parametrize("options", [OPTIONS["accumulate"], OPTIONS["fixed"]])
+def test_layer_that_runs_twice(options):
+    """Its gradient is the sum, whatever dense gradients are there already."""
+    net, optimizer = meprop_net(**options)
+    twin = copy.deepcopy(net).requires_grad_(True)
+    for model in (net, twin):
+        x = torch.full((9, 12), 0.5)
+        (model(x).square().sum() + model(x + 1).square().sum()).backward()
+    for name in ("0", "2"):
+        layer = optimizer._layers[name]
+        assert layer.finish_gradient()
+        want = twin.get_submodule(name).weight.grad.flatten()[layer.gradient.indices.copy()]
+        assert want.any()
+        torch.testing.assert_close(torch.from_numpy(layer.gradient.values), want)
+
+
+def test_failed_step_keeps_the_sum():
+    """A step refused for a number of its group can be taken later, with more backwards before."""
+    weights = []
+    for fails in (False, True):
+        net, optimizer = meprop_net(accumulate=True)
+        backward(net, 1)
+        if fails:
+            optimizer.param_groups[0]["lr"] = -1.0
+            with pytest.raises(sebp.SebpError):
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = 3e-3
+        backward(net, 2)
+        optimizer.step()
+        weights.append([parameter.detach() for parameter in net.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("lapack")
+def test_backward_of_an_old_graph():
+    """A backward of what was computed in another phase, or before release(), does no harm."""
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    states, outputs = [], []
+    for _ in range(4):
+        states.append(copy.deepcopy(optimizer.state_dict()))
+        outputs.append(net[2](torch.randn(3, 20)).sum())
+        backward(net, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    outputs[0].backward()
+    backward(net, 2)
+    optimizer.load_state_dict(states[0])
+    outputs[3].backward()
+    backward(net, 2)
+    optimizer.release()
+    net.zero_grad()
+    outputs[2].backward()
+    net.zero_grad()
+    backward(net, 1)
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_other_hooks(order):
+    """The gradient is that of the layer's own output, not of what a hook makes of it."""
+    net = nn.Sequential(nn.Linear(12, 20))
+    twin = copy.deepcopy(net)
+    twin[0].register_forward_hook(lambda module, args, y: 3 * y)
+    if order == "before":
+        net[0].register_forward_hook(lambda module, args, y: 3 * y)
+    optimizer = sebp.apply_meprop_to_model(net, adamw(net), 240, "*")
+    if order == "behind":
+        net[0].register_forward_hook(lambda module, args, y: 3 * y)
+    for model in (net, twin):
+        backward(model, 0)
+    gradient = optimizer._layers["0"].gradient.values.reshape(20, 12)
+    np.testing.assert_allclose(gradient, twin[0].weight.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_profile_is_no_backward():
     x = torch.randn(6, 12)
     weights = []
@@ -382,6 +582,42 @@ def test_resume(method, stop, fix_after):
         assert torch.equal(one, other)
     for one, other in zip(optimizer.kinds, resumed.kinds, strict=True):
         np.testing.assert_array_equal(one.shares, other.shares)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 7])
+@pytest.mark.parametrize("at", [1, 3, 6])
+@pytest.mark.usefixtures("lapack")
+def test_resume_in_another_phase(at, stop):
+    """A checkpoint goes on in an optimizer of any phase, with a gradient at hand."""
+
+    def start():
+        torch.manual_seed(0)
+        net = make_net()
+        options = dict(layers="*", fix_support_after=2)
+        return net, sebp.apply_sparsegrad_to_model(net, adamw(net), 20, 3, **options)
+
+    def go_on(net, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            backward(net, step)
+            optimizer.step()
+
+    plain, optimizer = start()
+    go_on(plain, optimizer, 0, stop)
+    saved = copy.deepcopy((plain.state_dict(), optimizer.state_dict()))
+    go_on(plain, optimizer, stop, 9)
+    net, resumed = start()
+    go_on(net, resumed, 0, at)
+    backward(net, 8)
+    net.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert resumed.in_basis_phase == (stop < 3)
+    go_on(net, resumed, stop, 9)
+    for one, other in zip(plain.parameters(), net.parameters(), strict=True):
+        assert torch.equal(one, other)
+    resumed.release()
+    assert all(p.requires_grad for p in net.parameters())
+    assert not net[0]._forward_hooks
 
 
 def test_foreign_checkpoints():
@@ -460,7 +696,9 @@ def test_release_and_copies():
     assert net[0].weight.grad is not None
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpoint", "compile", "sebp", "keyword"])
+@pytest.mark.parametrize(
+    "way", ["plain", "checkpoint", "reentrant", "compile", "aot_eager", "sebp", "keyword"]
+)
 def test_ways_to_run(way):
     """The step is the same, whatever surrounds the layer, and with no gradient of its input."""
     moved = []
@@ -473,13 +711,15 @@ def test_ways_to_run(way):
         optimizer = sebp.apply_sparsegrad_to_model(net, sgd(net), 5, layers="*", bases=make_bases())
         x = torch.randn(9, 12)
         forward = net
-        if run == "checkpoint":
+        if run in ("checkpoint", "reentrant"):
+            x.requires_grad_(run == "reentrant")
 
-            def forward(x, net=net):
-                return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+            def forward(x, net=net, run=run):
+                reentrant = run == "reentrant"
+                return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
 
-        elif run == "compile":
-            forward = torch.compile(net, backend="eager")
+        elif run in ("compile", "aot_eager"):
+            forward = torch.compile(net, backend="eager" if run == "compile" else run)
         elif run == "keyword":
 
             def forward(x, net=net):
@@ -492,17 +732,19 @@ def test_ways_to_run(way):
     torch.testing.assert_close(*moved)
 
 
-@pytest.mark.parametrize("kind", ["weights", "autocast"])
+@pytest.mark.parametrize("kind", ["weights", "autocast", "autocast to float16"])
 @pytest.mark.usefixtures("lapack")
-def test_bf16(kind):
+def test_half(kind):
+    """Half of the bits: in weights and all else, or where autocast has them."""
     torch.manual_seed(1)
     net = make_net(torch.bfloat16 if kind == "weights" else torch.float32)
+    dtype = torch.float16 if kind.endswith("float16") else torch.bfloat16
     optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net, lr=0.05), 20, 3, layers="*")
     x, target = torch.randn(64, 12), torch.randn(64, 8)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        with torch.autocast("cpu", dtype, enabled=kind != "weights"):
             y = net(x.to(net[0].weight.dtype))
         loss = (y.float() - target).square().mean()
         loss.backward()
@@ -608,6 +850,178 @@ def test_not_finite(method, fix_after, accumulate):
     assert all(value.isfinite().all() for value in net.state_dict().values())
 
 
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop"])
+def test_not_finite_beside_the_support(method):
+    """A NaN is refused wherever it is: here in one row of a gradient whose support is elsewhere."""
+    net = nn.Sequential(nn.Linear(12, 20))
+    if method == "sparsegrad":
+        unit = {"* 20x12": Basis.from_vectors(*(np.eye(n, dtype=np.float32) for n in (20, 12)))}
+        optimizer = sebp.apply_sparsegrad_to_model(
+            net, adamw(net), 4, layers="*", bases=unit, fix_support_after=1
+        )
+    else:
+        optimizer = sebp.apply_meprop_to_model(net, adamw(net), 4, "*", fix_support_after=1)
+    dy = torch.zeros(9, 20)
+    dy[:, 0] = 1
+    (net(torch.ones(9, 12)) * dy).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = copy.deepcopy(net.state_dict())
+    dy[3, 7] = float("inf")
+    (net(torch.ones(9, 12)) * dy).sum().backward()
+    with pytest.raises(sebp.SebpError, match="step 2: the gradient of 0 holds a NaN or Inf"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    optimizer.zero_grad()
+    # Numbers so large that their sum is not finite are finite all the same.
+    dy[3, 7], dy[4, 8] = 3e38, 3e38
+    (net(torch.ones(9, 12)) * dy).sum().backward()
+    optimizer.step()
+    assert optimizer.steps == 2
+
+
+BAD_NUMBERS = [
+    ({"lr": -1.0}, sebp.SebpError, "learning_rate|lr"),
+    ({"eps": float("nan")}, sebp.SebpError, "eps"),
+    ({"betas": (0.9, 1.0)}, sebp.SebpError, "beta"),
+    ({"weight_decay": -1.0}, sebp.SebpError, "decay"),
+    ({"lr": None}, ValueError, "numbers are not those of AdamW: {'lr': None"),
+    ({"betas": (0.9, 0.99, 0.999)}, ValueError, "numbers are not those"),
+    ({"maximize": True}, ValueError, "maximize is not done"),
+    ({"amsgrad": True}, ValueError, "amsgrad is not done"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "kind", "message"), BAD_NUMBERS)
+def test_bad_numbers(numbers, kind, message):
+    """One group's bad numbers: refused when applied, and in a step before anything has moved."""
+
+    def groups(net):
+        return [{"params": net[0].parameters()}, {"params": net[2].parameters()}]
+
+    net = make_net()
+    base = torch.optim.AdamW(groups(net))
+    base.param_groups[1].update(numbers)
+    with pytest.raises(kind, match=f"^2: .*({message})"):
+        sebp.apply_meprop_to_model(net, base, 5, "*")
+    assert net[0].weight.requires_grad
+    base = torch.optim.AdamW(groups(net))
+    optimizer = sebp.apply_meprop_to_model(net, base, 5, "*")
+    backward(net, 0)
+    before = copy.deepcopy(net.state_dict())
+    good = dict(base.param_groups[1])
+    base.param_groups[1].update(numbers)
+    with pytest.raises(kind, match=f"^2: .*({message})"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert (optimizer.steps, optimizer._layers["0"].moments.steps) == (0, 0)
+    assert not base.state
+    # The gradients are kept.
+    base.param_groups[1].update(good)
+    optimizer.step()
+    assert not any(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_base_that_fails():
+    """Nothing of ours has moved where the user's optimizer raises."""
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("no step")
+
+    net = make_net()
+    optimizer = sebp.apply_meprop_to_model(net, Failing(net.parameters(), lr=0.1), 5, "*")
+    backward(net, 0)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert optimizer._layers["0"].moments.steps == 0
+
+
+@pytest.mark.parametrize("phase", ["basis", "sparse"])
+@pytest.mark.usefixtures("lapack")
+def test_grad_scaler(phase):
+    """A scaler does not see the sparse gradients: refused at the first step, not half done."""
+    net = make_net()
+    options = {"bases": make_bases()} if phase == "sparse" else {"basis_steps": 3}
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", **options)
+    scaler = torch.amp.GradScaler("cpu")
+    before = copy.deepcopy(net.state_dict())
+    scaler.scale(net(torch.randn(9, 12)).sum()).backward()
+    with pytest.raises(RuntimeError, match="GradScaler does not see"):
+        scaler.step(optimizer)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    optimizer.zero_grad()
+    backward(net, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    off.scale(net(torch.randn(9, 12)).sum()).backward()
+    off.step(optimizer)
+    assert optimizer.steps == 2
+
+
+def test_weights_that_ask_again():
+    """Unfrozen by hand, a weight would be moved by both optimizers."""
+    net, optimizer = meprop_net()
+    net.requires_grad_(True)
+    backward(net, 1)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="0: its weight asks for a gradient"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_state_of_the_base_loaded():
+    """Rates that came with a checkpoint of the user's optimizer hold for the sparse layers too."""
+    net, optimizer = meprop_net()
+    state = optimizer.base.state_dict()
+    state["param_groups"][0]["lr"] = 0.0
+    optimizer.base.load_state_dict(state)
+    backward(net, 1)
+    before = copy.deepcopy(net.state_dict())
+    optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert optimizer.param_groups is optimizer.base.param_groups
+
+
+def test_no_copies():
+    _, optimizer = meprop_net()
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="belongs to the model it was made for; copy its state"):
+            make(optimizer)
+
+
+@pytest.mark.usefixtures("lapack")
+def test_twice():
+    """One optimizer for a layer, in the basis phase too, and none around another."""
+    net = make_net()
+    base = adamw(net)
+    first = sebp.apply_sparsegrad_to_model(net, base, 5, 3, layers="0")
+    with pytest.raises(ValueError, match="0: a SparseOptimizer has it already"):
+        sebp.apply_sparsegrad_to_model(net, base, 5, 3, layers="*")
+    with pytest.raises(ValueError, match="0: a SparseOptimizer has it already"):
+        sebp.apply_lora_to_model(net, 2, layers="*")
+    with pytest.raises(TypeError, match="has sparse layers already"):
+        sebp.apply_meprop_to_model(net, first, 5, "2")
+    first.release()
+    sebp.apply_sparsegrad_to_model(net, base, 5, 3, layers="*")
+
+
+@pytest.mark.parametrize("method", ["meprop", "lora"])
+def test_weight_of_an_embedding(method):
+    """Which would lose its gradient."""
+    net = nn.Sequential(nn.Embedding(8, 12), nn.Linear(12, 8))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match="1: its weight is that of 0"):
+        if method == "lora":
+            sebp.apply_lora_to_model(net, 2, layers="*")
+        else:
+            sebp.apply_meprop_to_model(net, adamw(net), 5, "*")
+    assert net[0].weight.requires_grad
+
+
 @pytest.mark.usefixtures("lapack")
 def test_not_finite_in_the_basis_phase():
     net = make_net()
@@ -657,8 +1071,13 @@ def test_bad_models():
         sebp.apply_sparsegrad_to_model(net, adamw(net[0]), 5, layers="*")
     with pytest.raises(TypeError, match="not of torch.optim"):
         sebp.apply_sparsegrad_to_model(net, None, 5, layers="*")
-    with pytest.raises(TypeError, match="k is 0.01"):
-        sebp.apply_sparsegrad_to_model(net, adamw(net), 0.01, layers="*")
+    for name, value in (("k", 0.01), ("k", True), ("rank", (6.0, 6)), ("basis_steps", 2.5)):
+        with pytest.raises(TypeError, match=f"{name} is .*, not an integer"):
+            sebp.apply_sparsegrad_to_model(net, adamw(net), layers="*", **{"k": 5, name: value})
+    with pytest.raises(ValueError, match="rank is .*, not one number or two"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 5, rank=(1, 2, 3), layers="*")
+    with pytest.raises(TypeError, match="20x12 is ndarray, not Basis"):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*", bases={"* 20x12": np.eye(3)})
     bases = make_bases()
     bases["* 8x20"] = bases["* 20x12"]
     with pytest.raises(ValueError, match="is of \\(8, 20\\), its basis of \\(20, 12\\)"):
@@ -671,7 +1090,7 @@ def test_bad_models():
         sebp.apply_meprop_to_model(double, adamw(double), 5, "*")
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
-    with pytest.raises(ValueError, match="1: its weight is that of 0"):
+    with pytest.raises(ValueError, match="0: its weight is that of 1"):
         sebp.apply_meprop_to_model(tied, adamw(tied), 5, "*")
 
 

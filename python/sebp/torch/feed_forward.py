@@ -35,8 +35,9 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     Raises
     ------
     ValueError
-        If there are none; or if one of them has a weight that is not on the CPU, not of float32 or
-        bfloat16, not row by row in memory, frozen, or shared with another.
+        If there are none; or if one of them is trained by a :class:`~sebp.torch.SparseOptimizer`,
+        or has a weight that is not on the CPU, not of float32 or bfloat16, not row by row in
+        memory, frozen, or shared with another module.
     """
     if layers is None:
         chosen = [(name, m) for name, m in linear_layers(model) if _FEED_FORWARD.search(name)]
@@ -46,14 +47,18 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     if not chosen:
         what = "no feed-forward layers known by name" if layers is None else f"none in {layers!r}"
         raise ValueError(f"no linear layer to train: {what}; see the argument layers")
-    weights: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for owner, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(owner)
     for name, module in chosen:
-        weight = module.weight
-        if reason := _refusal(weight):
+        if reason := _refusal(module.weight):
             raise ValueError(f"{name}: its weight {reason}")
-        if id(weight) in weights:
-            raise ValueError(f"{name}: its weight is that of {weights[id(weight)]}")
-        weights[id(weight)] = name
+        if any(getattr(hook, "is_in_use", False) for hook in module._forward_hooks.values()):
+            raise ValueError(f"{name}: a SparseOptimizer has it already; release() that first")
+        others = [owner for owner in owners[id(module.weight)] if owner != name]
+        if others:
+            raise ValueError(f"{name}: its weight is that of {others[0]}")
     return chosen
 
 

@@ -67,7 +67,10 @@ def apply_lora_to_model(
         nn.init.uniform_(a, -1 / math.sqrt(k), 1 / math.sqrt(k))
         module.lora_a, module.lora_b = nn.Parameter(a), nn.Parameter(b)
         module.lora_scale = scale
-        module.lora_hook = module.register_forward_hook(_add_product, with_kwargs=True)
+        # First of all hooks, as others are to see the layer's whole output.
+        module.lora_hook = module.register_forward_hook(
+            _add_product, prepend=True, with_kwargs=True
+        )
         weight.requires_grad_(False)
     return [name for name, _ in chosen]
 
@@ -85,11 +88,18 @@ def merge_lora(model: nn.Module) -> list[str]:
     -------
     list of str
         The names of the layers that had LoRA.
+
+    Raises
+    ------
+    ValueError
+        If one of the matrices holds a NaN or Inf: nothing has changed then.
     """
     names = []
-    for name, module in model.named_modules():
-        if not hasattr(module, "lora_hook"):
-            continue
+    layers = [(n, module) for n, module in model.named_modules() if hasattr(module, "lora_hook")]
+    for name, module in layers:
+        if not (module.lora_a.isfinite().all() and module.lora_b.isfinite().all()):
+            raise ValueError(f"{name}: lora_a or lora_b holds a NaN or Inf; nothing was merged")
+    for name, module in layers:
         a, b, weight = module.lora_a, module.lora_b, module.weight
         if not isinstance(module, nn.Linear):
             a, b = b.t().contiguous(), a.t().contiguous()

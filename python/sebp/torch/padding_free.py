@@ -26,7 +26,6 @@ _ENCODERS = {"BertModel": "encoder", "DistilBertModel": "transformer", "RobertaM
 # Models whose own output is padded again, in which tokens attend to those before them.
 _DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
 
-_ATTENTION = "sebp"  # in transformers' attention interface
 _ARGUMENT = "sebp_packing"
 _PACKED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 
@@ -55,6 +54,18 @@ class PaddingFreeReport:
         lines += [f"{name} did already and is as it was" for name in self.already]
         lines += [f"{name} left alone: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+class _Name(str):
+    """The attention's name in a configuration, which makes it known wherever that is loaded."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple:
+        return _registered_name, ()
+
+
+_ATTENTION = _Name("sebp")  # in transformers' attention interface
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,6 +186,11 @@ def _register() -> None:
     if _ATTENTION not in AttentionInterface():
         AttentionInterface.register(_ATTENTION, _attention)
         AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
+
+
+def _registered_name() -> str:
+    _register()
+    return _ATTENTION
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,6 +359,9 @@ def padding_free(model: nn.Module) -> PaddingFreeReport:
     padding, if the loss leaves padded tokens out; the backward checks that. What hooks within the
     layers see is 1 x T x H, the T real tokens of all texts, shorter texts first.
 
+    While it is so, the configuration names the attention "sebp". Pickled, with the model or alone,
+    it needs this package where it is loaded; what ``save_pretrained`` writes does not.
+
     It concerns BERT, DistilBERT, RoBERTa, Llama, Mistral and Qwen2 with "sdpa" attention. A call is
     left to the model as it was, and with SEBP_VERBOSE=1 a line on standard error says why, if it
     has no mask or a full one, makes or uses a cache, asks for attentions or hidden states, or gives
@@ -392,6 +411,11 @@ def padding_free(model: nn.Module) -> PaddingFreeReport:
         names = ", ".join(sorted((*_ENCODERS, *_DECODERS)))
         report.skipped[type(model).__name__] = f"there is none of {names} in it"
     return report
+
+
+def runs_padding_free(model: nn.Module) -> bool:
+    """Tell whether :func:`padding_free` has changed something in a model."""
+    return any(hasattr(module, "_sebp_padding_free") for module in model.modules())
 
 
 def remove_padding_free(model: nn.Module) -> list[str]:

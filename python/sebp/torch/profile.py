@@ -19,6 +19,7 @@ from .._rules import RowRule, Rule, parse_rule
 from .apply import linear_layers
 from .heat_map import draw
 from .ops import _DTYPES, _find_rows, _flat, _indices_of
+from .padding_free import runs_padding_free
 
 Batch = Mapping[str, object] | Sequence[object] | Tensor
 
@@ -76,12 +77,17 @@ class Profile:
         Linear layers that no gradient reached.
     shape : tuple of two int or None
         Texts and tokens of the batch: the B x L of most layers' outputs; None if none is B x L x N.
+        Where the model ran without padding, by :func:`~sebp.padding_free`: 1 and the real tokens of
+        all texts.
+    is_padding_free : bool
+        Whether it ran so.
     """
 
     rule: Rule
     layers: list[LayerProfile] = field(default_factory=list)
     without_gradient: list[str] = field(default_factory=list)
     shape: tuple[int, int] | None = None
+    is_padding_free: bool = False
 
     @property
     def activity(self) -> float:
@@ -97,6 +103,8 @@ class Profile:
     def _summary(self) -> str:
         texts, length = self.shape or (0, 0)
         batch = f"{texts} text{'s' * (texts > 1)} of {length} tokens, " if self.shape else ""
+        if self.is_padding_free:
+            batch = f"{length} tokens without padding, "
         return (
             f"{batch}rows={self.rule}: {self.activity:.1%} of the rows are active, SEBP would save"
             f" {self.saved:.1%} of the flops of the linear layers' backward"
@@ -287,7 +295,9 @@ def profile(
         torch.func.functional_call(step, _stand_ins(step), (batch,))
 
     shapes = Counter(call.shape for calls in found.values() for call in calls if call.ndim == 2)
-    result = Profile(rule, shape=shapes.most_common(1)[0][0] if shapes else None)
+    shape = shapes.most_common(1)[0][0] if shapes else None
+    is_padding_free = shape is not None and shape[0] == 1 and runs_padding_free(model)
+    result = Profile(rule, shape=shape, is_padding_free=is_padding_free)
     for name, layer in layers:
         if not found[name]:
             result.without_gradient.append(name)
