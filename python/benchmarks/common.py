@@ -8,7 +8,6 @@ machine's speed on the way changes all of them. What is reported is the median o
 
 import argparse
 import csv
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,12 +45,17 @@ def with_padding(model: nn.Module) -> AbstractContextManager:
     return with_sebp(model, padding=True)
 
 
-@contextmanager
-def padding_free(model: nn.Module) -> Iterator[None]:
-    """Train with SEBP on real tokens alone."""
+def take_padding_out(model: nn.Module) -> None:
+    """Let the encoder work on real tokens alone."""
     report = sebp.padding_free(model)
     if not report.changed:
         raise SystemExit(f"padding-free: {report}")
+
+
+@contextmanager
+def padding_free(model: nn.Module) -> Iterator[None]:
+    """Train with SEBP on real tokens alone."""
+    take_padding_out(model)
     try:
         with with_sebp(model):
             yield
@@ -213,17 +217,27 @@ def report_times(modes: list[Mode], times: dict[str, Times], path: Path | None) 
 
 
 def peak_memory() -> float:
-    """Give the most memory this process has held so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Give the most memory this process has held so far, in MiB.
+
+    That is not ``getrusage``'s: there a process begins with the peak of the one that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
+def run_again(*words: str) -> str:
+    """Run this program again, with more words on its command line, and give what it prints last."""
+    command = [sys.executable, *sys.argv, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
+    return done.stdout.splitlines()[-1]
 
 
 def report_memory(modes: list[Mode], path: Path | None) -> None:
     """Run this program again for each mode, with --memory-of, and print the peaks."""
-    peaks = {}
-    for mode in modes:
-        command = [sys.executable, *sys.argv, "--memory-of", mode.name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        peaks[mode.name] = float(done.stdout.split()[-1])
+    peaks = {mode.name: float(run_again("--memory-of", mode.name)) for mode in modes}
     rows = [[m.name, peaks[m.name], peaks[m.name] - peaks[m.baseline]] for m in modes]
     print_table(
         ["mode", "peak MiB", "against baseline"],

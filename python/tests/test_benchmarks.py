@@ -3,7 +3,10 @@
 
 import csv
 import importlib
+import statistics
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -79,6 +82,15 @@ def test_memory(call):
     assert 100 < float(row["peak_mib"]) < 5000
 
 
+def test_peak_memory_is_the_process_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    held = b"x" * 2**30
+    own = importlib.import_module("common").peak_memory()
+    words = [sys.executable, "-c", "import common; print(common.peak_memory())"]
+    done = subprocess.run(words, cwd=FOLDER, check=True, stdout=subprocess.PIPE)
+    assert 10 < float(done.stdout) < own - len(held) / 2**21
+
+
 def test_unknown_mode(call):
     with pytest.raises(SystemExit, match="no mode fast; there are: pytorch, "):
         call("bert", f"{BERT} --modes pytorch,fast")
@@ -100,3 +112,215 @@ def test_minilm(call, data):
         losses = [float(row[mode]) for mode in ("pytorch", "sebp-padding", "padding-free")]
         assert max(losses) - min(losses) < 1e-5
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+
+
+# --------------------------------------------------------------------------------------------------
+# peft.py
+
+METHODS = "full,lora,meprop,sparsegrad,sparsegrad-leading"
+TINY = "--batch 2 --rank 1 --leading 16 --threads 1"
+QUALITY = f"{TINY} --validation 10 --seeds 2 --rates 1e-3,1e-2 --fix-after 1"
+LAYERS, HIDDEN, WIDE = 2, 32, 64
+ELEMENTS = 2 * LAYERS * (HIDDEN + WIDE)
+
+
+@pytest.fixture
+def peft(call, data, lapack, monkeypatch):
+    """Give a function that runs peft.py on a tiny model, without processes for the memory."""
+    config = transformers.BertConfig(
+        vocab_size=12,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=WIDE,
+    )
+    transformers.BertModel(config).save_pretrained(data / "model")
+    (data / "cola").mkdir()
+    for part in ("train", "dev"):
+        lines = (data / "sst2" / f"{part}.tsv").read_text().splitlines()
+        pairs = [line.split("\t") for line in lines]
+        lines = [f"source\t{label}\t\t{sentence}" for sentence, label in pairs]
+        (data / "cola" / f"{part}.tsv").write_text("\n".join(lines))
+    peft = importlib.import_module("peft")
+
+    def run_again(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*sys.argv, *words])
+            assert peft.parse().memory_of == words[1]
+        return "123.5"
+
+    monkeypatch.setattr(peft, "run_again", run_again)
+    monkeypatch.setattr(peft.costs, "run_again", run_again)
+
+    def run(options):
+        return call("peft", f"--data {data} --model {data / 'model'} {TINY} {options}")
+
+    return run
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Give a list that grows with the method of each run of peft.py."""
+    module, begun = importlib.import_module("peft"), []
+
+    class Counted(module.Training):
+        def __init__(self, name, *rest):
+            begun.append(name)
+            super().__init__(name, *rest)
+
+    monkeypatch.setattr(module, "Training", Counted)
+    return begun
+
+
+def test_peft_quality(peft, data, capsys):
+    plot = data / "plot.svg"
+    rows = peft(f"{QUALITY} --steps 5,6 --basis-steps 2 --methods {METHODS} --plot {plot}")
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    table = [[cell.strip() for cell in line[1:-1]] for line in table]
+    assert len(rows) == 2 * 5 * (2 + 1)
+    for n, corpus in enumerate(("sst2", "cola")):
+        for m, method in enumerate(METHODS.split(",")):
+            found = [r for r in rows if (r["corpus"], r["method"]) == (corpus, method)]
+            assert {r["steps"] for r in found} == {("5", "6")[n]}
+            first = {r["rate"]: float(r["validation_metric"]) for r in found if r["seed"] == "1"}
+            assert list(first) == ["0.001", "0.01"]
+            best = max(first, key=first.get)
+            chosen = [r for r in found if r["rate"] == best]
+            assert [r["seed"] for r in chosen] == ["1", "2"]
+            assert chosen[0]["loss"] != chosen[1]["loss"]
+            metric = [float(r["metric"]) for r in chosen]
+            line = table[n * 7 + 2 + m]
+            assert line[:2] == [method, best]
+            assert line[3] == f"{statistics.mean(metric):.4f} ± {statistics.stdev(metric):.4f}"
+            elements = 2 * LAYERS * HIDDEN * WIDE if method == "full" else ELEMENTS
+            assert {r["elements"] for r in found} == {str(elements)}
+            kept = {int(r["gradient_bytes"]) + int(r["state_bytes"]) for r in found}
+            if method in ("full", "lora"):
+                assert 12 * elements < min(kept) == max(kept) < 13 * elements + 100
+            assert (int(chosen[0]["bases_bytes"]) > 0) == method.startswith("sparsegrad")
+    root = ElementTree.parse(plot).getroot()
+    assert Counter(child.tag.split("}")[-1] for child in root)["circle"] == 2 * 5 * 2
+
+
+def test_peft_runs_differ_by_the_method_alone(peft):
+    rows = peft(
+        f"{QUALITY} --corpus cola --steps 5 --basis-steps 9 --methods full,sparsegrad,meprop"
+    )
+    loss = {(r["method"], r["rate"], r["seed"]): r["loss"] for r in rows}
+    assert loss["full", "0.001", "1"] == loss["sparsegrad", "0.001", "1"]
+    assert loss["full", "0.01", "1"] == loss["sparsegrad", "0.01", "1"]
+    assert loss["full", "0.01", "1"] != loss["meprop", "0.01", "1"]
+
+
+def test_peft_goes_on(peft, data, trainings):
+    options = f"{QUALITY} --corpus sst2 --steps 4 --methods lora,meprop --rate lora=3e-3"
+    rows = peft(options)
+    assert trainings == ["meprop", "meprop", "lora", "lora", "meprop"]
+    assert {r["rate"] for r in rows if r["method"] == "lora"} == {"0.003"}
+    trainings.clear()
+    assert peft(options) == rows
+    assert trainings == []
+    path = data / "peft.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    again = peft(options)
+    assert trainings == [rows[-1]["method"]]
+    assert again[:-1] == rows[:-1]
+    assert {**again[-1], "step_ms": ""} == {**rows[-1], "step_ms": ""}
+    trainings.clear()
+    assert len(peft(options.replace("--steps 4", "--steps 3"))) == 2 * len(rows)
+
+
+def test_peft_chooses_the_rate(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    peft = importlib.import_module("peft")
+
+    class Runs:
+        metric = {1e-4: 0.5, 2e-4: 0.7, 4e-4: 0.7, 8e-4: 0.6}
+
+        def get(self, corpus, method, rate, seed):
+            assert (corpus, method, seed) == ("cola", "lora", 1)
+            return {"validation_metric": str(self.metric[rate]), "metric": str(-rate)}
+
+    assert peft.choose_rate(Runs(), "cola", "lora", [8e-4, 4e-4, 1e-4, 2e-4]) == 2e-4
+    assert "rate 0.0002 of 0.0001: 0.5000" in capsys.readouterr().out
+    assert peft.choose_rate(Runs(), "cola", "lora", [1e-4, 2e-4]) == 2e-4
+    assert "rate 0.0002, at the edge of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--methods full,fast", "no method 'fast'; there are: full, lora, "),
+        ("--methods full,full", "a method twice"),
+        ("--corpus imdb", "no corpus 'imdb'; there are: sst2, cola"),
+        ("--corpus sst2 --validation 40", "sst2 has 40 training texts, not over 40"),
+        ("--rate fast=1e-4", "no method 'fast'"),
+        ("--methods full --leading 0", None),
+        ("--methods lora --rate lora=2", None),
+        ("--methods lora --rates 1e-4,x", None),
+        ("--steps 5,5,5", None),
+        ("--model bert-base", None),
+        ("--model nowhere", "no folder nowhere"),
+    ],
+)
+def test_peft_bad_options(peft, options, message, data):
+    with pytest.raises(SystemExit, match=message) as raised:
+        peft(f"{options} --steps 2" if "--steps" not in options else options)
+    assert message is not None or raised.value.code == 2
+    assert not (data / "peft.csv").exists()
+
+
+def test_peft_refuses_another_table(peft, data):
+    (data / "peft.csv").write_text("mode,step_ms\nfast,1\n")
+    with pytest.raises(SystemExit, match="is not a table of such runs"):
+        peft("--steps 2")
+    assert (data / "peft.csv").read_text() == "mode,step_ms\nfast,1\n"
+
+
+@pytest.mark.parametrize("options", ["", "--padding"])
+def test_peft_times(peft, options):
+    rows = peft(f"--time --rounds 2 --length 20 --methods {METHODS},pytorch {options}")
+    rows = {row["method"]: row for row in rows}
+    assert set(rows) == {*METHODS.split(","), "pytorch"}
+    for row in rows.values():
+        parts = [float(row[f"{part}_ms"]) for part in ("forward", "backward", "optimizer")]
+        assert 0 < max(parts) < float(row["step_ms"])
+    assert float(rows["full"]["ratio"]) == 1
+    assert float(rows["lora"]["ratio"]) != 1
+    # The elements stay the same by now, and all have been chosen: 4 bytes of gradient, 16 of state.
+    assert int(rows["sparsegrad-leading"]["gradient_and_state_bytes"]) < 21 * ELEMENTS
+
+
+def test_peft_memory(peft, capsys):
+    (row,) = peft("--memory --methods full")
+    assert row == {"method": "full", "peak_mib": "123.5", "peak_given_bases_mib": "123.5"}
+    capsys.readouterr()
+    for name in (*METHODS.split(","), "collect", "leading", "all"):
+        peft(f"--memory-of {name} --given-bases")
+        assert 100 < float(capsys.readouterr().out) < 5000
+
+
+def test_peft_basis(peft):
+    rows = peft("--basis --rounds 2 --length 20 --leading 1 --batch 8")
+    assert [(r["rank_out"], r["rank_in"]) for r in rows] == [
+        ("1", "1"),
+        (str(WIDE), str(HIDDEN)),
+        ("1", "1"),
+        (str(HIDDEN), str(WIDE)),
+    ]
+    for leading, whole in (rows[:2], rows[2:]):
+        for side in ("energy_out", "energy_in"):
+            assert 0.1 < float(leading[side]) < float(whole[side]) - 1e-5
+            assert float(whole[side]) == pytest.approx(1, abs=1e-5)
+    assert {int(r["sums_bytes"]) for r in rows} == {2 * 4 * (WIDE**2 + HIDDEN**2)}
+
+
+def test_matthews(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    matthews = importlib.import_module("encoder").matthews
+    labels = torch.tensor([1, 0, 0, 0])
+    assert matthews(torch.tensor([1, 1, 0, 0]), labels) == pytest.approx(2 / 12**0.5)
+    assert matthews(1 - labels, labels) == pytest.approx(-1)
+    assert matthews(torch.ones(4, dtype=torch.long), labels) == 0
