@@ -1,22 +1,27 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Make the labelled sentences that finetune_bert trains on by default.
+"""Make the labelled sentences that finetune_bert and peft_shootout train on by default.
 
 Invented opinions on films, meals and gadgets, lower-cased and with punctuation set apart, one a
 line: ``sentence<TAB>label``, 1 for a favourable one. No single word decides: "not dull" praises,
 "lovely but far too long" does not, and what "although" concedes does not count. Lengths are spread
 like those of SST-2: 18 to 19 words on average, from 2 to 50.
 
-The same file comes out bit for bit on every run::
+The same files come out bit for bit on every run::
 
     python3 make_sentences.py > sentences.tsv
+    python3 make_sentences.py --topics films,meals --seed 2027 > films_and_meals.tsv
+    python3 make_sentences.py --topics gadgets --seed 2028 > gadgets.tsv
 """
 
+import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-SEED = 2026
+Entry = TypeVar("Entry")
+
 COUNT = 4000
 SHORTEST, LONGEST = 2, 50
 
@@ -60,6 +65,7 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(" ".join(entry.split()) for entry in text.split("|"))
 
 
+NAMES = ("films", "meals", "gadgets")
 TOPICS = (
     Topic(
         whole=words(
@@ -182,18 +188,21 @@ class Writer:
     ----------
     seed : int
         Decides everything that is written.
+    topics : sequence of Topic
+        What may be written about.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, topics: Sequence[Topic]) -> None:
         self._random = random.Random(seed)
-        self._topic = TOPICS[0]
+        self._topics = topics
+        self._topic = topics[0]
         self._last = ""
 
     def _chance(self, share: float) -> bool:
         """Be true in a share of the calls."""
         return self._random.random() < share
 
-    def _pick(self, entries: Sequence[str]) -> str:
+    def _pick(self, entries: Sequence[Entry]) -> Entry:
         """Pick an entry; random() alone is the same in every version of Python."""
         return entries[int(self._random.random() * len(entries))]
 
@@ -263,7 +272,7 @@ class Writer:
         int
             1 if it is favourable, else 0.
         """
-        self._topic = TOPICS[int(self._random.random() * len(TOPICS))]
+        self._topic = self._pick(self._topics)
         favourable = self._chance(0.5)
         spread = (self._random.random() + self._random.random() + self._random.random()) / 1.5
         target = min(max(int(17.2 * spread * spread), SHORTEST), LONGEST)
@@ -293,7 +302,15 @@ class Writer:
 
 def main() -> None:
     """Print the sentences, each once."""
-    writer, seen = Writer(SEED), set[str]()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topics", default=",".join(NAMES), help="of films, meals and gadgets")
+    parser.add_argument("--seed", type=int, default=2026)
+    options = parser.parse_args()
+    asked = options.topics.split(",")
+    if unknown := set(asked) - set(NAMES):
+        parser.error(f"no such topic: {', '.join(sorted(unknown))}")
+    topics = [topic for name, topic in zip(NAMES, TOPICS, strict=True) if name in asked]
+    writer, seen = Writer(options.seed, topics), set[str]()
     while len(seen) < COUNT:
         text, label = writer.sentence()
         if text not in seen and SHORTEST <= len(text.split()) <= LONGEST:
