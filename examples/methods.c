@@ -194,7 +194,7 @@ static int complain_about(const struct trainer *trainer, sebp_status status, con
 
 static int refuse(const struct tensor *tensor, int64_t step)
 {
-    return complain(FAILED, "step %lld: the gradient of %s.%lld.%s holds a NaN or Inf",
+    return complain(DIVERGED, "step %lld: the gradient of %s.%lld.%s holds a NaN or Inf",
                     (long long)step, tensor->name, (long long)tensor->block, tensor->part);
 }
 

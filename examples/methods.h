@@ -26,6 +26,9 @@
 
 enum method { FROZEN, FULL, LORA, MEPROP, SPARSEGRAD, LEADING, FIXED, METHODS };
 
+/** Beside OK, FAILED and REFUSED: a loss or gradient is not finite, as of too high a rate. */
+enum { DIVERGED = 3 };
+
 extern const char *const method_names[METHODS];
 
 /** Whether a method is one of the three kinds of SparseGrad, which need LAPACK. */

@@ -23,6 +23,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -173,10 +174,15 @@ static int check_options(struct options *o)
                         (long long)o->basis_rank, (long long)leading, (long long)o->lora_rank,
                         (long long)k);
     }
-    if (o->wanted[SPARSEGRAD] && o->basis_steps * o->layers < 4) { /* F / H */
+    /* Each gradient has H directions. */
+    int64_t most = o->wanted[SPARSEGRAD]                    ? F
+                   : o->wanted[LEADING] || o->wanted[FIXED] ? smaller(o->basis_rank, F)
+                                                            : 0;
+    if (o->basis_steps * o->layers < (most + H - 1) / H) {
         return complain(REFUSED,
-                        "--basis-steps: %lld steps of %lld layers are too few for all vectors",
-                        (long long)o->basis_steps, (long long)o->layers);
+                        "--basis-steps: %lld steps of %lld layers are too few for %lld "
+                        "vectors",
+                        (long long)o->basis_steps, (long long)o->layers, (long long)most);
     }
     if (o->train != NULL && o->pretrain == NULL) {
         return complain(REFUSED, "--train: needs --pretrain too: a file, or none for random "
@@ -433,7 +439,7 @@ static int train_step(struct model *m, struct trainer *trainer, const struct tas
 {
     *loss = forward(m);
     if (m->status == SEBP_SUCCESS && !isfinite(*loss)) {
-        return complain(FAILED, "the loss of step %lld is not finite", (long long)step);
+        return complain(DIVERGED, "the loss of step %lld is not finite", (long long)step);
     }
     backward(m);
     int status = trainer_status(trainer, step);
@@ -479,6 +485,9 @@ static int run(const struct shared *shared, const struct task *task, struct mode
     if (status == OK) {
         result->score = judge(m, task->judged, pad);
         status = model_status(m);
+    }
+    if (status == OK && !isfinite(result->score.loss)) {
+        status = complain(DIVERGED, "the loss of the judged data is not finite");
     }
     result->done = status == OK;
     return status;
@@ -554,11 +563,16 @@ static int run_task(const struct shared *shared, const struct task *task, struct
     if (child == 0) {
         exit(run_alone(shared, task, result));
     }
-    int status = 0;
-    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) {
-    }
     if (child < 0) {
         return complain(FAILED, "no process for a run: %s", strerror(errno));
+    }
+    int status = 0;
+    pid_t ended;
+    do {
+        ended = waitpid(child, &status, 0);
+    } while (ended < 0 && errno == EINTR);
+    if (ended < 0) {
+        return complain(FAILED, "a run cannot be waited for: %s", strerror(errno));
     }
     if (WIFSIGNALED(status)) {
         return complain(FAILED, "a run was ended by signal %d", WTERMSIG(status));
@@ -663,6 +677,12 @@ static void show_run(const struct options *o, enum method method, double rate, u
             metric_of(o, result->score), 1e3 * result->step_seconds);
 }
 
+static int complain_about_run(int status, enum method method, double rate, uint64_t seed)
+{
+    return complain(status, "that was %s with seed %llu and rate %g", method_names[method],
+                    (unsigned long long)seed, rate);
+}
+
 /** The rate that does best on the validation part; of equal ones that of least loss. */
 static int choose_rate(const struct shared *shared, const struct report *r, enum method method,
                        struct row *row)
@@ -682,8 +702,11 @@ static int choose_rate(const struct shared *shared, const struct report *r, enum
         }
         struct task task = make_task(r, method, o->rate[i], seed);
         task.judged = &r->data->validation;
-        run_task(shared, &task, result);
-        if (result->done) {
+        int status = run_task(shared, &task, result);
+        if (status != OK && status != DIVERGED) { /* not the rate's fault */
+            return complain_about_run(status, method, o->rate[i], seed);
+        }
+        if (status == OK) {
             show_run(o, method, o->rate[i], seed, "validation", result);
             double metric = metric_of(o, result->score), old = metric_of(o, best);
             if (chosen < 0 || metric > old || (metric >= old && result->score.loss < best.loss)) {
@@ -761,8 +784,7 @@ static int run_all(const struct shared *shared, struct report *r)
             if (status == OK) {
                 show_run(o, (enum method)method, row->rate, seed, "dev", result);
             } else if (result != NULL) {
-                complain(FAILED, "that was %s with seed %llu and rate %g", method_names[method],
-                         (unsigned long long)seed, row->rate);
+                complain_about_run(status, (enum method)method, row->rate, seed);
             }
         }
     }
@@ -798,12 +820,15 @@ static void print_table(const struct report *r)
             snprintf(share, sizeof share, "%.1f%%",
                      1e5 * kilobytes / (double)(full->gradient + full->state));
         }
-        printf(
-            "%-18s %7.3g%c %9lld %7.1f ± %4.1f %7.1f ± %4.1f %8.1f %7.1f %7.1f %8.1f %7s %9.1f\n",
-            method_names[method], row->rate, row->at_the_edge ? '*' : ' ', (long long)row->trained,
-            100 * row->mean[0], 100 * row->deviation[0], 100 * row->mean[1],
-            100 * row->deviation[1], 1.0 / row->step_seconds, 1e-6 * row->peak,
-            1e-6 * row->later_peak, kilobytes, share, 1e-3 * (double)row->bytes.shared);
+        char speed[16] = "-"; /* too few steps to tell */
+        if (isfinite(row->step_seconds)) {
+            snprintf(speed, sizeof speed, "%.1f", 1.0 / row->step_seconds);
+        }
+        printf("%-18s %7.3g%c %9lld %7.1f ± %4.1f %7.1f ± %4.1f %8s %7.1f %7.1f %8.1f %7s %9.1f\n",
+               method_names[method], row->rate, row->at_the_edge ? '*' : ' ',
+               (long long)row->trained, 100 * row->mean[0], 100 * row->deviation[0],
+               100 * row->mean[1], 100 * row->deviation[1], speed, 1e-6 * row->peak,
+               1e-6 * row->later_peak, kilobytes, share, 1e-3 * (double)row->bytes.shared);
         edge = edge || row->at_the_edge;
     }
     if (edge) {
@@ -1056,7 +1081,12 @@ static int check_files(const struct options *o)
     const char *const paths[] = {o->plot, o->csv, o->losses};
     int status = OK;
     for (int i = 0; i < 3 && status == OK; i++) {
-        status = paths[i] != NULL ? check_writable(paths[i]) : OK;
+        for (int j = 0; j < i && status == OK; j++) {
+            if (paths[i] != NULL && paths[j] != NULL && strcmp(paths[i], paths[j]) == 0) {
+                status = complain(REFUSED, "%s: is to be two files at once", paths[i]);
+            }
+        }
+        status = status == OK && paths[i] != NULL ? check_writable(paths[i]) : status;
     }
     return status;
 }
@@ -1176,10 +1206,11 @@ int main(int argc, char **argv)
     if (status != OK || options.help) {
         return status;
     }
+    signal(SIGCHLD, SIG_DFL); /* inherited as ignored, it would leave nothing to wait for */
     status = experiment(&pool, &options, &data, &report);
     pool_free(&pool);
     if (fflush(stdout) != 0 && status == OK) {
         status = complain(FAILED, "standard output: cannot be written");
     }
-    return status;
+    return status == DIVERGED ? FAILED : status;
 }

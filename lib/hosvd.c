@@ -224,7 +224,8 @@ static bool trace_is(const sebp_matrix *sum, double energy, int64_t count, int64
         trace += (double)element;
     }
     double lost = 2 * terms * (double)sum->rows * (double)FLT_MIN;
-    return fabs(trace - energy) <= expm1(terms * (double)FLT_EPSILON) * energy + lost;
+    double apart = energy > 0 ? expm1(terms * (double)FLT_EPSILON) * energy : 0; /* 0 Inf is NaN */
+    return fabs(trace - energy) <= apart + lost;
 }
 
 sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,

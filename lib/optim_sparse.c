@@ -340,7 +340,7 @@ static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
         return SEBP_ERROR_NULL;
     if (count < 0)
         return SEBP_ERROR_SIZE;
-    if (steps < 0)
+    if (steps < 0 || steps == INT64_MAX)
         return SEBP_ERROR_VALUE;
     int64_t elements = state->rows * state->cols;
     if (count > elements || (state->support && !is_support(state, indices, count)))

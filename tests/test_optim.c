@@ -816,6 +816,7 @@ START_TEST(states_refuse_bad_input)
         IMPORT(SEBP_ERROR_NULL, state, 1, good, m, NULL, 3);
         IMPORT(SEBP_ERROR_SIZE, state, 1, good, m, v, -1);
         IMPORT(SEBP_ERROR_VALUE, state, -1, good, m, v, 3);
+        IMPORT(SEBP_ERROR_VALUE, state, INT64_MAX, good, m, v, 3);
         IMPORT(SEBP_ERROR_VALUE, state, 1, good, no, v, 3);
         IMPORT(SEBP_ERROR_VALUE, state, 1, good, m, no, 3);
         IMPORT(SEBP_ERROR_VALUE, state, 1, good, m, minus, 3);

@@ -232,6 +232,26 @@ else
         "$work/messages"
 fi
 
+# The same in the last step, whose loss is that of before it; and where nobody waits for children.
+if "$program" --layers 1 --hidden 20 --heads 2 --steps 1 --pretrain none --train "$gadgets" \
+    --rates 1e30 --seeds 1 --methods full --plot "$work/none.svg" >"$work/table" \
+    2>"$work/messages"; then
+    fail "one step of 1e30: no failure"
+else
+    check "one step of 1e30" \
+        grep -q '^peft_shootout: the loss of the judged data is not finite$' "$work/messages"
+fi
+check "a rate of 1e30 is not chosen" "$program" --layers 1 --hidden 20 --heads 2 --steps 1 \
+    --pretrain none --train "$gadgets" --rates 1e30,1e-9 --seeds 1 --methods full \
+    --plot "$work/none.svg"
+if (trap '' CHLD && "$program" --layers 1 --hidden 20 --heads 2 --steps 8 --pretrain none \
+    --train "$gadgets" --rates 1e30 --seeds 1 --methods full --plot "$work/none.svg") \
+    >"$work/table" 2>"$work/messages"; then
+    fail "with SIGCHLD ignored: no failure"
+else
+    pass
+fi
+
 # Bad options.
 refused "unknown option" 2 "unknown option '--rank' (--help lists them)" --rank 8
 refused "method" 2 "--methods: there is no method 'sparse' (--help lists them)" --methods lora,sparse
@@ -246,8 +266,12 @@ refused "rank" 2 "--lora-rank: 17 means 1700 elements of weights that have 1600"
 refused "leading vectors" 2 \
     "--basis-rank: 10 vectors leave 100 elements, but --lora-rank 1 means 320 of them" \
     --hidden 64 --basis-rank 10 --lora-rank 1
-refused "basis steps" 2 "--basis-steps: 3 steps of 1 layers are too few for all vectors" \
+refused "basis steps" 2 "--basis-steps: 3 steps of 1 layers are too few for 512 vectors" \
     --layers 1 --basis-steps 3
+refused "basis steps for leading vectors" 2 \
+    "--basis-steps: 1 steps of 1 layers are too few for 80 vectors" --layers 1 --hidden 20 \
+    --heads 2 --methods sparsegrad-leading --basis-steps 1 --basis-rank 80 --lora-rank 1
+refused "one file twice" 2 "same: is to be two files at once" --csv same --plot same
 refused "no pretraining data" 2 \
     "--train: needs --pretrain too: a file, or none for random parameters to begin with" \
     --train "$gadgets"

@@ -159,7 +159,7 @@ SEBP_API double sebp_basis_share_in(const sebp_basis *basis);
 
 /**
  * Writes a basis to a file. It is written to a new file beside the path, "<path>.new-" and numbers
- * that no other file has, and moved there when it is whole and on the disk: what the path held is
+ * that no other file has (up to 17 bytes more), and moved there when it is whole and on the disk: what the path held is
  * not lost on error, a reader sees the one or the other, and of several processes that save to one
  * path the last to be done has it. On error the new file is removed; a process that is killed leaves
  * it. Its mode is that of any new file, 0666 without the umask; a symbolic link is replaced.

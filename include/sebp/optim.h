@@ -170,7 +170,7 @@ SEBP_API sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, in
 /**
  * Puts a copied state in the place of what the state holds: training goes on bit for bit.
  *
- * @param steps    t >= 0.
+ * @param steps    t >= 0, below INT64_MAX.
  * @param indices  `count` of them, as exported; of a fixed support all and none else.
  * @param moment1  finite.
  * @param moment2  not negative, not NaN.
