@@ -2,8 +2,10 @@
 """SparseGrad and MeProp in PyTorch: the paper's layer, phases, checkpoints, memory, bad input."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -402,6 +404,107 @@ def test_gradients_replaced_by_hand():
         optimizer.step()
         weights.append([net[0].weight.detach(), net[2].weight.detach()])
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("who", ["model", "base"])
+@pytest.mark.parametrize("raises", [False, True])
+def test_zero_grad_of_what_trains_behind(options, who, raises):
+    """All other parameters have their new gradient before a sparse layer's backward begins.
+
+    So after a backward that raised between the sparse layers, which never came to its end.
+    """
+    weights = []
+    for drops in (False, True):
+        torch.manual_seed(7)
+        net = nn.Sequential(
+            nn.Linear(12, 20, bias=False), nn.Linear(20, 8, bias=False), nn.Linear(8, 2)
+        )
+        optimizer = sebp.apply_meprop_to_model(net, adamw(net), 30, ["0", "1"], **options)
+        backward(net, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if drops and raises:
+            hidden = net[0](torch.ones(9, 12))
+            hidden.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                net[2](net[1](hidden)).sum().backward()
+        elif drops:
+            backward(net, 1)
+        if drops:
+            {"model": net, "base": optimizer.base}[who].zero_grad()
+        backward(net, 2)
+        optimizer.step()
+        weights.append([parameter.detach() for parameter in net.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_backward_that_raises_keeps_the_sum():
+    """Without ``zero_grad()`` what was summed before is kept, as that of other parameters is."""
+    net, optimizer = meprop_net(accumulate=True)
+    backward(net, 1)
+    before = optimizer._layers["0"].whole.clone()
+    y = net(torch.ones(9, 12))
+    hidden = net[0](torch.ones(9, 12))
+    hidden.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net[2](hidden).sum().backward()
+    (0 * y).sum().backward()
+    assert torch.equal(optimizer._layers["0"].whole, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_within_a_backward(reentrant):
+    """Gradient checkpoints: nothing has a gradient yet where the inner backward begins."""
+    weights = []
+    for checkpoints in (False, True):
+        torch.manual_seed(7)
+        net = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 8, bias=False))
+        optimizer = sebp.apply_meprop_to_model(net, adamw(net), 30, "*")
+        for seed in range(2):
+            x = torch.full((9, 12), seed + 1.0, requires_grad=True)
+            if checkpoints:
+                hidden = torch.utils.checkpoint.checkpoint(net[0], x, use_reentrant=reentrant)
+            else:
+                hidden = net[0](x)
+            net[1](hidden).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([parameter.detach() for parameter in net.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_parameter_outside_the_model():
+    """The optimizer's, but the model's ``zero_grad()`` leaves its gradient."""
+    net, scale = make_net(), nn.Parameter(torch.ones(()))
+    optimizer = sebp.apply_meprop_to_model(
+        net, torch.optim.AdamW([*net.parameters(), scale]), 30, "*"
+    )
+    for _ in range(2):
+        (scale * net(torch.ones(9, 12))).sum().backward()
+        net.zero_grad()
+    assert scale.grad is not None
+    before = copy.deepcopy(net.state_dict())
+    optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_released_is_freed():
+    """At once, not when cycles are looked for; and no parameter has a hook any more."""
+    net, optimizer = meprop_net()
+    backward(net, 1)
+    optimizer.step()
+    optimizer.release()
+    assert not any(parameter._backward_hooks for parameter in net.parameters())
+    objects = net, net[0].weight, optimizer, optimizer.base
+    alive = [weakref.ref(one) for one in objects]
+    gc.collect()
+    gc.disable()
+    try:
+        del net, optimizer, objects
+        assert not any(one() is not None for one in alive)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("lapack")

@@ -11,8 +11,10 @@ by ``torch.autograd.grad()``, and :class:`_Backwards` notices a ``zero_grad()`` 
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -278,50 +280,80 @@ class _Layer:
 class _Backwards:
     """Tells whether the gradients that were there after the last backward are still wanted.
 
-    ``zero_grad()`` of the model, or of the user's optimizer, drops the ``grad`` of parameters: none
-    has the tensor any more that it had after the backward, and some have none. (Whoever replaces
-    ``grad`` by another tensor leaves some.) So what layers keep is dropped as well.
+    ``zero_grad()`` of the model, or of the user's optimizer, leaves no ``grad`` to the parameters
+    that they share. What layers keep is then dropped as well. A backward is noticed before it gives
+    any of these parameters a new ``grad``.
     """
 
-    def __init__(self, layers: Sequence[_Layer], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        layers: Sequence[_Layer],
+        base: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
         self.layers = layers
-        self.optimizer = optimizer
-        self._task = -1
-        self._grads: list[tuple[Tensor, TensorWeakRef]] = []
+        self.base = base
+        self.parameters = set(parameters)
+        self._with_grad: list[Tensor] = []
+        # Backwards that have not come to their end; what is referred to lives as long as they do.
+        self._tasks: dict[int, weakref.ref] = {}
+        self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
+        self._watch()
+
+    def _watched(self) -> list[Tensor]:
+        """Give the parameters that both ``zero_grad()`` reach."""
+        groups = self.base.param_groups
+        return [p for group in groups for p in group["params"] if p in self.parameters]
+
+    def _watch(self) -> None:
+        """Have each parameter that trains tell before it is given a gradient."""
+        for parameter in self._watched():
+            if parameter.requires_grad and parameter not in self._hooks:
+                self._hooks[parameter] = parameter.register_hook(self._before_grad)
+
+    def _before_grad(self, grad: Tensor) -> None:
+        self.note()
 
     def note(self) -> None:
         """Take notice of a backward, within it."""
         task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            self.drop_unwanted()
-            torch.autograd.Variable._execution_engine.queue_callback(self._remember)
+        if task in self._tasks:
+            return
+        self.drop_unwanted()
+        remember = partial(self._remember, task)
+        self._tasks[task] = weakref.ref(remember)
+        torch.autograd.Variable._execution_engine.queue_callback(remember)
 
-    def _remember(self) -> None:
-        """Remember, at the end of a backward, which gradients there are."""
-        self._grads = [
-            (parameter, TensorWeakRef(parameter.grad))
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+    def _remember(self, task: int) -> None:
+        """Remember, at the end of a backward, which parameters have a gradient."""
+        self._tasks = {
+            other: end for other, end in list(self._tasks.items()) if other != task and end()
+        }
+        self._with_grad = [p for p in self._watched() if p.grad is not None]
+        self._watch()  # some may have been frozen before
 
     def drop_unwanted(self) -> None:
         """Drop what layers keep if ``zero_grad()`` was called since the last backward."""
-        was_zeroed = False
-        for parameter, grad in self._grads:
-            if parameter.grad is None:
-                was_zeroed = True
-            elif parameter.grad is grad():
-                return
-        if was_zeroed:
+        ends = list(self._tasks.values())
+        if any(end() for end in ends):
+            return  # within another backward, which has looked
+        # What a backward that raised has left is not known: it never came to its end.
+        parameters = self._watched() if ends else self._with_grad
+        if (ends or parameters) and all(p.grad is None for p in parameters):
             self.drop()
 
     def drop(self) -> None:
         """Drop what layers keep."""
-        self._grads = []
+        self._with_grad = []
+        self._tasks = {}
         for layer in self.layers:
             layer.drop_gradient()
+
+    def release(self) -> None:
+        """Take no notice any more."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks = {}
 
 
 class _Collect(torch.autograd.Function):
@@ -538,6 +570,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         layers: list[_Layer],
         basis_steps: int,
         rank: tuple[int, int] | None,
+        parameters: Iterable[nn.Parameter],
     ) -> None:
         super().__init__(base.param_groups, base.defaults)
         self.method = method
@@ -545,7 +578,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.kinds = kinds
         self.steps = 0
         self._layers = {layer.name: layer for layer in layers}
-        self._backwards = _Backwards(layers, self)
+        self._backwards = _Backwards(layers, base, parameters)
         self._basis_steps = basis_steps
         self._rank = rank
         self._sums: dict[str, BasisSums] = {}
@@ -835,6 +868,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         for layer in self._layers.values():
             layer.detach()
+        self._backwards.release()
 
 
 def _tensors(copy: tuple) -> dict[str, object]:
@@ -1011,9 +1045,8 @@ def apply_sparsegrad_to_model(
     if bases is None:
         _check_lapack()
     made = [_Layer(name, module, k, after, accumulate) for name, module in chosen]
-    return SparseOptimizer(
-        "SparseGrad", optimizer, kinds, made, basis_steps if bases is None else 0, pair
-    )
+    steps = basis_steps if bases is None else 0
+    return SparseOptimizer("SparseGrad", optimizer, kinds, made, steps, pair, model.parameters())
 
 
 def apply_meprop_to_model(
@@ -1047,4 +1080,4 @@ def apply_meprop_to_model(
     for kind in kinds:
         _check_k(k, kind, kind.shape)
     made = [_Layer(name, module, k, after, accumulate) for name, module in chosen]
-    return SparseOptimizer("MeProp", optimizer, kinds, made, 0, None)
+    return SparseOptimizer("MeProp", optimizer, kinds, made, 0, None, model.parameters())
