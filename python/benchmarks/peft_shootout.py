@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares SparseGrad with full fine-tuning, LoRA and MeProp: quality, time, memory.
 
-    python peft.py --data DIR --csv runs.csv --plot peft.svg
+    python peft_shootout.py --data DIR --csv runs.csv --plot peft.svg
 
 Trains a pretrained encoder with a new head on SST-2 and CoLA by each of the methods that
 methods.py lists, and prints what the trained models make of the held-out texts: the share of right
@@ -14,15 +14,16 @@ first seed, on texts that were taken from the training texts and that no run tra
 texts have no part in it.
 
 Each run is added to --csv when it ends; runs found there are not repeated. So a long comparison may
-be stopped and goes on where it was.
+be stopped and goes on where it was. A run that diverges ends there; its metrics and loss are NaN.
 
-    python peft.py --data DIR --model bert-base --time      # the time of a step instead
-    python peft.py --data DIR --model bert-base --memory    # peak memory of a process instead
-    python peft.py --data DIR --model bert-base --basis     # what the basis phase takes instead
+    python peft_shootout.py --data DIR --model bert-base --time     # the time of a step instead
+    python peft_shootout.py --data DIR --model bert-base --memory   # peak memory of processes
+    python peft_shootout.py --data DIR --model bert-base --basis    # what the basis phase takes
 """
 
 import argparse
 import csv
+import hashlib
 import math
 import random
 import statistics
@@ -38,9 +39,12 @@ from texts import Texts, make_batch, read_texts
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from sebp import SebpError
+from sebp.sparse import NONFINITE
+
 METRICS = {"sst2": ("accuracy", accuracy), "cola": ("Matthews correlation", matthews)}
 _KEY = ["corpus", "model", "method", "seed", "rate", "steps", "batch"]
-_KEY += ["validation", "rank", "leading", "basis_steps", "fix_after"]
+_KEY += ["validation", "rank", "leading", "basis_steps", "fix_after", "threads", "data"]
 _FOUND = ["validation_metric", "metric", "loss", "step_ms", "peak_mib", "energy", "elements"]
 _FOUND += ["gradient_bytes", "state_bytes", "bases_bytes", "scratch_bytes"]
 _COLORS = ("#7f7f7f", "#f0a63a", "#2f8f4e", "#1f5fa8", "#c0504d", "#7b4fa3", "#3aa6a6", "#555")
@@ -60,8 +64,20 @@ class Corpus:
         random.Random(0).shuffle(texts)
         if validation >= len(texts):
             raise SystemExit(f"{name} has {len(texts)} training texts, not over {validation}")
-        self.validation, self.train = texts[:validation], texts[validation:]
-        self.held_out = read_texts(data, name, "dev")
+        self.validation, self.held_out = texts[:validation], read_texts(data, name, "dev")
+        # Some texts are there more than once. What judges is not to be learnt by heart.
+        judging = {tuple(tokens) for tokens, _ in self.validation + self.held_out}
+        self.train = [text for text in texts[validation:] if tuple(text[0]) not in judging]
+        if not self.train:
+            raise SystemExit(f"{name}: each training text is one of those that judge, too")
+
+
+def name_data(data: Path, corpus: str) -> str:
+    """Give a short name to what a corpus and its vocabulary hold, wherever they lie."""
+    paths = [data / corpus / "train.tsv", data / corpus / "dev.tsv"]
+    paths.append(data / "bert-base-uncased" / "vocab.txt")
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 class Runs:
@@ -70,6 +86,7 @@ class Runs:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._corpora: dict[str, Corpus] = {}
+        self._data = {name: name_data(options.data, name) for name in options.corpus}
         self._rows: list[Row] = []
         path = options.csv
         if path and path.exists():
@@ -114,6 +131,8 @@ class Runs:
             "batch": options.batch,
             "validation": options.validation,
             **vars(options.sizes),
+            "threads": torch.get_num_threads(),
+            "data": self._data[corpus],
         }
         return {name: str(key[name]) for name in _KEY}
 
@@ -130,19 +149,30 @@ class Runs:
         mode, times, losses = Mode(key["method"], "", []), Times(), []
         for i in range(0, len(order), size):
             batch = make_batch(order[i : i + size], 128)
-            losses.append(take_step(mode, model, training.optimizer, batch, times))
+            try:
+                losses.append(take_step(mode, model, training.optimizer, batch, times))
+            except SebpError as error:
+                if error.status != NONFINITE:
+                    raise
+                losses.append(math.nan)
+            if not math.isfinite(losses[-1]):
+                break
         share = training.share()
-        model = training.finish()
-        measure = METRICS[name][1]
+        found = dict.fromkeys(("validation_metric", "metric", "loss"), math.nan)
+        finite = all(bool(p.isfinite().all()) for p in model.parameters())
+        if finite and math.isfinite(losses[-1]):
+            model = training.finish()
+            measure = METRICS[name][1]
 
-        def judged(texts: Texts) -> float:
-            return measure(judge(model, texts), torch.tensor([label for _, label in texts]))
+            def judged(texts: Texts) -> float:
+                return measure(judge(model, texts), torch.tensor([label for _, label in texts]))
 
+            found["validation_metric"] = judged(corpus.validation)
+            found["metric"] = judged(corpus.held_out)
+            found["loss"] = statistics.mean(losses[-50:])
         return {
-            "validation_metric": judged(corpus.validation),
-            "metric": judged(corpus.held_out),
-            "loss": statistics.mean(losses[-50:]),
-            "step_ms": statistics.median(times.step),
+            **found,
+            "step_ms": statistics.median(times.step or [math.nan]),
             "elements": share.elements,
             "gradient_bytes": share.gradient,
             "state_bytes": share.state,
@@ -163,9 +193,9 @@ class Runs:
 
 
 def choose_rate(runs: Runs, corpus: str, method: str, rates: list[float]) -> float:
-    """Choose the rate of the best validation metric, the lowest of equals."""
+    """Choose the rate of the best validation metric, the lowest of equals; NaN is the worst."""
     found = {r: float(runs.get(corpus, method, r, 1)["validation_metric"]) for r in sorted(rates)}
-    best = max(found, key=found.get)
+    best = max(found, key=lambda r: -math.inf if math.isnan(found[r]) else found[r])
     edge = len(found) > 1 and best in (min(found), max(found))
     others = ", ".join(f"{r:g}: {value:.4f}" for r, value in found.items())
     print(f"{corpus} {method}: rate {best:g}{', at the edge' if edge else ''} of {others}")
@@ -181,6 +211,12 @@ def mean_of(rows: list[Row], name: str) -> float:
     return statistics.mean(float(row[name]) for row in rows)
 
 
+def metrics_of(rows: list[Row]) -> list[float]:
+    """Give the metrics of the runs that did not diverge."""
+    metrics = [float(row["metric"]) for row in rows]
+    return [metric for metric in metrics if math.isfinite(metric)]
+
+
 def kept_bytes(row: Row) -> int:
     """Give the bytes of gradient and state of the feed-forward weights."""
     return int(row["gradient_bytes"]) + int(row["state_bytes"])
@@ -192,6 +228,8 @@ def report(results: dict[str, dict[str, list[Row]]], full_bytes: int) -> None:
         lines = []
         for method, rows in methods.items():
             metric = [float(row["metric"]) for row in rows]
+            if any(map(math.isnan, metric)):
+                metric = [math.nan]
             spread = f" ± {statistics.stdev(metric):.4f}" if len(metric) > 1 else ""
             row = rows[0]
             aside = int(row["bases_bytes"]) + int(row["scratch_bytes"])
@@ -239,8 +277,9 @@ def draw(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
     for i, (corpus, methods) in enumerate(results.items()):
         steps = next(iter(methods.values()))[0]["steps"]
         x0 = panel(i, f"{corpus}, {METRICS[corpus][0]} after {steps} steps")
-        found = [float(row["metric"]) for rows in methods.values() for row in rows]
-        low, high = min(found), max(found)
+        found = {name: metrics_of(rows) for name, rows in methods.items()}
+        every = [value for values in found.values() for value in values] or [0.0]
+        low, high = min(every), max(every)
         margin = 0.1 * (high - low) or 0.01
         low, high = low - margin, high + margin
         step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if high - low <= 6 * s)
@@ -250,8 +289,9 @@ def draw(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
             page.text(x, bottom + 20, f"{t * step:g}")
         for n, name in enumerate(names):
             y = top + line * (n + 0.5)
-            values = [float(row["metric"]) for row in methods[name]]
-            at = [x0 + width * (value - low) / (high - low) for value in values]
+            at = [x0 + width * (value - low) / (high - low) for value in found[name]]
+            if not at:
+                continue
             mean = statistics.mean(at)
             page.line((mean, y - 12), (mean, y + 12), colors[name], 3)
             for x in at:

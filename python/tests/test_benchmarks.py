@@ -3,6 +3,8 @@
 
 import csv
 import importlib
+import math
+import random
 import statistics
 import subprocess
 import sys
@@ -20,10 +22,18 @@ BERT = "--layers 1 --hidden 64 --batch 2 --length 80 --rounds 2"
 LLAMA = "--layers 1 --hidden 384 --length 32 --shortest 4 --longest 8 --vocabulary 99 --rounds 2"
 
 
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """Import benchmarks, which are no package, for one test alone: their names are common words."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in [path.stem for path in FOLDER.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture
 def call(monkeypatch, tmp_path):
     """Give a function that runs a benchmark and returns what it wrote to its CSV file."""
-    monkeypatch.syspath_prepend(str(FOLDER))
 
     def run(name, options):
         path = tmp_path / f"{name}.csv"
@@ -38,16 +48,18 @@ def call(monkeypatch, tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """Give a folder with a vocabulary and a few sentences."""
+    """Give a folder with a vocabulary and a few sentences, each of them once."""
     words = ["a", "good", "bad", "film", "plot", "very", "not"]
     (tmp_path / "bert-base-uncased").mkdir()
     (tmp_path / "bert-base-uncased" / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
     )
     (tmp_path / "sst2").mkdir()
-    for part in ("train", "dev"):
-        lines = [f"{' '.join(words[i % 5 :])}\t{i % 2}" for i in range(40)]
-        (tmp_path / "sst2" / f"{part}.tsv").write_text("\n".join(lines))
+    draw = random.Random(1)
+    sentences = {" ".join(draw.choices(words, k=2 + i % 4)): i % 2 for i in range(120)}
+    lines = [f"{sentence}\t{label}" for sentence, label in sentences.items()]
+    for part, first in (("train", 0), ("dev", 40)):
+        (tmp_path / "sst2" / f"{part}.tsv").write_text("\n".join(lines[first : first + 40]))
     return tmp_path
 
 
@@ -82,8 +94,7 @@ def test_memory(call):
     assert 100 < float(row["peak_mib"]) < 5000
 
 
-def test_peak_memory_is_the_process_own(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_peak_memory_is_the_process_own():
     held = b"x" * 2**30
     own = importlib.import_module("common").peak_memory()
     words = [sys.executable, "-c", "import common; print(common.peak_memory())"]
@@ -115,7 +126,7 @@ def test_minilm(call, data):
 
 
 # --------------------------------------------------------------------------------------------------
-# peft.py
+# peft_shootout.py
 
 METHODS = "full,lora,meprop,sparsegrad,sparsegrad-leading"
 TINY = "--batch 2 --rank 1 --leading 16 --threads 1"
@@ -125,8 +136,8 @@ ELEMENTS = 2 * LAYERS * (HIDDEN + WIDE)
 
 
 @pytest.fixture
-def peft(call, data, lapack, monkeypatch):
-    """Give a function that runs peft.py on a tiny model, without processes for the memory."""
+def shootout(call, data, lapack, monkeypatch):
+    """Give a function that runs the program on a tiny model, without processes for the memory."""
     config = transformers.BertConfig(
         vocab_size=12,
         hidden_size=HIDDEN,
@@ -141,27 +152,27 @@ def peft(call, data, lapack, monkeypatch):
         pairs = [line.split("\t") for line in lines]
         lines = [f"source\t{label}\t\t{sentence}" for sentence, label in pairs]
         (data / "cola" / f"{part}.tsv").write_text("\n".join(lines))
-    peft = importlib.import_module("peft")
+    module = importlib.import_module("peft_shootout")
 
     def run_again(*words):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [*sys.argv, *words])
-            assert peft.parse().memory_of == words[1]
+            assert module.parse().memory_of == words[1]
         return "123.5"
 
-    monkeypatch.setattr(peft, "run_again", run_again)
-    monkeypatch.setattr(peft.costs, "run_again", run_again)
+    monkeypatch.setattr(module, "run_again", run_again)
+    monkeypatch.setattr(module.costs, "run_again", run_again)
 
     def run(options):
-        return call("peft", f"--data {data} --model {data / 'model'} {TINY} {options}")
+        return call("peft_shootout", f"--data {data} --model {data / 'model'} {TINY} {options}")
 
     return run
 
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Give a list that grows with the method of each run of peft.py."""
-    module, begun = importlib.import_module("peft"), []
+    """Give a list that grows with the method of each run."""
+    module, begun = importlib.import_module("peft_shootout"), []
 
     class Counted(module.Training):
         def __init__(self, name, *rest):
@@ -172,9 +183,9 @@ def trainings(monkeypatch):
     return begun
 
 
-def test_peft_quality(peft, data, capsys):
+def test_shootout_quality(shootout, data, capsys):
     plot = data / "plot.svg"
-    rows = peft(f"{QUALITY} --steps 5,6 --basis-steps 2 --methods {METHODS} --plot {plot}")
+    rows = shootout(f"{QUALITY} --steps 5,6 --basis-steps 2 --methods {METHODS} --plot {plot}")
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
     table = [[cell.strip() for cell in line[1:-1]] for line in table]
     assert len(rows) == 2 * 5 * (2 + 1)
@@ -202,8 +213,8 @@ def test_peft_quality(peft, data, capsys):
     assert Counter(child.tag.split("}")[-1] for child in root)["circle"] == 2 * 5 * 2
 
 
-def test_peft_runs_differ_by_the_method_alone(peft):
-    rows = peft(
+def test_shootout_runs_differ_by_the_method_alone(shootout):
+    rows = shootout(
         f"{QUALITY} --corpus cola --steps 5 --basis-steps 9 --methods full,sparsegrad,meprop"
     )
     loss = {(r["method"], r["rate"], r["seed"]): r["loss"] for r in rows}
@@ -212,27 +223,87 @@ def test_peft_runs_differ_by_the_method_alone(peft):
     assert loss["full", "0.01", "1"] != loss["meprop", "0.01", "1"]
 
 
-def test_peft_goes_on(peft, data, trainings):
+def test_shootout_goes_on(shootout, data, trainings):
     options = f"{QUALITY} --corpus sst2 --steps 4 --methods lora,meprop --rate lora=3e-3"
-    rows = peft(options)
+    rows = shootout(options)
     assert trainings == ["meprop", "meprop", "lora", "lora", "meprop"]
     assert {r["rate"] for r in rows if r["method"] == "lora"} == {"0.003"}
     trainings.clear()
-    assert peft(options) == rows
+    assert shootout(options) == rows
     assert trainings == []
-    path = data / "peft.csv"
+    path = data / "peft_shootout.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    again = peft(options)
+    again = shootout(options)
     assert trainings == [rows[-1]["method"]]
     assert again[:-1] == rows[:-1]
     assert {**again[-1], "step_ms": ""} == {**rows[-1], "step_ms": ""}
     trainings.clear()
-    assert len(peft(options.replace("--steps 4", "--steps 3"))) == 2 * len(rows)
+    assert len(shootout(options.replace("--steps 4", "--steps 3"))) == 2 * len(rows)
 
 
-def test_peft_chooses_the_rate(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    peft = importlib.import_module("peft")
+def test_shootout_runs_of_other_texts_or_threads(shootout, data, trainings):
+    """They are other runs."""
+    options = f"{QUALITY} --corpus sst2 --steps 2 --methods meprop --rate meprop=1e-3 --seeds 1"
+    rows = shootout(options)
+    assert [(r["threads"], len(r["data"])) for r in rows] == [("1", 12)]
+    rows = shootout(f"{options} --threads 2")
+    assert [r["threads"] for r in rows] == ["1", "2"]
+    path = data / "sst2" / "dev.tsv"
+    path.write_text(path.read_text().replace("good", "bad"))
+    rows = shootout(options)
+    assert rows[0]["data"] == rows[1]["data"] != rows[2]["data"]
+    assert trainings == ["meprop"] * 3
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad"])
+def test_shootout_run_that_diverges(shootout, data, trainings, capsys, monkeypatch, method):
+    """It has a row and is not repeated, its rate is not chosen, and the comparison goes on."""
+    module = importlib.import_module("peft_shootout")
+    plot = data / "plot.svg"
+    options = f"{QUALITY} --corpus sst2 --steps 6 --basis-steps 2 --plot {plot}"
+    monkeypatch.setattr(module, "_rate", float)
+
+    def line_of(method):
+        """Give the cells of a method's last line in the tables printed, after an empty one."""
+        lines = capsys.readouterr().out.splitlines()
+        found = [line for line in lines if line.startswith(f"| {method} ")]
+        return [cell.strip() for cell in found[-1].split("|")]
+
+    rows = shootout(f"{options} --methods {method} --rates 1e-3,1e30")
+    trainings.clear()
+    assert shootout(f"{options} --methods {method} --rates 1e-3,1e30") == rows
+    assert trainings == []
+    found = {r["rate"]: r for r in rows}
+    for name in ("validation_metric", "metric", "loss"):
+        assert math.isnan(float(found["1e+30"][name]))
+        assert math.isfinite(float(found["0.001"][name]))
+    assert [r["rate"] for r in rows if r["seed"] == "2"] == ["0.001"]
+    assert line_of(method)[2] == "0.001"
+    other = "full" if method == "meprop" else "meprop"
+    shootout(f"{options} --methods {method},{other} --rate {method}=1e30 --rate {other}=1e30")
+    line = line_of(method)
+    assert line[2] == "1e+30"
+    assert line[4] == line[6] == "nan"
+    assert plot.exists()
+
+
+def test_shootout_trains_on_no_text_that_judges(shootout, data):
+    module = importlib.import_module("peft_shootout")
+    lines = ["a film\t0", "A Film\t0", "good\t1", "Good\t1", "bad plot\t0", "Bad Plot\t0"]
+    (data / "sst2" / "train.tsv").write_text("\n".join(lines))
+    (data / "sst2" / "dev.tsv").write_text("bad PLOT\t0")
+    corpus = module.Corpus(data, "sst2", 1)
+    judging = [tokens for tokens, _ in corpus.validation + corpus.held_out]
+    left = [text for text in module.read_texts(data, "sst2") if text[0] not in judging]
+    assert 0 < len(left) < len(lines) - 1
+    assert sorted(corpus.train) == sorted(left)
+    (data / "sst2" / "dev.tsv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match="each training text is one of those that judge"):
+        module.Corpus(data, "sst2", 1)
+
+
+def test_shootout_chooses_the_rate(capsys):
+    module = importlib.import_module("peft_shootout")
 
     class Runs:
         metric = {1e-4: 0.5, 2e-4: 0.7, 4e-4: 0.7, 8e-4: 0.6}
@@ -241,10 +312,12 @@ def test_peft_chooses_the_rate(monkeypatch, capsys):
             assert (corpus, method, seed) == ("cola", "lora", 1)
             return {"validation_metric": str(self.metric[rate]), "metric": str(-rate)}
 
-    assert peft.choose_rate(Runs(), "cola", "lora", [8e-4, 4e-4, 1e-4, 2e-4]) == 2e-4
+    assert module.choose_rate(Runs(), "cola", "lora", [8e-4, 4e-4, 1e-4, 2e-4]) == 2e-4
     assert "rate 0.0002 of 0.0001: 0.5000" in capsys.readouterr().out
-    assert peft.choose_rate(Runs(), "cola", "lora", [1e-4, 2e-4]) == 2e-4
+    assert module.choose_rate(Runs(), "cola", "lora", [1e-4, 2e-4]) == 2e-4
     assert "rate 0.0002, at the edge of" in capsys.readouterr().out
+    Runs.metric = {1e-4: float("nan"), 2e-4: -0.1, 4e-4: float("nan")}
+    assert module.choose_rate(Runs(), "cola", "lora", [1e-4, 2e-4, 4e-4]) == 2e-4
 
 
 @pytest.mark.parametrize(
@@ -263,23 +336,23 @@ def test_peft_chooses_the_rate(monkeypatch, capsys):
         ("--model nowhere", "no folder nowhere"),
     ],
 )
-def test_peft_bad_options(peft, options, message, data):
+def test_shootout_bad_options(shootout, options, message, data):
     with pytest.raises(SystemExit, match=message) as raised:
-        peft(f"{options} --steps 2" if "--steps" not in options else options)
+        shootout(f"{options} --steps 2" if "--steps" not in options else options)
     assert message is not None or raised.value.code == 2
-    assert not (data / "peft.csv").exists()
+    assert not (data / "peft_shootout.csv").exists()
 
 
-def test_peft_refuses_another_table(peft, data):
-    (data / "peft.csv").write_text("mode,step_ms\nfast,1\n")
+def test_shootout_refuses_another_table(shootout, data):
+    (data / "peft_shootout.csv").write_text("mode,step_ms\nfast,1\n")
     with pytest.raises(SystemExit, match="is not a table of such runs"):
-        peft("--steps 2")
-    assert (data / "peft.csv").read_text() == "mode,step_ms\nfast,1\n"
+        shootout("--steps 2")
+    assert (data / "peft_shootout.csv").read_text() == "mode,step_ms\nfast,1\n"
 
 
 @pytest.mark.parametrize("options", ["", "--padding"])
-def test_peft_times(peft, options):
-    rows = peft(f"--time --rounds 2 --length 20 --methods {METHODS},pytorch {options}")
+def test_shootout_times(shootout, options):
+    rows = shootout(f"--time --rounds 2 --length 20 --methods {METHODS},pytorch {options}")
     rows = {row["method"]: row for row in rows}
     assert set(rows) == {*METHODS.split(","), "pytorch"}
     for row in rows.values():
@@ -291,17 +364,17 @@ def test_peft_times(peft, options):
     assert int(rows["sparsegrad-leading"]["gradient_and_state_bytes"]) < 21 * ELEMENTS
 
 
-def test_peft_memory(peft, capsys):
-    (row,) = peft("--memory --methods full")
+def test_shootout_memory(shootout, capsys):
+    (row,) = shootout("--memory --methods full")
     assert row == {"method": "full", "peak_mib": "123.5", "peak_given_bases_mib": "123.5"}
     capsys.readouterr()
     for name in (*METHODS.split(","), "collect", "leading", "all"):
-        peft(f"--memory-of {name} --given-bases")
+        shootout(f"--memory-of {name} --given-bases")
         assert 100 < float(capsys.readouterr().out) < 5000
 
 
-def test_peft_basis(peft):
-    rows = peft("--basis --rounds 2 --length 20 --leading 1 --batch 8")
+def test_shootout_basis(shootout):
+    rows = shootout("--basis --rounds 2 --length 20 --leading 1 --batch 8")
     assert [(r["rank_out"], r["rank_in"]) for r in rows] == [
         ("1", "1"),
         (str(WIDE), str(HIDDEN)),
@@ -315,10 +388,9 @@ def test_peft_basis(peft):
     assert {int(r["sums_bytes"]) for r in rows} == {2 * 4 * (WIDE**2 + HIDDEN**2)}
 
 
-def test_matthews(monkeypatch):
+def test_matthews():
     import torch
 
-    monkeypatch.syspath_prepend(str(FOLDER))
     matthews = importlib.import_module("encoder").matthews
     labels = torch.tensor([1, 0, 0, 0])
     assert matthews(torch.tensor([1, 1, 0, 0]), labels) == pytest.approx(2 / 12**0.5)
