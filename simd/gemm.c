@@ -237,54 +237,68 @@ INLINE void store_row(float *to, const vec *sum, int64_t cols, bool accumulate, 
     }
 }
 
+/* Unit `u` of a tile: `height` numbers of packed A times TILE_VECS vectors of packed B. Where
+ * `pack_b`, the vectors come from B itself, and the next tile finds them packed. */
+INLINE void add_unit(int height, bool pack_b, arithmetic with, const sebp_tile_work *work,
+                     int64_t u, vec sum[TILE_ROWS][TILE_VECS])
+{
+    const float *a = work->a + u * TILE_ROWS;
+    float *b = work->b + u * TILE_COLS;
+    vec lanes[TILE_VECS];
+    if (pack_b) {
+        const char *const *row = work->b_rows + u * with.unit_elements;
+        const char *even = row[0] + work->b_at, *odd = NULL;
+        if (with.unit_elements == 2 && row[1])
+            odd = row[1] + work->b_at;
+        for (int j = 0; j < TILE_VECS; j++)
+            lanes[j] = with.load(even, odd, (int64_t)j * VEC_LANES, VEC_LANES);
+        for (int j = 0; j < TILE_VECS; j++)
+            vec_store(b + j * VEC_LANES, lanes[j]);
+    } else {
+        for (int j = 0; j < TILE_VECS; j++)
+            lanes[j] = vec_load(b + j * VEC_LANES);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < height; i++) {
+        vec row = vec_set1(a[i]);
+        for (int j = 0; j < TILE_VECS; j++)
+            sum[i][j] = with.multiply(sum[i][j], row, lanes[j]);
+    }
+}
+
 /* A tile of `height` rows, of which the first work->rows are stored. All but `work` is known when
- * compiled, so that the sums stay in registers. */
+ * compiled, so that the sums stay in registers. Whatever is not arithmetic is done once in a round
+ * of units: a core that another thread shares has no instructions to spare. */
 INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_work *work)
 {
-    const int64_t units = work->units, element = with.unit_elements;
-    const float *a = work->a;
-    float *b = work->b;
-    const char *const here[1] = {(const char *)b}; /* costs nothing to fetch again */
-    const char *const *ahead = work->ahead ? work->ahead : here;
-    const int64_t ahead_at = work->ahead ? work->ahead_at : 0;
+    enum { ROUND = TILE_ROWS * TILE_VECS < 16 ? 8 : 4 };
+    const int64_t units = work->units, rounds = units / ROUND;
     const int64_t row_lines = (TILE_COLS * with.element_bytes + LINE_BYTES - 1) / LINE_BYTES;
-    const int64_t ahead_step = work->ahead && units ? work->ahead_lines * FRACTION / units : 0;
-    int64_t line = work->ahead ? work->ahead_line * FRACTION : 0;
+    const int64_t more = work->ahead && rounds ? work->ahead_lines * FRACTION / rounds : 0;
+    int64_t line = work->ahead_line, due = line * FRACTION;
     vec sum[TILE_ROWS][TILE_VECS];
     for (int i = 0; i < height; i++)
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
     const bool is_whole = work->rows == height && work->cols == TILE_COLS;
     const int64_t fetched = is_whole && !work->stream ? height : 0;
-    for (int64_t u = 0; u < units; u++) {
-        if (u < fetched) { /* a row of C a unit; into L2, as L1 may not hold all of them */
+    int64_t u = 0;
+    for (; u < rounds * ROUND; u += ROUND) {
+        for (int64_t i = u; i < u + ROUND && i < fetched; i++) {
+            /* a row of C a unit; into L2, as L1 may not hold all of them */
             for (int j = 0; j < TILE_COLS; j += LINE)
-                __builtin_prefetch(work->c[u] + work->c_at + j, 0, 2);
+                __builtin_prefetch(work->c[i] + work->c_at + j, 0, 2);
         }
-        int64_t now = line / FRACTION;
-        line += ahead_step;
-        __builtin_prefetch(ahead[now / row_lines] + ahead_at + now % row_lines * LINE_BYTES, 0, 2);
-        vec lanes[TILE_VECS];
-        for (int j = 0; j < TILE_VECS; j++) {
-            if (pack_b) {
-                const char *even = work->b_rows[u * element] + work->b_at;
-                const char *odd = element == 2 ? work->b_rows[u * element + 1] : NULL;
-                lanes[j] = with.load(even, odd ? odd + work->b_at : NULL, (int64_t)j * VEC_LANES,
-                                     VEC_LANES);
-                vec_store(b + j * VEC_LANES, lanes[j]);
-            } else {
-                lanes[j] = vec_load(b + j * VEC_LANES);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < height; i++) {
-            vec row = vec_set1(a[i]);
-            for (int j = 0; j < TILE_VECS; j++)
-                sum[i][j] = with.multiply(sum[i][j], row, lanes[j]);
-        }
-        a += TILE_ROWS;
-        b += TILE_COLS;
+        for (due += more; line * FRACTION < due; line++)
+            __builtin_prefetch(work->ahead[line / row_lines] + work->ahead_at +
+                                   line % row_lines * LINE_BYTES,
+                               0, 2);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROUND; i++)
+            add_unit(height, pack_b, with, work, u + i, sum);
     }
+    for (; u < units; u++)
+        add_unit(height, pack_b, with, work, u, sum);
     if (is_whole && work->stream) {
 #pragma GCC unroll 16
         for (int i = 0; i < height; i++)

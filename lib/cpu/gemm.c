@@ -27,8 +27,11 @@
 #include "cpu.h"
 
 enum {
-    K_BLOCK = 512,   /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
-    K_WHOLE = 768,   /* but this depth is one block, so that C is written once */
+    K_BLOCK = 512, /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
+    K_WHOLE = 768, /* but this depth is one block, so that C is written once */
+    NARROW = 16,   /* columns: tiles of no more read more of B for each multiply-add, and do */
+    K_BLOCK_NARROW = 384, /* better where its sliver, 24 KiB, leaves room in L1 */
+    K_WHOLE_NARROW = 512,
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
     B_BYTES = 6 << 20, /* packed B of one worker: it streams from L3 */
@@ -172,9 +175,10 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
         .unit_elements = pairs ? 2 : 1,
     };
     int64_t units = sebp_parts(product->k, job->unit_elements);
-    job->units = units <= K_WHOLE
-                     ? units
-                     : sebp_parts(units, sebp_parts(units, K_BLOCK)); /* all of one size */
+    bool narrow = kernels->tile_cols <= NARROW;
+    job->units = units;
+    if (units > (narrow ? K_WHOLE_NARROW : K_WHOLE)) /* in blocks of one size */
+        job->units = sebp_parts(units, sebp_parts(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(job, threads);
     int64_t chunk_m = round_up(sebp_parts(product->m, job->grid_m), kernels->tile_rows);
