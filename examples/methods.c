@@ -9,8 +9,13 @@
 
 #include "methods.h"
 
-const char *const method_names[METHODS] = {
-    "frozen", "full", "lora", "meprop", "sparsegrad", "sparsegrad-leading", "sparsegrad-fixed"};
+const char *const method_names[METHODS] = {"frozen",
+                                           "full",
+                                           "lora",
+                                           "meprop",
+                                           "sparsegrad",
+                                           "sparsegrad-leading",
+                                           "sparsegrad-leading-fixed"};
 
 bool needs_bases(enum method method)
 {

@@ -12,7 +12,8 @@
  *     sparsegrad          in each step the k largest elements of its gradient in bases that are
  *                         found in the first steps, in which it trains as in full
  *     sparsegrad-leading  as sparsegrad, with leading vectors of the bases alone
- *     sparsegrad-fixed    as sparsegrad-leading, but after some steps always the same k
+ *     sparsegrad-leading-fixed
+ *                         the same, but after some steps always the same k
  *
  * After the first steps the last four hold neither a gradient nor moments of N x K for each weight.
  */

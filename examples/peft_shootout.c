@@ -212,7 +212,7 @@ static int parse_options(int argc, char **argv, struct options *o)
          0, 1, 16384},
         {"basis-steps", "N", "steps of full training that SparseGrad's bases are made of",
          &o->basis_steps, 0, 0, 0, 1, 1e6},
-        {"basis-rank", "N", "leading vectors, of -leading and -fixed", &o->basis_rank, 0, 0, 0, 1,
+        {"basis-rank", "N", "leading vectors, of the two -leading", &o->basis_rank, 0, 0, 0, 1,
          65536},
         {"fix-support-after", "N", "steps that -fixed chooses its elements in",
          &o->fix_support_after, 0, 0, 0, 1, 1e9},
@@ -374,6 +374,7 @@ struct result {
     bool done;
     struct score score;
     double step_seconds;             /* median */
+    double train_seconds;            /* of all steps, the basis phase and all else among them */
     double solve_seconds;            /* for the bases */
     int64_t peak, later_peak;        /* of the process, in bytes; once there are bases */
     struct bytes bytes, first_bytes; /* at the end; in the basis phase */
@@ -462,8 +463,10 @@ static int run(const struct shared *shared, const struct task *task, struct mode
         batch_fill(m, task->train, shuffle.order, from, count, pad);
         double started = seconds();
         status = train_step(m, trainer, task, step, &result->losses[step - 1]);
+        double took = seconds() - started;
+        result->train_seconds += took;
         if (step >= task->first_timed) {
-            times[timed++] = seconds() - started;
+            times[timed++] = took;
         }
         if (step == 1) {
             result->first_bytes = trainer_bytes(trainer);
@@ -593,6 +596,7 @@ struct row {
     struct result *runs[MOST_SEEDS];
     double mean[2], deviation[2]; /* of accuracy and Matthews's correlation */
     double step_seconds;          /* median of the runs' */
+    double train_seconds;         /* the same */
     double solve_seconds;
     double peak, later_peak; /* means, in bytes */
     struct bytes bytes, first_bytes;
@@ -734,7 +738,7 @@ static int choose_rate(const struct shared *shared, const struct report *r, enum
 static void summarise(const struct options *o, struct row *row)
 {
     const double n = (double)o->seeds;
-    double times[MOST_SEEDS], solves[MOST_SEEDS], squares[2] = {0.0, 0.0};
+    double times[MOST_SEEDS], all_times[MOST_SEEDS], solves[MOST_SEEDS], squares[2] = {0.0, 0.0};
     for (int64_t i = 0; i < o->seeds; i++) {
         const struct result *result = row->runs[i];
         row->mean[0] += result->score.accuracy / n;
@@ -742,6 +746,7 @@ static void summarise(const struct options *o, struct row *row)
         row->peak += (double)result->peak / n;
         row->later_peak += (double)result->later_peak / n;
         times[i] = result->step_seconds;
+        all_times[i] = result->train_seconds;
         solves[i] = result->solve_seconds;
         row->bytes = result->bytes; /* of the last; those of a growing table differ a little */
         row->first_bytes = result->first_bytes;
@@ -756,6 +761,7 @@ static void summarise(const struct options *o, struct row *row)
         row->deviation[i] = o->seeds > 1 ? sqrt(squares[i] / (n - 1.0)) : 0.0;
     }
     row->step_seconds = median(times, o->seeds);
+    row->train_seconds = median(all_times, o->seeds);
     row->solve_seconds = median(solves, o->seeds);
 }
 
@@ -803,11 +809,11 @@ static void print_table(const struct report *r)
 {
     const struct bytes *full = r->rows[FULL].ran ? &r->rows[FULL].bytes : NULL;
     bool edge = false;
-    printf("\n%-18s %8s %9s %14s %14s %8s %15s %16s %9s\n", "", "", "trained", "accuracy, %",
-           "Matthews", "", "peak memory, MB", "gradient + state", "bases, R");
-    printf("%-18s %8s %9s %14s %14s %8s %7s %7s %8s %7s %9s\n", "method", "rate", "elements",
-           "of dev", "x 100", "steps/s", "all", "later", "KB", "of full", "KB");
-    printf("%-18s %8s %9s %7.1f %6s %7.1f %6s\n", "before fine-tuning", "-", "-",
+    printf("\n%-24s %8s %9s %14s %14s %15s %15s %16s %9s\n", "", "", "trained", "accuracy, %",
+           "Matthews", "steps/s", "peak memory, MB", "gradient + state", "bases, R");
+    printf("%-24s %8s %9s %14s %14s %7s %7s %7s %7s %8s %7s %9s\n", "method", "rate", "elements",
+           "of dev", "x 100", "later", "all", "all", "later", "KB", "of full", "KB");
+    printf("%-24s %8s %9s %7.1f %6s %7.1f %6s\n", "before fine-tuning", "-", "-",
            100 * r->before.accuracy, "", 100 * r->before.matthews, "");
     for (int method = 0; method < METHODS; method++) {
         const struct row *row = &r->rows[method];
@@ -824,11 +830,13 @@ static void print_table(const struct report *r)
         if (isfinite(row->step_seconds)) {
             snprintf(speed, sizeof speed, "%.1f", 1.0 / row->step_seconds);
         }
-        printf("%-18s %7.3g%c %9lld %7.1f ± %4.1f %7.1f ± %4.1f %8s %7.1f %7.1f %8.1f %7s %9.1f\n",
+        printf("%-24s %7.3g%c %9lld %7.1f ± %4.1f %7.1f ± %4.1f %7s %7.1f %7.1f %7.1f %8.1f %7s "
+               "%9.1f\n",
                method_names[method], row->rate, row->at_the_edge ? '*' : ' ',
                (long long)row->trained, 100 * row->mean[0], 100 * row->deviation[0],
-               100 * row->mean[1], 100 * row->deviation[1], speed, 1e-6 * row->peak,
-               1e-6 * row->later_peak, kilobytes, share, 1e-3 * (double)row->bytes.shared);
+               100 * row->mean[1], 100 * row->deviation[1], speed,
+               (double)r->steps / row->train_seconds, 1e-6 * row->peak, 1e-6 * row->later_peak,
+               kilobytes, share, 1e-3 * (double)row->bytes.shared);
         edge = edge || row->at_the_edge;
     }
     if (edge) {
@@ -855,10 +863,11 @@ static int write_csv(const struct report *r)
     if (file == NULL) {
         return FAILED;
     }
-    fputs("method,seed,rate,trained_elements,accuracy,matthews,dev_loss,step_seconds,solve_seconds,"
-          "peak_bytes,later_peak_bytes,gradient_bytes,state_bytes,shared_bytes\n",
+    fputs("method,seed,rate,trained_elements,accuracy,matthews,dev_loss,step_seconds,"
+          "train_seconds,solve_seconds,peak_bytes,later_peak_bytes,gradient_bytes,state_bytes,"
+          "shared_bytes\n",
           file);
-    fprintf(file, "before,,,,%.9g,%.9g,%.9g,,,,,,,\n", r->before.accuracy, r->before.matthews,
+    fprintf(file, "before,,,,%.9g,%.9g,%.9g,,,,,,,,\n", r->before.accuracy, r->before.matthews,
             r->before.loss);
     for (int64_t i = 0; i < o->seeds; i++) {
         for (int method = 0; method < METHODS; method++) {
@@ -867,11 +876,12 @@ static int write_csv(const struct report *r)
                 continue;
             }
             const struct result *result = row->runs[i];
-            fprintf(file, "%s,%lld,%.9g,%lld,%.9g,%.9g,%.9g,%.9g,%.9g,%lld,%lld,%lld,%lld,%lld\n",
+            fprintf(file,
+                    "%s,%lld,%.9g,%lld,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%lld,%lld,%lld,%lld,%lld\n",
                     method_names[method], (long long)(o->seed + i), row->rate,
                     (long long)row->trained, result->score.accuracy, result->score.matthews,
-                    result->score.loss, result->step_seconds, result->solve_seconds,
-                    (long long)result->peak, (long long)result->later_peak,
+                    result->score.loss, result->step_seconds, result->train_seconds,
+                    result->solve_seconds, (long long)result->peak, (long long)result->later_peak,
                     (long long)result->bytes.gradient, (long long)result->bytes.state,
                     (long long)result->bytes.shared);
         }

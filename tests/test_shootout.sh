@@ -126,19 +126,19 @@ else
 fi
 # Two weights of 20 x 80; k = 2 (20 + 80) of each. A state of 16 bytes an element has a head.
 check "runs.csv" awk -F, -v methods="$methods" '
-    NR == 1 { bad = NF != 14 || $1 != "method" || $14 != "shared_bytes" }
-    NR == 2 { bad = bad || NF != 14 || $1 != "before" }
+    NR == 1 { bad = NF != 15 || $1 != "method" || $15 != "shared_bytes" }
+    NR == 2 { bad = bad || NF != 15 || $1 != "before" }
     NR > 2 {
         k = $1 == "frozen" ? 0 : $1 == "full" ? 3200 : 400
-        least = $1 == "sparsegrad-fixed" ? 20 * k : $1 == "frozen" || $1 == "full" || \
+        least = $1 == "sparsegrad-leading-fixed" ? 20 * k : $1 == "frozen" || $1 == "full" || \
             $1 == "lora" ? 12 * k : 28 * k
-        most = $1 == "sparsegrad-fixed" ? 20 * k + 256 : $1 == "meprop" || $1 ~ /^sparsegrad/ ? \
-            12 * k + 43 * 3200 : least
-        bytes = $12 + $13
-        if (NF != 14 || $4 != k || bytes < least || bytes > most || !($7 > 0.1 && $7 < 5) ||
-            !($5 >= 0 && $5 <= 1) || !($6 >= -1 && $6 <= 1) || !($8 > 0) || !($10 >= $11) ||
-            !($11 > 1e6) || ($3 != 0.001 && $3 != 0.003)) { print; bad = 1 }
-        if ($1 ~ /^sparsegrad/ ? $14 < 4000 : $14 != 0) { print; bad = 1 }
+        most = $1 == "sparsegrad-leading-fixed" ? 20 * k + 256 : \
+            $1 == "meprop" || $1 ~ /^sparsegrad/ ? 12 * k + 43 * 3200 : least
+        bytes = $13 + $14
+        if (NF != 15 || $4 != k || bytes < least || bytes > most || !($7 > 0.1 && $7 < 5) ||
+            !($5 >= 0 && $5 <= 1) || !($6 >= -1 && $6 <= 1) || !($8 > 0) || !($9 > $8) ||
+            !($11 >= $12) || !($12 > 1e6) || ($3 != 0.001 && $3 != 0.003)) { print; bad = 1 }
+        if ($1 ~ /^sparsegrad/ ? $15 < 4000 : $15 != 0) { print; bad = 1 }
         seeds[$2]++
     }
     END { exit bad || seeds[1] != methods || seeds[2] != methods || NR != 2 + 2 * methods }' \
@@ -182,10 +182,10 @@ if [ -n "$sparse" ]; then
         NR != FNR && $3 <= 5 && all[$3] != $4 { print; bad = 1 }
         NR != FNR && $3 > 5 { differs += all[$3] != $4 }
         END { exit bad || differs < 5 }' "$work/first.csv" "$work/losses.csv"
-    runs "a fixed support" --methods sparsegrad-leading,sparsegrad-fixed
+    runs "a fixed support" --methods sparsegrad-leading,sparsegrad-leading-fixed
     check "until the support is fixed nothing differs" awk -F, '
         $1 == "sparsegrad-leading" { leading[$3] = $4 }
-        $1 == "sparsegrad-fixed" { fixed[$3] = $4 }
+        $1 == "sparsegrad-leading-fixed" { fixed[$3] = $4 }
         END {
             for (i = 1; i <= 8; i++) { bad = bad || leading[i] != fixed[i] }
             for (i = 9; i <= 12; i++) { differs += leading[i] != fixed[i] }

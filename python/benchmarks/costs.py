@@ -74,10 +74,9 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
     for name in options.methods:
         training = Training(name, make_model(), _RATE, sizes, skip_padding=options.padding)
         mode = Mode(name, "full", batches)
-        warm_up = sizes.basis_steps + sizes.fix_after + 1
-        if name in ("pytorch", "full", "lora"):
-            warm_up = 1
-        for i in range(warm_up):
+        # As many steps on few elements for all that take them.
+        warm_up = {"sparsegrad": sizes.basis_steps + sizes.fix_after, "meprop": sizes.fix_after}
+        for i in range(warm_up.get(METHODS[name].kind, 0) + 1):
             batch = batches[i % len(batches)]
             take_step(mode, training.model, training.optimizer, batch, Times())
         trainings[name], times[name] = (mode, training), Times()
@@ -89,25 +88,30 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
     for name, (_, training) in trainings.items():
         t, share = times[name], training.share()
         medians = [statistics.median(part) for part in (t.forward, t.backward, t.optimizer, t.step)]
-        ratio = statistics.median(
-            own / other for own, other in zip(t.step, times[base].step, strict=True)
-        )
+        ratios = [own / other for own, other in zip(t.step, times[base].step, strict=True)]
+        quarters = ratios * 3  # one round has one
+        if len(ratios) > 1:
+            quarters = statistics.quantiles(ratios, n=4, method="inclusive")
         kept = share.gradient + share.state
-        rows.append([name, *medians, ratio, share.elements, kept, share.bases, share.scratch])
+        rows.append([name, *medians, *quarters, share.elements, kept, share.bases, share.scratch])
     whole = full_bytes(next(iter(trainings.values()))[1].model)
-    print(f"activity {mode.activity:.3f}; ratios are medians of the rounds' ratios to {base}\n")
+    print(
+        f"activity {mode.activity:.3f}; step / {base} is the median of the rounds' ratios, and half"
+        " of them lie in the range beside it\n"
+    )
     print_table(
         ["method", "forward ms", "backward ms", "optimizer ms", "step ms", f"step / {base}"]
         + ["elements", "gradient and state MiB", "of full", "bases and scratch MiB"],
         [
-            [row[0], *(f"{ms:.1f}" for ms in row[1:5]), f"{row[5]:.3f}", str(row[6])]
-            + [f"{row[7] / 2**20:.2f}", f"{row[7] / whole:.1%}", f"{sum(row[8:]) / 2**20:.2f}"]
-            for row in rows
+            [name, *(f"{ms:.1f}" for ms in medians), f"{mid:.3f}, {low:.3f} to {high:.3f}"]
+            + [str(elements), f"{kept / 2**20:.2f}", f"{kept / whole:.1%}"]
+            + [f"{(bases + scratch) / 2**20:.2f}"]
+            for name, *medians, low, mid, high, elements, kept, bases, scratch in rows
         ],
     )
     if options.csv:
-        header = "method,forward_ms,backward_ms,optimizer_ms,step_ms,ratio,elements"
-        header += ",gradient_and_state_bytes,bases_bytes,scratch_bytes"
+        header = "method,forward_ms,backward_ms,optimizer_ms,step_ms,ratio_low,ratio,ratio_high"
+        header += ",elements,gradient_and_state_bytes,bases_bytes,scratch_bytes"
         write_csv(options.csv, header.split(","), rows)
 
 

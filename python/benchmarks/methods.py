@@ -9,9 +9,10 @@ feed-forward weights, N x K:
 - meprop: the k = r (K + N) largest elements of each gradient, chosen anew in each step;
 - sparsegrad: the same number in bases made from the gradients of the first steps, in which all
   elements train; all vectors of the bases, elements chosen anew in each step, as in the paper;
-- sparsegrad-fixed: after some more steps the elements stay the same;
-- sparsegrad-leading: the leading vectors of the bases alone, and elements that stay the same;
-- sparsegrad-leading-anew: the leading vectors, elements chosen anew;
+- sparsegrad-leading-fixed: the leading vectors of the bases alone, and after some more steps the
+  elements stay the same;
+- sparsegrad-leading: the leading vectors, elements chosen anew;
+- sparsegrad-fixed: all vectors, elements that stay the same;
 - pytorch: full, by PyTorch alone and with padding: how long a step takes as it is.
 """
 
@@ -53,9 +54,9 @@ METHODS = {
     "lora": Method("lora"),
     "meprop": Method("meprop"),
     "sparsegrad": Method("sparsegrad"),
-    "sparsegrad-leading": Method("sparsegrad", leading=True, fixed=True),
+    "sparsegrad-leading-fixed": Method("sparsegrad", leading=True, fixed=True),
+    "sparsegrad-leading": Method("sparsegrad", leading=True),
     "sparsegrad-fixed": Method("sparsegrad", fixed=True),
-    "sparsegrad-leading-anew": Method("sparsegrad", leading=True),
     "pytorch": Method("full", plain=True),
 }
 
