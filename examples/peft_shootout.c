@@ -912,15 +912,15 @@ static int write_losses(const struct report *r)
 /* The plot: for each method a line with the metric of each seed and its memory to the left, and to
  * the right the loss curves. */
 enum {
-    PLOT_WIDTH = 1000,
+    PLOT_WIDTH = 1050,
     TOP = 60,
     LINE_HEIGHT = 40,
-    DOTS_LEFT = 160,
-    DOTS_RIGHT = 420,
-    BARS_LEFT = 450,
-    BARS_RIGHT = 590,
-    CURVES_LEFT = 690,
-    CURVES_RIGHT = 980
+    DOTS_LEFT = 210,
+    DOTS_RIGHT = 470,
+    BARS_LEFT = 500,
+    BARS_RIGHT = 640,
+    CURVES_LEFT = 740,
+    CURVES_RIGHT = 1030
 };
 
 static const char *const colors[METHODS] = {"#9a9a9a", "#222222", "#f0a63a", "#2f8f4e",

@@ -260,7 +260,7 @@ def report(results: dict[str, dict[str, list[Row]]], full_bytes: int) -> None:
 def draw(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
     """Draw each run's metric as a dot, and the mean speed and the bytes of each method."""
     names = list(next(iter(results.values())))
-    left, top, width, gap, line = 170, 50, 250, 50, 34
+    left, top, width, gap, line = 190, 50, 250, 50, 34
     bottom = top + line * len(names)
     panels = len(results) + 2
     page = Drawing(left + panels * (width + gap), bottom + 60)
