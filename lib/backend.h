@@ -153,6 +153,9 @@ typedef struct sebp_backend {
 
     int64_t (*scratch_bytes)(const void *device); /* the most held so far */
     int (*threads)(const void *device);
+    /** The most of OpenMP's threads that a library called by a method may use: one where the device
+     * uses none of them itself, be it that a fork has left them behind. */
+    int (*openmp_threads)(const void *device);
     void (*info)(const void *device, sebp_info *info); /* placement, gemm, refusal */
     void (*destroy)(void *device);
 } sebp_backend;

@@ -15,6 +15,9 @@
 
 #ifdef SEBP_HAVE_LAPACK
 #include <lapacke.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #endif
 
 #include "basis.h"
@@ -311,6 +314,34 @@ static sebp_status no_workspace(const sebp_call *call)
                      call->function);
 }
 
+/*
+ * Lets LAPACK have no more threads than the context works on. Most of all where that is one: after a
+ * fork a BLAS on OpenMP would wait for ever for threads that are gone. Gives the number that there
+ * was, for restore_threads().
+ */
+static int limit_threads(const sebp_context *context)
+{
+    int before = 1;
+#ifdef _OPENMP
+    int most = context->backend->openmp_threads(context->device);
+    before = omp_get_max_threads();
+    if (most < before)
+        omp_set_num_threads(most);
+#else
+    (void)context;
+#endif
+    return before;
+}
+
+static void restore_threads(int before)
+{
+#ifdef _OPENMP
+    omp_set_num_threads(before);
+#else
+    (void)before;
+#endif
+}
+
 static sebp_status check_lapack(const sebp_call *call, const char *routine, lapack_int info)
 {
     if (info == 0)
@@ -439,9 +470,11 @@ sebp_status sebp_basis_solve(sebp_context *context, sebp_basis_sums *sums, int64
     status = sebp_basis_make(rank_out, sums->out.rows, rank_in, sums->in.rows, &made);
     if (status != SEBP_SUCCESS)
         return sebp_fail(context, status, "%s: no memory for the basis", call.function);
+    int threads = limit_threads(context);
     status = solve(&call, &sums->out, sums->energy, &made->out, &made->share_out);
     if (status == SEBP_SUCCESS)
         status = solve(&call, &sums->in, sums->energy, &made->in, &made->share_in);
+    restore_threads(threads);
     if (status == SEBP_SUCCESS)
         *basis = made;
     else

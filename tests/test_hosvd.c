@@ -204,60 +204,148 @@ START_TEST(eigenvectors)
 }
 END_TEST
 
-/* Sizes of several panels, on any number of threads and with little scratch memory. */
+/* That each row is an eigenvector, by its residual: the whole spectrum by Jacobi would take long. */
+static void check_residuals(const sebp_matrix *vectors, const double *sum)
+{
+    int64_t size = vectors->cols;
+    for (int64_t i = 0; i < vectors->rows; i++) {
+        double value = 0, square = 0, residual = 0;
+        for (int64_t j = 0; j < size; j++) {
+            double dot = 0, element = testing_get(vectors, i, j);
+            for (int64_t k = 0; k < size; k++) {
+                dot += sum[j * size + k] * testing_get(vectors, i, k);
+            }
+            value += dot * element;
+            square += dot * dot;
+        }
+        residual = sqrt(fmax(0, square - value * value)) / value;
+        ck_assert_msg(residual < 1e-3, "vector %lld: residual %g of its eigenvalue", (long long)i,
+                      residual);
+    }
+}
+
+/*
+ * Sizes of several panels, on any number of threads and with little scratch memory: the sums are the
+ * same, bit for bit. The vectors, which LAPACK finds on as many threads, need only be good.
+ */
 START_TEST(large_sums)
 {
     const int64_t N = 300, K = 270, count = 3;
     sebp_matrix g[] = {testing_random_matrix(N, K, SEBP_F32, TESTING_REAL),
                        testing_random_matrix(N, K, SEBP_BF16, TESTING_REAL),
                        testing_random_matrix(N, K, SEBP_F32, TESTING_REAL)};
-    double *out = array(N * N), *in = array(K * K);
-    sebp_basis *first = NULL;
+    sebp_matrix first_out = testing_matrix(N, N, N, SEBP_F32),
+                first_in = testing_matrix(K, K, K, SEBP_F32);
+    double *out = array(N * N), *in = array(K * K), first_energy = 0;
+    for (int64_t t = 0; t < count; t++) {
+        add_squares(&g[t], out, in);
+    }
     for (int threads = 1; threads <= 3; threads++) {
         sebp_context *context = testing_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
         sebp_basis_sums *sums = NULL;
         sebp_basis *basis = NULL;
+        double energy = 0;
         testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
         for (int64_t t = 0; t < count; t++) {
             testing_succeed(sebp_basis_sums_add(context, sums, &g[t]), context);
         }
-        testing_succeed(sebp_basis_solve(context, sums, 5, 7, &basis), context);
-        if (first == NULL) {
-            first = basis;
+        if (threads == 1) {
+            ck_assert_int_eq(sebp_basis_sums_export(sums, &first_energy, &first_out, &first_in),
+                             SEBP_SUCCESS);
         } else {
-            expect_same_basis(basis, first);
-            sebp_basis_destroy(basis);
+            sebp_matrix sum_out = testing_matrix(N, N, N, SEBP_F32),
+                        sum_in = testing_matrix(K, K, K, SEBP_F32);
+            ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &sum_out, &sum_in),
+                             SEBP_SUCCESS);
+            ck_assert(testing_same_bits(&sum_out, &first_out));
+            ck_assert(testing_same_bits(&sum_in, &first_in));
+            ck_assert_mem_eq(&energy, &first_energy, sizeof energy);
+            testing_release(&sum_out);
+            testing_release(&sum_in);
         }
+        testing_succeed(sebp_basis_solve(context, sums, 5, 7, &basis), context);
+        sebp_matrix u_out = sebp_basis_out(basis), u_in = sebp_basis_in(basis);
+        check_residuals(&u_out, out);
+        check_residuals(&u_in, in);
+        sebp_basis_destroy(basis);
         sebp_basis_sums_destroy(sums);
         sebp_context_destroy(context);
     }
     for (int64_t t = 0; t < count; t++) {
-        add_squares(&g[t], out, in);
         testing_release(&g[t]);
     }
-    /* The whole spectrum by Jacobi would take long: the residuals tell. */
-    const sebp_matrix sides[] = {sebp_basis_out(first), sebp_basis_in(first)};
-    for (int side = 0; side < 2; side++) {
-        const double *sum = side == 0 ? out : in;
-        int64_t size = sides[side].cols;
-        for (int64_t i = 0; i < sides[side].rows; i++) {
-            double value = 0, square = 0, residual = 0;
-            for (int64_t j = 0; j < size; j++) {
-                double dot = 0, element = testing_get(&sides[side], i, j);
-                for (int64_t k = 0; k < size; k++) {
-                    dot += sum[j * size + k] * testing_get(&sides[side], i, k);
-                }
-                value += dot * element;
-                square += dot * dot;
-            }
-            residual = sqrt(fmax(0, square - value * value)) / value;
-            ck_assert_msg(residual < 1e-3, "vector %lld: residual %g of its eigenvalue",
-                          (long long)i, residual);
-        }
-    }
-    sebp_basis_destroy(first);
+    testing_release(&first_out);
+    testing_release(&first_in);
     free(out);
     free(in);
+}
+END_TEST
+
+/* A host's pool that has no threads left but the calling one. */
+static void one_after_the_other(void *pool, int64_t tasks, sebp_task task, void *work)
+{
+    (void)pool;
+    for (int64_t i = 0; i < tasks; i++) {
+        task(work, i);
+    }
+}
+
+/* _i: what a child solves with after the parent has solved on all threads: the context that it has
+ * inherited, or one of its own, of one thread or with a pool. */
+START_TEST(fork_and_solve)
+{
+    const int64_t N = 200, K = 150;
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
+    if (sebp_context_threads(context) == 1) {
+        testing_skip("fork_and_solve", "built without OpenMP, which LAPACK's BLAS may use");
+        sebp_context_destroy(context);
+        return;
+    }
+    sebp_basis_sums *sums = NULL;
+    sebp_basis *want = NULL;
+    sebp_matrix g = testing_random_matrix(N, K, SEBP_F32, TESTING_REAL);
+    testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+    testing_succeed(sebp_basis_solve(context, sums, N, 9, &want), context);
+    fflush(NULL);
+    pid_t child = fork();
+    ck_assert_int_ge(child, 0);
+    if (child == 0) {
+        alarm(60); /* a child that hangs is ended */
+        sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+        options.threads = _i == 1 ? 1 : 2;
+        options.parallel_for = _i == 2 ? one_after_the_other : NULL;
+        sebp_context *own = NULL;
+        sebp_basis *got = NULL;
+        sebp_status status = _i == 0 ? SEBP_SUCCESS : sebp_context_create(&options, &own);
+        if (status == SEBP_SUCCESS) {
+            status = sebp_basis_solve(_i == 0 ? context : own, sums, N, 9, &got);
+        }
+        int is_good = fabs(sebp_basis_share_out(got) - sebp_basis_share_out(want)) < 1e-5 &&
+                      fabs(sebp_basis_share_in(got) - sebp_basis_share_in(want)) < 1e-5;
+        sebp_basis_destroy(got);
+        sebp_context_destroy(own);
+        sebp_basis_destroy(want); /* valgrind looks for leaks in the child as well */
+        sebp_basis_sums_destroy(sums);
+        testing_release(&g);
+        sebp_context_destroy(context);
+        _exit(status != SEBP_SUCCESS ? 2 : is_good ? 0 : 3);
+    }
+    int result = -1;
+    ck_assert_int_eq(waitpid(child, &result, 0), child);
+    ck_assert_msg(WIFEXITED(result), "the child was ended by signal %d", WTERMSIG(result));
+    ck_assert_msg(WEXITSTATUS(result) == 0, "the child exited with %d", WEXITSTATUS(result));
+
+    /* And the parent has its threads. */
+    sebp_basis *again = NULL;
+    testing_succeed(sebp_basis_solve(context, sums, N, 9, &again), context);
+    expect_same_basis(again, want);
+    sebp_basis_destroy(again);
+    sebp_basis_destroy(want);
+    sebp_basis_sums_destroy(sums);
+    testing_release(&g);
+    sebp_context_destroy(context);
 }
 END_TEST
 
@@ -1118,6 +1206,7 @@ static Suite *make_suite(void)
 #ifdef SEBP_HAVE_LAPACK
     tcase_add_test(tests, eigenvectors);
     tcase_add_test(tests, large_sums);
+    tcase_add_loop_test(tests, fork_and_solve, 0, 3);
     tcase_add_test(tests, few_gradients);
     tcase_add_test(tests, planted_bases_are_found);
     tcase_add_test(tests, top_1_percent_holds_what_was_planted);

@@ -18,6 +18,9 @@
  * hold nothing, and would double the memory. Sums of BERT-base's kinds take 40 MB each.
  *
  * The eigenproblem is LAPACK's (ssyevr and ssyevd, through LAPACKE), on the threads of its BLAS.
+ * Where these are OpenMP's they are no more than the context's, and one where it has a parallel_for
+ * or was copied by a fork; a BLAS with threads of its own is left alone, as is any by a build without
+ * OpenMP. Vectors may round differently with another number.
  */
 #ifndef SEBP_BASIS_H
 #define SEBP_BASIS_H

@@ -86,9 +86,11 @@ typedef struct sebp_context_options {
  * each other: two that are placed, of two threads, start at the same core.
  *
  * After fork() a child may go on using its copy of a context: it then works on one thread with the
- * library's own GEMM, as OpenMP and oneDNN do not survive a fork. A context that the child makes
- * itself wants threads = 1 or a parallel_for where the parent has used OpenMP: with more threads
- * the OpenMP runtime waits for ever for those that the fork has not copied.
+ * library's own GEMM, as OpenMP and oneDNN do not survive a fork, and so does LAPACK (basis.h). A
+ * context that the child makes itself wants threads = 1 or a parallel_for where the parent has used
+ * OpenMP: with more threads the OpenMP runtime waits for ever for those that the fork has not
+ * copied. In a build without OpenMP, LAPACK on a BLAS that uses it waits like that too: there
+ * OMP_NUM_THREADS is to be 1 from the start.
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.

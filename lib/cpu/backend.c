@@ -813,6 +813,12 @@ static int threads(const void *device)
     return sebp_cpu_threads(device);
 }
 
+static int openmp_threads(const void *device)
+{
+    const sebp_cpu *cpu = device;
+    return cpu->parallel_for != NULL ? 1 : sebp_cpu_threads(cpu);
+}
+
 static void fill_info(const void *device, sebp_info *info)
 {
     const sebp_cpu *cpu = device;
@@ -857,6 +863,7 @@ const sebp_backend sebp_cpu_backend = {
     .scale = scale,
     .scratch_bytes = scratch_bytes,
     .threads = threads,
+    .openmp_threads = openmp_threads,
     .info = fill_info,
     .destroy = destroy,
 };
