@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "basis.h"
@@ -261,6 +262,14 @@ static FILE *open_beside(const char *path, char **name)
     return file;
 }
 
+/* Whether a path may be given to a new file: what it holds, if anything, is a file or a link to one.
+ * Moving a file there would put it in the place of a device or a pipe, too. */
+static bool may_replace(const char *path)
+{
+    struct stat is;
+    return lstat(path, &is) != 0 || S_ISREG(is.st_mode) || S_ISLNK(is.st_mode);
+}
+
 sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, const char *path)
 {
     if (!context)
@@ -268,6 +277,9 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
     sebp_call call = sebp_call_begin(context, "sebp_basis_save");
     if (!basis || !path)
         return sebp_missing(&call, !basis ? "basis" : "path");
+    if (!may_replace(path))
+        return sebp_fail(context, SEBP_ERROR_FILE, "%s: %s is not a regular file", call.function,
+                         path);
     char *beside;
     FILE *file = open_beside(path, &beside);
     bool done = false;

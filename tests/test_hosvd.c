@@ -11,7 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -1070,7 +1072,7 @@ START_TEST(no_file)
     expect_refusal(sebp_basis_load(context, missing, &basis), SEBP_ERROR_FILE, missing, context);
     expect_refusal(sebp_basis_load(context, folder, &basis), SEBP_ERROR_FILE, folder, context);
     expect_refusal(sebp_basis_save(context, saved, missing), SEBP_ERROR_FILE, missing, context);
-    expect_refusal(sebp_basis_save(context, saved, folder), SEBP_ERROR_FILE, folder, context);
+    expect_refusal(sebp_basis_save(context, saved, folder), SEBP_ERROR_FILE, "regular", context);
     expect_refusal(sebp_basis_load(context, NULL, &basis), SEBP_ERROR_NULL, "path", context);
     expect_refusal(sebp_basis_load(context, path, NULL), SEBP_ERROR_NULL, "basis", context);
     expect_refusal(sebp_basis_save(context, NULL, path), SEBP_ERROR_NULL, "basis", context);
@@ -1125,6 +1127,45 @@ START_TEST(unwritable_folder)
     }
     ck_assert(getuid() != root || seteuid(root) == 0);
     ck_assert_int_eq(chmod(folder, 0755), 0);
+}
+END_TEST
+
+/* What is no file is refused and stays, where a file moved there would have taken its place. */
+START_TEST(no_regular_file)
+{
+    char pipe[160], link[160];
+    struct stat is;
+    snprintf(pipe, sizeof pipe, "%s/pipe", folder);
+    ck_assert_int_eq(mkfifo(pipe, 0600), 0);
+    expect_refusal(sebp_basis_save(context, saved, pipe), SEBP_ERROR_FILE, "regular", context);
+    ck_assert(lstat(pipe, &is) == 0 && S_ISFIFO(is.st_mode));
+
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof address.sun_path, "%s/socket", folder);
+    int descriptor = socket(AF_UNIX, SOCK_STREAM, 0);
+    ck_assert_int_ge(descriptor, 0);
+    ck_assert_int_eq(bind(descriptor, (const struct sockaddr *)&address, sizeof address), 0);
+    expect_refusal(sebp_basis_save(context, saved, address.sun_path), SEBP_ERROR_FILE, "regular",
+                   context);
+    ck_assert(lstat(address.sun_path, &is) == 0 && S_ISSOCK(is.st_mode));
+    close(descriptor);
+
+    /* A link is replaced, whatever it leads to; that stays. */
+    const char *const targets[] = {pipe, path, "nowhere"};
+    for (int i = 0; i < 3; i++) {
+        sebp_basis *loaded = NULL;
+        snprintf(link, sizeof link, "%s/link", folder);
+        ck_assert_int_eq(symlink(targets[i], link), 0);
+        testing_succeed(sebp_basis_save(context, saved, link), context);
+        ck_assert(lstat(link, &is) == 0 && S_ISREG(is.st_mode));
+        testing_succeed(sebp_basis_load(context, link, &loaded), context);
+        expect_same_basis(loaded, saved);
+        sebp_basis_destroy(loaded);
+        ck_assert_int_eq(unlink(link), 0);
+    }
+    ck_assert(lstat(pipe, &is) == 0 && S_ISFIFO(is.st_mode));
+    ck_assert_int_eq(unlink(pipe), 0);
+    ck_assert_int_eq(unlink(address.sun_path), 0);
 }
 END_TEST
 
@@ -1229,6 +1270,7 @@ static Suite *make_suite(void)
     tcase_add_test(files, no_file);
     tcase_add_test(files, full_disk);
     tcase_add_test(files, unwritable_folder);
+    tcase_add_test(files, no_regular_file);
     tcase_add_test(files, mode_of_a_file);
     tcase_add_test(files, many_save_to_one_path);
     suite_add_tcase(suite, files);

@@ -162,10 +162,12 @@ SEBP_API double sebp_basis_share_in(const sebp_basis *basis);
 
 /**
  * Writes a basis to a file. It is written to a new file beside the path, "<path>.new-" and numbers
- * that no other file has (up to 17 bytes more), and moved there when it is whole and on the disk: what the path held is
- * not lost on error, a reader sees the one or the other, and of several processes that save to one
- * path the last to be done has it. On error the new file is removed; a process that is killed leaves
- * it. Its mode is that of any new file, 0666 without the umask; a symbolic link is replaced.
+ * that no other file has (up to 17 bytes more), and moved there when it is whole and on the disk:
+ * what the path held is not lost on error, a reader sees the one or the other, and of several
+ * processes that save to one path the last to be done has it. On error the new file is removed; a
+ * process that is killed leaves it. Its mode is that of any new file, 0666 without the umask; a
+ * symbolic link is replaced. A path that holds anything else but a regular file, a device, a pipe, a
+ * socket or a folder, is refused.
  *
  * The file, in the byte order and the IEEE floating point of the machine that writes it:
  *
@@ -178,8 +180,8 @@ SEBP_API double sebp_basis_share_in(const sebp_basis *basis);
  *         64         u_out, r_out x N, then u_in, r_in x K: f32, row by row
  *       last      4  CRC-32 (that of zlib) of all bytes before
  *
- * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_FILE (it cannot be written; the context's
- *         message says why); SEBP_ERROR_MEMORY.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_FILE (it cannot be written, or the path holds
+ *         what is no file; the context's message says why); SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis,
                                      const char *path);
