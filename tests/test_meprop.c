@@ -151,6 +151,63 @@ START_TEST(the_last_panel_is_reserved_too)
 }
 END_TEST
 
+/*
+ * Two panels of dW, each of half of the scratch memory. Of the first, k elements of 5 are kept, and
+ * then what is more. The second is all 5 but for 48 elements of 100, which lie where a sample of it
+ * is taken, so that they seem to be many more, and 40 of the number after 5. They are fewer than k,
+ * so that the k-th magnitude of the panel is found to be 5: what is kept for certain are all that are
+ * more, not some of 5. The places are those of guess_least() in lib/select.c; with others the result
+ * is the same, but proves less.
+ */
+START_TEST(a_sample_of_the_few)
+{
+    enum { ROWS = 128, COLS = 1024, PANEL = ROWS * COLS, RUN = 8, STEP = 128 * RUN, K = 100 };
+    const float next = nextafterf(5, 6);
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, (int64_t)1 << 20);
+    /* dW = dY^T X = X. */
+    sebp_matrix dy = testing_matrix(2 * ROWS, 2 * ROWS, 2 * ROWS, SEBP_F32);
+    sebp_matrix x = testing_matrix(2 * ROWS, COLS, COLS, SEBP_F32);
+    for (int64_t i = 0; i < dy.rows * dy.cols; i++) {
+        testing_set(&dy, i / dy.cols, i % dy.cols, i / dy.cols == i % dy.cols);
+    }
+    for (int64_t i = 0; i < 2 * PANEL; i++) {
+        int is_five = i >= PANEL || (i % 32 < 8 && i / 32 % 4 == 0);
+        testing_set(&x, i / COLS, i % COLS, is_five ? 5 : (double)(i % 3));
+    }
+    float *second = (float *)x.data + PANEL;
+    uint64_t mixed = 1;
+    for (int64_t run = 0; run < 46; run++) {
+        mixed = mixed * UINT64_C(6364136223846793005) + 1;
+        int64_t at = run * STEP + (int64_t)((mixed >> 33) % (STEP - RUN));
+        for (int64_t i = 0; i < RUN && run < 6; i++) {
+            second[at + i] = 100;
+        }
+        if (run >= 6) {
+            second[at - 1] = next; /* beside the sample */
+        }
+    }
+    double *all = calloc(2 * PANEL, sizeof *all);
+    ck_assert_ptr_nonnull(all);
+    for (int64_t i = 0; i < 2 * PANEL; i++) {
+        all[i] = testing_get(&x, i / COLS, i % COLS);
+    }
+    sebp_sparse got = testing_sparse(K, 2 * ROWS, COLS);
+    testing_succeed(sebp_meprop_gradient(context, &dy, &x, NULL, NULL, &got), context);
+    check_top(&got, all);
+    int large = 0, above = 0;
+    for (int64_t i = 0; i < K; i++) {
+        large += got.values[i] == 100;
+        above += got.values[i] == next;
+    }
+    ck_assert(large == 48 && above == 40);
+    free(all);
+    testing_free_sparse(&got);
+    testing_release(&dy);
+    testing_release(&x);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* With no active row all of dW is zero, and the lowest indices are kept. */
 START_TEST(no_active_row_keeps_the_first_elements)
 {
@@ -248,6 +305,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, top_is_exact_on_integers);
     tcase_add_test(tests, panels_choose_as_the_whole);
     tcase_add_loop_test(tests, the_last_panel_is_reserved_too, 0, 2);
+    tcase_add_test(tests, a_sample_of_the_few);
     tcase_add_test(tests, no_active_row_keeps_the_first_elements);
     tcase_add_test(tests, bad_input_is_refused);
     suite_add_tcase(suite, tests);
