@@ -211,6 +211,23 @@ sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double *energy,
     return SEBP_SUCCESS;
 }
 
+/* Element j of row i, j >= i: what lies below the diagonal is not looked at. */
+static double element_of(const sebp_matrix *sum, int64_t i, int64_t j)
+{
+    return (double)((const float *)sum->data)[i * sum->stride + j];
+}
+
+static bool is_finite(const sebp_matrix *sum)
+{
+    for (int64_t i = 0; i < sum->rows; i++) {
+        for (int64_t j = i; j < sum->rows; j++) {
+            if (!isfinite(element_of(sum, i, j)))
+                return false;
+        }
+    }
+    return true;
+}
+
 /*
  * Whether a diagonal is that of a sum of `count` squares, each of `depth` terms, whose energy is
  * known. Its elements are sums of squares: whatever order they were added in, each of the at most
@@ -221,14 +238,36 @@ static bool trace_is(const sebp_matrix *sum, double energy, int64_t count, int64
 {
     double trace = 0, terms = (double)count * (double)depth;
     for (int64_t i = 0; i < sum->rows; i++) {
-        float element = ((const float *)sum->data)[i * sum->stride + i];
+        double element = element_of(sum, i, i);
         if (!(element >= 0))
             return false;
-        trace += (double)element;
+        trace += element;
     }
     double lost = 2 * terms * (double)sum->rows * (double)FLT_MIN;
     double apart = energy > 0 ? expm1(terms * (double)FLT_EPSILON) * energy : 0; /* 0 Inf is NaN */
     return fabs(trace - energy) <= apart + lost;
+}
+
+/*
+ * Whether the elements beside a diagonal that trace_is() takes may be dot products of the vectors
+ * whose squares are on it: none is larger than the product of two norms. Rounding makes it larger,
+ * and each of the squares smaller, by a factor of exp(FLT_EPSILON) for each term at most.
+ */
+static bool are_dot_products(const sebp_matrix *sum, int64_t count, int64_t depth)
+{
+    double terms = (double)count * (double)depth;
+    /* Two such factors for the square of an element, one for each of the squares beside it. */
+    double growth = exp(4 * terms * (double)FLT_EPSILON);
+    double lost = 2 * terms * (double)FLT_MIN;
+    for (int64_t i = 0; i < sum->rows; i++) {
+        double most = growth * (element_of(sum, i, i) + lost);
+        for (int64_t j = i + 1; j < sum->rows; j++) {
+            double size = fabs(element_of(sum, i, j)) - lost;
+            if (size > 0 && size * size > most * (element_of(sum, j, j) + lost))
+                return false;
+        }
+    }
+    return true;
 }
 
 sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
@@ -243,9 +282,10 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
         return SEBP_ERROR_VALUE;
     if (!are_of_shape(sums, out, in))
         return SEBP_ERROR_SHAPE;
-    if (!sebp_basis_all_finite(out) || !sebp_basis_all_finite(in))
+    if (!is_finite(out) || !is_finite(in))
         return SEBP_ERROR_NONFINITE;
-    if (!trace_is(out, energy, count, in->rows) || !trace_is(in, energy, count, out->rows))
+    if (!trace_is(out, energy, count, in->rows) || !trace_is(in, energy, count, out->rows) ||
+        !are_dot_products(out, count, in->rows) || !are_dot_products(in, count, out->rows))
         return SEBP_ERROR_VALUE;
     sebp_matrix_convert(out, &sums->out);
     sebp_matrix_convert(in, &sums->in);

@@ -698,9 +698,35 @@ START_TEST(sums_copied)
         testing_set(sum, 2, 2, element);
         testing_set(sum, 3, 3, next);
     }
-    testing_set(&in, 3, 5, INFINITY);
-    ck_assert_int_eq(sebp_basis_sums_import(other, 3, energy, &out, &in), SEBP_ERROR_NONFINITE);
+    /* Beside a diagonal, what no dot product of these norms can be. */
+    for (int side = 0; side < 2; side++) {
+        const sebp_matrix *sum = side == 0 ? &out : &in;
+        double element = testing_get(sum, 1, 6);
+        double most = sqrt(testing_get(sum, 1, 1) * testing_get(sum, 6, 6));
+        const double bad[] = {1e30, -1e30, 1.001 * most, -1.001 * most};
+        for (int i = 0; i < 4; i++) {
+            testing_set(sum, 1, 6, bad[i]);
+            ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_ERROR_VALUE);
+        }
+        testing_set(sum, 1, 6, NAN);
+        ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_ERROR_NONFINITE);
+        testing_set(sum, 1, 6, INFINITY);
+        ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_ERROR_NONFINITE);
+        testing_set(sum, 1, 6, element);
+    }
     ck_assert_int_eq(sebp_basis_sums_count(other), 2);
+
+    /* Below a diagonal anything goes. */
+    const double odd[] = {NAN, INFINITY, -INFINITY, 1e30};
+    for (int64_t i = 0; i < 9; i++) {
+        for (int64_t j = 0; j < i; j++) {
+            testing_set(&out, i, j, odd[(i + j) % 4]);
+            if (i < 7) {
+                testing_set(&in, i, j, odd[(i + j) % 4]);
+            }
+        }
+    }
+    ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_SUCCESS);
 
     sebp_basis_sums *both[] = {sums, other};
     sebp_basis **bases[] = {&want, &got};
@@ -720,8 +746,9 @@ START_TEST(sums_copied)
 }
 END_TEST
 
-/* What was exported is never taken for damaged: of sizes where rounding adds up, and of gradients
- * whose squares f32 cannot hold. */
+/* What was exported is never taken for damaged: of sizes where rounding adds up, of gradients whose
+ * squares f32 cannot hold, and of rows that all point one way, whose dot products are as large as any
+ * can be. */
 START_TEST(sums_come_back)
 {
     for (int round = 0; round < testing_rounds(40); round++) {
@@ -734,10 +761,16 @@ START_TEST(sums_come_back)
         testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
         testing_succeed(sebp_basis_sums_create(N, K, &other), context);
         int64_t count = testing_between(0, 5);
+        int one_way = testing_chance(0.5);
+        sebp_matrix way = testing_random_matrix(1, K, SEBP_BF16, TESTING_REAL);
         for (int64_t t = 0; t < count; t++) {
             sebp_matrix g = testing_random_matrix(N, K, testing_dtype(), TESTING_REAL);
             for (int64_t i = 0; i < N * K; i++) {
-                testing_set(&g, i / K, i % K, scale * testing_get(&g, i / K, i % K));
+                double value = testing_get(&g, i / K, i % K);
+                if (one_way) {
+                    value = testing_get(&way, 0, i % K);
+                }
+                testing_set(&g, i / K, i % K, scale * value);
             }
             testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
             testing_release(&g);
@@ -754,6 +787,7 @@ START_TEST(sums_come_back)
         }
         sebp_basis_sums_destroy(sums);
         sebp_basis_sums_destroy(other);
+        testing_release(&way);
         testing_release(&out);
         testing_release(&in);
         sebp_context_destroy(context);

@@ -81,16 +81,19 @@ SEBP_API sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double 
 
 /**
  * Puts sums copied out in the place of what these hold: what follows is the same, bit for bit. Of
- * both matrices the upper triangle counts.
+ * both matrices the upper triangle counts; what is below the diagonal may be anything.
  *
  * What is damaged is refused where it can be told: on both diagonals no element is negative and
- * their sum is `energy`, as far as the rounding of count * K and of count * N squares allows.
+ * their sum is `energy`, and the square of no other element is more than the product of the two on
+ * the diagonal in its row and its column, as far as the rounding of count * K and of count * N
+ * products allows.
  *
  * @param count   gradients in them, >= 0.
  * @param energy  as exported: finite, >= 0; 0 where count is.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; a status of sebp_matrix_check(); SEBP_ERROR_DTYPE (not
- *         f32); SEBP_ERROR_VALUE (count, energy, a diagonal); SEBP_ERROR_SHAPE; SEBP_ERROR_NONFINITE
- *         (a matrix holds a NaN or Inf). On error the sums are as they were.
+ *         f32); SEBP_ERROR_VALUE (count, energy, an element); SEBP_ERROR_SHAPE;
+ *         SEBP_ERROR_NONFINITE (an upper triangle holds a NaN or Inf). On error the sums are as they
+ *         were.
  */
 SEBP_API sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
                                             const sebp_matrix *out, const sebp_matrix *in);
