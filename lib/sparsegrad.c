@@ -8,6 +8,7 @@
 #endif
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 
 #include "basis.h"
@@ -38,17 +39,24 @@ double sebp_sparsegrad_cost(const sebp_basis *basis, int64_t rows, sebp_rotation
     return 0;
 }
 
-sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m)
+/* The cheapest order that is not among those tried, a bit for each; AUTO where all are. */
+static sebp_rotation cheapest(const sebp_basis *basis, int64_t m, unsigned tried)
 {
-    if (!basis || m < 0)
-        return SEBP_ROTATE_AUTO;
-    sebp_rotation best = SEBP_ROTATE_FACTORS;
-    for (int order = best + 1; order <= SEBP_ROTATE_IN_OUT; order++) {
-        if (sebp_sparsegrad_cost(basis, m, (sebp_rotation)order) <
-            sebp_sparsegrad_cost(basis, m, best))
+    sebp_rotation best = SEBP_ROTATE_AUTO;
+    double least = INFINITY;
+    for (int order = SEBP_ROTATE_FACTORS; order <= SEBP_ROTATE_IN_OUT; order++) {
+        double cost = sebp_sparsegrad_cost(basis, m, (sebp_rotation)order);
+        if (!(tried & 1U << order) && cost < least) {
             best = (sebp_rotation)order;
+            least = cost;
+        }
     }
     return best;
+}
+
+sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m)
+{
+    return basis && m >= 0 ? cheapest(basis, m, 0) : SEBP_ROTATE_AUTO;
 }
 
 /* ---- the gradient ---- */
@@ -348,6 +356,24 @@ static sebp_status gradient_on_rows(const sebp_call *call, const sebp_basis *bas
     return status;
 }
 
+/* By the cheapest order that there is scratch memory for: where there is none nothing was written. */
+static sebp_status gradient_by_cheapest(const sebp_call *call, const sebp_basis *basis,
+                                        const sebp_matrix *dy, const sebp_matrix *x,
+                                        sebp_rotation *order, const sebp_matrix *r)
+{
+    sebp_status status = SEBP_ERROR_MEMORY;
+    unsigned tried = 0;
+    while (status == SEBP_ERROR_MEMORY) {
+        sebp_rotation next = cheapest(basis, call->m, tried);
+        if (next == SEBP_ROTATE_AUTO)
+            break;
+        *order = next;
+        tried |= 1U << next;
+        status = gradient_on_rows(call, basis, dy, x, next, r);
+    }
+    return status;
+}
+
 static void report(const sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
                    sebp_rotation order)
 {
@@ -404,11 +430,10 @@ sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_basis *ba
         return status;
 
     status = sebp_settle_rows(&call, dy, rows);
-    if (status == SEBP_SUCCESS) {
-        if (rotation == SEBP_ROTATE_AUTO)
-            rotation = sebp_sparsegrad_order(basis, call.m);
+    if (status == SEBP_SUCCESS && rotation == SEBP_ROTATE_AUTO)
+        status = gradient_by_cheapest(&call, basis, dy, x, &rotation, r);
+    else if (status == SEBP_SUCCESS)
         status = gradient_on_rows(&call, basis, dy, x, rotation, r);
-    }
     if (status == SEBP_SUCCESS)
         report(&call, dy, x, rotation);
     sebp_call_end(&call);

@@ -179,6 +179,68 @@ START_TEST(gradient_in_panels)
 }
 END_TEST
 
+/* A problem whose basis has these ranks, all of its rows active. */
+static problem make_plain(int64_t M, int64_t N, int64_t K, int64_t p, int64_t q, sebp_dtype dtype)
+{
+    problem made = {.M = M, .N = N, .K = K, .p = p, .q = q, .options = SEBP_LINEAR_OPTIONS_INIT};
+    make_basis(&made, TESTING_REAL);
+    made.dy = testing_random_matrix(M, N, dtype, TESTING_REAL);
+    made.x = testing_random_matrix(M, K, dtype, TESTING_REAL);
+    const sebp_rule rule = sebp_rule_nonzero();
+    made.active = reference_rows_find(&made.dy, &rule);
+    return made;
+}
+
+/* Orders that keep a row of X or one like it in half of the scratch memory, 131072 floats, which it
+ * is longer than: AUTO takes the cheapest of the others. */
+START_TEST(cheapest_order_that_fits)
+{
+    static const struct {
+        int64_t M, N, K, p, q;
+        sebp_dtype dtype;
+        sebp_rotation cheapest, fits;
+    } cases[] = {
+        {10, 4, 150000, 1, 2, SEBP_F32, SEBP_ROTATE_DY, SEBP_ROTATE_FACTORS},
+        {10, 4, 150000, 1, 2, SEBP_BF16, SEBP_ROTATE_DY, SEBP_ROTATE_OUT_IN},
+        {10, 150000, 4, 2, 1, SEBP_BF16, SEBP_ROTATE_X, SEBP_ROTATE_IN_OUT},
+        {3, 150000, 150000, 1, 1, SEBP_BF16, SEBP_ROTATE_FACTORS, SEBP_ROTATE_AUTO}, /* none does */
+    };
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, LEAST_SCRATCH);
+    sebp_rotation fits = cases[_i].fits;
+    problem p = make_plain(cases[_i].M, cases[_i].N, cases[_i].K, cases[_i].p, cases[_i].q,
+                           cases[_i].dtype);
+    sebp_matrix r = testing_matrix(p.p, p.q, p.q, SEBP_F32), want = testing_copy(&r);
+    ck_assert_int_eq(sebp_sparsegrad_order(p.basis, p.M), cases[_i].cheapest);
+    testing_expect(call_gradient(context, &p, (int)cases[_i].cheapest, &r), SEBP_ERROR_MEMORY,
+                   context);
+    ck_assert(testing_same_bits(&r, &want)); /* poison */
+    if (fits == SEBP_ROTATE_AUTO) {
+        testing_expect(call_gradient(context, &p, SEBP_ROTATE_AUTO, &r), SEBP_ERROR_MEMORY,
+                       context);
+        ck_assert(testing_same_bits(&r, &want));
+    } else {
+        testing_succeed(call_gradient(context, &p, (int)fits, &want), context);
+        testing_succeed(call_gradient(context, &p, SEBP_ROTATE_AUTO, &r), context);
+        ck_assert(testing_same_bits(&r, &want));
+        reference exact = reference_r(&p.u_out, &p.u_in, &p.dy, &p.x, &p.active, 0, NULL);
+        reference_check(&exact, &r, REFERENCE_BOUND, "R");
+        reference_free(&exact);
+        for (int rotation = 1; rotation < ROTATIONS; rotation++) { /* no cheaper one would do */
+            if (sebp_sparsegrad_cost(p.basis, p.M, (sebp_rotation)rotation) <
+                sebp_sparsegrad_cost(p.basis, p.M, fits)) {
+                testing_expect(call_gradient(context, &p, rotation, &r), SEBP_ERROR_MEMORY,
+                               context);
+            }
+        }
+    }
+    ck_assert_int_le(sebp_context_scratch_bytes(context), LEAST_SCRATCH);
+    testing_release(&r);
+    testing_release(&want);
+    free_problem(&p);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 START_TEST(gradient_without_active_rows)
 {
     sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
@@ -990,6 +1052,7 @@ static Suite *make_suite(void)
     TCase *tests = tcase_create("sparsegrad");
     tcase_add_loop_test(tests, gradient, 0, 2);
     tcase_add_loop_test(tests, gradient_in_panels, 0, 2);
+    tcase_add_loop_test(tests, cheapest_order_that_fits, 0, 4);
     tcase_add_test(tests, gradient_without_active_rows);
     tcase_add_test(tests, cheapest_order);
     tcase_add_loop_test(tests, top, 0, SHAPES);

@@ -50,7 +50,8 @@ typedef enum sebp_rotation {
  * unknown order or m < 0. */
 SEBP_API double sebp_sparsegrad_cost(const sebp_basis *basis, int64_t m, sebp_rotation rotation);
 
-/** The order that SEBP_ROTATE_AUTO takes on m rows; SEBP_ROTATE_AUTO for NULL or m < 0. */
+/** The order that SEBP_ROTATE_AUTO takes on m rows, given the scratch memory; SEBP_ROTATE_AUTO for
+ * NULL or m < 0. */
 SEBP_API sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m);
 
 /**
@@ -70,7 +71,9 @@ SEBP_API sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m)
  *
  * What is between the products lies in the context's scratch memory, in panels that take up to half
  * of its bound: with another bound sums may round differently; with another number of threads they
- * do not, but where oneDNN has a product. bf16 rows are widened to f32 where they meet a basis.
+ * do not, but where oneDNN has a product. bf16 rows are widened to f32 where they meet a basis. Where
+ * the smallest panel of an order is too large, AUTO takes the next cheapest, and only fails with
+ * SEBP_ERROR_MEMORY where all are.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
  *         SEBP_ERROR_DTYPE (x not of dY's dtype, r not f32); SEBP_ERROR_VALUE (an option, the
