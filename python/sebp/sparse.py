@@ -46,15 +46,21 @@ class Sparse(NamedTuple):
     values: NDArray[np.float32]
     shape: tuple[int, int]
 
-    def struct(self) -> SparseStruct:
-        """Describe it to the library, which reads and writes its arrays in place.
+    def struct(self, *, is_written: bool = False) -> SparseStruct:
+        """Describe it to the library, which reads its arrays in place.
+
+        Parameters
+        ----------
+        is_written : bool, default False
+            Whether it writes the values, too.
 
         Raises
         ------
         TypeError
             If the arrays are not of int64 and float32.
         ValueError
-            If they are not vectors of one length, without gaps.
+            If they are not vectors of one length, without gaps; or if the values are written and
+            cannot be.
         """
         indices, values = self.indices, self.values
         if indices.dtype != np.int64 or values.dtype != np.float32:
@@ -63,6 +69,8 @@ class Sparse(NamedTuple):
             raise ValueError(f"indices have shape {indices.shape}, but values {values.shape}")
         if not (indices.flags.c_contiguous and values.flags.c_contiguous):
             raise ValueError("indices or values have gaps")
+        if is_written and not values.flags.writeable:
+            raise ValueError("values are not an array that can be written to")
         return SparseStruct(indices.ctypes.data, values.ctypes.data, indices.size, *self.shape)
 
 
@@ -664,7 +672,7 @@ class SparseAdamW:
         Parameters
         ----------
         gradient : Sparse
-            With a fixed support on exactly that.
+            With a fixed support on exactly that. Its values are written to.
         adamw : AdamW
             `weight_decay` is not looked at: see :func:`weight_decay`.
         context : Context, optional
@@ -675,11 +683,14 @@ class SparseAdamW:
         SebpError
             If the gradient is of another shape or support, or holds a NaN or Inf. Nothing has
             changed then.
+        TypeError, ValueError
+            If the gradient's arrays are not as :meth:`Sparse.struct` takes them, to write to them.
         """
         context = context or default_context()
+        written = gradient.struct(is_written=True)
         context.check(
             self._library.sebp_sparse_adamw_step(
-                context._handle, self._handle, adamw.struct(), gradient.struct()
+                context._handle, self._handle, adamw.struct(), written
             )
         )
 

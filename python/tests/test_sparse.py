@@ -164,6 +164,11 @@ def test_refusals():
     state = SparseAdamW((3, 4), [0, 2])
     with pytest.raises(sebp.SebpError):
         state.step(kept, AdamW())
+    # Memory that is not to be written to, as that of bytes: read from, but for the step.
+    constant = Sparse(np.array([0, 2]), np.frombuffer(bytes(8), np.float32), (3, 4))
+    sparse.add_elements(constant, r)
+    with pytest.raises(ValueError, match="values are not an array that can be written to"):
+        state.step(constant, AdamW())
     with pytest.raises(sebp.SebpError):
         SparseAdamW((3, 4), [5, 1])
     with pytest.raises(sebp.SebpError):
