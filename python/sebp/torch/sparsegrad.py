@@ -98,6 +98,11 @@ def _is_finite(matrix: Tensor) -> bool:
     return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
 
 
+def _energy(matrix: Tensor) -> float:
+    """Compute the sum of squares in float32: NaN or Inf if an element is."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) ** 2
+
+
 class _Layer:
     """One layer: the elements of its gradient since the last step, and their moments.
 
@@ -450,6 +455,8 @@ class _Hook:
 
 
 _UNKNOWN = (float("nan"), float("nan"))
+# Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
+_MOST_ENERGY = float(np.finfo(np.float32).max) / 4
 _NOT_DONE = ("maximize", "amsgrad")
 
 
@@ -582,9 +589,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._basis_steps = basis_steps
         self._rank = rank
         self._sums: dict[str, BasisSums] = {}
+        self._energies: dict[str, float] = {}
         self._share_groups()
         if basis_steps > 0:
-            self._begin_basis_phase({kind.name: BasisSums(*kind.shape) for kind in kinds})
+            sums = {kind.name: BasisSums(*kind.shape) for kind in kinds}
+            self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
         else:
             self._begin_sparse_phase(self._new_moments())
 
@@ -598,8 +607,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Whether gradients are still collected, and all weights train as usual."""
         return bool(self._sums)
 
-    def _begin_basis_phase(self, sums: dict[str, BasisSums]) -> None:
-        self._sums = sums
+    def _begin_basis_phase(self, sums: dict[str, BasisSums], energies: dict[str, float]) -> None:
+        self._sums, self._energies = sums, energies
         for kind in self.kinds:
             kind.basis = None
         for layer in self._layers.values():
@@ -648,10 +657,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises
         ------
         SebpError
-            If a gradient of these layers holds a NaN or Inf: the message names step and layers, and
-            what these layers keep of it is dropped. If a number of a group is out of range;
-            gradients are then kept. No parameter has changed in either case. At the end of the
-            basis phase also if a basis cannot be had.
+            If a gradient of these layers holds a NaN or Inf, or in the basis phase numbers whose
+            squares do not fit into the sums: the message names step and layers, and what these
+            layers keep of it is dropped. If a number of a group is out of range; gradients are then
+            kept. No parameter has changed in either case, nor anything that is summed. At the end
+            of the basis phase also if a basis cannot be had: that step was taken, and the next one
+            adds its gradients and tries again.
         ValueError, RuntimeError
             For a group's option that is not done; under ``torch.distributed`` or a ``GradScaler``;
             if a sparse weight asks for a gradient again. No parameter has changed, and gradients
@@ -693,23 +704,33 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
 
     def _refuse(self, names: Sequence[str]) -> None:
-        """Raise if the gradients of some layers are not finite."""
+        """Raise if the gradients of some layers cannot be stepped with."""
         if names:
             self._backwards.drop()
             raise SebpError(
                 NONFINITE,
-                f"step {self.steps + 1}: the gradient of {', '.join(names)} holds a NaN or Inf;"
-                " no parameter was changed",
+                f"step {self.steps + 1}: the gradient of {', '.join(names)} holds a NaN, an Inf or"
+                " too large numbers; no parameter was changed",
             )
 
     def _step_basis_phase(self) -> None:
-        grads = {name: layer.weight.grad for name, layer in self._layers.items()}
-        grads = {name: grad for name, grad in grads.items() if grad is not None}
-        self._refuse([name for name, grad in grads.items() if not _is_finite(grad)])
+        # All are looked at before the first is added.
+        grads, refused, energies = [], [], dict(self._energies)
         for kind in self.kinds:
             for name in kind.layers:
-                if name in grads:
-                    self._sums[kind.name].add(_array(grads[name]), _context())
+                grad = self._layers[name].weight.grad
+                if grad is None:
+                    continue
+                energy = energies[kind.name] + _energy(grad)
+                if energy < _MOST_ENERGY:
+                    energies[kind.name] = energy
+                    grads.append((self._sums[kind.name], grad))
+                else:
+                    refused.append(name)
+        self._refuse(refused)
+        for sums, grad in grads:
+            sums.add(_array(grad), _context())
+        self._energies = energies
         self.base.step()
         self.steps += 1
         self._backwards.drop()
@@ -817,7 +838,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         for kind in self.kinds:
             kind.basis, kind.shares = bases.get(kind.name, (None, _UNKNOWN))
         if sums:
-            self._begin_basis_phase(sums)
+            energies = {name: ours["sums"][name]["energy"] for name in sums}
+            self._begin_basis_phase(sums, energies)
         else:
             self._begin_sparse_phase(moments)
 
