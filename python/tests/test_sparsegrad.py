@@ -983,6 +983,27 @@ def test_not_finite_beside_the_support(method):
     assert optimizer.steps == 2
 
 
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop"])
+def test_support_of_squares_that_overflow(method):
+    """A gradient may be finite where its square is not: these elements are the largest."""
+    net = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
+    options = dict(k=30, layers="*", fix_support_after=2)
+    if method == "sparsegrad":
+        options["bases"] = make_bases()
+        optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), **options)
+    else:
+        optimizer = sebp.apply_meprop_to_model(net, adamw(net), **options)
+    for step, scale in enumerate((1.0, 1e25, 1.0)):
+        optimizer.zero_grad()
+        (scale * net(torch.ones(9, 12) * torch.arange(1, 13)).sum()).backward()
+        large = {n: layer.gradient.indices for n, layer in optimizer._layers.items() if step == 1}
+        optimizer.step()
+        for name, indices in large.items():
+            np.testing.assert_array_equal(optimizer._layers[name].moments.support, indices)
+    assert optimizer.steps == 3
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
 BAD_NUMBERS = [
     ({"lr": -1.0}, sebp.SebpError, "learning_rate|lr"),
     ({"eps": float("nan")}, sebp.SebpError, "eps"),

@@ -92,6 +92,8 @@ class _Scratch:
 # --------------------------------------------------------------------------------------------------
 # A layer
 
+_LARGEST = np.finfo(np.float32).max
+
 
 def _is_finite(matrix: Tensor) -> bool:
     """Tell whether there is no NaN or Inf: then the sum is finite, unless it overflows."""
@@ -236,11 +238,18 @@ class _Layer:
             self._fix_support()
 
     def _fix_support(self) -> None:
-        """Go on with the k elements of largest second moment alone."""
+        """Go on with the k elements of largest second moment alone.
+
+        One that overflowed goes on as the largest number, which decays: as Inf it would be no
+        number to choose by, and its element would never move again.
+        """
         old = self.moments.moments()
-        chosen = top_elements(old.moment2[None, :], self.k, _context()).indices
-        self.moments = SparseAdamW(self.moments.shape, old.indices[chosen])
-        self.moments.set_moments(Moments(*(array[chosen] for array in old[:3]), old.steps))
+        squares = np.minimum(old.moment2, _LARGEST)
+        chosen = top_elements(squares[None, :], self.k, _context()).indices
+        kept = (array[chosen] for array in (old.indices, old.moment1, squares))
+        moments = SparseAdamW(self.moments.shape, old.indices[chosen])
+        moments.set_moments(Moments(*kept, old.steps))
+        self.moments = moments
 
     # ---- in and out of the model ----
 
@@ -456,7 +465,7 @@ class _Hook:
 
 _UNKNOWN = (float("nan"), float("nan"))
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
-_MOST_ENERGY = float(np.finfo(np.float32).max) / 4
+_MOST_ENERGY = float(_LARGEST) / 4
 _NOT_DONE = ("maximize", "amsgrad")
 
 
