@@ -1097,6 +1097,34 @@ def test_weights_that_ask_again():
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+CHANGES = {
+    "dtype": (lambda net: net.half(), "is of torch.float16"),
+    "layout": (
+        lambda net: setattr(net[2].weight, "data", net[2].weight.data.t().contiguous().t()),
+        "is not row by row",
+    ),
+    "shape": (lambda net: setattr(net[2].weight, "data", torch.ones(1, 20)), r"is of \(1, 20\)"),
+}
+
+
+@pytest.mark.parametrize("phase", ["basis", "sparse"])
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.usefixtures("lapack")
+def test_weights_that_are_others(phase, change, message):
+    """What the library cannot write to is refused before other layers have moved."""
+    net = make_net()
+    options = {"bases": make_bases()} if phase == "sparse" else {"basis_steps": 3}
+    optimizer = sebp.apply_sparsegrad_to_model(net, sgd(net), 5, layers="*", **options)
+    backward(net, 0)
+    change(net)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=f"[02]: its weight {message}"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert optimizer.steps == 0
+    assert all(not sums.count for sums in optimizer._sums.values())
+
+
 def test_state_of_the_base_loaded():
     """Rates that came with a checkpoint of the user's optimizer hold for the sparse layers too."""
     net, optimizer = meprop_net()

@@ -52,8 +52,10 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(owner)
     for name, module in chosen:
-        if reason := _refusal(module.weight):
+        if reason := refusal(module.weight):
             raise ValueError(f"{name}: its weight {reason}")
+        if not module.weight.requires_grad:
+            raise ValueError(f"{name}: its weight is frozen")
         if any(getattr(hook, "is_in_use", False) for hook in module._forward_hooks.values()):
             raise ValueError(f"{name}: a SparseOptimizer has it already; release() that first")
         others = [owner for owner in owners[id(module.weight)] if owner != name]
@@ -62,15 +64,13 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     return chosen
 
 
-def _refusal(weight: nn.Parameter) -> str:
+def refusal(weight: nn.Parameter) -> str:
     """Say why a weight cannot be trained by the library; "": it can."""
     if weight.device.type != "cpu":
         return f"is on {weight.device}"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"is of {weight.dtype}"
-    if not weight.is_contiguous():
-        return "is not row by row in memory"
-    return "" if weight.requires_grad else "is frozen"
+    return "" if weight.is_contiguous() else "is not row by row in memory"
 
 
 def place_of(name: str) -> str:

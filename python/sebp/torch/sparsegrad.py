@@ -44,7 +44,7 @@ from ..sparse import (
     weight_decay,
 )
 from .apply import Layers
-from .feed_forward import choose_layers, place_of
+from .feed_forward import choose_layers, place_of, refusal
 from .ops import _choose_x, _context, _find_rows, _flat, _indices_of, _run
 from .padding import current_padding
 
@@ -674,8 +674,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             adds its gradients and tries again.
         ValueError, RuntimeError
             For a group's option that is not done; under ``torch.distributed`` or a ``GradScaler``;
-            if a sparse weight asks for a gradient again. No parameter has changed, and gradients
-            are kept.
+            if a sparse weight asks for a gradient again, or is of another dtype or shape, on
+            another device or not row by row in memory any more. No parameter has changed, and
+            gradients are kept.
         """
         loss = None
         if closure is not None:
@@ -703,6 +704,14 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "a GradScaler does not see the gradients of sparse layers; train without, in"
                 " bfloat16 or float32"
             )
+        for kind in self.kinds:
+            for name in kind.layers:
+                weight = self._layers[name].weight
+                reason = refusal(weight)
+                if not reason and weight.shape != kind.shape:
+                    reason = f"is of {tuple(weight.shape)}, not {kind.shape}"
+                if reason:
+                    raise ValueError(f"{name}: its weight {reason}")
         if self.in_basis_phase:
             return
         for name, layer in self._layers.items():
