@@ -549,7 +549,7 @@ def test_layer_that_runs_twice(options):
         (model(x).square().sum() + model(x + 1).square().sum()).backward()
     for name in ("0", "2"):
         layer = optimizer._layers[name]
-        assert layer.finish_gradient()
+        assert layer.finish_gradient(sebp.sparse.AdamW())
         want = twin.get_submodule(name).weight.grad.flatten()[layer.gradient.indices.copy()]
         assert want.any()
         torch.testing.assert_close(torch.from_numpy(layer.gradient.values), want)
@@ -1002,6 +1002,29 @@ def test_support_of_squares_that_overflow(method):
             np.testing.assert_array_equal(optimizer._layers[name].moments.support, indices)
     assert optimizer.steps == 3
     assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_step_that_overflows(history):
+    """By this gradient, or by what is left of an earlier one."""
+    net, optimizer = meprop_net()
+    if history:
+        (1e30 * net(torch.randn(9, 12)).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 1e12
+    before = copy.deepcopy(net.state_dict())
+    moments = [layer.moments.moments() for layer in optimizer._layers.values()]
+    ((1 if history else 1e30) * net(torch.randn(9, 12)).sum()).backward()
+    with pytest.raises(sebp.SebpError, match="step .: the gradient of 0, 2 holds .*too large"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    for layer, old in zip(optimizer._layers.values(), moments, strict=True):
+        np.testing.assert_equal(layer.moments.moments(), old)
+    # Neither gradients nor rates are too large by themselves.
+    optimizer.param_groups[0]["lr"] = 1.0
+    (1e30 * net(torch.randn(9, 12)).sum()).backward()
+    optimizer.step()
 
 
 BAD_NUMBERS = [

@@ -92,7 +92,7 @@ class _Scratch:
 # --------------------------------------------------------------------------------------------------
 # A layer
 
-_LARGEST = np.finfo(np.float32).max
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _is_finite(matrix: Tensor) -> bool:
@@ -211,14 +211,27 @@ class _Layer:
 
     # ---- in the step ----
 
-    def finish_gradient(self) -> bool:
-        """Choose the elements where backwards were summed; False: the gradient is not finite."""
+    def finish_gradient(self, adamw: AdamW) -> bool:
+        """Choose the elements where backwards were summed; False: there is no step with them."""
         if self.whole is not None:
             if not _is_finite(self.whole):
                 return False
             self.gradient = top_elements(self.whole.numpy(), self.k, _context())
-        sound = self.gradient is None or bool(np.isfinite(self.gradient.values).all())
-        return self.is_finite and sound
+        if self.gradient is None:
+            return self.is_finite
+        sound = self.is_finite and bool(np.isfinite(self.gradient.values).all())
+        return sound and self._has_room(adamw)
+
+    def _has_room(self, adamw: AdamW) -> bool:
+        """Tell whether rate times moment does not overflow.
+
+        No moment is larger than the largest gradient: a rate that makes it smaller is safe.
+        """
+        rate = adamw.lr / (1 - adamw.beta1 ** (self.moments.steps + 1))
+        if rate < 0.5:
+            return True
+        values = self.gradient.values, self.moments.moments().moment1
+        return rate * max(float(np.abs(one).max(initial=0)) for one in values) < _LARGEST / 2
 
     def step(self, adamw: AdamW) -> None:
         """Move the weight, if there is a gradient, which is then used up."""
@@ -465,7 +478,7 @@ class _Hook:
 
 _UNKNOWN = (float("nan"), float("nan"))
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
-_MOST_ENERGY = float(_LARGEST) / 4
+_MOST_ENERGY = _LARGEST / 4
 _NOT_DONE = ("maximize", "amsgrad")
 
 
@@ -666,12 +679,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises
         ------
         SebpError
-            If a gradient of these layers holds a NaN or Inf, or in the basis phase numbers whose
-            squares do not fit into the sums: the message names step and layers, and what these
-            layers keep of it is dropped. If a number of a group is out of range; gradients are then
-            kept. No parameter has changed in either case, nor anything that is summed. At the end
-            of the basis phase also if a basis cannot be had: that step was taken, and the next one
-            adds its gradients and tries again.
+            If a gradient of these layers holds a NaN or Inf, or numbers so large that a step or, in
+            the basis phase, the sum of their squares would be one: the message names step and
+            layers, and what these layers keep of it is dropped. If a number of a group is out of
+            range; gradients are then kept. No parameter has changed in either case, nor anything
+            that is summed. At the end of the basis phase also if a basis cannot be had: that step
+            was taken, and the next one adds its gradients and tries again.
         ValueError, RuntimeError
             For a group's option that is not done; under ``torch.distributed`` or a ``GradScaler``;
             if a sparse weight asks for a gradient again, or is of another dtype or shape, on
@@ -758,9 +771,10 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _step_sparse(self) -> None:
         layers = self._layers.values()
         numbers = _numbers(self, [(one.name, one.weight, one.moments.steps) for one in layers])
-        self._refuse([layer.name for layer in layers if not layer.finish_gradient()])
+        pairs = list(zip(layers, numbers, strict=True))
+        self._refuse([layer.name for layer, adamw in pairs if not layer.finish_gradient(adamw)])
         self.base.step()
-        for layer, adamw in zip(layers, numbers, strict=True):
+        for layer, adamw in pairs:
             layer.step(adamw)
         self.steps += 1
         self._backwards.drop()
