@@ -70,6 +70,16 @@ class SparseBytes(NamedTuple):
     scratch: int
 
 
+class _Settings(NamedTuple):
+    """What a run is made with: all but the layers and bases. A checkpoint brings its own."""
+
+    k: int
+    basis_steps: int  # 0: there is no basis phase
+    rank: tuple[int, int] | None
+    fix_support_after: int | None
+    accumulate: bool
+
+
 def _array(tensor: Tensor) -> Array:
     """Give a tensor's memory as the library takes it from NumPy."""
     tensor = tensor.detach()
@@ -113,14 +123,10 @@ class _Layer:
     dY and X change places.
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, k: int, fix_support_after: int | None, accumulate: bool
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, settings: _Settings) -> None:
         self.name = name
         self.module = module
-        self.k = k
-        self.fix_support_after = fix_support_after
-        self.accumulate = accumulate
+        self.settings = settings
         self.basis: Basis | None = None
         self.moments: SparseAdamW | None = None
         self.scratch = _Scratch()
@@ -148,7 +154,7 @@ class _Layer:
             return  # what was computed before the layer was released, or in another phase
         self.backwards.note()
         is_fixed = self.moments is not None and self.moments.is_fixed
-        if self.has_gradient and not (is_fixed or self.accumulate):
+        if self.has_gradient and not (is_fixed or self.settings.accumulate):
             raise RuntimeError(
                 f"{self.name}: a second backward before the step, or a second call of the layer,"
                 " but elements are chosen anew by each; pass accumulate=True"
@@ -177,9 +183,14 @@ class _Layer:
     def _keep(self, dy: Tensor, x: Tensor, active: Rows, compact: bool) -> None:
         context = _context()
         is_fixed = self.moments.is_fixed
-        if self.basis is None and not is_fixed and not self.accumulate:
+        if self.basis is None and not is_fixed and not self.settings.accumulate:
             self.gradient = meprop_gradient(
-                _array(dy), _array(x), self.k, active, x_is_compact=compact, context=context
+                _array(dy),
+                _array(x),
+                self.settings.k,
+                active,
+                x_is_compact=compact,
+                context=context,
             )
             return
         r = self.scratch.matrix(self.moments.shape)
@@ -202,8 +213,8 @@ class _Layer:
             if self.gradient is not None:
                 taken.values[:] += self.gradient.values
             self.gradient = taken
-        elif not self.accumulate:
-            self.gradient = top_elements(r.numpy(), self.k, context)
+        elif not self.settings.accumulate:
+            self.gradient = top_elements(r.numpy(), self.settings.k, context)
         elif self.whole is None:
             self.whole = r.clone()
         else:
@@ -216,7 +227,7 @@ class _Layer:
         if self.whole is not None:
             if not _is_finite(self.whole):
                 return False
-            self.gradient = top_elements(self.whole.numpy(), self.k, _context())
+            self.gradient = top_elements(self.whole.numpy(), self.settings.k, _context())
         if self.gradient is None:
             return self.is_finite
         sound = self.is_finite and bool(np.isfinite(self.gradient.values).all())
@@ -246,7 +257,7 @@ class _Layer:
             sparsegrad_update(self.basis, self.gradient, weight, context)
         torch.autograd.graph.increment_version(self.weight)
         self.drop_gradient()
-        after = self.fix_support_after
+        after = self.settings.fix_support_after
         if after is not None and not self.moments.is_fixed and self.moments.steps >= after:
             self._fix_support()
 
@@ -258,7 +269,7 @@ class _Layer:
         """
         old = self.moments.moments()
         squares = np.minimum(old.moment2, _LARGEST)
-        chosen = top_elements(squares[None, :], self.k, _context()).indices
+        chosen = top_elements(squares[None, :], self.settings.k, _context()).indices
         kept = (array[chosen] for array in (old.indices, old.moment1, squares))
         moments = SparseAdamW(self.moments.shape, old.indices[chosen])
         moments.set_moments(Moments(*kept, old.steps))
@@ -597,8 +608,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         base: torch.optim.Optimizer,
         kinds: list[Kind],
         layers: list[_Layer],
-        basis_steps: int,
-        rank: tuple[int, int] | None,
+        settings: _Settings,
         parameters: Iterable[nn.Parameter],
     ) -> None:
         super().__init__(base.param_groups, base.defaults)
@@ -608,12 +618,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self._layers = {layer.name: layer for layer in layers}
         self._backwards = _Backwards(layers, base, parameters)
-        self._basis_steps = basis_steps
-        self._rank = rank
+        self._settings = settings
         self._sums: dict[str, BasisSums] = {}
         self._energies: dict[str, float] = {}
         self._share_groups()
-        if basis_steps > 0:
+        if settings.basis_steps > 0:
             sums = {kind.name: BasisSums(*kind.shape) for kind in kinds}
             self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
         else:
@@ -654,7 +663,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _solve(self) -> None:
         bases = [
-            self._sums[kind.name].solve(*(self._rank or kind.shape), _context())
+            self._sums[kind.name].solve(*(self._settings.rank or kind.shape), _context())
             for kind in self.kinds
         ]
         for kind, basis in zip(self.kinds, bases, strict=True):
@@ -765,7 +774,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.base.step()
         self.steps += 1
         self._backwards.drop()
-        if self.steps >= self._basis_steps:
+        if self.steps >= self._settings.basis_steps:
             self._solve()
 
     def _step_sparse(self) -> None:
@@ -798,13 +807,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         Returns
         -------
         dict
-            The user's optimizer's, and under "sebp" the rest: steps, the sums of the basis phase or
-            bases, supports and moments.
+            The user's optimizer's, and under "sebp" the rest: settings, steps, the sums of the
+            basis phase or bases, supports and moments.
         """
         ours = {
             "method": self.method,
+            "settings": self._settings._asdict(),
+            "kinds": {kind.name: list(kind.layers) for kind in self.kinds},
             "steps": self.steps,
-            "k": {name: layer.k for name, layer in self._layers.items()},
             "sums": {kind: _tensors(sums.sums()) for kind, sums in self._sums.items()},
             "bases": {},
             "moments": {},
@@ -827,46 +837,43 @@ class SparseOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Go on where a run stopped, whatever phase it was in and this one is.
 
+        The checkpoint brings its settings, as it brings the rates of groups: `basis_steps`, `rank`
+        and `fix_support_after` are those of the run that stopped. `accumulate`, which allows and
+        changes nothing, holds if either was made with it.
+
         Raises
         ------
         ValueError
-            If the checkpoint is not of such an optimizer, or of other layers or another k.
+            If the checkpoint is not of such an optimizer, or of other layers or another k; if it is
+            incomplete, or its parts do not go together. Nothing has changed then.
         SebpError
-            If a basis or moments are not valid or of another shape.
+            If bases, sums or moments are not valid or of another shape; or if it is of the basis
+            phase, and libsebp was built without LAPACK. Nothing has changed then.
         """
         theirs = dict(state_dict)
         ours = theirs.pop("sebp", None)
         if ours is None:
             raise ValueError("the checkpoint is of an optimizer without sparse layers")
-        k = {name: layer.k for name, layer in self._layers.items()}
-        if ours["method"] != self.method or ours["k"] != k:
-            raise ValueError(
-                f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
-                f" {self.method} with {len(k)} layers"
-            )
         sums, bases, moments = {}, {}, {}
-        for kind in self.kinds:
-            shape = kind.shape
-            if kind.name in ours["sums"]:
-                sums[kind.name] = BasisSums(*shape)
-                sums[kind.name].set_sums(Sums(**_arrays(ours["sums"][kind.name])))
-                continue
-            if self.method == "SparseGrad":
-                saved = _arrays(ours["bases"][kind.name])
-                basis = Basis.from_vectors(saved["u_out"], saved["u_in"])
-                if basis.shape != shape:
-                    raise ValueError(
-                        f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {shape}"
-                    )
-                bases[kind.name], shape = (basis, tuple(saved["shares"])), basis.rank
-            for name in kind.layers:
-                saved = _arrays(ours["moments"][name])
-                is_fixed = saved.pop("is_fixed")
-                moments[name] = SparseAdamW(shape, saved["indices"] if is_fixed else None)
-                moments[name].set_moments(Moments(**saved))
+        try:
+            settings, steps = self._check_checkpoint(ours), _integer("steps", ours["steps"])
+            for kind in self.kinds:
+                if ours["sums"]:
+                    sums[kind.name] = _load_sums(kind, ours["sums"], settings)
+                    continue
+                if self.method == "SparseGrad":
+                    bases[kind.name] = _load_basis(kind, ours["bases"])
+                basis = bases[kind.name][0] if bases else None
+                moments |= _load_moments(kind, basis, ours["moments"], settings)
+        except KeyError as error:
+            raise ValueError(f"the checkpoint is incomplete or too old: no {error}") from None
+        if sums:
+            _check_lapack()
         self.base.load_state_dict(theirs)
         self._share_groups()
-        self.steps = ours["steps"]
+        self.steps, self._settings = steps, settings
+        for layer in self._layers.values():
+            layer.settings = settings
         for kind in self.kinds:
             kind.basis, kind.shares = bases.get(kind.name, (None, _UNKNOWN))
         if sums:
@@ -874,6 +881,22 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._begin_basis_phase(sums, energies)
         else:
             self._begin_sparse_phase(moments)
+
+    def _check_checkpoint(self, ours: Mapping[str, object]) -> _Settings:
+        """Give the settings to go on with, or raise if the run was another."""
+        kinds = {kind.name: list(kind.layers) for kind in self.kinds}
+        saved = _Settings(**{name: ours["settings"][name] for name in _Settings._fields})
+        if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self._settings.k):
+            raise ValueError(
+                f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
+                f" {self.method} with {len(self._layers)} layers and k={self._settings.k}"
+            )
+        return saved._replace(
+            basis_steps=_integer("basis_steps", saved.basis_steps),
+            rank=_check_pair(saved.rank),
+            fix_support_after=_check_after(saved.fix_support_after),
+            accumulate=bool(saved.accumulate or self._settings.accumulate),
+        )
 
     # ---- what it is and what it takes ----
 
@@ -890,9 +913,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             rows, cols = layer.moments.shape
             state += layer.moments.bytes
             if layer.moments.is_fixed:
-                gradient += 4 * layer.k
+                gradient += 4 * layer.settings.k
+            elif layer.settings.accumulate:
+                gradient += 4 * rows * cols
             else:
-                gradient += 4 * rows * cols if layer.accumulate else 12 * layer.k
+                gradient += 12 * layer.settings.k
             scratch = 4 * layer.scratch.floats.numel()
         if self.in_basis_phase:
             bases = sum(4 * (n * n + k * k) for n, k in (kind.shape for kind in self.kinds))
@@ -904,7 +929,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Say it in a few lines."""
         phase = f"in step {self.steps}"
         if self.in_basis_phase:
-            phase = f"basis phase, {self.steps} of {self._basis_steps} steps"
+            phase = f"basis phase, {self.steps} of {self._settings.basis_steps} steps"
         lines = [f"{self.method} on {len(self._layers)} layers, {phase}"]
         for kind in self.kinds:
             line = f"{kind.name}: {len(kind.layers)} layers"
@@ -938,6 +963,48 @@ def _arrays(saved: dict[str, object]) -> dict[str, object]:
     return {
         name: value.numpy() if isinstance(value, Tensor) else value for name, value in saved.items()
     }
+
+
+def _load_sums(kind: Kind, saved: Mapping[str, dict], settings: _Settings) -> BasisSums:
+    """Make a kind's sums of a checkpoint's, from which bases can be had."""
+    rank = settings.rank or kind.shape
+    _check_rank(kind, rank, settings.basis_steps)
+    _check_k(settings.k, kind, rank)
+    sums = BasisSums(*kind.shape)
+    sums.set_sums(Sums(**_arrays(saved[kind.name])))
+    return sums
+
+
+def _load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[float, float]]:
+    """Make a kind's basis of a checkpoint's, with the shares of energy."""
+    arrays = _arrays(saved[kind.name])
+    basis = Basis.from_vectors(arrays["u_out"], arrays["u_in"])
+    if basis.shape != kind.shape:
+        raise ValueError(
+            f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {kind.shape}"
+        )
+    return basis, tuple(arrays["shares"])
+
+
+def _load_moments(
+    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: _Settings
+) -> dict[str, SparseAdamW]:
+    """Make the moments of a kind's layers of a checkpoint's, with which k elements can train."""
+    shape = kind.shape if basis is None else basis.rank
+    _check_k(settings.k, kind, shape)
+    moments = {}
+    for name in kind.layers:
+        arrays = _arrays(saved[name])
+        is_fixed = arrays.pop("is_fixed")
+        one = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
+        one.set_moments(Moments(**arrays))
+        if one.count < settings.k and one.steps > 0 or is_fixed and one.count != settings.k:
+            raise ValueError(
+                f"the checkpoint has moments of {one.count} elements of {name}, but k is"
+                f" {settings.k}"
+            )
+        moments[name] = one
+    return moments
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1098,9 +1165,9 @@ def apply_sparsegrad_to_model(
         _check_k(k, kind, kind.basis.rank)
     if bases is None:
         _check_lapack()
-    made = [_Layer(name, module, k, after, accumulate) for name, module in chosen]
-    steps = basis_steps if bases is None else 0
-    return SparseOptimizer("SparseGrad", optimizer, kinds, made, steps, pair, model.parameters())
+    settings = _Settings(k, basis_steps if bases is None else 0, pair, after, bool(accumulate))
+    made = [_Layer(name, module, settings) for name, module in chosen]
+    return SparseOptimizer("SparseGrad", optimizer, kinds, made, settings, model.parameters())
 
 
 def apply_meprop_to_model(
@@ -1133,5 +1200,6 @@ def apply_meprop_to_model(
     kinds = _make_kinds(chosen)
     for kind in kinds:
         _check_k(k, kind, kind.shape)
-    made = [_Layer(name, module, k, after, accumulate) for name, module in chosen]
-    return SparseOptimizer("MeProp", optimizer, kinds, made, 0, None, model.parameters())
+    settings = _Settings(k, 0, None, after, bool(accumulate))
+    made = [_Layer(name, module, settings) for name, module in chosen]
+    return SparseOptimizer("MeProp", optimizer, kinds, made, settings, model.parameters())
