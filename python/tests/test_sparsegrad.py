@@ -1433,6 +1433,24 @@ def test_bad_models():
         sebp.apply_meprop_to_model(tied, adamw(tied), 5, "*")
 
 
+@pytest.mark.usefixtures("lapack")
+def test_no_memory(monkeypatch):
+    """For the sums of all kinds: the model is as it was."""
+
+    def make(self, out_features, in_features):
+        if (out_features, in_features) == (8, 20):
+            raise MemoryError
+        init(self, out_features, in_features)
+
+    init = sebp.sparse.BasisSums.__init__
+    monkeypatch.setattr(sebp.sparse.BasisSums, "__init__", make)
+    net = make_net()
+    with pytest.raises(MemoryError):
+        sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*")
+    assert not any(module._forward_hooks for module in net)
+    assert not any(parameter._backward_hooks for parameter in net.parameters())
+
+
 def test_no_lapack(monkeypatch):
     """A library without it is told of before the basis phase, not after."""
 

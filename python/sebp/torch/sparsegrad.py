@@ -617,16 +617,19 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.kinds = kinds
         self.steps = 0
         self._layers = {layer.name: layer for layer in layers}
-        self._backwards = _Backwards(layers, base, parameters)
         self._settings = settings
         self._sums: dict[str, BasisSums] = {}
         self._energies: dict[str, float] = {}
         self._share_groups()
-        if settings.basis_steps > 0:
-            sums = {kind.name: BasisSums(*kind.shape) for kind in kinds}
+        # What there may be no memory for, before anything is done to the model.
+        has_phase = settings.basis_steps > 0
+        sums = {kind.name: BasisSums(*kind.shape) for kind in kinds if has_phase}
+        moments = {} if has_phase else self._new_moments()
+        self._backwards = _Backwards(layers, base, parameters)
+        if has_phase:
             self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
         else:
-            self._begin_sparse_phase(self._new_moments())
+            self._begin_sparse_phase(moments)
 
     def _share_groups(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
