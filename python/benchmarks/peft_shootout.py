@@ -258,7 +258,10 @@ def report(results: dict[str, dict[str, list[Row]]], full_bytes: int) -> None:
 
 
 def draw(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
-    """Draw each run's metric as a dot, and the mean speed and the bytes of each method."""
+    """Draw each run's metric as a dot, and each method's memory.
+
+    Not the speed of runs that came one after the other, on a machine that may have had other work.
+    """
     names = list(next(iter(results.values())))
     left, top, width, gap, line = 190, 50, 250, 50, 34
     bottom = top + line * len(names)
@@ -299,9 +302,8 @@ def draw(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
     first = next(iter(results.values()))
     corpus = next(iter(results))
     bars = {
-        f"{corpus}, steps a second": {
-            name: 1e3 / statistics.median(float(row["step_ms"]) for row in rows)
-            for name, rows in first.items()
+        f"{corpus}, peak memory of a process, MiB": {
+            name: float(rows[0]["peak_mib"]) for name, rows in first.items()
         },
         "gradient and state of the weights, MiB": {
             name: max(map(kept_bytes, rows)) / 2**20 for name, rows in first.items()
@@ -312,7 +314,7 @@ def draw(results: dict[str, dict[str, list[Row]]], path: Path) -> None:
         for n, name in enumerate(names):
             length = (width - 40) * values[name] / max(values.values())
             page.bar(x0, top + line * n + 7, length, line - 14, colors[name])
-            page.text(x0 + length + 6, top + line * (n + 0.5) + 4, f"{values[name]:.2f}", "start")
+            page.text(x0 + length + 6, top + line * (n + 0.5) + 4, f"{values[name]:.4g}", "start")
     page.text(left + width / 2, bottom + 44, "a dot for each seed, a line at the mean")
     page.save(path)
 
@@ -389,7 +391,7 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=_count, default=3, help="runs of each method")
     add("--steps", type=_counts, default=[400], help="of a run; N,N: of each corpus")
     add("--batch", type=_count, default=16, help="texts in a batch")
-    add("--rates", type=_rates, default=[8e-5, 2e-4, 5e-4], help="to choose from")
+    add("--rates", type=_rates, default=[3e-5, 8e-5, 2e-4], help="to choose from")
     add("--rate", action="append", default=[], metavar="METHOD=X", help="no choice for this one")
     add("--validation", type=_count, default=500, help="training texts to choose the rate by")
     add("--rank", type=_count, help="LoRA's; default: 0.9%% of the hidden size")
