@@ -217,6 +217,19 @@ def metrics_of(rows: list[Row]) -> list[float]:
     return [metric for metric in metrics if math.isfinite(metric)]
 
 
+def against_full(rows: list[Row], full: list[Row]) -> str:
+    """Say how far metrics lie above those of full fine-tuning from the same seeds.
+
+    A seed sets the head and the texts of all methods, so what these do to the metric cancels.
+    """
+    pairs = zip(rows, full, strict=True)
+    differences = [float(row["metric"]) - float(other["metric"]) for row, other in pairs]
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return ""
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.mean(differences):+.4f} ± {error:.4f}"
+
+
 def kept_bytes(row: Row) -> int:
     """Give the bytes of gradient and state of the feed-forward weights."""
     return int(row["gradient_bytes"]) + int(row["state_bytes"])
@@ -240,6 +253,7 @@ def report(results: dict[str, dict[str, list[Row]]], full_bytes: int) -> None:
                     row["elements"],
                     f"{statistics.mean(metric):.4f}{spread}",
                     f"{min(metric):.4f} to {max(metric):.4f}",
+                    against_full(rows, methods["full"]) if "full" in methods else "",
                     f"{mean_of(rows, 'loss'):.4f}",
                     f"{1e3 / statistics.median(float(row['step_ms']) for row in rows):.2f}",
                     f"{float(row['peak_mib']):.0f}",
@@ -251,8 +265,9 @@ def report(results: dict[str, dict[str, list[Row]]], full_bytes: int) -> None:
         row = next(iter(methods.values()))[0]
         print(f"\n{corpus}, {row['steps']} steps of {row['batch']} texts:\n")
         print_table(
-            ["method", "rate", "elements", METRICS[corpus][0], "from - to", "training loss"]
-            + ["steps/s", "peak MiB", "gradient and state KiB", "of full", "bases and scratch KiB"],
+            ["method", "rate", "elements", METRICS[corpus][0], "from - to", "against full"]
+            + ["training loss", "steps/s", "peak MiB", "gradient and state KiB", "of full"]
+            + ["bases and scratch KiB"],
             lines,
         )
 
