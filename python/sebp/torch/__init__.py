@@ -7,7 +7,8 @@ from .lora import apply_lora_to_model, merge_lora
 from .padding import padding
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
 from .profile import LayerProfile, Profile, profile
-from .sparsegrad import SparseOptimizer, apply_meprop_to_model, apply_sparsegrad_to_model
+from .sparse_optimizer import SparseOptimizer
+from .sparsegrad import apply_meprop_to_model, apply_sparsegrad_to_model
 
 __all__ = [
     "LayerProfile",

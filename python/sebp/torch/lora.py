@@ -12,7 +12,7 @@ from .apply import Layers
 from .feed_forward import choose_layers
 from .layers import _sparse
 from .ops import _context
-from .sparsegrad import _array
+from .sparse_layer import _array
 
 
 def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:

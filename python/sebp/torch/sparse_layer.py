@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of which a few elements of the weight's gradient are trained.
+
+A layer's forward and its gradients of inputs and bias stay its own. Its weight asks for no
+gradient; a hook on the forward lets the backward compute, from dY and X on the active rows, the k
+elements that are kept. :mod:`.sparse_optimizer` moves them.
+
+The kept elements are not the weight's ``grad``, which has the shape of the weight. They follow what
+happens to the ``grad`` of others: a leaf in the graph has them collected by ``backward()`` and not
+by ``torch.autograd.grad()``, and :class:`_Backwards` notices a ``zero_grad()`` of the model.
+"""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.weak import TensorWeakRef
+
+from .._rules import Rule
+from ..core import Array, Rows, SebpError
+from ..sparse import (
+    NONFINITE,
+    AdamW,
+    Basis,
+    Moments,
+    Sparse,
+    SparseAdamW,
+    add_elements,
+    meprop_gradient,
+    sparsegrad_gradient,
+    sparsegrad_update,
+    take_elements,
+    top_elements,
+    weight_decay,
+)
+from .ops import _choose_x, _context, _find_rows, _flat, _indices_of, _run
+from .padding import current_padding
+from .sparse_settings import _Settings
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _array(tensor: Tensor) -> Array:
+    """Give a tensor's memory as the library takes it from NumPy."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Tell whether there is no NaN or Inf: then the sum is finite, unless it overflows."""
+    return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
+
+
+class _Scratch:
+    """Room for one gradient in the space where elements are chosen."""
+
+    def __init__(self) -> None:
+        self.floats = torch.empty(0)
+
+    def matrix(self, shape: tuple[int, int]) -> Tensor:
+        size = shape[0] * shape[1]
+        if self.floats.numel() < size:
+            self.floats = torch.empty(size)
+        return self.floats[:size].view(shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer
+
+
+class _Layer:
+    """One layer: the elements of its gradient since the last step, and their moments.
+
+    During the basis phase it has neither: its weight's gradient is whole, and its hook notices a
+    second one alone. Matrices are as the weight lies in memory: N x K, of a ``Conv1D`` K x N, where
+    dY and X change places.
+    """
+
+    def __init__(self, name: str, module: nn.Module, settings: _Settings) -> None:
+        self.name = name
+        self.module = module
+        self.settings = settings
+        self.basis: Basis | None = None
+        self.moments: SparseAdamW | None = None
+        self.scratch = _Scratch()
+        self.backwards: _Backwards | None = None
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.drop_gradient()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight
+
+    def drop_gradient(self) -> None:
+        self.has_gradient = False
+        self.gradient: Sparse | None = None
+        self.whole: Tensor | None = None  # with `accumulate`, while the support is not fixed
+        self.is_finite = True
+
+    # ---- in the backward ----
+
+    def collect(
+        self, dy: Tensor, x: Tensor | None, rows: Tensor | None, whole: Tensor | None
+    ) -> None:
+        """Compute the gradient's elements from dY and X, or X[rows] with `rows`."""
+        if self.hook is None or (self.moments is None) != (x is None):
+            return  # what was computed before the layer was released, or in another phase
+        self.backwards.note()
+        is_fixed = self.moments is not None and self.moments.is_fixed
+        if self.has_gradient and not (is_fixed or self.settings.accumulate):
+            raise RuntimeError(
+                f"{self.name}: a second backward before the step, or a second call of the layer,"
+                " but elements are chosen anew by each; pass accumulate=True"
+            )
+        self.has_gradient = True
+        if x is None:
+            return
+        dy = _flat(dy if dy.dtype in (torch.float32, torch.bfloat16) else dy.float())
+        active = _find_rows(dy, getattr(self.module, "sebp_rule", Rule()))
+        if rows is None:
+            x, compact = _flat(x), False
+        else:
+            x, compact = _choose_x(active, rows, x, whole)
+        x = x.to(dy.dtype)
+        if not isinstance(self.module, nn.Linear):
+            if compact:
+                dy, active = dy.index_select(0, _indices_of(active)), Rows.all(len(active))
+            dy, x, compact = x, dy, False
+        try:
+            self._keep(dy, x, active, compact)
+        except SebpError as error:
+            if error.status != NONFINITE:
+                raise
+            self.is_finite = False
+
+    def _keep(self, dy: Tensor, x: Tensor, active: Rows, compact: bool) -> None:
+        context = _context()
+        is_fixed = self.moments.is_fixed
+        if self.basis is None and not is_fixed and not self.settings.accumulate:
+            self.gradient = meprop_gradient(
+                _array(dy),
+                _array(x),
+                self.settings.k,
+                active,
+                x_is_compact=compact,
+                context=context,
+            )
+            return
+        r = self.scratch.matrix(self.moments.shape)
+        if self.basis is None:
+            _run(dy, x, None, active, compact, None, r, None)
+        else:
+            sparsegrad_gradient(
+                self.basis,
+                _array(dy),
+                _array(x),
+                active,
+                x_is_compact=compact,
+                out=r.numpy(),
+                context=context,
+            )
+        if is_fixed:
+            # What lies beside the support tells of a gradient gone wrong all the same.
+            self.is_finite = self.is_finite and _is_finite(r)
+            taken = take_elements(r.numpy(), self.moments.support, context)
+            if self.gradient is not None:
+                taken.values[:] += self.gradient.values
+            self.gradient = taken
+        elif not self.settings.accumulate:
+            self.gradient = top_elements(r.numpy(), self.settings.k, context)
+        elif self.whole is None:
+            self.whole = r.clone()
+        else:
+            self.whole += r
+
+    # ---- in the step ----
+
+    def finish_gradient(self, adamw: AdamW) -> bool:
+        """Choose the elements where backwards were summed; False: there is no step with them."""
+        if self.whole is not None:
+            if not _is_finite(self.whole):
+                return False
+            self.gradient = top_elements(self.whole.numpy(), self.settings.k, _context())
+        if self.gradient is None:
+            return self.is_finite
+        sound = self.is_finite and bool(np.isfinite(self.gradient.values).all())
+        return sound and self._has_room(adamw)
+
+    def _has_room(self, adamw: AdamW) -> bool:
+        """Tell whether rate times moment does not overflow.
+
+        No moment is larger than the largest gradient: a rate that makes it smaller is safe.
+        """
+        rate = adamw.lr / (1 - adamw.beta1 ** (self.moments.steps + 1))
+        if rate < 0.5:
+            return True
+        values = self.gradient.values, self.moments.moments().moment1
+        return rate * max(float(np.abs(one).max(initial=0)) for one in values) < _LARGEST / 2
+
+    def step(self, adamw: AdamW) -> None:
+        """Move the weight, if there is a gradient, which is then used up."""
+        if self.gradient is None:
+            return
+        context, weight = _context(), _array(self.weight)
+        self.moments.step(self.gradient, adamw, context)
+        weight_decay(weight, adamw, context)
+        if self.basis is None:
+            add_elements(self.gradient, weight, context)
+        else:
+            sparsegrad_update(self.basis, self.gradient, weight, context)
+        torch.autograd.graph.increment_version(self.weight)
+        self.drop_gradient()
+        after = self.settings.fix_support_after
+        if after is not None and not self.moments.is_fixed and self.moments.steps >= after:
+            self._fix_support()
+
+    def _fix_support(self) -> None:
+        """Go on with the k elements of largest second moment alone.
+
+        One that overflowed goes on as the largest number, which decays: as Inf it would be no
+        number to choose by, and its element would never move again.
+        """
+        old = self.moments.moments()
+        squares = np.minimum(old.moment2, _LARGEST)
+        chosen = top_elements(squares[None, :], self.settings.k, _context()).indices
+        kept = (array[chosen] for array in (old.indices, old.moment1, squares))
+        moments = SparseAdamW(self.moments.shape, old.indices[chosen])
+        moments.set_moments(Moments(*kept, old.steps))
+        self.moments = moments
+
+    # ---- in and out of the model ----
+
+    def watch(self, backwards: "_Backwards") -> None:
+        """Let the weight train as usual."""
+        self.detach()
+        self._attach(backwards)
+
+    def attach(
+        self,
+        basis: Basis | None,
+        moments: SparseAdamW,
+        scratch: _Scratch,
+        backwards: "_Backwards",
+    ) -> None:
+        """Train the elements alone."""
+        self.basis, self.moments, self.scratch = basis, moments, scratch
+        self.weight.requires_grad_(False)
+        self.weight.grad = None
+        self._attach(backwards)
+
+    def _attach(self, backwards: "_Backwards") -> None:
+        self.backwards = backwards
+        self.drop_gradient()
+        if self.hook is None:
+            # First of all hooks, as others may give another Y.
+            self.hook = self.module.register_forward_hook(
+                _Hook(self), prepend=True, with_kwargs=True
+            )
+
+    def detach(self) -> None:
+        """Make the layer what it was."""
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+        if self.moments is not None:
+            self.weight.requires_grad_(True)
+        self.basis = self.moments = self.backwards = None
+        self.drop_gradient()
+
+
+class _Backwards:
+    """Tells whether the gradients that were there after the last backward are still wanted.
+
+    ``zero_grad()`` of the model, or of the user's optimizer, leaves no ``grad`` to the parameters
+    that they share. What layers keep is then dropped as well. A backward is noticed before it gives
+    any of these parameters a new ``grad``.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[_Layer],
+        base: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
+        self.layers = layers
+        self.base = base
+        self.parameters = set(parameters)
+        self._with_grad: list[Tensor] = []
+        # Backwards that have not come to their end; what is referred to lives as long as they do.
+        self._tasks: dict[int, weakref.ref] = {}
+        self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
+        self._watch()
+
+    def _watched(self) -> list[Tensor]:
+        """Give the parameters that both ``zero_grad()`` reach."""
+        groups = self.base.param_groups
+        return [p for group in groups for p in group["params"] if p in self.parameters]
+
+    def _watch(self) -> None:
+        """Have each parameter that trains tell before it is given a gradient."""
+        for parameter in self._watched():
+            if parameter.requires_grad and parameter not in self._hooks:
+                self._hooks[parameter] = parameter.register_hook(self._before_grad)
+
+    def _before_grad(self, grad: Tensor) -> None:
+        self.note()
+
+    def note(self) -> None:
+        """Take notice of a backward, within it."""
+        task = torch._C._current_graph_task_id()
+        if task in self._tasks:
+            return
+        self.drop_unwanted()
+        remember = partial(self._remember, task)
+        self._tasks[task] = weakref.ref(remember)
+        torch.autograd.Variable._execution_engine.queue_callback(remember)
+
+    def _remember(self, task: int) -> None:
+        """Remember, at the end of a backward, which parameters have a gradient."""
+        self._tasks = {
+            other: end for other, end in list(self._tasks.items()) if other != task and end()
+        }
+        self._with_grad = [p for p in self._watched() if p.grad is not None]
+        self._watch()  # some may have been frozen before
+
+    def drop_unwanted(self) -> None:
+        """Drop what layers keep if ``zero_grad()`` was called since the last backward."""
+        ends = list(self._tasks.values())
+        if any(end() for end in ends):
+            return  # within another backward, which has looked
+        # What a backward that raised has left is not known: it never came to its end.
+        parameters = self._watched() if ends else self._with_grad
+        if (ends or parameters) and all(p.grad is None for p in parameters):
+            self.drop()
+
+    def drop(self) -> None:
+        """Drop what layers keep."""
+        self._with_grad = []
+        self._tasks = {}
+        for layer in self.layers:
+            layer.drop_gradient()
+
+    def release(self) -> None:
+        """Take no notice any more."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks = {}
+
+
+# --------------------------------------------------------------------------------------------------
+# In the graph
+
+
+class _Collect(torch.autograd.Function):
+    """Gives a token in the place of Y, and in the backward dY to the layer.
+
+    Of its inputs a leaf alone has a gradient: so it runs in a ``backward()``, which is for all
+    leaves, and not in ``torch.autograd.grad()`` of others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        leaf: Tensor,
+        y: Tensor,
+        layer: _Layer,
+        x: Tensor | None,
+        rows: Tensor | None,
+        whole: Tensor | None,
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, rows)
+        ctx.whole = None if whole is None else (TensorWeakRef(whole), whole._version)
+        return y.new_zeros(()).expand(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        x, rows = ctx.saved_tensors
+        whole = None
+        if ctx.whole is not None:
+            whole, version = ctx.whole[0](), ctx.whole[1]
+            whole = None if whole is None or whole._version != version else whole
+        ctx.layer.collect(dy, x, rows, whole)
+        return None, None, None, None, None, None
+
+
+class _Tap(torch.autograd.Function):
+    """Gives Y as it is, and in the backward dY to both it and the token."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, token: Tensor) -> Tensor:
+        # The same memory, but to autograd no view of Y, which could not be changed in place.
+        return y.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        return dy, dy
+
+
+@torch.compiler.disable
+def _tap(layer: _Layer, x: Tensor, y: Tensor) -> Tensor:
+    rows = whole = None
+    if layer.moments is None:
+        x = None
+    else:
+        padding = current_padding()
+        skips = padding is not None and hasattr(layer.module, "sebp_rule") and padding.fits(x)
+        if skips and not padding.keep_inputs:
+            x, rows, whole = padding.compact(x), padding.rows, x
+        x = x.detach()
+    # The output has a gradient even where neither input nor bias has one.
+    leaf = torch.empty(0, requires_grad=True)
+    return _Tap.apply(y, _Collect.apply(leaf, y.detach(), layer, x, rows, whole))
+
+
+class _Hook:
+    """The forward hook of a layer.
+
+    It does nothing in a copy of the model, and where another weight stands in for the layer's, as
+    ``torch.func.functional_call`` and so :func:`~sebp.profile` have it.
+    """
+
+    def __init__(self, layer: _Layer | None) -> None:
+        self.layer = layer
+        self.weight = None if layer is None else layer.weight
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether an optimizer trains the layer."""
+        return self.layer is not None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        if module.weight is not self.weight or not torch.is_grad_enabled():
+            return None
+        return _tap(self.layer, args[0] if args else next(iter(kwargs.values())), y)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (None,)

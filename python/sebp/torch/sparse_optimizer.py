@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer of SparseGrad and MeProp.
+
+It moves the elements that :mod:`.sparse_layer` collects, and hands the other parameters to the
+user's optimizer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core import SebpError
+from ..sparse import NONFINITE, AdamW, Basis, BasisSums, Moments, SparseAdamW, Sums, check_adamw
+from .feed_forward import refusal
+from .ops import _context
+from .sparse_layer import _LARGEST, _array, _Backwards, _Layer, _Scratch
+from .sparse_settings import (
+    _UNKNOWN,
+    Kind,
+    _check_after,
+    _check_k,
+    _check_lapack,
+    _check_pair,
+    _check_rank,
+    _integer,
+    _Settings,
+)
+
+# Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
+_MOST_ENERGY = _LARGEST / 4
+_NOT_DONE = ("maximize", "amsgrad")
+
+
+class SparseBytes(NamedTuple):
+    """Memory for the training of the sparse layers' weights, in bytes.
+
+    Attributes
+    ----------
+    gradient : int
+        Of all layers, between a backward and its step.
+    state : int
+        The optimizer's, of all layers.
+    bases : int
+        One for each kind of layers; during the basis phase the sums that they are made of.
+    scratch : int
+        One gradient of the largest layer, overwritten by each.
+    """
+
+    gradient: int
+    state: int
+    bases: int
+    scratch: int
+
+
+def _numbers_of(name: str, group: Mapping[str, object]) -> AdamW:
+    """Read the numbers of a layer's step from its weight's group, and refuse what is not done."""
+    for option in _NOT_DONE:
+        if group.get(option):
+            raise ValueError(f"{name}: {option} is not done by the step of sparse layers")
+    given = {
+        "lr": group.get("lr"),
+        "betas": group.get("betas", (0.9, 0.999)),
+        "eps": group.get("eps", 1e-8),
+        "weight_decay": group.get("weight_decay", 0.0),
+    }
+    try:
+        lr, (beta1, beta2), eps, decay = given.values()
+        return AdamW(float(lr), float(beta1), float(beta2), float(eps), float(decay))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: its group's numbers are not those of AdamW: {given}") from None
+
+
+def _numbers(
+    optimizer: torch.optim.Optimizer, layers: Sequence[tuple[str, Tensor, int]]
+) -> list[AdamW]:
+    """Read the numbers of steps, and have them checked before anything has moved.
+
+    Parameters
+    ----------
+    layers : sequence of (str, Tensor, int)
+        Name and weight of each, and the number of steps taken.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    numbers, known = [], set()
+    for name, weight, steps in layers:
+        if id(weight) not in groups:
+            raise ValueError(f"{name}: its weight is not among the optimizer's parameters")
+        adamw = _numbers_of(name, groups[id(weight)])
+        if (adamw, steps) not in known:
+            try:
+                check_adamw(adamw, steps, _context())
+            except SebpError as error:
+                raise SebpError(error.status, f"{name}: {error}; {adamw}") from None
+            known.add((adamw, steps))
+        numbers.append(adamw)
+    return numbers
+
+
+def _refuse_processes() -> None:
+    distributed = torch.distributed
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
+        raise RuntimeError("gradients of sparse layers are not summed over processes")
+
+
+def _energy(matrix: Tensor) -> float:
+    """Compute the sum of squares in float32: NaN or Inf if an element is."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) ** 2
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Trains the chosen layers' weights by SparseGrad or MeProp, all else by another optimizer.
+
+    Made by :func:`~sebp.apply_sparsegrad_to_model` and :func:`~sebp.apply_meprop_to_model`. It
+    shares ``param_groups`` and ``state`` with the user's optimizer, so that schedulers may be given
+    either. The sparse weights stay in their groups, from which their step takes ``lr``,
+    ``weight_decay`` (decoupled), ``betas`` and ``eps``; what a group lacks is as in
+    ``torch.optim.AdamW``, without decay; ``maximize`` and ``amsgrad`` are refused. As they have no
+    ``grad``, the user's optimizer passes them by, and what it kept for them is deleted: that memory
+    is free.
+
+    Their gradients come from ``backward()``, not from ``torch.autograd.grad()``. They are dropped
+    by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer, but not if
+    these are told to write zeros (``set_to_none=False``), nor where no other parameter has a
+    gradient. Clipping does not see them, nor does a ``GradScaler``, with which a step is refused.
+
+    It belongs to the model it was made for and is not copied or pickled: see :meth:`state_dict`.
+
+    Attributes
+    ----------
+    base : torch.optim.Optimizer
+        The user's.
+    kinds : list of Kind
+        The layers, by kind.
+    method : "SparseGrad" or "MeProp"
+    steps : int
+        How many steps were taken, those of the basis phase among them.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        base: torch.optim.Optimizer,
+        kinds: list[Kind],
+        layers: list[_Layer],
+        settings: _Settings,
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
+        super().__init__(base.param_groups, base.defaults)
+        self.method = method
+        self.base = base
+        self.kinds = kinds
+        self.steps = 0
+        self._layers = {layer.name: layer for layer in layers}
+        self._settings = settings
+        self._sums: dict[str, BasisSums] = {}
+        self._energies: dict[str, float] = {}
+        self._share_groups()
+        # What there may be no memory for, before anything is done to the model.
+        has_phase = settings.basis_steps > 0
+        sums = {kind.name: BasisSums(*kind.shape) for kind in kinds if has_phase}
+        moments = {} if has_phase else self._new_moments()
+        self._backwards = _Backwards(layers, base, parameters)
+        if has_phase:
+            self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
+        else:
+            self._begin_sparse_phase(moments)
+
+    def _share_groups(self) -> None:
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    # ---- phases ----
+
+    @property
+    def in_basis_phase(self) -> bool:
+        """Whether gradients are still collected, and all weights train as usual."""
+        return bool(self._sums)
+
+    def _begin_basis_phase(self, sums: dict[str, BasisSums], energies: dict[str, float]) -> None:
+        self._sums, self._energies = sums, energies
+        for kind in self.kinds:
+            kind.basis = None
+        for layer in self._layers.values():
+            layer.watch(self._backwards)
+
+    def _new_moments(self) -> dict[str, SparseAdamW]:
+        return {
+            name: SparseAdamW(kind.shape if kind.basis is None else kind.basis.rank)
+            for kind in self.kinds
+            for name in kind.layers
+        }
+
+    def _begin_sparse_phase(self, moments: dict[str, SparseAdamW]) -> None:
+        self._sums = {}
+        scratch = _Scratch()
+        for kind in self.kinds:
+            for name in kind.layers:
+                layer = self._layers[name]
+                layer.attach(kind.basis, moments[name], scratch, self._backwards)
+                self.base.state.pop(layer.weight, None)
+
+    def _solve(self) -> None:
+        bases = [
+            self._sums[kind.name].solve(*(self._settings.rank or kind.shape), _context())
+            for kind in self.kinds
+        ]
+        for kind, basis in zip(self.kinds, bases, strict=True):
+            kind.basis, kind.shares = basis, basis.shares
+        self._begin_sparse_phase(self._new_moments())
+
+    # ---- a step ----
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Take a step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and its gradients.
+
+        Returns
+        -------
+        Tensor or None
+            What `closure` returned.
+
+        Raises
+        ------
+        SebpError
+            If a gradient of these layers holds a NaN or Inf, or numbers so large that a step or, in
+            the basis phase, the sum of their squares would be one: the message names step and
+            layers, and what these layers keep of it is dropped. If a number of a group is out of
+            range; gradients are then kept. No parameter has changed in either case, nor anything
+            that is summed. At the end of the basis phase also if a basis cannot be had: that step
+            was taken, and the next one adds its gradients and tries again.
+        ValueError, RuntimeError
+            For a group's option that is not done; under ``torch.distributed`` or a ``GradScaler``;
+            if a sparse weight asks for a gradient again, or is of another dtype or shape, on
+            another device or not row by row in memory any more. No parameter has changed, and
+            gradients are kept.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_surroundings()
+        self._share_groups()
+        self._backwards.drop_unwanted()
+        with torch.no_grad():
+            if self.in_basis_phase:
+                self._step_basis_phase()
+            else:
+                self._step_sparse()
+        return loss
+
+    # So that a GradScaler tells that it is there, instead of dividing what it sees by its scale.
+    _step_supports_amp_scaling = True
+
+    def _refuse_surroundings(self) -> None:
+        """Raise for what the gradients of sparse layers do not go through."""
+        _refuse_processes()
+        if vars(self).pop("found_inf", None) is not None:
+            vars(self).pop("grad_scale")
+            raise RuntimeError(
+                "a GradScaler does not see the gradients of sparse layers; train without, in"
+                " bfloat16 or float32"
+            )
+        for kind in self.kinds:
+            for name in kind.layers:
+                weight = self._layers[name].weight
+                reason = refusal(weight)
+                if not reason and weight.shape != kind.shape:
+                    reason = f"is of {tuple(weight.shape)}, not {kind.shape}"
+                if reason:
+                    raise ValueError(f"{name}: its weight {reason}")
+        if self.in_basis_phase:
+            return
+        for name, layer in self._layers.items():
+            if layer.weight.requires_grad:
+                raise RuntimeError(
+                    f"{name}: its weight asks for a gradient, but its elements are trained here;"
+                    " weight.requires_grad_(False), or release()"
+                )
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        """Raise if the gradients of some layers cannot be stepped with."""
+        if names:
+            self._backwards.drop()
+            raise SebpError(
+                NONFINITE,
+                f"step {self.steps + 1}: the gradient of {', '.join(names)} holds a NaN, an Inf or"
+                " too large numbers; no parameter was changed",
+            )
+
+    def _step_basis_phase(self) -> None:
+        # All are looked at before the first is added.
+        grads, refused, energies = [], [], dict(self._energies)
+        for kind in self.kinds:
+            for name in kind.layers:
+                grad = self._layers[name].weight.grad
+                if grad is None:
+                    continue
+                energy = energies[kind.name] + _energy(grad)
+                if energy < _MOST_ENERGY:
+                    energies[kind.name] = energy
+                    grads.append((self._sums[kind.name], grad))
+                else:
+                    refused.append(name)
+        self._refuse(refused)
+        for sums, grad in grads:
+            sums.add(_array(grad), _context())
+        self._energies = energies
+        self.base.step()
+        self.steps += 1
+        self._backwards.drop()
+        if self.steps >= self._settings.basis_steps:
+            self._solve()
+
+    def _step_sparse(self) -> None:
+        layers = self._layers.values()
+        numbers = _numbers(self, [(one.name, one.weight, one.moments.steps) for one in layers])
+        pairs = list(zip(layers, numbers, strict=True))
+        self._refuse([layer.name for layer, adamw in pairs if not layer.finish_gradient(adamw)])
+        self.base.step()
+        for layer, adamw in pairs:
+            layer.step(adamw)
+        self.steps += 1
+        self._backwards.drop()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; a step has used up those of the sparse layers anyway."""
+        self.base.zero_grad(set_to_none)
+        self._backwards.drop()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Refuse to be copied."""
+        raise TypeError(
+            f"a {type(self).__name__} belongs to the model it was made for; copy its state_dict()"
+        )
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, object]:
+        """Give all that a resumed run needs besides the model's own: it goes on bit for bit.
+
+        Returns
+        -------
+        dict
+            The user's optimizer's, and under "sebp" the rest: settings, steps, the sums of the
+            basis phase or bases, supports and moments.
+        """
+        ours = {
+            "method": self.method,
+            "settings": self._settings._asdict(),
+            "kinds": {kind.name: list(kind.layers) for kind in self.kinds},
+            "steps": self.steps,
+            "sums": {kind: _tensors(sums.sums()) for kind, sums in self._sums.items()},
+            "bases": {},
+            "moments": {},
+        }
+        for kind in self.kinds:
+            if kind.basis is not None:
+                ours["bases"][kind.name] = {
+                    "u_out": torch.from_numpy(kind.basis.u_out),
+                    "u_in": torch.from_numpy(kind.basis.u_in),
+                    "shares": kind.shares,
+                }
+        for name, layer in self._layers.items():
+            if layer.moments is not None:
+                ours["moments"][name] = {
+                    "is_fixed": layer.moments.is_fixed,
+                    **_tensors(layer.moments.moments()),
+                }
+        return {**self.base.state_dict(), "sebp": ours}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Go on where a run stopped, whatever phase it was in and this one is.
+
+        The checkpoint brings its settings, as it brings the rates of groups: `basis_steps`, `rank`
+        and `fix_support_after` are those of the run that stopped. `accumulate`, which allows and
+        changes nothing, holds if either was made with it.
+
+        Raises
+        ------
+        ValueError
+            If the checkpoint is not of such an optimizer, or of other layers or another k; if it is
+            incomplete, or its parts do not go together. Nothing has changed then.
+        SebpError
+            If bases, sums or moments are not valid or of another shape; or if it is of the basis
+            phase, and libsebp was built without LAPACK. Nothing has changed then.
+        """
+        theirs = dict(state_dict)
+        ours = theirs.pop("sebp", None)
+        if ours is None:
+            raise ValueError("the checkpoint is of an optimizer without sparse layers")
+        sums, bases, moments = {}, {}, {}
+        try:
+            settings, steps = self._check_checkpoint(ours), _integer("steps", ours["steps"])
+            for kind in self.kinds:
+                if ours["sums"]:
+                    sums[kind.name] = _load_sums(kind, ours["sums"], settings)
+                    continue
+                if self.method == "SparseGrad":
+                    bases[kind.name] = _load_basis(kind, ours["bases"])
+                basis = bases[kind.name][0] if bases else None
+                moments |= _load_moments(kind, basis, ours["moments"], settings)
+        except KeyError as error:
+            raise ValueError(f"the checkpoint is incomplete or too old: no {error}") from None
+        if sums:
+            _check_lapack()
+        self.base.load_state_dict(theirs)
+        self._share_groups()
+        self.steps, self._settings = steps, settings
+        for layer in self._layers.values():
+            layer.settings = settings
+        for kind in self.kinds:
+            kind.basis, kind.shares = bases.get(kind.name, (None, _UNKNOWN))
+        if sums:
+            energies = {name: ours["sums"][name]["energy"] for name in sums}
+            self._begin_basis_phase(sums, energies)
+        else:
+            self._begin_sparse_phase(moments)
+
+    def _check_checkpoint(self, ours: Mapping[str, object]) -> _Settings:
+        """Give the settings to go on with, or raise if the run was another."""
+        kinds = {kind.name: list(kind.layers) for kind in self.kinds}
+        saved = _Settings(**{name: ours["settings"][name] for name in _Settings._fields})
+        if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self._settings.k):
+            raise ValueError(
+                f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
+                f" {self.method} with {len(self._layers)} layers and k={self._settings.k}"
+            )
+        return saved._replace(
+            basis_steps=_integer("basis_steps", saved.basis_steps),
+            rank=_check_pair(saved.rank),
+            fix_support_after=_check_after(saved.fix_support_after),
+            accumulate=bool(saved.accumulate or self._settings.accumulate),
+        )
+
+    # ---- what it is and what it takes ----
+
+    def bytes(self) -> SparseBytes:
+        """Count the memory that the training of the sparse layers' weights takes now."""
+        gradient = state = scratch = 0
+        for layer in self._layers.values():
+            weight = layer.weight
+            if self.in_basis_phase:
+                gradient += weight.numel() * weight.element_size()
+                kept = self.base.state.get(weight, {}).values()
+                state += sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
+                continue
+            rows, cols = layer.moments.shape
+            state += layer.moments.bytes
+            if layer.moments.is_fixed:
+                gradient += 4 * layer.settings.k
+            elif layer.settings.accumulate:
+                gradient += 4 * rows * cols
+            else:
+                gradient += 12 * layer.settings.k
+            scratch = 4 * layer.scratch.floats.numel()
+        if self.in_basis_phase:
+            bases = sum(4 * (n * n + k * k) for n, k in (kind.shape for kind in self.kinds))
+        else:
+            bases = sum(kind.basis.bytes for kind in self.kinds if kind.basis is not None)
+        return SparseBytes(gradient, state, bases, scratch)
+
+    def __repr__(self) -> str:
+        """Say it in a few lines."""
+        phase = f"in step {self.steps}"
+        if self.in_basis_phase:
+            phase = f"basis phase, {self.steps} of {self._settings.basis_steps} steps"
+        lines = [f"{self.method} on {len(self._layers)} layers, {phase}"]
+        for kind in self.kinds:
+            line = f"{kind.name}: {len(kind.layers)} layers"
+            if kind.basis is not None:
+                line += ", basis of {} x {}".format(*kind.basis.rank)
+                line += ", which hold {:.1%} and {:.1%} of the energy".format(*kind.shares)
+            lines.append(line)
+        memory = ", ".join(f"{name} {size}" for name, size in self.bytes()._asdict().items())
+        return "\n".join([*lines, f"bytes: {memory}", f"all else: {type(self.base).__name__}"])
+
+    def release(self) -> None:
+        """Make the model's layers what they were; their weights are ordinary at all times.
+
+        Afterwards this object is not to be used.
+        """
+        for layer in self._layers.values():
+            layer.detach()
+        self._backwards.release()
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts of a checkpoint
+
+
+def _tensors(copy: tuple) -> dict[str, object]:
+    """Give a copied state as PyTorch saves it: arrays as tensors, by name."""
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in copy._asdict().items()
+    }
+
+
+def _arrays(saved: dict[str, object]) -> dict[str, object]:
+    """Undo :func:`_tensors`."""
+    return {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in saved.items()
+    }
+
+
+def _load_sums(kind: Kind, saved: Mapping[str, dict], settings: _Settings) -> BasisSums:
+    """Make a kind's sums of a checkpoint's, from which bases can be had."""
+    rank = settings.rank or kind.shape
+    _check_rank(kind, rank, settings.basis_steps)
+    _check_k(settings.k, kind, rank)
+    sums = BasisSums(*kind.shape)
+    sums.set_sums(Sums(**_arrays(saved[kind.name])))
+    return sums
+
+
+def _load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[float, float]]:
+    """Make a kind's basis of a checkpoint's, with the shares of energy."""
+    arrays = _arrays(saved[kind.name])
+    basis = Basis.from_vectors(arrays["u_out"], arrays["u_in"])
+    if basis.shape != kind.shape:
+        raise ValueError(
+            f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {kind.shape}"
+        )
+    return basis, tuple(arrays["shares"])
+
+
+def _load_moments(
+    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: _Settings
+) -> dict[str, SparseAdamW]:
+    """Make the moments of a kind's layers of a checkpoint's, with which k elements can train."""
+    shape = kind.shape if basis is None else basis.rank
+    _check_k(settings.k, kind, shape)
+    moments = {}
+    for name in kind.layers:
+        arrays = _arrays(saved[name])
+        is_fixed = arrays.pop("is_fixed")
+        one = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
+        one.set_moments(Moments(**arrays))
+        if one.count < settings.k and one.steps > 0 or is_fixed and one.count != settings.k:
+            raise ValueError(
+                f"the checkpoint has moments of {one.count} elements of {name}, but k is"
+                f" {settings.k}"
+            )
+        moments[name] = one
+    return moments

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SparseGrad and MeProp are asked for: kinds of layers, k, phases and ranks."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..sparse import Basis, BasisSums
+
+_UNKNOWN = (float("nan"), float("nan"))
+
+
+class _Settings(NamedTuple):
+    """What a run is made with: all but the layers and bases. A checkpoint brings its own."""
+
+    k: int
+    basis_steps: int  # 0: there is no basis phase
+    rank: tuple[int, int] | None
+    fix_support_after: int | None
+    accumulate: bool
+
+
+@dataclass
+class Kind:
+    """Layers at the same place of each block, which share a basis.
+
+    Attributes
+    ----------
+    name : str
+        The layers' names with "*" for numbers, and `shape`: "layer.*.output.dense 768x3072".
+    shape : (int, int)
+        Of their weights: N x K; of a ``Conv1D`` K x N.
+    layers : list of str
+        Their names.
+    basis : Basis or None
+        None during the basis phase, and for MeProp.
+    shares : (float, float)
+        The shares of the energy of the gradients seen that lie in u_out and u_in; NaN where not
+        known.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    layers: list[str] = field(default_factory=list)
+    basis: Basis | None = None
+    shares: tuple[float, float] = _UNKNOWN
+
+
+def _integer(name: str, value: object) -> int:
+    """Take what counts as an integer, now and not after the basis phase."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, not an integer")
+    return operator.index(value)
+
+
+def _check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
+    if not 1 <= k <= shape[0] * shape[1]:
+        raise ValueError(f"k is {k}, but {kind.name} has 1 to {shape[0] * shape[1]} elements")
+
+
+def _check_after(fix_support_after: int | None) -> int | None:
+    if fix_support_after is None:
+        return None
+    after = _integer("fix_support_after", fix_support_after)
+    if after < 1:
+        raise ValueError(f"fix_support_after is {after}, not 1 or more")
+    return after
+
+
+def _check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if rank is None:
+        return None
+    pair = tuple(rank) if isinstance(rank, Sequence) else (rank, rank)
+    if len(pair) != 2:
+        raise ValueError(f"rank is {rank!r}, not one number or two")
+    return tuple(_integer("rank", r) for r in pair)
+
+
+def _check_lapack() -> None:
+    """Raise now, not after the basis phase, if the library has no LAPACK."""
+    sums = BasisSums(1, 1)
+    sums.add(np.ones((1, 1), np.float32))
+    sums.solve(1, 1)
+
+
+def _check_rank(kind: Kind, rank: tuple[int, int], basis_steps: int) -> None:
+    for size, r in zip(kind.shape, rank, strict=True):
+        if not 1 <= r <= size:
+            raise ValueError(f"rank is {r}, but {kind.name} has 1 to {size} directions")
+        if r > basis_steps * len(kind.layers) * min(kind.shape):
+            raise ValueError(
+                f"{basis_steps} gradients of {len(kind.layers)} layers do not span {r} directions"
+                f" of {kind.name}"
+            )
