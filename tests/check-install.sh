@@ -8,6 +8,9 @@
 
 set -u
 
+# shellcheck source=tests/checks.sh
+. "$(dirname "$0")/checks.sh"
+
 if [ $# -ne 1 ]; then
     echo "usage: $0 PREFIX" >&2
     exit 2
@@ -17,24 +20,6 @@ prefix=$1
 PKG_CONFIG_PATH=$prefix/lib/pkgconfig
 LD_LIBRARY_PATH=$prefix/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PKG_CONFIG_PATH LD_LIBRARY_PATH
-passed=0 failed=0
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-
-# check WHAT COMMAND...
-check()
-{
-    what=$1
-    shift
-    if "$@" >"$work/log" 2>&1; then
-        passed=$((passed + 1))
-        echo "passed: $what"
-    else
-        failed=$((failed + 1))
-        echo "failed: $what: $*"
-        sed 's/^/    /' "$work/log"
-    fi
-}
 
 cat >"$work/program.c" <<'END'
 #include <sebp/sebp.h>
@@ -108,5 +93,4 @@ for file in share/man/man1/sebp-info.1 share/man/man1/sebp-bench.1 share/libsebp
     check "$file is there" test -s "$prefix/$file"
 done
 
-echo "$passed passed, $failed failed, 0 skipped"
-[ "$failed" -eq 0 ]
+finish

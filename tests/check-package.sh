@@ -7,6 +7,9 @@
 
 set -u
 
+# shellcheck source=tests/checks.sh
+. "$(dirname "$0")/checks.sh"
+
 if [ $# -ne 2 ]; then
     echo "usage: $0 SOURCES BUILD" >&2
     exit 2
@@ -14,25 +17,7 @@ fi
 sources=$(cd "$1" && pwd) && build=$(cd "$2" && pwd) || exit 2
 python=${PYTHON:-python3}
 unset SEBP_LIBRARY PYTHONPATH
-passed=0 failed=0
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
-
-# check WHAT COMMAND...
-check()
-{
-    what=$1
-    shift
-    if "$@" >"$work/log" 2>&1; then
-        passed=$((passed + 1))
-        echo "passed: $what"
-    else
-        failed=$((failed + 1))
-        echo "failed: $what: $*"
-        sed 's/^/    /' "$work/log"
-    fi
-}
 
 # uses LIBRARY COMMAND...: the interpreter finds that library, and it computes.
 uses()
@@ -88,5 +73,4 @@ check "the sources are used" \
 check "with the library named" \
     uses "$build/.libs/libsebp.so.*" env SEBP_LIBRARY="$build/.libs/libsebp.so" clean/bin/python3
 
-echo "$passed passed, $failed failed, 0 skipped"
-[ "$failed" -eq 0 ]
+finish

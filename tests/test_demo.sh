@@ -8,41 +8,14 @@
 # shellcheck disable=SC2016 # the awk programs and the commands for sh -c expand nothing here
 set -u
 
+# shellcheck source=tests/checks.sh
+. "$(dirname "$0")/checks.sh"
+
 builddir=${top_builddir:-.}
 srcdir=${top_srcdir:-$builddir}
 demo=$builddir/examples/finetune_bert
 sentences=$srcdir/examples/sentences.tsv
 here=$(cd "$(dirname "$0")" && pwd)
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0 skipped=0
-
-pass() {
-    passed=$((passed + 1))
-}
-
-fail() {
-    echo "FAILED: $1"
-    failed=$((failed + 1))
-}
-
-skip() {
-    echo "skipped: $1"
-    skipped=$((skipped + 1))
-}
-
-# check NAME COMMAND...: the command succeeds.
-check() {
-    name=$1
-    shift
-    if "$@" >"$work/log" 2>&1; then
-        pass
-    else
-        fail "$name"
-        sed 's/^/    /' "$work/log"
-    fi
-}
 
 # trains NAME ARGUMENTS...: a small run in all modes whose losses agree to a relative 1e-4. Leaves
 # losses.csv and plot.svg.
@@ -229,5 +202,4 @@ else
     skip "CoLA: SEBP_TEST_DATA is not set"
 fi
 
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish

@@ -8,40 +8,13 @@
 # shellcheck disable=SC2016 # the awk programs and the commands for sh -c expand nothing here
 set -u
 
+# shellcheck source=tests/checks.sh
+. "$(dirname "$0")/checks.sh"
+
 builddir=${top_builddir:-.}
 srcdir=${top_srcdir:-$builddir}
 program=$builddir/examples/peft_shootout
 gadgets=$srcdir/examples/gadgets.tsv
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0 skipped=0
-
-pass() {
-    passed=$((passed + 1))
-}
-
-fail() {
-    echo "FAILED: $1"
-    failed=$((failed + 1))
-}
-
-skip() {
-    echo "skipped: $1"
-    skipped=$((skipped + 1))
-}
-
-# check NAME COMMAND...: the command succeeds.
-check() {
-    name=$1
-    shift
-    if "$@" >"$work/log" 2>&1; then
-        pass
-    else
-        fail "$name"
-        sed 's/^/    /' "$work/log"
-    fi
-}
 
 # runs NAME ARGUMENTS...: a small run; leaves runs.csv, losses.csv, plot.svg, table and messages.
 runs() {
@@ -294,5 +267,4 @@ for flag in plot csv losses; do
         --$flag "$work/no/x"
 done
 
-echo "$passed passed, $failed failed, $skipped skipped"
-[ "$failed" -eq 0 ]
+finish
