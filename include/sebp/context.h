@@ -72,9 +72,11 @@ typedef struct sebp_context_options {
  *     SEBP_NUM_THREADS  1 to 1024
  *     SEBP_PLACEMENT    none, compact, spread
  *     SEBP_GEMM         auto, native, onednn
- *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier; a
- *                       value after the first context's is checked only
- *     SEBP_VERBOSE      0, 1: one line for each call that succeeds, on standard error (linear.h)
+ *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier, plain C
+ *                       for one of another processor; a value after the first context's is checked
+ *                       only
+ *     SEBP_VERBOSE      0, 1: one line on standard error (linear.h) for each forward, backward and
+ *                       gradient that succeeds: the functions that take rows
  *
  * Threads by default: the physical cores within this process's affinity mask and its cgroup's CPU
  * quota, or OMP_NUM_THREADS where that is set. With placement asked for, each thread is bound to

@@ -78,7 +78,8 @@ SEBP_API sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *g
 
 /**
  * W <- (1 - lr weight_decay) W, for the methods whose step S is sparse: before S is added. For a
- * step in a rotated space it is the same decay, as rotating is linear.
+ * step in a rotated space it is the same decay, as rotating is linear; with leading vectors alone
+ * what lies beside them decays, too.
  *
  * @param options  NULL: the defaults. All are checked, learning_rate and weight_decay used; with a
  *                 product of 0 nothing is read or written.

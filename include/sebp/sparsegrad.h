@@ -5,13 +5,18 @@
  * bases where that gradient is sparse (Chekalina, Rudenko, Mezentsev, Mikhalev, Panchenko,
  * Oseledets, EMNLP 2024).
  *
- * With a basis (basis.h), the rows R of linear.h, and as vectors u_out (N x r_out) and u_in (K x
- * r_in), a step on a layer is
+ * With a basis (basis.h), the rows R of linear.h, and as columns the vectors u_out (N x r_out) and
+ * u_in (K x r_in), which basis.h takes and gives transposed, a vector a row, a step on a layer is
  *
  *     R = u_out^T (dY[R]^T X[R]) u_in     r_out x r_in    sebp_sparsegrad_gradient()
- *     the k largest |R|                   sparse          sebp_sparse_top(), sebp_sparse_take()
- *     S = an optimizer's step on them     sparse          optim.h
+ *     the k largest |R|                   sparse          sebp_sparse_top()
+ *       or those of a fixed support       sparse          sebp_sparse_take()
+ *     S = an optimizer's step on them     sparse          optim.h, with the state of r_out x r_in
+ *     W <- (1 - lr weight_decay) W        N x K           sebp_weight_decay()
  *     W += u_out S u_in^T                 N x K           sebp_sparsegrad_update()
+ *
+ * Before that, some steps (30 in the paper) are full fine-tuning, and their gradients are summed for
+ * the basis.
  *
  * The paper rotates the weight and the activations instead; with all N and K vectors the steps are
  * the same, W stays an ordinary weight at all times and the forward costs nothing extra. dX and db

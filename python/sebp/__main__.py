@@ -58,7 +58,8 @@ def _print_torch() -> bool:
 
     print(f"PyTorch          {torch.__version__}, {torch.get_num_threads()} threads")
     shared = _shares_pool()
-    print(f"thread pools     {'not measured' if shared is None else 'one' if shared else 'two'}")
+    pools = {None: "not measured: that takes two threads, and /proc", True: "one", False: "two"}
+    print(f"thread pools     {pools[shared]}")
     return shared is not False
 
 

@@ -94,6 +94,13 @@ def test_layers_that_fail():
     assert type(model[0]) is nn.Linear
 
 
+def test_layers_that_are_no_names():
+    model = make_model()
+    with pytest.raises(TypeError, match="layers holds a Linear, not a name or pattern"):
+        sebp.apply_sebp_to_model(model, layers=["1", model[0]])
+    assert type(model[0]) is nn.Linear
+
+
 def test_left_alone():
     class Special(nn.Linear):
         pass

@@ -97,6 +97,9 @@ def _chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
     if callable(layers):
         return layers
     patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"layers holds a {type(pattern).__name__}, not a name or pattern")
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -135,7 +138,8 @@ def apply_sebp_to_model(
     Raises
     ------
     TypeError, ValueError
-        If `rows` is not a rule: k < 1, a negative threshold, delta outside [0, 1).
+        If `rows` is not a rule: k < 1, a negative threshold, delta outside [0, 1); or if `layers`
+        holds anything but names and patterns.
     LibraryNotFoundError, LibraryMismatchError
         If libsebp is not found, or is another version's.
     """

@@ -98,8 +98,8 @@ def apply_sparsegrad_to_model(
     ------
     TypeError, ValueError
         If an argument is not what it should be; if a layer cannot be trained so; if the optimizer
-        has ``maximize``, ``amsgrad`` or no numbers of AdamW's; or if the basis phase is too short
-        for the vectors asked for. The model is then as it was.
+        has ``maximize``, ``amsgrad`` or numbers that AdamW does not take; or if the basis phase is
+        too short for the vectors asked for. The model is then as it was.
     SebpError
         If libsebp was built without LAPACK and there are no `bases`; or if a number of a group is
         out of range.
