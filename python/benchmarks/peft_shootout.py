@@ -224,7 +224,7 @@ def against_full(rows: list[Row], full: list[Row]) -> str:
     """
     pairs = zip(rows, full, strict=True)
     differences = [float(row["metric"]) - float(other["metric"]) for row, other in pairs]
-    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+    if rows is full or len(differences) < 2 or not all(map(math.isfinite, differences)):
         return ""
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return f"{statistics.mean(differences):+.4f} ± {error:.4f}"
