@@ -11,8 +11,7 @@ from ..sparse import lora_merge
 from .apply import Layers
 from .feed_forward import choose_layers
 from .layers import _sparse
-from .ops import _context
-from .sparse_layer import _array
+from .ops import _array, _context
 
 
 def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.weak import TensorWeakRef
 from .._library import load
 from .._rules import Rule
 from .._structs import ACCUMULATE, BF16, F32, RULE_NONZERO, LinearOptions, Matrix
-from ..core import Context, Rows
+from ..core import Array, Context, Rows
 
 _DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 
@@ -128,6 +128,12 @@ def _flat(tensor: Tensor) -> Tensor:
     if (flat.shape[0] > 1 and flat.stride(0) < cols) or (cols > 1 and flat.stride(1) != 1):
         flat = flat.contiguous()
     return flat
+
+
+def _array(tensor: Tensor) -> Array:
+    """Give a tensor's memory as the library takes it from NumPy."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _view(tensor: Tensor) -> Matrix:

@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.weak import TensorWeakRef
 
 from .._rules import Rule
-from ..core import Array, Rows, SebpError
+from ..core import Rows, SebpError
 from ..sparse import (
     NONFINITE,
     AdamW,
@@ -37,17 +37,11 @@ from ..sparse import (
     top_elements,
     weight_decay,
 )
-from .ops import _choose_x, _context, _find_rows, _flat, _indices_of, _run
+from .ops import _array, _choose_x, _context, _find_rows, _flat, _indices_of, _run
 from .padding import current_padding
 from .sparse_settings import _Settings
 
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-def _array(tensor: Tensor) -> Array:
-    """Give a tensor's memory as the library takes it from NumPy."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _is_finite(matrix: Tensor) -> bool:

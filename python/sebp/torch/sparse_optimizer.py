@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..core import SebpError
 from ..sparse import NONFINITE, AdamW, Basis, BasisSums, Moments, SparseAdamW, Sums, check_adamw
 from .feed_forward import refusal
-from .ops import _context
-from .sparse_layer import _LARGEST, _array, _Backwards, _Layer, _Scratch
+from .ops import _array, _context
+from .sparse_layer import _LARGEST, _Backwards, _Layer, _Scratch
 from .sparse_settings import (
     _UNKNOWN,
     Kind,
