@@ -235,10 +235,23 @@ class Rows:
         """
         rule = parse_rule(rows).struct()
         view, _held = _view(dy, "dy")
-        return cls._find(view, rule, context or default_context())
+        return cls.find_at(view, rule, context or default_context())
 
     @classmethod
-    def _find(cls, view: Matrix, rule: ctypes.Structure, context: Context) -> "Rows":
+    def find_at(cls, view: Matrix, rule: ctypes.Structure, context: Context) -> "Rows":
+        """Find the active rows of a matrix that is described to the library already.
+
+        Parameters
+        ----------
+        view : Matrix, M x N
+        rule : RuleStruct
+        context : Context
+
+        Returns
+        -------
+        Rows
+            Of M.
+        """
         handle = ctypes.c_void_p()
         context.check(context._library.sebp_rows_find(context._handle, view, rule, handle))
         return cls(handle)

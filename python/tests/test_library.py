@@ -126,7 +126,7 @@ torch.nn.functional.gelu(t).sum()
 alone = threads()
 y = torch.ops.sebp.linear(t, w)
 y.backward(torch.ones_like(y))
-assert sebp.torch.ops._context().threads == 3
+assert sebp.torch.tensors.thread_context().threads == 3
 assert len(sebp.openmp_runtimes()) == 1, sebp.openmp_runtimes()
 assert threads() == alone, (alone, threads())
 """
@@ -148,7 +148,7 @@ y = sebp.linear_backward(g.numpy(), t.detach().numpy(), w.detach().numpy())
 pid = os.fork()
 if pid == 0:
     dx, dw, db = torch.ops.sebp.linear_backward(
-        g, t.detach(), w.detach(), None, None, False, 0, 0.0, True, True, True)
+        g, t.detach(), w.detach(), 512, False, 0, 0.0, True, True, True)
     y = sebp.linear_backward(g.numpy(), t.detach().numpy(), w.detach().numpy())
     # Not with PyTorch's own sum, which would wait for its threads.
     os._exit(0 if dw.numpy().sum() == 512.0 * 256 * 256 == y[1].sum() else 1)

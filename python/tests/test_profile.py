@@ -214,7 +214,7 @@ def test_transformers(name, reentrant):
     last = batch["labels"][:, 1:] >= 0 if name != "bert" else None
     before = states(model)
     plain = sebp.profile(model, batch)
-    sebp.apply_sebp_to_model(model, padding=True)
+    sebp.apply_sebp_to_model(model)
     ours = sebp.profile(model, batch)
     sebp.remove_sebp_from_model(model)
     torch.testing.assert_close(states(model), before, rtol=0, atol=0)

@@ -985,29 +985,6 @@ def test_half(kind):
     assert losses[-1] < losses[3] < losses[0]
 
 
-@pytest.mark.parametrize("keep_inputs", [False, True])
-def test_padding(keep_inputs):
-    """With a mask only the rows of real tokens are kept, and the steps are the same."""
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
-    moved = []
-    for masked in (False, True):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        net = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
-        sebp.apply_sebp_to_model(net)
-        optimizer = sebp.apply_sparsegrad_to_model(net, sgd(net), 9, layers="*", bases=make_bases())
-        x = torch.randn(2, 4, 12)
-        if masked:
-            with sebp.padding(mask, keep_inputs):
-                y = net(x)
-        else:
-            y = net(x)
-        (y.square() * mask[..., None]).sum().backward()
-        optimizer.step()
-        moved.append(net[0].weight.detach().clone())
-    torch.testing.assert_close(*moved)
-
-
 @pytest.mark.usefixtures("lapack")
 def test_trainer(tmp_path):
     """Hugging Face's Trainer steps, schedules, saves and resumes it."""

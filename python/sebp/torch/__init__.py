@@ -2,9 +2,8 @@
 """The linear layer of libsebp in PyTorch, on CPU tensors of float32 and bfloat16."""
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
-from .layers import SebpLinear, linear
+from .layers import linear
 from .lora import apply_lora_to_model, merge_lora
-from .padding import padding
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
 from .profile import LayerProfile, Profile, profile
 from .sparse_optimizer import SparseOptimizer
@@ -15,7 +14,6 @@ __all__ = [
     "PaddingFreeReport",
     "Profile",
     "Report",
-    "SebpLinear",
     "SparseOptimizer",
     "apply_lora_to_model",
     "apply_meprop_to_model",
@@ -23,7 +21,6 @@ __all__ = [
     "apply_sparsegrad_to_model",
     "linear",
     "merge_lora",
-    "padding",
     "padding_free",
     "profile",
     "remove_padding_free",

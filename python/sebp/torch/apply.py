@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the linear layer of libsebp into a model, and takes it out again."""
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,9 @@ from torch import nn
 
 from .. import _library
 from .._rules import RowRule, Rule, parse_rule
-from .layers import SebpLinear
-from .padding import capture_padding, release_padding
+from .forward import is_replaced
+from .layers import give_rule, has_rule, linear_classes, take_rule
+from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
 
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -31,42 +31,32 @@ class Report:
         Layers that had it before, and are as they were.
     skipped : dict of str to str
         Linear layers left alone, and why.
-    padding : bool
-        Whether the forward takes padding from the ``attention_mask`` argument.
+    padding : PaddingFreeReport or None
+        What leaves padding out in the forward too, where that was asked for.
     """
 
     rule: Rule
     replaced: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    padding: bool = False
+    padding: PaddingFreeReport | None = None
 
     def __str__(self) -> str:
         """Say it in a few lines."""
         lines = [f"SEBP: {len(self.replaced)} linear layers replaced, rows={self.rule}"]
-        if self.padding:
-            lines.append("the forward skips what attention_mask leaves out")
+        if self.padding is not None:
+            lines.append(str(self.padding))
         if self.already:
             lines.append(f"{len(self.already)} had it already and are as they were")
         lines += [f"{name} left alone: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
 
-def _classes() -> dict[type, type]:
-    """Give each class of layers its class with SEBP."""
-    classes: dict[type, type] = {nn.Linear: SebpLinear}
-    if "transformers.pytorch_utils" in sys.modules:
-        from .conv1d import SebpConv1D
-
-        classes[SebpConv1D.original_class] = SebpConv1D
-    return classes
-
-
-def _refusal(module: nn.Module, classes: dict[type, type]) -> str:
+def _refusal(module: nn.Module) -> str:
     """Say why a linear layer is left alone; "": it is not."""
-    if type(module) not in classes:
+    if type(module) not in linear_classes():
         return f"its class is {type(module).__name__}"
-    return "its forward has been replaced" if "forward" in vars(module) else ""
+    return "its forward has been replaced" if is_replaced(module) else ""
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -82,16 +72,11 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     list of (str, nn.Module)
         In the order of the model's modules, each once.
     """
-    classes = _classes()
-    known = (*classes, *classes.values())
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) in known and "forward" not in vars(module)
-    ]
+    return [(name, module) for name, module in model.named_modules() if not _refusal(module)]
 
 
-def _chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
+def chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
+    """Make a function of name and module of an argument `layers`."""
     if layers is None:
         return lambda name, module: True
     if callable(layers):
@@ -108,6 +93,7 @@ def apply_sebp_to_model(
     rows: RowRule = "nonzero",
     layers: Layers = None,
     padding: bool = False,
+    check: bool = True,
 ) -> Report:
     """Give a model's linear layers a backward on active rows alone, in place.
 
@@ -127,8 +113,9 @@ def apply_sebp_to_model(
         Which layers: shell patterns of names ("*.mlp.*"), or a function of name and module.
         Default: all.
     padding : bool, default False
-        Skip padded tokens in the forward too: each call of the model runs within
-        :class:`~sebp.padding` of its ``attention_mask`` argument.
+        Leave padded tokens out in the forward too, by :func:`~sebp.padding_free`.
+    check : bool, default True
+        Of `padding`: whether what the model returns is compared.
 
     Returns
     -------
@@ -145,24 +132,21 @@ def apply_sebp_to_model(
     """
     report = Report(parse_rule(rows))
     _library.load()
-    classes = _classes()
-    is_chosen = _chooser(layers)
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(classes))]
+    is_chosen = chooser(layers)
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, linear_classes())]
     chosen = [(name, module) for name, module in linear if is_chosen(name, module)]
     for name, module in chosen:
-        if type(module) in classes.values():
+        if has_rule(module):
             report.already.append(name)
-        elif reason := _refusal(module, classes):
+        elif reason := _refusal(module):
             report.skipped[name] = reason
         else:
-            module.__class__ = classes[type(module)]
-            module.sebp_rule = report.rule
+            give_rule(module, report.rule)
             report.replaced.append(name)
     if padding:
-        reason = capture_padding(model)
-        report.padding = not reason
-        if reason:
-            warnings.warn(f"the forward skips no padding: {reason}", stacklevel=2)
+        report.padding = leave_padding_out(model, check, "apply_sebp_to_model")
+        if not (report.padding.changed or report.padding.already):
+            warnings.warn(f"the forward leaves no padding out: {report.padding}", stacklevel=2)
     if not chosen:
         reason = "the model has no linear layers"
         if linear:
@@ -175,15 +159,6 @@ def apply_sebp_to_model(
             stacklevel=2,
         )
     return report
-
-
-def put_back(layer: nn.Module) -> bool:
-    """Make a layer what it was before :func:`apply_sebp_to_model`; False: it had no SEBP."""
-    if type(layer) not in _classes().values():
-        return False
-    layer.__class__ = type(layer).original_class
-    del layer.sebp_rule
-    return True
 
 
 def remove_sebp_from_model(model: nn.Module) -> list[str]:
@@ -199,5 +174,5 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
     list of str
         The names of the layers put back; empty if none had SEBP.
     """
-    release_padding(model)
-    return [name for name, module in model.named_modules() if put_back(module)]
+    put_padding_back(model, "apply_sebp_to_model")
+    return [name for name, module in model.named_modules() if take_rule(module)]

@@ -6,7 +6,7 @@ import re
 import torch
 from torch import nn
 
-from .apply import Layers, _chooser, linear_layers
+from .apply import Layers, chooser, linear_layers
 
 # The two or three linear layers of a feed-forward block: BERT and RoBERTa, DistilBERT, and GPT-2,
 # Llama, Mistral and Qwen.
@@ -42,7 +42,7 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     if layers is None:
         chosen = [(name, m) for name, m in linear_layers(model) if _FEED_FORWARD.search(name)]
     else:
-        is_chosen = _chooser(layers)
+        is_chosen = chooser(layers)
         chosen = [(name, m) for name, m in linear_layers(model) if is_chosen(name, m)]
     if not chosen:
         what = "no feed-forward layers known by name" if layers is None else f"none in {layers!r}"

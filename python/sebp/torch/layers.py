@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear function, and the modules that use it."""
+"""The linear function, and the forward of layers that use it."""
 
 import os
 import sys
+import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .._rules import RowRule, Rule, parse_rule
 from . import ops  # noqa: F401, registers sebp::linear
-from .padding import current_padding
+from .forward import is_traced, is_transformed, original, put_in, take_out
+from .packing import current_packing
+from .tensors import DTYPES
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -21,49 +23,58 @@ def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if x.dim() == 0 or weight.dim() != 2:
         return "shape"
+    if is_traced():
+        return "tracing or export"
+    is_compiling = torch.compiler.is_compiling()
     for tensor in tensors:
+        # A subclass knows best what a product with it is: quantized, distributed, nested, ...
+        if not is_compiling and type(tensor) not in _PLAIN:
+            return f"a tensor of class {type(tensor).__name__}"
         if tensor.device.type != "cpu":
             return f"device {tensor.device.type}"
         if tensor.layout != torch.strided:
             return f"layout {tensor.layout}"
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype}"
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return f"autocast to {torch.get_autocast_dtype('cpu')}"
     elif any(tensor.dtype != x.dtype for tensor in tensors):
         return "mixed dtypes"
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return "torch.func"
-    return ""
+    return "torch.func" if not is_compiling and is_transformed() else ""
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    return functional.linear(x, weight.t() if transposed else weight, bias)
+def sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, transposed: bool
+) -> Tensor | None:
+    """Apply Y = X W^T + b, or X W + b, by ``sebp::linear``.
 
+    Parameters
+    ----------
+    x : Tensor, ... x K
+    weight : Tensor, N x K, or K x N if `transposed`
+    bias : Tensor, N, or None
+    rule : Rule
+        Which rows of dY to keep.
+    transposed : bool
 
-def _sparse(x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, transposed: bool) -> Tensor:
+    Returns
+    -------
+    Tensor, ... x N, or None
+        Y; None where PyTorch's own linear has to be used.
+    """
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    padding = current_padding()
-    if padding is None and not needs_grad:
-        return _dense(x, weight, bias, transposed)
-    reason = _refusal(x, weight, bias)
+    reason = _refusal(x, weight, bias) if needs_grad else "no gradient"
     if reason:
-        if not torch.compiler.is_compiling() and os.environ.get("SEBP_VERBOSE") == "1":
+        is_worth_a_line = needs_grad and not torch.compiler.is_compiling()
+        if is_worth_a_line and os.environ.get("SEBP_VERBOSE") == "1":
             print(f"sebp,fallback,{tuple(x.shape)},{tuple(weight.shape)},{reason}", file=sys.stderr)
-        return _dense(x, weight, bias, transposed)
-    rows = kept = None
-    if padding is not None and padding.fits(x):
-        rows = padding.rows
-        if needs_grad and not padding.keep_inputs:
-            kept = padding.compact(x)
-    elif not needs_grad:
-        return _dense(x, weight, bias, transposed)
-    return torch.ops.sebp.linear.default(x, weight, bias, rows, kept, transposed, *rule)
+        return None
+    packing = None if torch.compiler.is_compiling() else current_packing()
+    mask = packing.mask if packing is not None and packing.counts(x) else None
+    return torch.ops.sebp.linear.default(x, weight, bias, mask, transposed, *rule)
 
 
 def linear(
@@ -71,8 +82,9 @@ def linear(
 ) -> Tensor:
     """Apply Y = X W^T + b, with a backward on the active rows of dY alone.
 
-    What the library does not do (other devices and dtypes, ``torch.func``) PyTorch's own linear
-    does; with SEBP_VERBOSE=1 a line on standard error says so.
+    What the library does not do (other devices and dtypes, subclasses of tensors, tracing and
+    export, ``torch.func``) PyTorch's own linear does; with SEBP_VERBOSE=1 a line on standard error
+    says so.
 
     Parameters
     ----------
@@ -98,28 +110,65 @@ def linear(
     RuntimeError
         For shapes that do not go together, as PyTorch does.
     """
-    return _sparse(x, weight, bias, parse_rule(rows), False)
+    y = sparse_linear(x, weight, bias, parse_rule(rows), False)
+    return functional.linear(x, weight, bias) if y is None else y
 
 
-class SebpLinear(nn.Linear):
-    """An ``nn.Linear`` whose backward works on active rows alone.
+# --------------------------------------------------------------------------------------------------
+# Layers
 
-    :func:`~sebp.apply_sebp_to_model` makes a layer one by changing its class, so that it stays the
-    same object with the same parameters and hooks.
 
-    Attributes
+def _forward(layer: nn.Module, input: Tensor) -> Tensor:
+    rule = vars(layer).get("sebp_rule")
+    y = None
+    if rule is not None:
+        is_transposed = not isinstance(layer, nn.Linear)
+        y = sparse_linear(input, layer.weight, layer.bias, rule, is_transposed)
+    return original(layer, _forward)(input) if y is None else y
+
+
+class _Scriptable:
+    """Gives ``torch.jit.script`` the layer as PyTorch has it, which it then keeps in the model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self) -> nn.Module:
+        take_rule(self.layer)
+        warnings.warn("torch.jit.script has taken SEBP out of the layers it compiles", stacklevel=2)
+        return self.layer
+
+
+def linear_classes() -> tuple[type, ...]:
+    """Give the classes of linear layers: ``nn.Linear``, and ``Conv1D`` where transformers is."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear,) if module is None else (nn.Linear, module.Conv1D)
+
+
+def has_rule(layer: nn.Module) -> bool:
+    """Tell whether a layer has SEBP."""
+    return "sebp_rule" in vars(layer)
+
+
+def give_rule(layer: nn.Module, rule: Rule) -> None:
+    """Give a layer a backward on active rows alone.
+
+    Parameters
     ----------
-    sebp_rule : Rule
-        Which rows of dY to keep.
+    layer : nn.Module
+        An ``nn.Linear`` or ``Conv1D``. It stays the same object, of the same class.
+    rule : Rule
+        Which rows of dY to keep; the layer's ``sebp_rule`` from now on.
     """
+    layer.sebp_rule = rule
+    layer.__prepare_scriptable__ = _Scriptable(layer)
+    put_in(layer, _forward)
 
-    original_class = nn.Linear
-    sebp_rule = Rule()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer to ... x K."""
-        return _sparse(input, self.weight, self.bias, self.sebp_rule, False)
-
-    def extra_repr(self) -> str:
-        """Describe the layer."""
-        return f"{super().extra_repr()}, rows={self.sebp_rule}"
+def take_rule(layer: nn.Module) -> bool:
+    """Make a layer what it was before :func:`give_rule`; False: it had no SEBP."""
+    if not has_rule(layer):
+        return False
+    take_out(layer, _forward)
+    del layer.sebp_rule, layer.__prepare_scriptable__
+    return True

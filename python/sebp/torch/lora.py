@@ -10,16 +10,21 @@ from .._rules import Rule
 from ..sparse import lora_merge
 from .apply import Layers
 from .feed_forward import choose_layers
-from .layers import _sparse
-from .ops import _array, _context
+from .layers import sparse_linear
+from .tensors import array_of, thread_context
 
 
 def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
     """Add scale (X A) B to a layer's output. Both factors lie as a ``Conv1D``'s weight does."""
     x = args[0] if args else next(iter(kwargs.values()))
     rule = getattr(module, "sebp_rule", Rule())
-    h = _sparse(x, module.lora_a, None, rule, True)
-    return y + _sparse(module.lora_scale * h, module.lora_b, None, rule, True)
+    h = _product(x, module.lora_a, rule)
+    return y + _product(module.lora_scale * h, module.lora_b, rule)
+
+
+def _product(x: Tensor, factor: Tensor, rule: Rule) -> Tensor:
+    y = sparse_linear(x, factor, None, rule, True)
+    return x @ factor if y is None else y
 
 
 def apply_lora_to_model(
@@ -102,7 +107,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         a, b, weight = module.lora_a, module.lora_b, module.weight
         if not isinstance(module, nn.Linear):
             a, b = b.t().contiguous(), a.t().contiguous()
-        lora_merge(_array(a), _array(b), module.lora_scale, _array(weight), _context())
+        lora_merge(array_of(a), array_of(b), module.lora_scale, array_of(weight), thread_context())
         torch.autograd.graph.increment_version(weight)
         weight.requires_grad_(True)
         module.lora_hook.remove()

@@ -1,33 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs encoders and decoders of transformers on real tokens alone.
 
-A batch of B texts padded to L tokens goes through the model as one text of its T real tokens.
-Layers that work row by row do not notice. Attention is told where texts end by a :class:`_Packing`,
-which travels with the model's keyword arguments: so it is also there for gradient checkpointing,
-which computes again after the model has returned. What the last layer gives is padded again.
+Padding is taken out where a base model gets its mask, and put back where its last hidden state
+leaves it. Between the two no layer is asked what its rows are: they all are real tokens.
 """
 
+import functools
 import inspect
 import os
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .padding import current_padding
+from . import attention, mpnet
+from .forward import has, is_replaced, is_traced, is_transformed, original, put_in, take_out
+from .layers import linear_classes
+from .packing import Packing, current_packing, packed
+from .proof import CACHES, Call, Proofs, current_call
 
-# The module whose output is padded again, of models in which all tokens of a text attend to each
-# other; what follows it in them reads the first token.
-_ENCODERS = {"BertModel": "encoder", "DistilBertModel": "transformer", "RobertaModel": "encoder"}
-# Models whose own output is padded again, in which tokens attend to those before them.
-_DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
-
-_ARGUMENT = "sebp_packing"
+# What has a row for each token.
 _PACKED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+# What may be there and changes nothing of it.
+_HARMLESS = ("attention_mask", "return_dict", "num_items_in_batch")
+# What may be False.
+_FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
+# Whose modules work token by token, but for what is known to be attention.
+_PACKAGES = ("torch", "transformers", "peft", "sebp")
+# Hooks that do not care how many tokens there are: those of this package, those that look after
+# weights, and two of transformers.
+_HOOKS = ("sebp.", "torch.nn.utils.")
+_HOOK_NAMES = ("make_inputs_require_grads", "output_capturing_hook")
 
 
 @dataclass
@@ -37,385 +44,468 @@ class PaddingFreeReport:
     Attributes
     ----------
     changed : list of str
-        Those that run without padding now.
+        Those that run without padding now, in calls for which that is proved.
     already : list of str
-        Those that did before, and are as they were.
+        Those that did before.
     skipped : dict of str to str
         Those left alone, and why.
+    layers : int
+        The number of linear layers in those changed.
+    calls : Counter of str
+        How many calls of the model have left padding out so far, under "", and how many have not,
+        by the reason. It counts on as the model runs.
     """
 
     changed: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    layers: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         """Say it in a few lines."""
         lines = [f"{name} runs without padding" for name in self.changed]
+        if self.changed:
+            lines[-1] += f": {self.layers} linear layers in all"
         lines += [f"{name} did already and is as it was" for name in self.already]
         lines += [f"{name} left alone: {reason}" for name, reason in self.skipped.items()]
+        if self.calls:
+            total = sum(self.calls.values())
+            lines.append(f"of {total} calls {self.calls['']} left padding out")
+            lines += [f"{n} did not: {reason}" for reason, n in self.calls.items() if reason]
         return "\n".join(lines)
 
 
-class _Name(str):
-    """The attention's name in a configuration, which makes it known wherever that is loaded."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> tuple:
-        return _registered_name, ()
-
-
-_ATTENTION = _Name("sebp")  # in transformers' attention interface
-
-
 # --------------------------------------------------------------------------------------------------
-# Packing and padding
+# One call of a base model
 
 
-class _Packing(NamedTuple):
-    """Where the tokens of a packed batch come from.
-
-    Texts are in the order of their lengths, so that those of one length lie together.
-    """
-
-    shape: tuple[int, int]  # B, L
-    rows: Tensor  # T: the tokens' indices in the padded batch, B * L tokens
-    groups: list[tuple[int, int]]  # number of texts, and the length of each
-    is_causal: bool
-
-    @classmethod
-    def of(cls, mask: Tensor, is_causal: bool) -> "_Packing":
-        """Read a mask, B x L, not zero at real tokens."""
-        real = mask != 0
-        lengths, order = real.sum(1).sort(stable=True)
-        text, token = real[order].nonzero(as_tuple=True)
-        values, counts = lengths.unique_consecutive(return_counts=True)
-        groups = zip(counts.tolist(), values.tolist(), strict=True)
-        groups = [(texts, length) for texts, length in groups if length > 0]
-        return cls(tuple(mask.shape), order[text] * mask.shape[1] + token, groups, is_causal)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Take the real tokens of B x L x ... as 1 x T x ..., or of 1 x L for all texts."""
-        x = x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)
-        return x.index_select(0, self.rows)[None]
+@functools.lru_cache(maxsize=256)
+def _signature(forward: object) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
-class _Pad(torch.autograd.Function):
-    """Makes B x L x H of 1 x T x H, with zeros at padded tokens."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, packing: _Packing) -> Tensor:
-        ctx.packing = packing
-        texts, length = packing.shape
-        y = x.new_zeros((texts * length, x.shape[2])).index_copy_(0, packing.rows, x[0])
-        return y.view(texts, length, -1)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
-        packing = ctx.packing
-        dy = dy.flatten(0, 1)
-        is_padding = torch.ones(dy.shape[0], dtype=torch.bool)
-        is_padding[packing.rows] = False
-        wrong = is_padding.nonzero()[:, 0]
-        wrong = wrong[dy.detach().index_select(0, wrong).ne(0).any(1)]
-        if wrong.numel() > 0:
-            text, token = divmod(int(wrong[0]), packing.shape[1])
-            raise RuntimeError(
-                f"sebp.padding_free: {wrong.numel()} tokens that attention_mask leaves out have a"
-                f" gradient (the first is token {token} of text {text}), but were not computed. The"
-                " loss must not depend on them: label them -100, and with padding on the left the"
-                " first token of each text too, as it is predicted from padding."
-            )
-        return dy.index_select(0, packing.rows)[None], None
+def _given(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
+    """Name all arguments of a call, those of the class's forward."""
+    bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    given = dict(list(bound.items())[1:])
+    return {**given.pop("kwargs", {}), **given}
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """Let tokens attend within their texts: heads of 1 x heads x T x D to 1 x T x heads x D.
-
-    Texts of one length go together. Without a packing it is transformers' own "sdpa".
-    """
-    packing = kwargs.pop(_ARGUMENT, None)
-    if packing is None:
-        from transformers import AttentionInterface
-
-        plain = AttentionInterface()["sdpa"]
-        return plain(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    sizes = [texts * length for texts, length in packing.groups]
-
-    def split(x: Tensor) -> list[Tensor]:
-        """Make texts x heads x length x D of each group."""
-        return [
-            part.unflatten(0, group).transpose(1, 2)
-            for part, group in zip(x[0].transpose(0, 1).split(sizes), packing.groups, strict=True)
-        ]
-
-    parts = [
-        functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=dropout,
-            is_causal=packing.is_causal,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        for q, k, v in zip(split(query), split(key), split(value), strict=True)
-    ]
-    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None], None
-
-
-def _register() -> None:
-    """Make the attention known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    if _ATTENTION not in AttentionInterface():
-        AttentionInterface.register(_ATTENTION, _attention)
-        AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
-
-
-def _registered_name() -> str:
-    _register()
-    return _ATTENTION
-
-
-# --------------------------------------------------------------------------------------------------
-# A model's hooks
-
-
-def _refusal(model: nn.Module, given: dict[str, object]) -> str:
+def _refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     """Say why a call has to be left to the model as it is; "": it has not."""
-    config, mask = model.config, given.get("attention_mask")
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if config._attn_implementation != _ATTENTION:
+    config, mask = module.config, given.get("attention_mask")
+    if given.get("use_cache") or any(given.get(name) is not None for name in CACHES):
+        return "a cache"
+    if config._attn_implementation != attention.SDPA and not mpnet.is_mpnet(module):
         return f"the attention has been set to {config._attn_implementation}"
     if not isinstance(mask, Tensor):
         return "no attention_mask" if mask is None else f"a mask of {type(mask).__name__}"
     if mask.dim() != 2:
         return f"a mask of {mask.dim()} dimensions"
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor) or tokens.device.type != "cpu" or mask.device.type != "cpu":
         return "not on the CPU"
-    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.jit.trace or torch.func"
-    if given.get("past_key_values") is not None:
-        return "past_key_values"
-    if type(model).__name__ in _DECODERS:
-        cache = given.get("use_cache")
-        # In training nobody reads the cache that is there by default.
-        if cache or (cache is None and config.use_cache and not model.training):
-            return "use_cache"
+    for name in _PACKED:
+        value = given.get(name)
+        if isinstance(value, Tensor) and value.shape[:2] not in (mask.shape, (1, mask.shape[1])):
+            return f"{name} of another shape than attention_mask"
+    return (
+        _unfit_configuration(module, given, call)
+        or _unknown_argument(given)
+        or _foreign_hook(module)
+        or _unfit_mask(module, mask)
+        or _labelled_padding(module, mask, call.given)
+    )
+
+
+def _unfit_configuration(module: nn.Module, given: dict[str, object], call: Call) -> str:
+    """Say what of the configuration does not go with texts that lie end to end."""
+    config = module.config
+    # In training nobody reads the cache that is there by default.
+    is_default = given.get("use_cache") is None and getattr(config, "use_cache", False)
+    if is_default and not call.model.training and module._sebp_is_causal:
+        return "a cache"
     for name in ("output_attentions", "output_hidden_states", "chunk_size_feed_forward"):
-        if given.get(name, getattr(config, name, None)):
+        if getattr(config, name, None):
             return name
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
         return f"rotary embeddings that depend on the length ({rope['rope_type']})"
-    if given.get("is_causal", getattr(config, "is_causal", None)) is not None:
-        return "is_causal"
-    return _unknown_argument(given) or _unfit_mask(model, mask)
+    return "is_causal" if getattr(config, "is_causal", None) is not None else ""
 
 
 def _unknown_argument(given: dict[str, object]) -> str:
-    """Find an argument that may hold something for each token."""
+    """Find an argument that may have a row for each token, or ask for something unknown."""
     for name, value in given.items():
-        if name not in (*_PACKED, "attention_mask") and isinstance(value, Tensor) and value.dim():
+        is_off = value is None or (value is False and name in _FLAGS)
+        if not (is_off or name in _PACKED or name in _HARMLESS):
             return f"the argument {name}"
     return ""
 
 
-def _unfit_mask(model: nn.Module, mask: Tensor) -> str:
+def _foreign_hook(module: nn.Module) -> str:
+    """Find a hook that may depend on what a layer's rows are."""
+    for name, one in module.named_modules():
+        if one is module:
+            continue  # its hooks see the model from outside, padded
+        for hooks in (
+            one._forward_hooks,
+            one._forward_pre_hooks,
+            one._backward_hooks,
+            one._backward_pre_hooks,
+        ):
+            for hook in hooks.values() if hooks else ():
+                if not _is_known_hook(hook):
+                    return f"a hook on {name}, which would see real tokens alone"
+    return "a hook on all modules" if nn.modules.module._has_any_global_hook() else ""
+
+
+def _is_known_hook(hook: object) -> bool:
+    """Tell whether a hook does not care how many rows there are."""
+    hook = hook.func if isinstance(hook, functools.partial) else hook
+    origin = getattr(hook, "__module__", None) or type(hook).__module__
+    return origin.startswith(_HOOKS) or getattr(hook, "__name__", "") in _HOOK_NAMES
+
+
+def _unfit_mask(module: nn.Module, mask: Tensor) -> str:
     """Say why this mask does not go with the model."""
     real = mask != 0
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and mask.shape[1] > window:
-        return f"a sliding window of {window}"
     if bool(real.all()):
         return "no padding"
     if not bool(real.any()):
         return "no tokens"
-    if type(model).__name__ in _ENCODERS and not bool(real[:, 0].all()):
+    chunk = getattr(module.config, "attention_chunk_size", None)
+    if chunk is not None and mask.shape[1] > chunk:
+        return f"attention in chunks of {chunk}"
+    if not bool(real[:, 0].all()) and not module._sebp_is_causal:
         return "a text whose first token is padding"
     return ""
 
 
-def _given(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
-    """Name all arguments of a call."""
-    given = dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
-    return {**given.pop("kwargs", {}), **given}
-
-
-def _default_positions(model: nn.Module, given: dict[str, object], shape: torch.Size) -> Tensor:
-    """Give each token the position that the model would give it, B x L or 1 x L."""
-    embeddings = getattr(model, "embeddings", None)
-    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa
-        if given.get("input_ids") is None:
-            return embeddings.create_position_ids_from_inputs_embeds(
-                given["inputs_embeds"], embeddings.padding_idx
+def _labelled_padding(module: nn.Module, mask: Tensor, given: dict[str, object]) -> str:
+    """Find labels at padded tokens, or predicted from them, in the arguments of the whole call."""
+    real = mask != 0
+    arguments = dict(given)
+    for value in given.values():
+        if isinstance(value, dict):
+            arguments.update(value)
+    for name, labels in arguments.items():
+        if (
+            "label" not in str(name)
+            or not isinstance(labels, Tensor)
+            or labels.is_floating_point()
+            or labels.shape[-1:] != mask.shape[-1:]
+            or labels.numel() != mask.numel()
+        ):
+            continue
+        is_labelled = labels.reshape(mask.shape) >= 0
+        if bool((is_labelled & ~real).any()):
+            return f"{name} at padded tokens, which are not -100"
+        if module._sebp_is_causal and bool((is_labelled[:, 1:] & ~real[:, :-1]).any()):
+            return (
+                f"{name} predicted from padded tokens: with padding on the left the first token of"
+                " each text has to be -100 too"
             )
-        return embeddings.create_position_ids_from_input_ids(
-            given["input_ids"], embeddings.padding_idx
-        )
+    return ""
+
+
+def _default_positions(module: nn.Module, given: dict[str, object], shape: torch.Size) -> Tensor:
+    """Give each token the position that the model would give it, B x L or 1 x L."""
+    embeddings = getattr(module, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):  # RoBERTa and its like
+        if given.get("input_ids") is None:
+            create = embeddings.create_position_ids_from_inputs_embeds
+            both = "padding_idx" in _signature(create).parameters
+            return create(given["inputs_embeds"], *([embeddings.padding_idx] * both))
+        create = getattr(embeddings, "create_position_ids_from_input_ids", None)
+        create = create or sys.modules[type(module).__module__].create_position_ids_from_input_ids
+        return create(given["input_ids"], embeddings.padding_idx)
     return torch.arange(shape[1])[None]
 
 
-def _enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Pack the arguments of a model."""
-    if torch.compiler.is_compiling():
-        return None
-    _register()
-    given = _given(model, args, kwargs)
-    reason = _refusal(model, given)
-    if reason:
-        if os.environ.get("SEBP_VERBOSE") == "1":
-            print(f"sebp,fallback,padding_free,{type(model).__name__},{reason}", file=sys.stderr)
-        return None
-    mask = given["attention_mask"]
-    for name in ("input_ids", "inputs_embeds"):
-        if given.get(name) is not None and given[name].shape[:2] != mask.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)},"
-                f" but {name} {tuple(given[name].shape)}"
-            )
-    if given.get("position_ids") is None:
-        given["position_ids"] = _default_positions(model, given, mask.shape)
-    is_decoder = type(model).__name__ in _DECODERS
-    packing = _Packing.of(mask, is_decoder)
-    for name in _PACKED:
-        if given.get(name) is not None:
-            given[name] = packing.pack(given[name])
-    # A mask of 4 dimensions is taken as it is, so that none is made for T x T.
-    given["attention_mask"] = mask.new_ones(1, 1, 1, 1)
-    given[_ARGUMENT] = packing
-    if is_decoder:
-        given["use_cache"] = False
-    outer = current_padding()
-    if outer is not None:
-        outer.skip()
-    return (), given
+@functools.lru_cache(maxsize=64)
+def _noise(width: int) -> Tensor:
+    """Give numbers for a padded token: 1 x H, between 1 and 2 in size, of either sign.
+
+    They are not zero, so that a loss which reads them has a gradient there, and not alike, so that
+    a norm does not take them away.
+    """
+    numbers = torch.Generator().manual_seed(width)
+    sign = torch.randint(0, 2, (1, width), generator=numbers) * 2.0 - 1
+    return sign * (1 + torch.rand(1, width, generator=numbers))
 
 
-def _leave(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
-    """Pad the last hidden state, which is the first output."""
-    packing = kwargs.get(_ARGUMENT)
-    if packing is None:
-        return output
+def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
+    """Make B x L x H of the last hidden state, 1 x T x H."""
+    if not call.proofs.check:
+        fill = x.new_zeros(1, x.shape[2])
+    elif call.has_backward:
+        fill = _noise(x.shape[2])
+    else:
+        fill = x.new_full((1, x.shape[2]), torch.nan)
+    if call.has_backward and not x.requires_grad:
+        # Nothing in the model trains, but something behind it: the backward is to come here.
+        x = x.detach().requires_grad_()
+    return packing.pad(x, fill)
+
+
+def _pad_first(output: object, packing: Packing, call: Call) -> object:
+    """Pad the last hidden state, which is the first thing a model returns."""
+    if isinstance(output, Tensor):
+        return _pad(output, packing, call)
     if isinstance(output, tuple):
-        return (_Pad.apply(output[0], packing), *output[1:])
-    output.last_hidden_state = _Pad.apply(output.last_hidden_state, packing)
+        return (_pad(output[0], packing, call), *output[1:])
+    output.last_hidden_state = _pad(output.last_hidden_state, packing, call)
     return output
+
+
+def _is_left_alone() -> bool:
+    """Tell whether this is no call to think about, but one that a program is made of."""
+    return torch.compiler.is_compiling() or is_traced() or is_transformed()
+
+
+def _prove(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
+    """Make a call of a model one that is proved."""
+    try:
+        given = _given(module, args, kwargs)
+    except TypeError:  # whoever replaced the forward takes other arguments than the class
+        given = dict(kwargs)
+    return Call(module, module._sebp_proofs, given).run(forward, args, kwargs)
+
+
+def _whole_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+    """Stand in the place of the forward of the model that was told of."""
+    plain = original(module, _whole_forward)
+    if _is_left_alone() or current_call() is not None:
+        return plain(*args, **kwargs)
+    return _prove(module, plain, args, kwargs)
+
+
+def _base_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+    """Stand in the place of a base model's forward: take padding out, if that can be done."""
+    plain = original(module, _base_forward)
+    call = current_call()
+    if _is_left_alone() or current_packing() is not None or (call is not None and call.is_plain):
+        return plain(*args, **kwargs)
+    if call is None:
+        return _prove(module, functools.partial(_base_forward, module), args, kwargs)
+    given = _given(module, args, kwargs)
+    kind, reason, packing = None, _refusal(module, given, call), None
+    if not reason:
+        packing = Packing(given["attention_mask"])
+        names = frozenset(name for name, value in given.items() if value is not None)
+        kind = call.kind_of(module._sebp_name, packing, names)
+        reason = call.proofs.refused.get(kind, "")
+    if reason:
+        call.reasons.append(reason)
+        if os.environ.get("SEBP_VERBOSE") == "1":
+            print(f"sebp,fallback,padding_free,{type(module).__name__},{reason}", file=sys.stderr)
+        return plain(*args, **kwargs)
+    attention.register()  # where the model has been unpickled, nobody has yet
+    is_new = call.is_new(kind, packing)
+    call.begin(kind, packing)
+    try:
+        with packed(packing):
+            output = plain(**_pack(module, given, packing))
+        if _exit_of(module) is module:
+            output = _pad_first(output, packing, call)
+        return output
+    except Exception as error:
+        # Of a kind that has been before, the model itself would raise it too.
+        if not is_new:
+            raise
+        call.give_up(kind, f"{module._sebp_name} cannot run without padding: {error}")
+        return plain(*args, **kwargs)
+
+
+def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict[str, object]:
+    """Take padding out of a model's arguments."""
+    shape = packing.mask.shape
+    result = dict(given)
+    if given.get("position_ids") is None:
+        result["position_ids"] = _default_positions(module, given, shape)
+    for name in _PACKED:
+        if result.get(name) is not None:
+            result[name] = packing.pack(result[name])
+    result["attention_mask"] = packing.attention_mask
+    if "use_cache" in _signature(type(module).forward).parameters:
+        result["use_cache"] = False
+    return result
+
+
+def _exit_of(module: nn.Module) -> nn.Module:
+    """Find the part of a base model whose output is padded again: a pooler wants it padded."""
+    encoder = getattr(module, "encoder", None)
+    has_pooler = getattr(module, "pooler", None) is not None
+    return encoder if has_pooler and isinstance(encoder, nn.Module) else module
+
+
+def _exit_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+    """Stand in the place of the forward of a base model's encoder: put padding back."""
+    output = original(module, _exit_forward)(*args, **kwargs)
+    packing, call = current_packing(), current_call()
+    if packing is None or call is None:
+        return output
+    return _pad_first(output, packing, call)
 
 
 # --------------------------------------------------------------------------------------------------
 # Models
 
 
-def _known_class(module: nn.Module) -> type | None:
-    """Find the class of transformers that a module is of, or derived from."""
-    for base in type(module).__mro__:
-        is_known = base.__name__ in (*_ENCODERS, *_DECODERS)
-        if is_known and base.__module__.startswith("transformers.models."):
-            return base
-    return None
+def _bases(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the base models of transformers in a model that take a mask, by name."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    return [
+        (name or type(module).__name__, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and module.base_model is module
+        and "attention_mask" in _signature(type(module).forward).parameters
+    ]
 
 
-def _reason_against(module: nn.Module, known: type) -> str:
-    """Say why an encoder or decoder cannot run without padding; "": it can."""
+def _reason_against(module: nn.Module) -> str:
+    """Say why an encoder or decoder cannot run without padding; "": it may."""
     import transformers
 
+    kind = type(module)
     if int(transformers.__version__.split(".")[0]) < 5:
         return f"it is of transformers {transformers.__version__}, which is before 5"
-    if type(module) is not known:
-        return f"its class is {type(module).__name__}"
-    if "forward" in vars(module):
+    if is_replaced(module):
         return "its forward has been replaced"
-    if known.__name__ in _ENCODERS and getattr(module.config, "is_decoder", False):
-        return "it is an encoder used as a decoder"
-    if module.config._attn_implementation not in ("sdpa", _ATTENTION):
+    foreign = next(
+        (m for m in module.modules() if type(m).__module__.split(".")[0] not in _PACKAGES), None
+    )
+    if foreign is not None:
+        return f"it holds a {type(foreign).__name__}, which may look at other tokens"
+    has_table = hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS")
+    if not has_table and not mpnet.is_mpnet(module):
+        return "its attention is not one of transformers' table of attentions"
+    if "position_ids" not in _signature(kind.forward).parameters:
+        return "it cannot be told positions"
+    if module.config._attn_implementation != attention.SDPA and not mpnet.is_mpnet(module):
         return f'its attention is "{module.config._attn_implementation}", not "sdpa"'
     return ""
 
 
-def padding_free(model: nn.Module) -> PaddingFreeReport:
-    """Let a model of transformers compute real tokens alone, in place.
+def padding_free(model: nn.Module, check: bool = True) -> PaddingFreeReport:
+    """Let models of transformers compute real tokens alone, in place.
 
-    Padding is taken out before the embeddings and put back after the last layer, as zeros: heads
-    work as before. Attention runs text by text, by ``scaled_dot_product_attention``. Parameters,
-    names and checkpoints stay as they are. Losses and gradients are those of the model with
-    padding, if the loss leaves padded tokens out; the backward checks that. What hooks within the
-    layers see is 1 x T x H, the T real tokens of all texts, shorter texts first.
+    Padding is taken out where a base model (BertModel, LlamaModel, ...) gets its 2-D
+    ``attention_mask``, and put back at its last hidden state: heads work as before. Attention runs
+    text by text, by ``scaled_dot_product_attention``. Parameters, names, configurations and
+    checkpoints stay as they are.
 
-    While it is so, the configuration names the attention "sebp". Pickled, with the model or alone,
-    it needs this package where it is loaded; what ``save_pretrained`` writes does not.
+    What comes out is what the model itself gives, up to rounding, or a call runs with padding:
 
-    It concerns BERT, DistilBERT, RoBERTa, Llama, Mistral and Qwen2 with "sdpa" attention. A call is
-    left to the model as it was, and with SEBP_VERBOSE=1 a line on standard error says why, if it
-    has no mask or a full one, makes or uses a cache, asks for attentions or hidden states, or gives
-    an encoder a text whose first token is padding; and under ``torch.compile``. In training the
-    cache that decoders make by default is not made.
+    - The first call of each kind (training or evaluation, padding left or right, arguments given)
+      runs once more with padding and without dropout, leaving no trace, and what `model` returned
+      is compared. On a difference, calls of this kind run with padding from then on, and a warning
+      says so.
+    - So does a call with labels at padded tokens (not -100), or predicted from them; a cache; an
+      argument that is not known; a hook within the layers; and, in encoders, a text whose first
+      token is padding.
+    - In training, a gradient at a padded token is a RuntimeError in ``backward()``.
+    - Where no backward can follow, padded tokens are NaN inside, and a call whose result holds
+      one runs again with padding. So a model that returns something of padded tokens (logits of
+      each token, the last hidden state) is evaluated with padding.
 
     Parameters
     ----------
     model : nn.Module
-        Any model; the encoders and decoders in it are found.
+        Any model, the outermost that is called; the base models in it are found.
+    check : bool, default True
+        Whether results are compared, as above. Without it, padded tokens are zeros at the exit of
+        a base model, in evaluation too, and that is all there is to know of them; the backward
+        still looks at their gradients.
 
     Returns
     -------
     PaddingFreeReport
-        Those changed, those that had been, and those left alone, with the reason.
+        The base models changed, those that had been, and those left alone, with the reason. It
+        counts calls as they come.
 
     Raises
     ------
-    ValueError
-        In a call, if the mask does not have the shape of the tokens.
     RuntimeError
-        In a backward, if the loss depends on padded tokens.
+        In a backward, if a padded token has a gradient.
     """
-    report = PaddingFreeReport()
-    for name, module in model.named_modules():
-        known = _known_class(module)
-        if known is None:
-            continue
-        name = name or known.__name__
-        reason = _reason_against(module, known)
-        if hasattr(module, "_sebp_padding_free"):
+    report = leave_padding_out(model, check, "padding_free")
+    if report.already:
+        warnings.warn("runs without padding already: " + ", ".join(report.already), stacklevel=2)
+    return report
+
+
+def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeReport:
+    """Do what :func:`padding_free` does, on behalf of one function of this package.
+
+    Parameters
+    ----------
+    model : nn.Module
+    check : bool
+        As there.
+    owner : str
+        Who asks. It is undone when all who asked have called :func:`put_padding_back`.
+
+    Returns
+    -------
+    PaddingFreeReport
+        Base models that this owner has changed before are `already` there, those of another
+        owner `changed`.
+    """
+    proofs = vars(model).get("_sebp_proofs") or Proofs(check)
+    proofs.check = check
+    is_again = owner in proofs.owners
+    proofs.owners.add(owner)
+    report = PaddingFreeReport(calls=proofs.calls)
+    changed: list[nn.Module] = []
+    layers: set[nn.Module] = set()
+    found = _bases(model)
+    for name, module in found:
+        reason = _reason_against(module)
+        if has(module, _base_forward) and is_again:
             report.already.append(name)
         elif reason:
             report.skipped[name] = reason
         else:
-            _register()
-            last = module.get_submodule(_ENCODERS.get(known.__name__, ""))
-            module.config._attn_implementation = _ATTENTION
-            module._sebp_padding_free = (
-                module.register_forward_pre_hook(_enter, with_kwargs=True),
-                last.register_forward_hook(_leave, with_kwargs=True),
-            )
-            report.changed.append(name)
-    if report.already:
-        warnings.warn("runs without padding already: " + ", ".join(report.already), stacklevel=2)
-    if not (report.changed or report.already or report.skipped):
-        names = ", ".join(sorted((*_ENCODERS, *_DECODERS)))
-        report.skipped[type(model).__name__] = f"there is none of {names} in it"
+            _change(name, module, proofs)
+            if not any(module in outer.modules() for outer in changed):
+                report.changed.append(name)
+                changed.append(module)
+            layers.update(m for m in module.modules() if type(m) in linear_classes())
+    report.layers = len(layers)
+    if report.changed or report.already:
+        model._sebp_proofs = proofs
+        put_in(model, _whole_forward)
+    if not found:
+        report.skipped[type(model).__name__] = (
+            "there is no base model of transformers in it that takes an attention_mask"
+        )
     return report
+
+
+def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
+    """Let one base model run without padding."""
+    attention.register()
+    if mpnet.is_mpnet(module):
+        mpnet.prepare(module)
+    module._sebp_name = name
+    vars(module).setdefault("_sebp_proofs", proofs)
+    module._sebp_is_causal = any(getattr(m, "is_causal", False) is True for m in module.modules())
+    put_in(module, _base_forward)
+    if _exit_of(module) is not module:
+        put_in(_exit_of(module), _exit_forward)
 
 
 def runs_padding_free(model: nn.Module) -> bool:
     """Tell whether :func:`padding_free` has changed something in a model."""
-    return any(hasattr(module, "_sebp_padding_free") for module in model.modules())
+    return any(has(module, _base_forward) for module in model.modules())
 
 
 def remove_padding_free(model: nn.Module) -> list[str]:
@@ -431,13 +521,39 @@ def remove_padding_free(model: nn.Module) -> list[str]:
     list of str
         The names of the encoders and decoders put back; empty if there were none.
     """
+    return put_padding_back(model, "padding_free")
+
+
+def put_padding_back(model: nn.Module, owner: str) -> list[str]:
+    """Undo :func:`leave_padding_out` for one owner, and where there is no other, in fact.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    owner : str
+        Who had asked.
+
+    Returns
+    -------
+    list of str
+        The names of the encoders and decoders put back.
+    """
     names = []
     for name, module in model.named_modules():
-        if hasattr(module, "_sebp_padding_free"):
-            for hook in module._sebp_padding_free:
-                hook.remove()
-            del module._sebp_padding_free
-            if module.config._attn_implementation == _ATTENTION:
-                module.config._attn_implementation = "sdpa"
+        proofs = vars(module).get("_sebp_proofs")
+        if proofs is None:
+            continue
+        proofs.owners.discard(owner)
+        if proofs.owners:
+            continue
+        take_out(module, _whole_forward)
+        if has(module, _base_forward):
             names.append(name or type(module).__name__)
+            take_out(module, _base_forward)
+            take_out(_exit_of(module), _exit_forward)
+            if mpnet.is_mpnet(module):
+                mpnet.restore(module)
+            del module._sebp_name, module._sebp_is_causal
+        del module._sebp_proofs
     return names

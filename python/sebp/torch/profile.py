@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .._rules import RowRule, Rule, parse_rule
 from .apply import linear_layers
 from .heat_map import draw
-from .ops import _DTYPES, _find_rows, _flat, _indices_of
 from .padding_free import runs_padding_free
+from .tensors import DTYPES, find_rows, flat, indices_of
 
 Batch = Mapping[str, object] | Sequence[object] | Tensor
 
@@ -271,9 +271,9 @@ def profile(
     products: dict[str, int] = {}
 
     def look(name: str, dy: Tensor) -> None:
-        dy2 = _flat(dy.detach() if dy.dtype in _DTYPES else dy.detach().float()).cpu()
+        dy2 = flat(dy.detach() if dy.dtype in DTYPES else dy.detach().float()).cpu()
         is_active = np.zeros(dy2.shape[0], bool)
-        is_active[_indices_of(_find_rows(dy2, rule)).numpy()] = True
+        is_active[indices_of(find_rows(dy2, rule)).numpy()] = True
         found[name].append(is_active.reshape(dy.shape[:-1]))
 
     def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:

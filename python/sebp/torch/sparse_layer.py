@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.utils.weak import TensorWeakRef
 
 from .._rules import Rule
 from ..core import Rows, SebpError
@@ -37,9 +36,9 @@ from ..sparse import (
     top_elements,
     weight_decay,
 )
-from .ops import _array, _choose_x, _context, _find_rows, _flat, _indices_of, _run
-from .padding import current_padding
+from .ops import run_backward
 from .sparse_settings import _Settings
+from .tensors import DTYPES, array_of, find_rows, flat, thread_context
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -97,10 +96,8 @@ class _Layer:
 
     # ---- in the backward ----
 
-    def collect(
-        self, dy: Tensor, x: Tensor | None, rows: Tensor | None, whole: Tensor | None
-    ) -> None:
-        """Compute the gradient's elements from dY and X, or X[rows] with `rows`."""
+    def collect(self, dy: Tensor, x: Tensor | None) -> None:
+        """Compute the gradient's elements from dY and X."""
         if self.hook is None or (self.moments is None) != (x is None):
             return  # what was computed before the layer was released, or in another phase
         self.backwards.note()
@@ -113,47 +110,39 @@ class _Layer:
         self.has_gradient = True
         if x is None:
             return
-        dy = _flat(dy if dy.dtype in (torch.float32, torch.bfloat16) else dy.float())
-        active = _find_rows(dy, getattr(self.module, "sebp_rule", Rule()))
-        if rows is None:
-            x, compact = _flat(x), False
-        else:
-            x, compact = _choose_x(active, rows, x, whole)
-        x = x.to(dy.dtype)
+        dy = flat(dy if dy.dtype in DTYPES else dy.float())
+        active = find_rows(dy, getattr(self.module, "sebp_rule", Rule()))
+        x = flat(x).to(dy.dtype)
         if not isinstance(self.module, nn.Linear):
-            if compact:
-                dy, active = dy.index_select(0, _indices_of(active)), Rows.all(len(active))
-            dy, x, compact = x, dy, False
+            dy, x = x, dy
         try:
-            self._keep(dy, x, active, compact)
+            self._keep(dy, x, active)
         except SebpError as error:
             if error.status != NONFINITE:
                 raise
             self.is_finite = False
 
-    def _keep(self, dy: Tensor, x: Tensor, active: Rows, compact: bool) -> None:
-        context = _context()
+    def _keep(self, dy: Tensor, x: Tensor, active: Rows) -> None:
+        context = thread_context()
         is_fixed = self.moments.is_fixed
         if self.basis is None and not is_fixed and not self.settings.accumulate:
             self.gradient = meprop_gradient(
-                _array(dy),
-                _array(x),
+                array_of(dy),
+                array_of(x),
                 self.settings.k,
                 active,
-                x_is_compact=compact,
                 context=context,
             )
             return
         r = self.scratch.matrix(self.moments.shape)
         if self.basis is None:
-            _run(dy, x, None, active, compact, None, r, None)
+            run_backward(dy, x, None, active, None, r, None)
         else:
             sparsegrad_gradient(
                 self.basis,
-                _array(dy),
-                _array(x),
+                array_of(dy),
+                array_of(x),
                 active,
-                x_is_compact=compact,
                 out=r.numpy(),
                 context=context,
             )
@@ -178,7 +167,7 @@ class _Layer:
         if self.whole is not None:
             if not _is_finite(self.whole):
                 return False
-            self.gradient = top_elements(self.whole.numpy(), self.settings.k, _context())
+            self.gradient = top_elements(self.whole.numpy(), self.settings.k, thread_context())
         if self.gradient is None:
             return self.is_finite
         sound = self.is_finite and bool(np.isfinite(self.gradient.values).all())
@@ -199,7 +188,7 @@ class _Layer:
         """Move the weight, if there is a gradient, which is then used up."""
         if self.gradient is None:
             return
-        context, weight = _context(), _array(self.weight)
+        context, weight = thread_context(), array_of(self.weight)
         self.moments.step(self.gradient, adamw, context)
         weight_decay(weight, adamw, context)
         if self.basis is None:
@@ -220,7 +209,7 @@ class _Layer:
         """
         old = self.moments.moments()
         squares = np.minimum(old.moment2, _LARGEST)
-        chosen = top_elements(squares[None, :], self.settings.k, _context()).indices
+        chosen = top_elements(squares[None, :], self.settings.k, thread_context()).indices
         kept = (array[chosen] for array in (old.indices, old.moment1, squares))
         moments = SparseAdamW(self.moments.shape, old.indices[chosen])
         moments.set_moments(Moments(*kept, old.steps))
@@ -363,24 +352,17 @@ class _Collect(torch.autograd.Function):
         y: Tensor,
         layer: _Layer,
         x: Tensor | None,
-        rows: Tensor | None,
-        whole: Tensor | None,
     ) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(x, rows)
-        ctx.whole = None if whole is None else (TensorWeakRef(whole), whole._version)
+        ctx.save_for_backward(x)
         return y.new_zeros(()).expand(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
-        x, rows = ctx.saved_tensors
-        whole = None
-        if ctx.whole is not None:
-            whole, version = ctx.whole[0](), ctx.whole[1]
-            whole = None if whole is None or whole._version != version else whole
-        ctx.layer.collect(dy, x, rows, whole)
-        return None, None, None, None, None, None
+        (x,) = ctx.saved_tensors
+        ctx.layer.collect(dy, x)
+        return None, None, None, None
 
 
 class _Tap(torch.autograd.Function):
@@ -399,18 +381,10 @@ class _Tap(torch.autograd.Function):
 
 @torch.compiler.disable
 def _tap(layer: _Layer, x: Tensor, y: Tensor) -> Tensor:
-    rows = whole = None
-    if layer.moments is None:
-        x = None
-    else:
-        padding = current_padding()
-        skips = padding is not None and hasattr(layer.module, "sebp_rule") and padding.fits(x)
-        if skips and not padding.keep_inputs:
-            x, rows, whole = padding.compact(x), padding.rows, x
-        x = x.detach()
+    x = None if layer.moments is None else x.detach()
     # The output has a gradient even where neither input nor bias has one.
     leaf = torch.empty(0, requires_grad=True)
-    return _Tap.apply(y, _Collect.apply(leaf, y.detach(), layer, x, rows, whole))
+    return _Tap.apply(y, _Collect.apply(leaf, y.detach(), layer, x))
 
 
 class _Hook:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..core import SebpError
 from ..sparse import NONFINITE, AdamW, Basis, BasisSums, Moments, SparseAdamW, Sums, check_adamw
 from .feed_forward import refusal
-from .ops import _array, _context
 from .sparse_layer import _LARGEST, _Backwards, _Layer, _Scratch
 from .sparse_settings import (
     _UNKNOWN,
@@ -28,6 +27,7 @@ from .sparse_settings import (
     _integer,
     _Settings,
 )
+from .tensors import array_of, thread_context
 
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
 _MOST_ENERGY = _LARGEST / 4
@@ -91,7 +91,7 @@ def _numbers(
         adamw = _numbers_of(name, groups[id(weight)])
         if (adamw, steps) not in known:
             try:
-                check_adamw(adamw, steps, _context())
+                check_adamw(adamw, steps, thread_context())
             except SebpError as error:
                 raise SebpError(error.status, f"{name}: {error}; {adamw}") from None
             known.add((adamw, steps))
@@ -207,7 +207,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _solve(self) -> None:
         bases = [
-            self._sums[kind.name].solve(*(self._settings.rank or kind.shape), _context())
+            self._sums[kind.name].solve(*(self._settings.rank or kind.shape), thread_context())
             for kind in self.kinds
         ]
         for kind, basis in zip(self.kinds, bases, strict=True):
@@ -313,7 +313,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     refused.append(name)
         self._refuse(refused)
         for sums, grad in grads:
-            sums.add(_array(grad), _context())
+            sums.add(array_of(grad), thread_context())
         self._energies = energies
         self.base.step()
         self.steps += 1

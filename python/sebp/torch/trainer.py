@@ -9,9 +9,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._rules import RowRule, parse_rule
-from .apply import Layers, Report, apply_sebp_to_model, put_back
-from .ops import LayerKind, Work, work_done
-from .padding import is_captured, release_padding
+from .apply import Layers, Report, apply_sebp_to_model
+from .layers import take_rule
+from .padding_free import put_padding_back, runs_padding_free
+from .work import LayerKind, Work, work_done
 
 _MOST = 512  # rows and outputs of the product that is timed
 
@@ -105,7 +106,7 @@ class SebpCallback(TrainerCallback):
     ) -> None:
         """Put SEBP into the model, unless an interrupted run has left it there."""
         if model is not self._model:
-            self._had_padding = is_captured(model)
+            self._had_padding = runs_padding_free(model)
             self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding)
             self._model = model
         self._begin = self._log = self._step = work_done()
@@ -156,9 +157,9 @@ class SebpCallback(TrainerCallback):
     ) -> None:
         """Take SEBP out of the layers that it was put into."""
         for name in self.report.replaced:
-            put_back(model.get_submodule(name))
+            take_rule(model.get_submodule(name))
         if not self._had_padding:
-            release_padding(model)
+            put_padding_back(model, "apply_sebp_to_model")
         self._model = None
 
     def _since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention within texts that lie end to end.
+
+It is put in the place of "sdpa" in transformers' table of attentions, so that every model which
+goes through that table has it. A mask that is not a :class:`~sebp.torch.packing.Packing`'s goes on
+to transformers' own. Configurations stay as they are.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .packing import Unfit, current_packing, lengths_of
+
+SDPA = "sdpa"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    is_causal: bool,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """Let tokens attend within their texts. Texts of one length that lie together go together.
+
+    Parameters
+    ----------
+    query : Tensor, 1 x heads x T x D
+    key, value : Tensor, 1 x heads or fewer x T x D
+    lengths : list of int
+        Of the texts, T in all.
+    is_causal : bool
+        Whether a token attends to those before it alone.
+    window : int, optional
+        A token attends to those less than so many tokens away.
+    bias : Tensor, 1 x heads x L x L, optional
+        What is added to the scores, for texts of up to L tokens.
+    dropout : float
+        Of probabilities.
+    scaling : float, optional
+        Of scores.
+
+    Returns
+    -------
+    Tensor, 1 x T x heads x D
+        What each token attends to.
+    """
+    sizes, texts = [], []
+    for length in lengths:
+        if texts and sizes[-1] == length:
+            texts[-1] += 1
+        else:
+            sizes.append(length)
+            texts.append(1)
+    groups = list(zip(texts, sizes, strict=True))
+
+    def split(x: Tensor) -> list[Tensor]:
+        """Make texts x heads x length x D of each group."""
+        parts = x[0].transpose(0, 1).split([count * length for count, length in groups])
+        return [
+            part.unflatten(0, group).transpose(1, 2)
+            for part, group in zip(parts, groups, strict=True)
+        ]
+
+    outputs = []
+    for (_, length), q, k, v in zip(groups, split(query), split(key), split(value), strict=True):
+        mask = _mask(length, is_causal, window, bias, q)
+        y = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=is_causal and mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(y.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]
+
+
+def _mask(
+    length: int, is_causal: bool, window: int | None, bias: Tensor | None, query: Tensor
+) -> Tensor | None:
+    """Make a text's mask, length x length or heads x length x length; None: it needs none."""
+    is_cut = window is not None and length > window
+    if not is_cut and bias is None:
+        return None
+    token = torch.arange(length)
+    distance = token[:, None] - token
+    seen = (distance >= 0) if is_causal else torch.ones_like(distance, dtype=torch.bool)
+    if is_cut:
+        packing = current_packing()
+        if packing is not None:
+            packing.has_window = True
+        seen &= distance.abs() < window
+    if bias is None:
+        return seen
+    bias = bias[0, :, :length, :length].to(query.dtype)
+    return bias if bool(seen.all()) else bias.masked_fill(~seen, -torch.inf)
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Stand in the place of transformers' "sdpa"."""
+    lengths = None if torch.compiler.is_compiling() else lengths_of(attention_mask)
+    if lengths is None:
+        return _of_transformers["sdpa"](
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    for name in ("position_bias", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise Unfit(f"its attention has the argument {name}")
+    tokens = sum(lengths)
+    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
+        raise Unfit("its attention is not of tokens to the tokens of their text")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    window = kwargs.get("sliding_window")
+    return attend(query, key, value, lengths, is_causal, window, None, dropout, scaling), None
+
+
+_of_transformers: dict[str, object] = {}
+
+
+def register() -> None:
+    """Put the attention into transformers' table; nothing if it is there."""
+    from transformers import AttentionInterface
+
+    if AttentionInterface()[SDPA] is not _sdpa:
+        _of_transformers[SDPA] = AttentionInterface()[SDPA]
+        AttentionInterface.register(SDPA, _sdpa)

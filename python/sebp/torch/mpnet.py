@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MPNet's attention, which does not go through transformers' table of attentions."""
+
+import math
+
+from torch import Tensor, nn
+
+from .attention import attend
+from .forward import original, put_in, take_out
+from .packing import current_packing, lengths_of
+
+
+def is_mpnet(module: nn.Module) -> bool:
+    """Tell whether a module is an ``MPNetModel`` of transformers."""
+    kind = type(module)
+    return kind.__name__ == "MPNetModel" and kind.__module__.startswith("transformers.models.mpnet")
+
+
+class _PositionBias:
+    """Stands in the place of the encoder's method that makes one bias for all its layers."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        packing = current_packing()
+        if packing is not None:
+            # It depends on distances alone: 1 x heads x L x L serves texts of up to L tokens.
+            x = x.new_empty(1, packing.mask.shape[1], 0)
+        return type(self.encoder).compute_position_bias(self.encoder, x, *args, **kwargs)
+
+
+def _attention_forward(
+    module: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: object,
+) -> tuple:
+    packing = current_packing()
+    if packing is None:
+        plain = original(module, _attention_forward)
+        return plain(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
+    size = module.attention_head_size
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, size)).transpose(1, 2)
+
+    y = attend(
+        heads(module.q(hidden_states)),
+        heads(module.k(hidden_states)),
+        heads(module.v(hidden_states)),
+        lengths_of(packing.attention_mask),
+        False,
+        bias=position_bias,
+        dropout=module.dropout.p if module.training else 0.0,
+        scaling=1 / math.sqrt(size),
+    )
+    return (module.o(y.flatten(2)),)
+
+
+def prepare(model: nn.Module) -> None:
+    """Give an ``MPNetModel`` an attention that knows texts which lie end to end."""
+    model.encoder.compute_position_bias = _PositionBias(model.encoder)
+    for layer in model.encoder.layer:
+        put_in(layer.attention.attn, _attention_forward)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`prepare`."""
+    vars(model.encoder).pop("compute_position_bias", None)
+    for layer in model.encoder.layer:
+        take_out(layer.attention.attn, _attention_forward)

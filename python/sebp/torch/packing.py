@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes padding out of a batch, and puts it back.
+
+A batch of B texts padded to L tokens goes through a model as one text of its T real tokens. Layers
+that work token by token do not notice. Attention is told where texts end by the mask that it gets:
+a :class:`Packing` makes one of int64 that holds cumulative lengths, which nothing else takes for a
+mask. It travels as masks do: also to what checkpointing computes again after the model returned.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Unfit(Exception):
+    """A model does what it cannot do with texts that lie end to end. It says what."""
+
+
+class Packing:
+    """Where the tokens of a packed batch come from.
+
+    Texts are in the order of their lengths, so that those of one length lie together.
+
+    Attributes
+    ----------
+    mask : Tensor of bool, B x L
+        Which tokens are real.
+    rows : Tensor of int64, T
+        The tokens' indices in the padded batch, of B * L tokens.
+    side : "right", "left" or "gaps"
+        Where the padding is: behind all texts, before all, or anywhere else.
+    attention_mask : Tensor of int64, 1 x 1 x 1 x (texts + 1)
+        Cumulative lengths of the texts that have tokens.
+    has_window : bool
+        Whether attention has left out tokens of a text that were out of its window.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask != 0
+        lengths, order = self.mask.sum(1).sort(stable=True)
+        text, token = self.mask[order].nonzero(as_tuple=True)
+        self.rows = order[text] * mask.shape[1] + token
+        self.side = self._side()
+        ends = lengths[lengths > 0].cumsum(0)
+        self.attention_mask = torch.cat([ends.new_zeros(1), ends]).view(1, 1, 1, -1)
+        self.has_window = False
+
+    def _side(self) -> str:
+        """Find out where the padding is."""
+        if bool((self.mask[:, :-1] >= self.mask[:, 1:]).all()):
+            return "right"
+        return "left" if bool((self.mask[:, :-1] <= self.mask[:, 1:]).all()) else "gaps"
+
+    def counts(self, x: Tensor) -> bool:
+        """Tell whether x is 1 x T x ...: what a layer does is then counted for the whole batch."""
+        return x.dim() == 3 and x.shape[0] == 1 and x.shape[1] == self.rows.numel()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Take the real tokens of B x L x ... as 1 x T x ..., or of 1 x L for all texts."""
+        x = x.expand(*self.mask.shape, *x.shape[2:]).flatten(0, 1)
+        return x.index_select(0, self.rows)[None]
+
+    def pad(self, x: Tensor, fill: Tensor) -> Tensor:
+        """Make B x L x H of 1 x T x H, with `fill`: H, at each padded token.
+
+        Its backward raises a RuntimeError where a padded token has a gradient.
+        """
+        return _Pad.apply(x, self, fill)
+
+
+_CAUSES = """\
+The model did not compute them. What is likely:
+- labels at padded tokens: they have to be -100;
+- texts padded on the left: the first token of each is predicted from a padded one. Label it -100
+  too, or pad on the right;
+- a loss over all tokens (a question-answering head's softmax, a mean over the text) that does not
+  leave padded ones out;
+- a head that reads a padded token: the first of a text padded on the left, or the last of one
+  padded on the right;
+- a hook that changes gradients.
+remove_padding_free(model) trains the model as it is."""
+
+
+class _Pad(torch.autograd.Function):
+    """Makes B x L x H of 1 x T x H."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, packing: Packing, fill: Tensor
+    ) -> Tensor:
+        ctx.packing = packing
+        texts, length = packing.mask.shape
+        y = fill.to(x.dtype).repeat(texts * length, 1).index_copy_(0, packing.rows, x[0])
+        return y.view(texts, length, -1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple:
+        packing = ctx.packing
+        dy = dy.flatten(0, 1)
+        dx = dy.index_select(0, packing.rows)
+        padded = (~packing.mask).flatten().nonzero()[:, 0]
+        wrong = padded[dy.detach().index_select(0, padded).ne(0).any(1)]
+        # Where training has diverged, NaN is everywhere, and tells nothing of what was read.
+        if wrong.numel() > 0 and bool(dx.detach().isfinite().all()):
+            text, token = divmod(int(wrong[0]), packing.mask.shape[1])
+            raise RuntimeError(
+                f"sebp: {wrong.numel()} tokens that attention_mask leaves out have a gradient (the"
+                f" first is token {token} of text {text}). {_CAUSES}"
+            )
+        return dx[None], None, None
+
+
+def lengths_of(attention_mask: Tensor | None) -> list[int] | None:
+    """Read the lengths of texts that lie end to end from what attention gets as its mask.
+
+    Parameters
+    ----------
+    attention_mask : Tensor or None
+        :attr:`Packing.attention_mask`, or anything else.
+
+    Returns
+    -------
+    list of int or None
+        None: it is any other mask.
+    """
+    if (
+        attention_mask is None
+        or attention_mask.dtype != torch.int64
+        or attention_mask.dim() != 4
+        or attention_mask.shape[:3] != (1, 1, 1)
+    ):
+        return None
+    return attention_mask.flatten().diff().tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# The packing that the calling thread's model is in
+
+
+class _OfThread(threading.local):
+    packing: Packing | None = None
+
+
+_of_thread = _OfThread()
+
+
+@contextmanager
+def packed(packing: Packing) -> Iterator[None]:
+    """Say that what this thread computes is of a packed batch."""
+    outer, _of_thread.packing = _of_thread.packing, packing
+    try:
+        yield
+    finally:
+        _of_thread.packing = outer
+
+
+def current_packing() -> Packing | None:
+    """Give the packing that the calling thread is in."""
+    return _of_thread.packing

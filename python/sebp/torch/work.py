@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts what the backwards of linear layers have done so far, in all threads."""
+
+import os
+import threading
+from typing import NamedTuple
+
+import torch
+
+
+class LayerKind(NamedTuple):
+    """What the time of a layer's backward depends on, besides its rows."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    need_dx: bool
+    need_dw: bool
+
+
+class Work(NamedTuple):
+    """Sums over backwards: rows of the padded batch, those that were active, and time."""
+
+    rows: int = 0
+    active: int = 0
+    seconds: float = 0.0
+
+
+_work: dict[LayerKind, Work] = {}
+_lock = threading.Lock()
+
+
+def _note_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def count_work(kind: LayerKind, rows: int, active: int, seconds: float) -> None:
+    """Add one backward to the sums of its kind."""
+    with _lock:
+        before = _work.get(kind, Work())
+        _work[kind] = Work(before.rows + rows, before.active + active, before.seconds + seconds)
+
+
+def work_done() -> dict[LayerKind, Work]:
+    """Give what all backwards of this process have done so far.
+
+    Returns
+    -------
+    dict of LayerKind to Work
+        A copy. What PyTorch did in the library's place is not in it.
+    """
+    with _lock:
+        return dict(_work)
