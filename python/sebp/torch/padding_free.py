@@ -99,8 +99,8 @@ def _refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
         return "a cache"
     if config._attn_implementation != attention.SDPA and not mpnet.is_mpnet(module):
         return f"the attention has been set to {config._attn_implementation}"
-    if not isinstance(mask, Tensor):
-        return "no attention_mask" if mask is None else f"a mask of {type(mask).__name__}"
+    if type(mask) not in (Tensor, nn.Parameter):
+        return "no attention_mask" if mask is None else f"a mask of class {type(mask).__name__}"
     if mask.dim() != 2:
         return f"a mask of {mask.dim()} dimensions"
     tokens = given.get("input_ids")
@@ -316,8 +316,10 @@ def _base_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
         # Of a kind that has been before, the model itself would raise it too.
         if not is_new:
             raise
-        call.give_up(kind, f"{module._sebp_name} cannot run without padding: {error}")
-        return plain(*args, **kwargs)
+        call.undo()
+        output = plain(*args, **kwargs)
+        call.refuse(kind, f"{module._sebp_name} cannot run without padding: {error}")
+        return output
 
 
 def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict[str, object]:

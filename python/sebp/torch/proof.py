@@ -6,9 +6,10 @@ ends in one of three ways.
 
 - Its kind is new: the model runs again with padding and without dropout, and what both return is
   compared. On a difference no call of this kind leaves padding out from then on.
-- No backward will follow: padded tokens held NaN, and what the model returns has to be free of it.
-- A backward will follow: padded tokens held numbers like any other, and each must have a gradient
-  of zero, which :meth:`~sebp.torch.packing.Packing.pad` looks at.
+- No backward can follow: padded tokens held NaN, and what the model returns has to be free of it.
+- A backward can follow: padded tokens held numbers like any other, and each must have a gradient
+  of zero, which :meth:`~sebp.torch.packing.Packing.pad` looks at. In evaluation nobody may come to
+  look, so there the model runs once more with NaN.
 
 Where the result is not proved, the model runs with padding, from the random state at the beginning.
 """
@@ -31,9 +32,9 @@ from .packing import Packing
 
 Kind = tuple[object, ...]
 
-# How far a sum may be off, as a share of the largest element: by the order of its terms.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE = 3e-2  # of shorter formats
+# How far a result may be off, as a share of its largest element: by the order of sums, in float32
+# and longer formats, and in shorter ones.
+_TOLERANCE, _SHORT_TOLERANCE = 1e-4, 3e-2
 
 # The arguments and parts of results that are a decoder's memory of earlier calls.
 CACHES = ("past_key_values", "cache")
@@ -95,16 +96,16 @@ def _set_random_state(state: tuple) -> None:
     np.random.set_state(state[2])
 
 
-def _buffers(model: nn.Module) -> list[tuple[Tensor, int, Tensor]]:
-    """Copy a model's buffers, each with its version."""
-    return [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+def _buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Copy a model's buffers."""
+    return [(b, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
 
 
 @torch.no_grad()
-def _set_buffers(buffers: list[tuple[Tensor, int, Tensor]]) -> None:
-    """Put back those that were written to."""
-    for buffer, version, value in buffers:
-        if buffer._version != version:
+def _set_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Put back those that have changed. Statistics of norms change without their version."""
+    for buffer, value in buffers:
+        if not torch.equal(buffer, value):
             buffer.copy_(value)
 
 
@@ -177,14 +178,20 @@ def _leaves(value: object, name: str = "what it returns") -> Iterator[tuple[str,
         yield name, value
 
 
-def _differs(name: str, ours: object, right: Tensor, mask: Tensor) -> str:
+def _tolerance(model: nn.Module) -> float:
+    """Say how far a model's results may be off, by the shortest format that it computes in."""
+    formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    is_long = formats <= {torch.float32, torch.float64} and not torch.is_autocast_enabled("cpu")
+    return _TOLERANCE if is_long else _SHORT_TOLERANCE
+
+
+def _differs(name: str, ours: object, right: Tensor, mask: Tensor, tolerance: float) -> str:
     """Compare one tensor with that of the model as it is; "": they are equal within rounding."""
     if not isinstance(ours, Tensor) or ours.shape != right.shape or ours.dtype != right.dtype:
         return f"{name} is of another shape or kind"
     ours, right = ours.detach(), right.detach()
     if not right.is_floating_point():
         return "" if torch.equal(ours, right) else f"{name} differs"
-    tolerance = _TOLERANCES.get(right.dtype, _TOLERANCE)
 
     def off(a: Tensor, b: Tensor) -> float:
         """Give the largest difference, as a share of the largest finite element."""
@@ -235,8 +242,8 @@ class Call:
         )
         self.reasons: list[str] = []
         self._packings: list[tuple[Kind, Packing]] = []
-        self._random = _random_state()
-        self._buffers: list[tuple[Tensor, int, Tensor]] | None = None
+        self._random = self._before = _random_state()
+        self._buffers: list[tuple[Tensor, Tensor]] | None = None
 
     # ---- what modules within it ask and tell ----
 
@@ -267,17 +274,22 @@ class Call:
     def begin(self, kind: Kind, packing: Packing) -> None:
         """Note that a part of the call is about to run without padding."""
         # What follows may have to be undone.
-        if self._buffers is None and (not self._is_proved(kind, packing) or self.model.training):
-            self._buffers = _buffers(self.model)
+        if not self._is_proved(kind, packing) or self.model.training:
+            self._buffers = self._buffers or _buffers(self.model)
+        if self.is_new(kind, packing):
+            self._before = _random_state()
         self._packings.append((kind, packing))
 
-    def give_up(self, kind: Kind, reason: str) -> None:
-        """Note that the part last begun cannot run without padding."""
+    def undo(self) -> None:
+        """Make as if the part last begun had not been, as it cannot run without padding."""
         self._packings.pop()
+        _set_random_state(self._before)
+        _set_buffers(self._buffers or [])
+
+    def refuse(self, kind: Kind, reason: str) -> None:
+        """Note that calls of a kind cannot run without padding."""
         self.proofs.refused[kind] = reason
         self.reasons.append(reason)
-        _set_random_state(self._random)
-        _set_buffers(self._buffers or [])
 
     def is_new(self, kind: Kind, packing: Packing) -> bool:
         """Tell whether calls of a kind have neither been proved nor, without a check, been made."""
@@ -308,6 +320,10 @@ class Call:
         problem = ""
         if self.proofs.check and not self.has_backward:
             problem = self._unproved(output)
+        elif self.proofs.check and not self.model.training:
+            self.has_backward = False
+            problem = self._unproved(self._again(False, forward, args, kwargs)[0])
+            self.has_backward = True
         new = [(k, p) for k, p in packings if not self._is_proved(k, p)]
         if new and not problem:
             problem = self._difference(output, new[0][1].mask, forward, args, kwargs)
@@ -330,6 +346,17 @@ class Call:
         finally:
             _of_thread.call = None
 
+    def _again(
+        self, is_plain: bool, forward: Callable, args: tuple, kwargs: dict
+    ) -> tuple[object, bool]:
+        """Run once more from the same random state, without dropout; True: there is some."""
+        self.is_plain = is_plain
+        with _no_trace(self.model), torch.no_grad(), _WithoutDropout() as dropout:
+            _set_random_state(self._random)
+            result = self._within(forward, args, kwargs)
+        self.is_plain, self._packings = False, []
+        return result, dropout.met
+
     def _unproved(self, output: object) -> str:
         """Say what of the output may depend on padded tokens, which hold NaN; "": nothing."""
         inputs = [value for _, value in _leaves(self.given)]
@@ -348,21 +375,14 @@ class Call:
         self, output: object, mask: Tensor, forward: Callable, args: tuple, kwargs: dict
     ) -> str:
         """Compare with what the model as it is returns; "": it is equal within rounding."""
-
-        def again(is_plain: bool) -> tuple[object, bool]:
-            """Run once more from the same random state, but without dropout."""
-            self.is_plain = is_plain
-            with _no_trace(self.model), torch.no_grad(), _WithoutDropout() as dropout:
-                _set_random_state(self._random)
-                result = self._within(forward, args, kwargs)
-            self.is_plain, self._packings = False, []
-            return result, dropout.met
-
-        right, has_dropout = again(True)
-        ours = dict(_leaves(again(False)[0] if has_dropout else output))
+        right, has_dropout = self._again(True, forward, args, kwargs)
+        if has_dropout:
+            output, _ = self._again(False, forward, args, kwargs)
+        ours = dict(_leaves(output))
+        tolerance = _tolerance(self.model)
         for name, value in _leaves(right):
             if isinstance(value, Tensor):
-                problem = _differs(name, ours.get(name), value, mask)
+                problem = _differs(name, ours.get(name), value, mask, tolerance)
                 if problem:
                     return problem
         return ""
