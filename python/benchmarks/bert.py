@@ -8,7 +8,6 @@ AdamW. The modes:
 
 - pytorch: the model as it is, every text padded to one length;
 - sebp: SEBP in all linear layers; what the forward computes is as it was;
-- sebp-padding: the forward too skips padded tokens;
 - trimmed: the model as it is, each batch trimmed to its longest text;
 - padding-free: padding taken out before the encoder, and SEBP in all linear layers;
 - pytorch-full, sebp-full: texts without padding and a loss on every token, so that all rows are
@@ -21,7 +20,7 @@ import random
 from pathlib import Path
 
 import torch
-from common import Batch, Mode, make_parser, padding_free, run_benchmark, with_padding, with_sebp
+from common import Batch, Mode, make_parser, padding_free, run_benchmark, with_sebp
 from texts import draw_texts, fill, make_batch, read_texts, trim
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -41,7 +40,6 @@ def make_modes(padded: list[Batch]) -> list[Mode]:
     return [
         Mode("pytorch", "pytorch", padded),
         Mode("sebp", "pytorch", padded, change=with_sebp),
-        Mode("sebp-padding", "pytorch", padded, change=with_padding),
         Mode("trimmed", "pytorch", trimmed),
         Mode("padding-free", "pytorch", padded, change=padding_free),
         Mode("pytorch-full", "pytorch-full", full, loss_of_tokens),

@@ -30,26 +30,21 @@ Batch = dict[str, Tensor]
 # Modes
 
 
+def take_padding_out(model: nn.Module) -> None:
+    """Put SEBP into all linear layers, and let the encoder work on real tokens alone."""
+    report = sebp.apply_sebp_to_model(model, padding=True)
+    if not report.padding.changed:
+        raise SystemExit(f"padding-free: {report}")
+
+
 @contextmanager
-def with_sebp(model: nn.Module, padding: bool = False) -> Iterator[None]:
+def with_sebp(model: nn.Module) -> Iterator[None]:
     """Train with SEBP in all linear layers."""
-    sebp.apply_sebp_to_model(model, padding=padding)
+    sebp.apply_sebp_to_model(model)
     try:
         yield
     finally:
         sebp.remove_sebp_from_model(model)
-
-
-def with_padding(model: nn.Module) -> AbstractContextManager:
-    """Train with SEBP, with padded tokens skipped in the forward too."""
-    return with_sebp(model, padding=True)
-
-
-def take_padding_out(model: nn.Module) -> None:
-    """Let the encoder work on real tokens alone."""
-    report = sebp.padding_free(model)
-    if not report.changed:
-        raise SystemExit(f"padding-free: {report}")
 
 
 @contextmanager
@@ -57,10 +52,9 @@ def padding_free(model: nn.Module) -> Iterator[None]:
     """Train with SEBP on real tokens alone."""
     take_padding_out(model)
     try:
-        with with_sebp(model):
-            yield
+        yield
     finally:
-        sebp.remove_padding_free(model)
+        sebp.remove_sebp_from_model(model)
 
 
 @dataclass

@@ -72,7 +72,7 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
     batches = make_batches(options, options.rounds)
     trainings, times = {}, {}
     for name in options.methods:
-        training = Training(name, make_model(), _RATE, sizes, skip_padding=options.padding)
+        training = Training(name, make_model(), _RATE, sizes)
         mode = Mode(name, "full", batches)
         # As many steps on few elements for all that take them.
         warm_up = {"sparsegrad": sizes.basis_steps + sizes.fix_after, "meprop": sizes.fix_after}

@@ -11,7 +11,6 @@ right. The modes:
 
 - pytorch: the model as it is;
 - sebp: SEBP in all linear layers; what the forward computes is as it was;
-- sebp-padding: the forward too skips padded tokens;
 - trimmed: the model as it is, on the text without its padding;
 - padding-free: padding taken out before the decoder, and SEBP in all linear layers.
 """
@@ -19,7 +18,7 @@ right. The modes:
 import random
 
 import torch
-from common import Batch, Mode, make_parser, padding_free, run_benchmark, with_padding, with_sebp
+from common import Batch, Mode, make_parser, padding_free, run_benchmark, with_sebp
 from texts import trim
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +39,6 @@ def make_modes(padded: list[Batch]) -> list[Mode]:
     return [
         Mode("pytorch", "pytorch", padded),
         Mode("sebp", "pytorch", padded, change=with_sebp),
-        Mode("sebp-padding", "pytorch", padded, change=with_padding),
         Mode("trimmed", "pytorch", [trim(batch) for batch in padded]),
         Mode("padding-free", "pytorch", padded, change=padding_free),
     ]

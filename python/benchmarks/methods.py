@@ -131,7 +131,6 @@ class Training:
         rate: float,
         sizes: Sizes,
         bases: dict[str, Basis] | None = None,
-        skip_padding: bool = False,
     ) -> None:
         """Begin.
 
@@ -147,8 +146,6 @@ class Training:
             How much is trained.
         bases : dict of str to Basis, optional
             SparseGrad's; without, it begins with full training.
-        skip_padding : bool
-            Skip padding in the linear layers instead of taking it out.
         """
         method = METHODS[name]
         self.model = model
@@ -158,9 +155,7 @@ class Training:
         if method.kind == "lora":
             sebp.apply_lora_to_model(model, sizes.rank)
         if not method.plain:
-            if not skip_padding:
-                take_padding_out(model)
-            sebp.apply_sebp_to_model(model, padding=skip_padding)
+            take_padding_out(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
         self.optimizer: torch.optim.Optimizer = adamw

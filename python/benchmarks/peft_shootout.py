@@ -421,7 +421,6 @@ def parse() -> argparse.Namespace:
     add("--basis", action="store_true", help="what the basis phase takes instead")
     add("--rounds", type=_count, default=10, help="of --time and --basis: steps of each")
     add("--length", type=_count, default=128, help="of --time and such: texts are padded to it")
-    add("--padding", action="store_true", help="of --time: skip padding, do not take it out")
     add("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
     add("--given-bases", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -66,7 +66,7 @@ def data(tmp_path):
 @pytest.mark.parametrize(("name", "options"), [("bert", BERT), ("llama", LLAMA)])
 def test_times(call, name, options):
     rows = {row["mode"]: row for row in call(name, options)}
-    assert {"pytorch", "sebp", "sebp-padding", "trimmed", "padding-free"} <= set(rows)
+    assert {"pytorch", "sebp", "trimmed", "padding-free"} <= set(rows)
     for row in rows.values():
         parts = [float(row[f"{part}_ms"]) for part in ("forward", "backward", "optimizer")]
         assert 0 < max(parts) < float(row["step_ms"])
@@ -120,7 +120,7 @@ def test_minilm(call, data):
     rows = call("minilm", f"--data {data} --model {data / 'model'} --steps 3 --plot {plot}")
     assert len(rows) == 3
     for row in rows:
-        losses = [float(row[mode]) for mode in ("pytorch", "sebp-padding", "padding-free")]
+        losses = [float(row[mode]) for mode in ("pytorch", "padding-free")]
         assert max(losses) - min(losses) < 1e-5
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
@@ -357,9 +357,8 @@ def test_shootout_refuses_another_table(shootout, data):
     assert (data / "peft_shootout.csv").read_text() == "mode,step_ms\nfast,1\n"
 
 
-@pytest.mark.parametrize("options", ["", "--padding"])
-def test_shootout_times(shootout, options):
-    rows = shootout(f"--time --rounds 2 --length 20 --methods {METHODS},pytorch {options}")
+def test_shootout_times(shootout):
+    rows = shootout(f"--time --rounds 2 --length 20 --methods {METHODS},pytorch")
     rows = {row["method"]: row for row in rows}
     assert set(rows) == {*METHODS.split(","), "pytorch"}
     for row in rows.values():
