@@ -340,8 +340,19 @@ def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict
 def _exit_of(module: nn.Module) -> nn.Module:
     """Find the part of a base model whose output is padded again: a pooler wants it padded."""
     encoder = getattr(module, "encoder", None)
-    has_pooler = getattr(module, "pooler", None) is not None
-    return encoder if has_pooler and isinstance(encoder, nn.Module) else module
+    return encoder if _has_pooler(module) and isinstance(encoder, nn.Module) else module
+
+
+def _has_pooler(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "pooler", None), nn.Module)
+
+
+def _pooler_forward(module: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
+    """Stand in the place of a pooler's forward: hand it the padded last hidden state."""
+    packing, call = current_packing(), current_call()
+    if packing is not None and call is not None and packing.counts(x):
+        x = _pad(x, packing, call)
+    return original(module, _pooler_forward)(x, *args, **kwargs)
 
 
 def _exit_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
@@ -503,6 +514,8 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
     put_in(module, _base_forward)
     if _exit_of(module) is not module:
         put_in(_exit_of(module), _exit_forward)
+    elif _has_pooler(module):
+        put_in(module.pooler, _pooler_forward)
 
 
 def runs_padding_free(model: nn.Module) -> bool:
@@ -554,6 +567,8 @@ def put_padding_back(model: nn.Module, owner: str) -> list[str]:
             names.append(name or type(module).__name__)
             take_out(module, _base_forward)
             take_out(_exit_of(module), _exit_forward)
+            if _has_pooler(module):
+                take_out(module.pooler, _pooler_forward)
             if mpnet.is_mpnet(module):
                 mpnet.restore(module)
             del module._sebp_name, module._sebp_is_causal

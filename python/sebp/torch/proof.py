@@ -310,8 +310,13 @@ class Call:
         args, kwargs
             What it was called with.
         """
-        output = self._within(forward, args, kwargs)
-        packings, self._packings = self._packings, []
+        try:
+            output = self._within(forward, args, kwargs)
+        except Exception as error:
+            if all(self._is_proved(kind, packing) for kind, packing in self._packings):
+                raise
+            return self._with_padding(f"it failed without padding: {error}", forward, args, kwargs)
+        packings = self._packings
         if not packings:
             reason = self.reasons[0] if self.reasons else "no attention_mask came to a known model"
             self.proofs.calls[reason] += 1
@@ -331,13 +336,19 @@ class Call:
             self.proofs.proved.update((kind, packing.has_window) for kind, packing in packings)
             self.proofs.calls[""] += 1
             return output
-        self.proofs.refused.update((kind, problem) for kind, _ in packings)
-        self.proofs.calls[problem] += 1
-        self._tell(problem)
+        return self._with_padding(problem, forward, args, kwargs)
+
+    def _with_padding(self, reason: str, forward: Callable, args: tuple, kwargs: dict) -> object:
+        """Make the call again as the model does by itself, and all of its kind from now on."""
         _set_random_state(self._random)
         _set_buffers(self._buffers or [])
         self.is_plain = True
-        return self._within(forward, args, kwargs)
+        # Where the model itself fails, nothing is known of the kind.
+        output = self._within(forward, args, kwargs)
+        self.proofs.refused.update((kind, reason) for kind, _ in self._packings)
+        self.proofs.calls[reason] += 1
+        self._tell(reason)
+        return output
 
     def _within(self, forward: Callable, args: tuple, kwargs: dict) -> object:
         _of_thread.call = self
@@ -350,11 +361,12 @@ class Call:
         self, is_plain: bool, forward: Callable, args: tuple, kwargs: dict
     ) -> tuple[object, bool]:
         """Run once more from the same random state, without dropout; True: there is some."""
+        packings, self._packings = self._packings, []
         self.is_plain = is_plain
         with _no_trace(self.model), torch.no_grad(), _WithoutDropout() as dropout:
             _set_random_state(self._random)
             result = self._within(forward, args, kwargs)
-        self.is_plain, self._packings = False, []
+        self.is_plain, self._packings = False, packings
         return result, dropout.met
 
     def _unproved(self, output: object) -> str:
