@@ -7,9 +7,12 @@ On a PyTorch model::
     sebp.apply_sebp_to_model(model)
 
 The layer on NumPy arrays is in :mod:`sebp.core`, SparseGrad on them in :mod:`sebp.sparse`,
-PyTorch's in :mod:`sebp.torch`. PyTorch is imported when one of its names is first used.
+PyTorch's in :mod:`sebp.torch`. These modules need no import of their own. PyTorch is imported when
+one of its names is first used.
 """
 
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from ._library import LibraryMismatchError, LibraryNotFoundError, openmp_runtimes
@@ -17,6 +20,9 @@ from ._version import __version__
 from .core import Context, Rows, SebpError, linear_backward, linear_forward
 
 if TYPE_CHECKING:
+    from . import core as core
+    from . import sparse as sparse
+    from . import torch as torch
     from .torch import (
         PaddingFreeReport,
         Profile,
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
     )
     from .torch.trainer import SebpCallback
 
+# Not in __all__: a star import is not to put its own torch in the place of PyTorch.
+_MODULES = ("core", "sparse", "torch")
 _OF_TORCH = (
     "PaddingFreeReport",
     "Profile",
@@ -75,12 +83,25 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    # Not "from . import torch", which asks for the attribute and so comes back to here.
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _OF_TORCH:
-        from . import torch
-
-        return getattr(torch, name)
+        return getattr(importlib.import_module(f"{__name__}.torch"), name)
     if name == "SebpCallback":
-        from .torch.trainer import SebpCallback
-
-        return SebpCallback
+        return importlib.import_module(f"{__name__}.torch.trainer").SebpCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def __dir__() -> list[str]:
+    """List the public names, but for those that need a package which is not installed."""
+    names = {*__all__, *_MODULES}
+    if not _is_installed("torch"):
+        names -= {*_OF_TORCH, "SebpCallback", "torch"}
+    elif not _is_installed("transformers"):
+        names.discard("SebpCallback")
+    return sorted(names)

@@ -104,6 +104,55 @@ def test_numpy_without_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["core", "sparse", "torch"])
+def test_modules_need_no_import(name):
+    """The modules that the package's documentation names come with it, each on its own."""
+    if name == "torch":
+        pytest.importorskip("torch")
+    code = (
+        "import sys, sebp\n"
+        f"assert {name!r} == 'core' or 'sebp.{name}' not in sys.modules\n"
+        f"assert hasattr(sebp, {name!r})\n"
+        f"assert sebp.{name} is sys.modules['sebp.{name}']\n"
+        "assert not hasattr(sebp, 'absent')"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_of_a_star_import_is_pytorch():
+    torch = pytest.importorskip("torch")
+    names = {"torch": torch}
+    exec("import sebp\nsebp.torch\nfrom sebp import *", names)
+    assert names["torch"] is torch
+
+
+@pytest.mark.parametrize(("absent", "missing"), [("none", 0), ("transformers", 1), ("torch", 15)])
+def test_dir(absent, missing):
+    """dir() lists the public names, all of which can be had, and help() works on them."""
+    pytest.importorskip("torch")
+    if absent == "none":
+        pytest.importorskip("transformers")
+    code = f"""
+import inspect, sys
+sys.modules[{absent!r}] = None
+import sebp
+def can_be_had(name):
+    try:
+        getattr(sebp, name)
+    except ImportError:
+        return False
+    return True
+public = [*sebp.__all__, "core", "sparse", "torch"]
+had = {{name for name in public if can_be_had(name)}}
+assert len(public) - len(had) == {missing}, had
+assert set(dir(sebp)) == had, had ^ set(dir(sebp))
+assert {{name for name, _ in inspect.getmembers(sebp)}} == had
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("first", ["torch", "sebp"])
 def test_one_openmp_runtime(first):
