@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Contexts: options, environment, the bound on scratch memory, verbose lines, placement, fork.
+ * Contexts: options, environment, the bound on scratch memory, verbose lines, placement.
  */
 #include "config.h"
 
@@ -598,59 +598,6 @@ START_TEST(affinity_mask_is_the_boundary)
 END_TEST
 #endif
 
-/* _i: the GEMM. A child goes on with its copy of a context that has computed in the parent. */
-START_TEST(fork_and_go_on)
-{
-    if (gemms[_i] == SEBP_GEMM_ONEDNN && info_of(NULL).onednn[0] == '\0') {
-        testing_skip("fork_and_go_on with onednn", "built without it");
-        return;
-    }
-    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemms[_i];
-    options.threads = 3;
-    sebp_context *context = create(&options);
-
-    const int64_t M = 300, N = 70, K = 90;
-    sebp_matrix dy = testing_matrix(M, N, N, SEBP_F32), x = testing_matrix(M, K, K, SEBP_F32);
-    sebp_matrix w = testing_matrix(N, K, K, SEBP_F32), dx = testing_matrix(M, K, K, SEBP_F32);
-    sebp_matrix dw = testing_matrix(N, K, K, SEBP_F32);
-    testing_fill(&dy, TESTING_INTEGER);
-    testing_fill(&x, TESTING_INTEGER);
-    testing_fill(&w, TESTING_INTEGER);
-    testing_zero_rows(&dy, 0.5);
-    testing_set(&dy, 0, 0, 1);
-    expect_success(sebp_linear_backward(context, &dy, &x, &w, NULL, NULL, &dx, &dw, NULL), context);
-    ck_assert_int_gt(testing_nonzeros(&dw), 0);
-
-    pid_t child = fork();
-    ck_assert_int_ge(child, 0);
-    if (child == 0) {
-        alarm(60); /* a child that hangs is ended */
-        sebp_matrix dx_again = testing_matrix(M, K, K, SEBP_F32);
-        sebp_matrix dw_again = testing_matrix(N, K, K, SEBP_F32);
-        sebp_status status =
-            sebp_linear_backward(context, &dy, &x, &w, NULL, NULL, &dx_again, &dw_again, NULL);
-        int same = testing_same_bits(&dx, &dx_again) && testing_same_bits(&dw, &dw_again);
-        sebp_context_destroy(context);
-        sebp_matrix *all[] = {&dy, &x, &w, &dx, &dw, &dx_again, &dw_again};
-        for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-            testing_release(all[i]); /* valgrind looks for leaks in the child as well */
-        }
-        _exit(status != SEBP_SUCCESS ? 2 : same ? 0 : 3);
-    }
-    expect_good_exit(child);
-
-    /* And the parent is none the worse. */
-    check_it_computes(context);
-    sebp_context_destroy(context);
-    testing_release(&dy);
-    testing_release(&x);
-    testing_release(&w);
-    testing_release(&dx);
-    testing_release(&dw);
-}
-END_TEST
-
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("context");
@@ -668,7 +615,6 @@ static Suite *make_suite(void)
     tcase_add_test(tests, verbose);
     tcase_add_loop_test(tests, placement, 0, 2);
     tcase_add_test(tests, affinity_mask_is_the_boundary);
-    tcase_add_loop_test(tests, fork_and_go_on, 0, 3);
     suite_add_tcase(suite, tests);
     return suite;
 }

@@ -19,7 +19,7 @@
  *
  * The eigenproblem is LAPACK's (ssyevr and ssyevd, through LAPACKE), on the threads of its BLAS.
  * Where these are OpenMP's they are no more than the context's, and one where it has a parallel_for
- * or was copied by a fork; a BLAS with threads of its own is left alone, as is any by a build without
+ * or a fork has left threads behind (context.h); a BLAS with threads of its own is left alone, as is any by a build without
  * OpenMP. Vectors may round differently with another number.
  */
 #ifndef SEBP_BASIS_H

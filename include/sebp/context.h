@@ -4,7 +4,7 @@
  * A context holds what calls share: threads and where they run, scratch memory, the GEMM in use.
  *
  * There is no state outside contexts but the table of kernels for this CPU, which is filled once
- * and never changes. A context is used by one thread at a time; two threads with two contexts never
+ * and never changes, and what is known of forks. A context is used by one thread at a time; two threads with two contexts never
  * meet.
  */
 #ifndef SEBP_CONTEXT_H
@@ -88,11 +88,13 @@ typedef struct sebp_context_options {
  * each other: two that are placed, of two threads, start at the same core.
  *
  * After fork() a child may go on using its copy of a context: it then works on one thread with the
- * library's own GEMM, as OpenMP and oneDNN do not survive a fork, and so does LAPACK (basis.h). A
- * context that the child makes itself wants threads = 1 or a parallel_for where the parent has used
- * OpenMP: with more threads the OpenMP runtime waits for ever for those that the fork has not
- * copied. In a build without OpenMP, LAPACK on a BLAS that uses it waits like that too: there
- * OMP_NUM_THREADS is to be 1 from the start.
+ * library's own GEMM, as OpenMP and oneDNN do not survive a fork, and so does LAPACK (basis.h). So
+ * does a context that the child makes itself, whatever the options and variables say, where the
+ * process that forked had more than one thread: any library there may have used OpenMP, which waits
+ * for ever for threads that the fork has not copied. Its own parallel_for is used. A child of a
+ * process that had one thread may use as many as any. All this holds if the library was loaded before
+ * the fork, else see sebp_after_fork(). In a build without OpenMP, LAPACK on a BLAS that uses it
+ * waits like that too: there OMP_NUM_THREADS is to be 1 from the start.
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
@@ -104,6 +106,13 @@ typedef struct sebp_context_options {
  */
 SEBP_API sebp_status sebp_context_create(const sebp_context_options *options,
                                          sebp_context **context);
+
+/**
+ * Says that this process is a fork of one that had threads: contexts made afterwards work on one, as
+ * described above. To be called in a child that loads the library only after the fork, before it
+ * makes a context; a library that was there before the fork knows by itself. Not undone.
+ */
+SEBP_API void sebp_after_fork(void);
 
 /** Frees a context and its scratch memory, and undoes the binding of the calling thread. NULL:
  * nothing. */

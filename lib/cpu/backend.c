@@ -11,7 +11,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "cpu.h"
 
@@ -46,6 +45,8 @@ static int count_threads(const sebp_context_options *options,
     if (options->parallel_for == NULL)
         return 1;
 #endif
+    if (options->parallel_for == NULL && sebp_cpu_openmp_is_lost())
+        return 1;
     if (options->threads > 0)
         return options->threads;
     if (environment->omp_threads > 0)
@@ -65,7 +66,7 @@ sebp_status sebp_cpu_create(const sebp_context_options *options,
     cpu->placement = options->placement;
     cpu->parallel_for = options->parallel_for;
     cpu->pool = options->pool;
-    cpu->pid = getpid();
+    cpu->forks = sebp_cpu_forks();
     cpu->workspace_bytes = options->workspace_bytes;
     if (cpu->placement != SEBP_PLACEMENT_NONE) {
         cpu->placement_refused =

@@ -9,7 +9,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/types.h>
 
 #include <sebp/sebp.h>
 
@@ -88,7 +87,7 @@ typedef struct sebp_cpu {
     struct sebp_binding *binding;   /* NULL: threads are not bound */
     sebp_parallel_for parallel_for; /* the host's; NULL: our own */
     void *pool;
-    pid_t pid;               /* the process that made it: a forked child works alone */
+    unsigned forks;          /* sebp_cpu_forks() as it was made: a copy of it works alone */
     sebp_topology topology;  /* as it was found when the context was made */
     int64_t workspace_bytes; /* the bound */
     int64_t aside_bytes;     /* of scratch, its first: a method's own */
@@ -101,10 +100,10 @@ typedef struct sebp_cpu {
  * done. */
 void sebp_cpu_parallel(sebp_cpu *cpu, int64_t tasks, sebp_task task, void *work);
 
-/** 1 in a forked child, else cpu->threads. */
+/** 1 in a copy that a fork has made, else cpu->threads. */
 int sebp_cpu_threads(const sebp_cpu *cpu);
 
-/** Whether this process is a fork of the one that made the context. */
+/** Whether the context is such a copy, or is not to use OpenMP as a parent had threads. */
 bool sebp_cpu_is_forked(const sebp_cpu *cpu);
 
 /** From now on binds each of the threads at its first piece of work, as cpu->placement says. */
@@ -115,6 +114,15 @@ void sebp_cpu_bind_now(sebp_cpu *cpu);
 
 /** Gives the threads back the affinity that the calling thread had. */
 void sebp_cpu_unbind(sebp_cpu *cpu);
+
+/* fork.c */
+
+/** How many forks this process is away from the one that has loaded the library. */
+unsigned sebp_cpu_forks(void);
+
+/** Whether a parent of this process had threads: OpenMP, which may wait for them, is not to be
+ * used. */
+bool sebp_cpu_openmp_is_lost(void);
 
 /* backend.c */
 

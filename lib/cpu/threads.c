@@ -20,14 +20,19 @@
 
 #include "cpu.h"
 
+static bool is_copy(const sebp_cpu *cpu)
+{
+    return sebp_cpu_forks() != cpu->forks;
+}
+
 bool sebp_cpu_is_forked(const sebp_cpu *cpu)
 {
-    return getpid() != cpu->pid;
+    return is_copy(cpu) || sebp_cpu_openmp_is_lost();
 }
 
 int sebp_cpu_threads(const sebp_cpu *cpu)
 {
-    return sebp_cpu_is_forked(cpu) ? 1 : cpu->threads;
+    return is_copy(cpu) ? 1 : cpu->threads;
 }
 
 /* ---- binding ---- */
@@ -91,7 +96,7 @@ static void bind_this_thread(sebp_cpu *cpu, int thread)
 static void unbind_this_thread(const sebp_cpu *cpu, int thread)
 {
     pid_t bound = cpu->binding->places[thread].bound;
-    if (bound == thread_id() || (bound != 0 && sebp_cpu_is_forked(cpu)))
+    if (bound == thread_id() || (bound != 0 && is_copy(cpu)))
         sched_setaffinity(0, sizeof cpu->binding->before, cpu->binding->before);
 }
 
@@ -99,7 +104,7 @@ static void unbind_this_thread(const sebp_cpu *cpu, int thread)
 static bool is_bound(const sebp_cpu *cpu)
 {
     const place *places = cpu->binding->places;
-    return places[0].bound == thread_id() && places[cpu->threads - 1].bound != 0;
+    return !is_copy(cpu) && places[0].bound == thread_id() && places[cpu->threads - 1].bound != 0;
 }
 
 #else
@@ -165,7 +170,7 @@ void sebp_cpu_parallel(sebp_cpu *cpu, int64_t tasks, sebp_task task, void *work)
         return;
     }
 #endif
-    if (cpu->binding != NULL && !sebp_cpu_is_forked(cpu))
+    if (cpu->binding != NULL && !is_copy(cpu))
         bind_this_thread(cpu, 0);
     run_range(task, work, 0, tasks);
 }
@@ -186,7 +191,7 @@ void sebp_cpu_unbind(sebp_cpu *cpu)
     if (cpu->binding == NULL)
         return;
 #ifdef _OPENMP
-    if (is_bound(cpu) && !omp_in_parallel()) {
+    if (cpu->threads > 1 && is_bound(cpu) && !omp_in_parallel()) {
 #pragma omp parallel num_threads(cpu->threads)
         unbind_this_thread(cpu, omp_get_thread_num());
     }
