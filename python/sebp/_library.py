@@ -29,6 +29,18 @@ Build it in the source tree, then install the package from there:
     pip install ./python
 or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libsebp.so."""
 
+# Whether this process was forked from one that had imported this module. It had threads, as NumPy
+# alone has some. A library that was loaded there knows, but not one that is loaded here.
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
 _view = POINTER(Matrix)
 _kept = POINTER(SparseStruct)
 _linear_options = POINTER(LinearOptions)
@@ -41,6 +53,7 @@ _FUNCTIONS = {
     "sebp_status_string": (c_char_p, [c_int]),
     "sebp_info_get": (c_int, [c_void_p, POINTER(Info)]),
     "sebp_context_create": (c_int, [POINTER(ContextOptions), POINTER(c_void_p)]),
+    "sebp_after_fork": (None, []),
     "sebp_context_destroy": (None, [c_void_p]),
     "sebp_context_threads": (c_int, [c_void_p]),
     "sebp_context_scratch_bytes": (c_int64, [c_void_p]),
@@ -193,6 +206,8 @@ def load() -> ctypes.CDLL:
             tried.append(f"{path} ({where}): {error}")
             continue
         _check_version(library, path)
+        if _is_forked:
+            library.sebp_after_fork()
         return library
     places = "".join(f"\n    {line}" for line in tried)
     raise LibraryNotFoundError(f"libsebp was not found. Looked at:{places}\n{_HOW_TO_BUILD}")

@@ -49,6 +49,12 @@ def _fail(status: int, message: str) -> None:
 class Context:
     """Threads and scratch memory. Used by one thread at a time.
 
+    A forked child may use those it has inherited, and make its own: both work on one thread,
+    whatever is asked for, as OpenMP's threads have stayed behind. The fork is seen if ``sebp`` was
+    imported before. Where PyTorch has worked on threads, and ``sebp`` is imported in the child
+    alone, ask for ``threads=1``, and call ``torch.set_num_threads(1)``, without which PyTorch's own
+    operators hang there, too.
+
     Parameters
     ----------
     threads : int, default 0

@@ -183,6 +183,92 @@ assert threads() == alone, (alone, threads())
     assert done.returncode == 0, done.stderr
 
 
+_BEFORE = {
+    "nothing": "",
+    "the default context": "linear_forward(x, x)",
+    "a context": """
+with Context(threads=2) as closed:
+    linear_forward(x, x, context=closed)""",
+    "an open context": """
+context = Context(threads=2)
+linear_forward(x, x, context=context)""",
+    "another thread": """
+thread = threading.Thread(target=linear_forward, args=(x, x))
+thread.start()
+thread.join()""",
+    "PyTorch": """
+import torch
+torch.set_num_threads(2)
+torch.ones(2000, 2000).sigmoid_()""",
+    "PyTorch and the library": """
+import torch
+torch.set_num_threads(2)
+torch.ones(2000, 2000).sigmoid_()
+linear_forward(x[:1], x)""",
+}
+
+
+@pytest.mark.parametrize("gemm", ["auto", "onednn"])
+@pytest.mark.parametrize("before", _BEFORE)
+def test_forked_child(before, gemm):
+    """A child computes, whatever has used threads before, with contexts old and new."""
+    if "PyTorch" in before:
+        pytest.importorskip("torch")
+    code = f"""
+import os, signal, threading
+import numpy as np
+from sebp import Context, linear_forward
+x = np.ones((512, 512), np.float32)
+context = None
+{_BEFORE[before]}
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    own = Context(threads=2)
+    assert own.threads == 1
+    for one in (None, own, context):
+        assert (linear_forward(x, x, context=one) == 512).all()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    done = run_python(code, OMP_NUM_THREADS="2", SEBP_NUM_THREADS="2", SEBP_GEMM=gemm)
+    if gemm == "onednn" and "this build has no oneDNN" in done.stderr:
+        pytest.skip("this build has no oneDNN")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("first", ["library", "PyTorch"])
+def test_forked_child_solves(lapack, first):
+    """LAPACK's threads are the parent's as well."""
+    if first == "PyTorch":
+        pytest.importorskip("torch")
+    code = f"""
+import os, signal
+import numpy as np
+from sebp.sparse import BasisSums
+def solve():
+    sums = BasisSums(300, 200)
+    sums.add(np.random.default_rng(1).standard_normal((300, 200), np.float32))
+    return sums.solve(20, 200).shares
+if {first!r} == "library":
+    want = solve()
+else:
+    import torch
+    torch.set_num_threads(2)
+    torch.ones(2000, 2000).sigmoid_()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    shares = solve()
+    assert {first!r} == "PyTorch" or np.allclose(shares, want, atol=1e-5)
+    assert abs(shares[1] - 1) < 1e-5 and 0.1 < shares[0] < 0.9, shares
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    done = run_python(code, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+
+
 def test_fork():
     """A forked child goes on alone, without waiting for threads that are gone."""
     pytest.importorskip("torch")
