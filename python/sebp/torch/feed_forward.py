@@ -14,9 +14,13 @@ _FEED_FORWARD = re.compile(
     r"(^|\.)\d+\.((intermediate|output)\.dense|ffn\.lin[12]|mlp\.(c_fc|c_proj|\w+_proj))$"
 )
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_TRAINED = (torch.float32, torch.bfloat16)
+_FROZEN = (*_TRAINED, torch.float16, torch.float64)
 
 
-def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module]]:
+def choose_layers(
+    model: nn.Module, layers: Layers, *, frozen: bool = False
+) -> list[tuple[str, nn.Module]]:
     """List the layers that are to be trained in another way.
 
     Parameters
@@ -26,6 +30,8 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     layers : str, sequence of str, or callable, optional
         Shell patterns of names, or a function of name and module. Default: the feed-forward layers
         of models of transformers, and of others that name theirs alike.
+    frozen : bool, default False
+        Whether their weights stay as they are meanwhile, and so may be frozen already.
 
     Returns
     -------
@@ -36,8 +42,10 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     ------
     ValueError
         If there are none; or if one of them is trained by a :class:`~sebp.torch.SparseOptimizer`,
-        or has a weight that is not on the CPU, not of float32 or bfloat16, not row by row in
-        memory, frozen, or shared with another module.
+        or has a weight that is not a parameter, as under ``weight_norm`` and pruning, not on the
+        CPU, or in memory that another module's parameter has, too; or that is not of float32 or
+        bfloat16, not row by row in memory, or frozen. With `frozen` it may be frozen, in any order
+        in memory, and of float16 or float64 as well.
     """
     if layers is None:
         chosen = [(name, m) for name, m in linear_layers(model) if _FEED_FORWARD.search(name)]
@@ -47,30 +55,51 @@ def choose_layers(model: nn.Module, layers: Layers) -> list[tuple[str, nn.Module
     if not chosen:
         what = "no feed-forward layers known by name" if layers is None else f"none in {layers!r}"
         raise ValueError(f"no linear layer to train: {what}; see the argument layers")
-    owners: dict[int, list[str]] = {}
-    for owner, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(owner)
     for name, module in chosen:
-        if reason := refusal(module.weight):
+        if reason := refusal(module.weight, frozen=frozen):
             raise ValueError(f"{name}: its weight {reason}")
-        if not module.weight.requires_grad:
+        if "weight" not in module._parameters:
+            raise ValueError(f"{name}: its weight is not a parameter, but computed from others")
+        if not (frozen or module.weight.requires_grad):
             raise ValueError(f"{name}: its weight is frozen")
         if any(getattr(hook, "is_in_use", False) for hook in module._forward_hooks.values()):
             raise ValueError(f"{name}: a SparseOptimizer has it already; release() that first")
-        others = [owner for owner in owners[id(module.weight)] if owner != name]
-        if others:
-            raise ValueError(f"{name}: its weight is that of {others[0]}")
+    _refuse_shared(model, chosen)
     return chosen
 
 
-def refusal(weight: nn.Parameter) -> str:
-    """Say why a weight cannot be trained by the library; "": it can."""
+def _refuse_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
+    """Raise if what is done to a chosen weight would be done to another module's parameter."""
+    spans = [
+        (owner, _span(parameter))
+        for owner, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+    ]
+    for name, module in chosen:
+        start, end = _span(module.weight)
+        for owner, (other_start, other_end) in spans:
+            if owner != name and start < other_end and other_start < end:
+                raise ValueError(f"{name}: its weight is that of {owner}")
+
+
+def _span(parameter: nn.Parameter) -> tuple[int, int]:
+    """Give the addresses that a parameter lies between; (0, 0) where it is not simply in memory."""
+    if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
+        return 0, 0
+    if parameter.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.data_ptr()
+    return start, start + (last + 1) * parameter.element_size()
+
+
+def refusal(weight: nn.Parameter, *, frozen: bool = False) -> str:
+    """Say why a weight cannot be trained by the library, or stay as it is; "": it can."""
     if weight.device.type != "cpu":
         return f"is on {weight.device}"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.dtype not in (_FROZEN if frozen else _TRAINED):
         return f"is of {weight.dtype}"
-    return "" if weight.is_contiguous() else "is not row by row in memory"
+    return "" if frozen or weight.is_contiguous() else "is not row by row in memory"
 
 
 def place_of(name: str) -> str:

@@ -2,6 +2,8 @@
 """LoRA on the active rows: a frozen weight, and a product of two thin matrices that trains."""
 
 import math
+import operator
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +11,31 @@ from torch import Tensor, nn
 from .._rules import Rule
 from ..sparse import lora_merge
 from .apply import Layers
-from .feed_forward import choose_layers
+from .feed_forward import choose_layers, refusal
 from .layers import sparse_linear
 from .tensors import array_of, thread_context
+
+_ATTRIBUTES = ("lora_a", "lora_b", "lora_scale", "lora_hook", "lora_weight_trains")
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
     """Add scale (X A) B to a layer's output. Both factors lie as a ``Conv1D``'s weight does."""
     x = args[0] if args else next(iter(kwargs.values()))
+    a, b = module.lora_a, module.lora_b
     rule = getattr(module, "sebp_rule", Rule())
-    h = _product(x, module.lora_a, rule)
-    return y + _product(module.lora_scale * h, module.lora_b, rule)
+    # Autocast says itself in what the products are computed. Without it they are in the factors'
+    # dtype, as the library takes one, and as the factors would be rounded otherwise.
+    if not torch.is_autocast_enabled("cpu"):
+        x = x.to(a.dtype)
+    if a.dtype in _NARROW and a.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"factors of LoRA are of {a.dtype}, as the model was cast after they were added: the"
+            " small steps of an optimizer are rounded away",
+            stacklevel=2,
+        )
+    h = _product(x, a, rule)
+    return (y + _product(module.lora_scale * h, b, rule)).to(y.dtype)
 
 
 def _product(x: Tensor, factor: Tensor, rule: Rule) -> Tensor:
@@ -27,19 +43,38 @@ def _product(x: Tensor, factor: Tensor, rule: Rule) -> Tensor:
     return x @ factor if y is None else y
 
 
+def _has_lora(module: nn.Module) -> bool:
+    return _add_product in module._forward_hooks.values()
+
+
+def _new_factors(module: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    weight = module.weight
+    n, k = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = torch.empty(k, rank, dtype=dtype), torch.zeros(rank, n, dtype=dtype)
+    nn.init.uniform_(a, -1 / math.sqrt(k), 1 / math.sqrt(k))
+    return nn.Parameter(a), nn.Parameter(b)
+
+
 def apply_lora_to_model(
     model: nn.Module, rank: int, alpha: float | None = None, layers: Layers = None
 ) -> list[str]:
     """Give a model's feed-forward layers Y = X W^T + b + (alpha / rank) (X A) B, in place.
 
-    W is frozen; A: K x rank, which starts at random as ``nn.Linear``'s weight does, and B: rank x
-    N, which starts at zero, are the layer's parameters ``lora_a`` and ``lora_b``, for any
-    optimizer made afterwards. Biases and other layers are left as they are.
+    W is frozen, if it was not yet; A: K x rank, which starts at random as ``nn.Linear``'s weight
+    does, and B: rank x N, which starts at zero, are the layer's parameters ``lora_a`` and
+    ``lora_b``, for any optimizer made afterwards. Biases and other layers are left as they are.
+
+    A and B are of float32 where W is of bfloat16 or float16, whose steps are too coarse for most
+    learning rates, and of W's dtype else. Their products are computed in their dtype, or in that of
+    autocast, and Y has W's. They are parameters of the model like others: ``requires_grad_(False)``
+    of the model afterwards freezes them, so freeze what is to be frozen before; and the model's
+    ``to(torch.bfloat16)`` afterwards casts them, too, of which a forward warns.
 
     Parameters
     ----------
     model : nn.Module
-        Any model.
+        Any model. The weights may be frozen, and of float32, bfloat16, float16 or float64.
     rank : int
         At least 1.
     alpha : float, optional
@@ -55,33 +90,67 @@ def apply_lora_to_model(
 
     Raises
     ------
+    TypeError
+        If `rank` is no integer.
     ValueError
-        If `rank` is below 1, `alpha` is not finite, or a layer cannot be trained so.
+        If `rank` is below 1, `alpha` is not finite, or a layer cannot be trained so: it has LoRA
+        already, is trained by a :class:`~sebp.torch.SparseOptimizer`, or its weight is not a
+        parameter, of another dtype, not on the CPU, or another module's as well. No layer has
+        changed then.
     """
+    rank = operator.index(rank)
     if rank < 1:
         raise ValueError(f"rank is {rank}, not 1 or more")
     scale = 1.0 if alpha is None else alpha / rank
     if not math.isfinite(scale):
         raise ValueError(f"alpha is {alpha}")
-    chosen = choose_layers(model, layers)
-    for _, module in chosen:
-        weight = module.weight
-        n, k = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
-        a, b = weight.new_empty(k, rank), weight.new_zeros(rank, n)
-        nn.init.uniform_(a, -1 / math.sqrt(k), 1 / math.sqrt(k))
-        module.lora_a, module.lora_b = nn.Parameter(a), nn.Parameter(b)
-        module.lora_scale = scale
+    chosen = choose_layers(model, layers, frozen=True)
+    for name, module in chosen:
+        if _has_lora(module):
+            raise ValueError(f"{name}: it has LoRA already; merge_lora() first")
+        for attribute in _ATTRIBUTES:
+            if hasattr(module, attribute):
+                raise ValueError(f"{name}: it has an attribute {attribute} of its own")
+    factors = [_new_factors(module, rank) for _, module in chosen]
+    for (_, module), (a, b) in zip(chosen, factors, strict=True):
+        module.lora_a, module.lora_b, module.lora_scale = a, b, scale
         # First of all hooks, as others are to see the layer's whole output.
         module.lora_hook = module.register_forward_hook(
             _add_product, prepend=True, with_kwargs=True
         )
-        weight.requires_grad_(False)
+        module.lora_weight_trains = module.weight.requires_grad
+        module.weight.requires_grad_(False)
     return [name for name, _ in chosen]
+
+
+def _merge(module: nn.Module) -> None:
+    """Add the product to the weight, each element rounded once."""
+    a, b, weight = module.lora_a, module.lora_b, module.weight
+    if refusal(weight) or a.dtype == torch.float64:
+        weight.copy_(_merged(module))
+        return
+    a, b = a.float(), b.float()
+    if not isinstance(module, nn.Linear):
+        a, b = b.t().contiguous(), a.t().contiguous()
+    lora_merge(array_of(a), array_of(b), module.lora_scale, array_of(weight), thread_context())
+    torch.autograd.graph.increment_version(weight)
+
+
+def _merged(module: nn.Module) -> Tensor:
+    """Give what the weight is to be, computed by PyTorch, for what the library does not take."""
+    dtype = torch.promote_types(module.weight.dtype, torch.float32)
+    product = module.lora_scale * (module.lora_a.to(dtype) @ module.lora_b.to(dtype))
+    if isinstance(module, nn.Linear):
+        product = product.t()
+    return (module.weight.to(dtype) + product).to(module.weight.dtype)
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> list[str]:
     """Add each product to its weight, W += (alpha / rank) (A B)^T, and make layers what they were.
+
+    A weight trains again if it did before :func:`apply_lora_to_model`, and stays frozen if not. The
+    sum is computed in float32, or float64 where W is of that, and rounded once.
 
     Parameters
     ----------
@@ -91,27 +160,24 @@ def merge_lora(model: nn.Module) -> list[str]:
     Returns
     -------
     list of str
-        The names of the layers that had LoRA.
+        The names of the layers that had LoRA; empty if none had.
 
     Raises
     ------
     ValueError
-        If one of the matrices holds a NaN or Inf: nothing has changed then.
+        If one of the matrices holds a NaN or Inf, or a weight of float16 would: nothing has changed
+        then.
     """
-    names = []
-    layers = [(n, module) for n, module in model.named_modules() if hasattr(module, "lora_hook")]
+    layers = [(name, module) for name, module in model.named_modules() if _has_lora(module)]
     for name, module in layers:
         if not (module.lora_a.isfinite().all() and module.lora_b.isfinite().all()):
             raise ValueError(f"{name}: lora_a or lora_b holds a NaN or Inf; nothing was merged")
-    for name, module in layers:
-        a, b, weight = module.lora_a, module.lora_b, module.weight
-        if not isinstance(module, nn.Linear):
-            a, b = b.t().contiguous(), a.t().contiguous()
-        lora_merge(array_of(a), array_of(b), module.lora_scale, array_of(weight), thread_context())
-        torch.autograd.graph.increment_version(weight)
-        weight.requires_grad_(True)
+        if module.weight.dtype == torch.float16 and not _merged(module).isfinite().all():
+            raise ValueError(f"{name}: its weight would hold a NaN or Inf; nothing was merged")
+    for _, module in layers:
+        _merge(module)
+        module.weight.requires_grad_(module.lora_weight_trains)
         module.lora_hook.remove()
-        for attribute in ("lora_a", "lora_b", "lora_scale", "lora_hook"):
+        for attribute in _ATTRIBUTES:
             delattr(module, attribute)
-        names.append(name)
-    return names
+    return [name for name, _ in layers]
