@@ -8,22 +8,20 @@ user's optimizer.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core import SebpError
-from ..sparse import NONFINITE, AdamW, Basis, BasisSums, Moments, SparseAdamW, Sums, check_adamw
+from ..sparse import NONFINITE, AdamW, BasisSums, SparseAdamW, check_adamw
 from .feed_forward import refusal
+from .sparse_checkpoint import load_basis, load_moments, load_sums, tensors_of
 from .sparse_layer import _LARGEST, _Backwards, _Layer, _Scratch
 from .sparse_settings import (
     _UNKNOWN,
     Kind,
     _check_after,
-    _check_k,
     _check_lapack,
     _check_pair,
-    _check_rank,
     _integer,
     _Settings,
 )
@@ -359,7 +357,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             "settings": self._settings._asdict(),
             "kinds": {kind.name: list(kind.layers) for kind in self.kinds},
             "steps": self.steps,
-            "sums": {kind: _tensors(sums.sums()) for kind, sums in self._sums.items()},
+            "sums": {kind: tensors_of(sums.sums()) for kind, sums in self._sums.items()},
             "bases": {},
             "moments": {},
         }
@@ -374,7 +372,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             if layer.moments is not None:
                 ours["moments"][name] = {
                     "is_fixed": layer.moments.is_fixed,
-                    **_tensors(layer.moments.moments()),
+                    **tensors_of(layer.moments.moments()),
                 }
         return {**self.base.state_dict(), "sebp": ours}
 
@@ -403,12 +401,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             settings, steps = self._check_checkpoint(ours), _integer("steps", ours["steps"])
             for kind in self.kinds:
                 if ours["sums"]:
-                    sums[kind.name] = _load_sums(kind, ours["sums"], settings)
+                    sums[kind.name] = load_sums(kind, ours["sums"], settings)
                     continue
                 if self.method == "SparseGrad":
-                    bases[kind.name] = _load_basis(kind, ours["bases"])
+                    bases[kind.name] = load_basis(kind, ours["bases"])
                 basis = bases[kind.name][0] if bases else None
-                moments |= _load_moments(kind, basis, ours["moments"], settings)
+                moments |= load_moments(kind, basis, ours["moments"], settings)
         except KeyError as error:
             raise ValueError(f"the checkpoint is incomplete or too old: no {error}") from None
         if sums:
@@ -492,64 +490,3 @@ class SparseOptimizer(torch.optim.Optimizer):
         for layer in self._layers.values():
             layer.detach()
         self._backwards.release()
-
-
-# --------------------------------------------------------------------------------------------------
-# Parts of a checkpoint
-
-
-def _tensors(copy: tuple) -> dict[str, object]:
-    """Give a copied state as PyTorch saves it: arrays as tensors, by name."""
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in copy._asdict().items()
-    }
-
-
-def _arrays(saved: dict[str, object]) -> dict[str, object]:
-    """Undo :func:`_tensors`."""
-    return {
-        name: value.numpy() if isinstance(value, Tensor) else value for name, value in saved.items()
-    }
-
-
-def _load_sums(kind: Kind, saved: Mapping[str, dict], settings: _Settings) -> BasisSums:
-    """Make a kind's sums of a checkpoint's, from which bases can be had."""
-    rank = settings.rank or kind.shape
-    _check_rank(kind, rank, settings.basis_steps)
-    _check_k(settings.k, kind, rank)
-    sums = BasisSums(*kind.shape)
-    sums.set_sums(Sums(**_arrays(saved[kind.name])))
-    return sums
-
-
-def _load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[float, float]]:
-    """Make a kind's basis of a checkpoint's, with the shares of energy."""
-    arrays = _arrays(saved[kind.name])
-    basis = Basis.from_vectors(arrays["u_out"], arrays["u_in"])
-    if basis.shape != kind.shape:
-        raise ValueError(
-            f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {kind.shape}"
-        )
-    return basis, tuple(arrays["shares"])
-
-
-def _load_moments(
-    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: _Settings
-) -> dict[str, SparseAdamW]:
-    """Make the moments of a kind's layers of a checkpoint's, with which k elements can train."""
-    shape = kind.shape if basis is None else basis.rank
-    _check_k(settings.k, kind, shape)
-    moments = {}
-    for name in kind.layers:
-        arrays = _arrays(saved[name])
-        is_fixed = arrays.pop("is_fixed")
-        one = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
-        one.set_moments(Moments(**arrays))
-        if one.count < settings.k and one.steps > 0 or is_fixed and one.count != settings.k:
-            raise ValueError(
-                f"the checkpoint has moments of {one.count} elements of {name}, but k is"
-                f" {settings.k}"
-            )
-        moments[name] = one
-    return moments

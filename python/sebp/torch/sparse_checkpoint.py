@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a checkpoint of SparseGrad and MeProp, as PyTorch saves them and back."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..sparse import Basis, BasisSums, Moments, SparseAdamW, Sums
+from .sparse_settings import Kind, _check_k, _check_rank, _Settings
+
+
+def tensors_of(copy: tuple) -> dict[str, object]:
+    """Give a copied state as PyTorch saves it: arrays as tensors, by name."""
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in copy._asdict().items()
+    }
+
+
+def arrays_of(saved: dict[str, object]) -> dict[str, object]:
+    """Undo :func:`tensors_of`."""
+    return {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in saved.items()
+    }
+
+
+def load_sums(kind: Kind, saved: Mapping[str, dict], settings: _Settings) -> BasisSums:
+    """Make a kind's sums of a checkpoint's, from which bases can be had."""
+    rank = settings.rank or kind.shape
+    _check_rank(kind, rank, settings.basis_steps)
+    _check_k(settings.k, kind, rank)
+    sums = BasisSums(*kind.shape)
+    sums.set_sums(Sums(**arrays_of(saved[kind.name])))
+    return sums
+
+
+def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[float, float]]:
+    """Make a kind's basis of a checkpoint's, with the shares of energy."""
+    arrays = arrays_of(saved[kind.name])
+    basis = Basis.from_vectors(arrays["u_out"], arrays["u_in"])
+    if basis.shape != kind.shape:
+        raise ValueError(
+            f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {kind.shape}"
+        )
+    return basis, tuple(arrays["shares"])
+
+
+def load_moments(
+    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: _Settings
+) -> dict[str, SparseAdamW]:
+    """Make the moments of a kind's layers of a checkpoint's, with which k elements can train."""
+    shape = kind.shape if basis is None else basis.rank
+    _check_k(settings.k, kind, shape)
+    moments = {}
+    for name in kind.layers:
+        arrays = arrays_of(saved[name])
+        is_fixed = arrays.pop("is_fixed")
+        one = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
+        one.set_moments(Moments(**arrays))
+        if one.count < settings.k and one.steps > 0 or is_fixed and one.count != settings.k:
+            raise ValueError(
+                f"the checkpoint has moments of {one.count} elements of {name}, but k is"
+                f" {settings.k}"
+            )
+        moments[name] = one
+    return moments
