@@ -12,8 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core import SebpError
-from ..sparse import NONFINITE, AdamW, BasisSums, SparseAdamW, check_adamw
+from ..sparse import NONFINITE, BasisSums, SparseAdamW
 from .feed_forward import refusal
+from .sparse_base import (
+    StepGuard,
+    drop_state,
+    numbers_of_steps,
+    refuse_evaluation,
+    refuse_processes,
+)
 from .sparse_checkpoint import load_basis, load_moments, load_sums, tensors_of
 from .sparse_layer import _LARGEST, _Backwards, _Layer, _Scratch
 from .sparse_settings import (
@@ -29,7 +36,14 @@ from .tensors import array_of, thread_context
 
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
 _MOST_ENERGY = _LARGEST / 4
-_NOT_DONE = ("maximize", "amsgrad")
+# What torch.optim.Optimizer itself has, and does for the user's optimizer.
+_OF_BASE = (
+    "add_param_group",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
 
 
 class SparseBytes(NamedTuple):
@@ -53,60 +67,6 @@ class SparseBytes(NamedTuple):
     scratch: int
 
 
-def _numbers_of(name: str, group: Mapping[str, object]) -> AdamW:
-    """Read the numbers of a layer's step from its weight's group, and refuse what is not done."""
-    for option in _NOT_DONE:
-        if group.get(option):
-            raise ValueError(f"{name}: {option} is not done by the step of sparse layers")
-    given = {
-        "lr": group.get("lr"),
-        "betas": group.get("betas", (0.9, 0.999)),
-        "eps": group.get("eps", 1e-8),
-        "weight_decay": group.get("weight_decay", 0.0),
-    }
-    try:
-        lr, (beta1, beta2), eps, decay = given.values()
-        return AdamW(float(lr), float(beta1), float(beta2), float(eps), float(decay))
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: its group's numbers are not those of AdamW: {given}") from None
-
-
-def _numbers(
-    optimizer: torch.optim.Optimizer, layers: Sequence[tuple[str, Tensor, int]]
-) -> list[AdamW]:
-    """Read the numbers of steps, and have them checked before anything has moved.
-
-    Parameters
-    ----------
-    layers : sequence of (str, Tensor, int)
-        Name and weight of each, and the number of steps taken.
-    """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    numbers, known = [], set()
-    for name, weight, steps in layers:
-        if id(weight) not in groups:
-            raise ValueError(f"{name}: its weight is not among the optimizer's parameters")
-        adamw = _numbers_of(name, groups[id(weight)])
-        if (adamw, steps) not in known:
-            try:
-                check_adamw(adamw, steps, thread_context())
-            except SebpError as error:
-                raise SebpError(error.status, f"{name}: {error}; {adamw}") from None
-            known.add((adamw, steps))
-        numbers.append(adamw)
-    return numbers
-
-
-def _refuse_processes() -> None:
-    distributed = torch.distributed
-    if (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    ):
-        raise RuntimeError("gradients of sparse layers are not summed over processes")
-
-
 def _energy(matrix: Tensor) -> float:
     """Compute the sum of squares in float32: NaN or Inf if an element is."""
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) ** 2
@@ -127,6 +87,14 @@ class SparseOptimizer(torch.optim.Optimizer):
     by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer, but not if
     these are told to write zeros (``set_to_none=False``), nor where no other parameter has a
     gradient. Clipping does not see them, nor does a ``GradScaler``, with which a step is refused.
+
+    Whatever else the user's optimizer has is found here too. But a step is to be this one's: one of
+    the user's optimizer alone is refused, as it would leave the sparse layers out.
+
+    A schedule-free optimizer, whose weights are others in ``train()`` than in ``eval()``, is told
+    both as ever. The sparse weights are not averaged by it and so the same in both. Where it has
+    trained them before, in the basis phase, they go on from what ``eval()`` gives, their average.
+    Its own ``warmup_steps`` are refused.
 
     It belongs to the model it was made for and is not copied or pickled: see :meth:`state_dict`.
 
@@ -151,6 +119,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         parameters: Iterable[nn.Parameter],
     ) -> None:
         super().__init__(base.param_groups, base.defaults)
+        for name in _OF_BASE:
+            setattr(self, name, getattr(base, name))
         self.method = method
         self.base = base
         self.kinds = kinds
@@ -169,6 +139,21 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
         else:
             self._begin_sparse_phase(moments)
+        self._guard = StepGuard(base)
+
+    def __getattr__(self, name: str) -> object:
+        """Give what the user's optimizer has besides."""
+        base = vars(self).get("base")
+        # Python's own protocols, such as copying, are not for another object.
+        if base is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        try:
+            return getattr(base, name)
+        except AttributeError:
+            ours, theirs = type(self).__name__, type(base).__name__
+            raise AttributeError(
+                f"neither {ours} nor its {theirs} has an attribute {name!r}", name=name, obj=self
+            ) from None
 
     def _share_groups(self) -> None:
         self.param_groups, self.state = self.base.param_groups, self.base.state
@@ -201,7 +186,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             for name in kind.layers:
                 layer = self._layers[name]
                 layer.attach(kind.basis, moments[name], scratch, self._backwards)
-                self.base.state.pop(layer.weight, None)
+        drop_state(self.base, [layer.weight for layer in self._layers.values()])
 
     def _solve(self) -> None:
         bases = [
@@ -238,9 +223,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             was taken, and the next one adds its gradients and tries again.
         ValueError, RuntimeError
             For a group's option that is not done; under ``torch.distributed`` or a ``GradScaler``;
-            if a sparse weight asks for a gradient again, or is of another dtype or shape, on
-            another device or not row by row in memory any more. No parameter has changed, and
-            gradients are kept.
+            if a schedule-free optimizer is in evaluation mode; if a sparse weight asks for a
+            gradient again, or is of another dtype or shape, on another device or not row by row in
+            memory any more. No parameter has changed, and gradients are kept.
         """
         loss = None
         if closure is not None:
@@ -261,7 +246,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _refuse_surroundings(self) -> None:
         """Raise for what the gradients of sparse layers do not go through."""
-        _refuse_processes()
+        refuse_processes()
+        refuse_evaluation(self.base)
         if vars(self).pop("found_inf", None) is not None:
             vars(self).pop("grad_scale")
             raise RuntimeError(
@@ -313,7 +299,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for sums, grad in grads:
             sums.add(array_of(grad), thread_context())
         self._energies = energies
-        self.base.step()
+        self._guard.step(self.base)
         self.steps += 1
         self._backwards.drop()
         if self.steps >= self._settings.basis_steps:
@@ -321,10 +307,12 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _step_sparse(self) -> None:
         layers = self._layers.values()
-        numbers = _numbers(self, [(one.name, one.weight, one.moments.steps) for one in layers])
+        numbers = numbers_of_steps(
+            self, [(one.name, one.weight, one.moments.steps) for one in layers]
+        )
         pairs = list(zip(layers, numbers, strict=True))
         self._refuse([layer.name for layer, adamw in pairs if not layer.finish_gradient(adamw)])
-        self.base.step()
+        self._guard.step(self.base)
         for layer, adamw in pairs:
             layer.step(adamw)
         self.steps += 1
@@ -490,3 +478,4 @@ class SparseOptimizer(torch.optim.Optimizer):
         for layer in self._layers.values():
             layer.detach()
         self._backwards.release()
+        self._guard.release()

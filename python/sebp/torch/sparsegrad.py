@@ -9,8 +9,9 @@ from torch import nn
 from ..sparse import Basis
 from .apply import Layers
 from .feed_forward import choose_layers, place_of
+from .sparse_base import check_base, numbers_of_steps, refuse_processes
 from .sparse_layer import _Layer
-from .sparse_optimizer import SparseOptimizer, _numbers, _refuse_processes
+from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import (
     Kind,
     _check_after,
@@ -34,12 +35,11 @@ def _make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
 
 def _check(optimizer: torch.optim.Optimizer, chosen: list[tuple[str, nn.Module]]) -> None:
     """Raise for what both methods refuse."""
-    _refuse_processes()
+    refuse_processes()
     if isinstance(optimizer, SparseOptimizer):
         raise TypeError("the optimizer has sparse layers already; give the one it was made with")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"the optimizer is {type(optimizer).__name__}, not of torch.optim")
-    _numbers(optimizer, [(name, module.weight, 0) for name, module in chosen])
+    check_base(optimizer)
+    numbers_of_steps(optimizer, [(name, module.weight, 0) for name, module in chosen])
 
 
 def apply_sparsegrad_to_model(
@@ -98,7 +98,8 @@ def apply_sparsegrad_to_model(
     ------
     TypeError, ValueError
         If an argument is not what it should be; if a layer cannot be trained so; if the optimizer
-        has ``maximize``, ``amsgrad`` or numbers that AdamW does not take; or if the basis phase is
+        has sparse layers already, takes no step without a closure, or has ``maximize``,
+        ``amsgrad``, ``warmup_steps`` or numbers that AdamW does not take; or if the basis phase is
         too short for the vectors asked for. The model is then as it was.
     SebpError
         If libsebp was built without LAPACK and there are no `bases`; or if a number of a group is

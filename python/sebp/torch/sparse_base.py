@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SparseGrad and MeProp have to do with the user's optimizer."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core import SebpError
+from ..sparse import AdamW, check_adamw
+from .tensors import thread_context
+
+# Options of a group that change an optimizer's step: some of schedule-free ones, which warm up
+# within it.
+_NOT_DONE = ("maximize", "amsgrad", "warmup_steps")
+
+
+def check_base(optimizer: torch.optim.Optimizer) -> None:
+    """Raise for optimizers that cannot train the other parameters.
+
+    Raises
+    ------
+    TypeError
+        If it is none of ``torch.optim``, has sparse layers already, or its step needs a closure.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"the optimizer is {type(optimizer).__name__}, not of torch.optim")
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    if any(isinstance(hook, StepGuard) for hook in hooks):
+        raise TypeError("the optimizer has sparse layers already; release() those first")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"a step of {type(optimizer).__name__} needs a closure, which computes gradients anew"
+            " within it; that is not done for sparse layers"
+        )
+
+
+class StepGuard:
+    """Refuses steps that the user's optimizer takes alone, without those of the sparse layers.
+
+    Parameters
+    ----------
+    base : torch.optim.Optimizer
+        The user's.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self._is_open = False
+        self._hook = None
+        if hasattr(base, "_optimizer_step_pre_hooks"):  # not where it wraps another one
+            self._hook = base.register_step_pre_hook(self)
+
+    def __call__(self, base: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Raise, as a hook before a step, where it is taken alone."""
+        if not self._is_open:
+            raise RuntimeError(
+                f"a step of {type(base).__name__} alone leaves its sparse layers out; call that of"
+                " the SparseOptimizer made with it, or release() that"
+            )
+
+    def step(self, base: torch.optim.Optimizer) -> None:
+        """Let it take one."""
+        self._is_open = True
+        try:
+            base.step()
+        finally:
+            self._is_open = False
+
+    def release(self) -> None:
+        """Refuse none any more."""
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def _numbers_of(name: str, group: Mapping[str, object]) -> AdamW:
+    """Read the numbers of a layer's step from its weight's group, and refuse what is not done."""
+    for option in _NOT_DONE:
+        if group.get(option):
+            raise ValueError(f"{name}: {option} is not done by the step of sparse layers")
+    given = {
+        "lr": group.get("lr"),
+        "betas": group.get("betas", (0.9, 0.999)),
+        "eps": group.get("eps", 1e-8),
+        "weight_decay": group.get("weight_decay", 0.0),
+    }
+    try:
+        lr, (beta1, beta2), eps, decay = given.values()
+        return AdamW(float(lr), float(beta1), float(beta2), float(eps), float(decay))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: its group's numbers are not those of AdamW: {given}") from None
+
+
+def numbers_of_steps(
+    optimizer: torch.optim.Optimizer, layers: Sequence[tuple[str, Tensor, int]]
+) -> list[AdamW]:
+    """Read the numbers of steps, and have them checked before anything has moved.
+
+    Parameters
+    ----------
+    layers : sequence of (str, Tensor, int)
+        Name and weight of each, and the number of steps taken.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    numbers, known = [], set()
+    for name, weight, steps in layers:
+        if id(weight) not in groups:
+            raise ValueError(f"{name}: its weight is not among the optimizer's parameters")
+        adamw = _numbers_of(name, groups[id(weight)])
+        if (adamw, steps) not in known:
+            try:
+                check_adamw(adamw, steps, thread_context())
+            except SebpError as error:
+                raise SebpError(error.status, f"{name}: {error}; {adamw}") from None
+            known.add((adamw, steps))
+        numbers.append(adamw)
+    return numbers
+
+
+def refuse_processes() -> None:
+    """Raise under ``torch.distributed``."""
+    distributed = torch.distributed
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
+        raise RuntimeError("gradients of sparse layers are not summed over processes")
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedule-free optimizers, whose weights are others in train() than in eval()
+
+
+def _swaps_weights(optimizer: torch.optim.Optimizer) -> bool:
+    has_both = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+    return has_both and "train_mode" in optimizer.param_groups[0]
+
+
+def refuse_evaluation(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where such an optimizer could not take a step, before anything is done for it."""
+    if _swaps_weights(optimizer) and not optimizer.param_groups[0]["train_mode"]:
+        name = type(optimizer).__name__
+        raise RuntimeError(f"{name} is in evaluation mode: call train() before a step")
+
+
+@torch.no_grad()
+def drop_state(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> None:
+    """Delete what an optimizer keeps for weights; they become their average where it is in that."""
+    state, groups = optimizer.state, optimizer.param_groups
+    swaps = _swaps_weights(optimizer) and groups[0]["train_mode"]
+    if swaps and any(state.get(weight) for weight in weights):
+        # By its own eval(), with no other weights in its groups; train() then does nothing.
+        chosen, all_of = set(weights), [group["params"] for group in groups]
+        try:
+            for group in groups:
+                group["params"] = [p for p in group["params"] if p in chosen]
+            optimizer.eval()
+            for weight in weights:
+                state.pop(weight, None)
+            optimizer.train()
+        finally:
+            for group, parameters in zip(groups, all_of, strict=True):
+                group["params"] = parameters
+    for weight in weights:
+        state.pop(weight, None)
