@@ -164,6 +164,35 @@ def default_context() -> Context:
     return _of_thread.context
 
 
+def whole_numbers(values: ArrayLike, name: str) -> NDArray[np.int64]:
+    """Take integers as the library does.
+
+    Parameters
+    ----------
+    values : array-like, n
+        Of any type of integers; empty, of any type.
+    name : str
+        Theirs, for messages.
+
+    Returns
+    -------
+    int64 array, n
+
+    Raises
+    ------
+    TypeError
+        If they are of another type: numbers with fractions would lose them, and a mask is no list.
+    ValueError
+        If they have other than one dimension.
+    """
+    array = np.asarray(values)
+    if array.size > 0 and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} are {array.dtype}, not integers")
+    if array.ndim != 1:
+        raise ValueError(f"{name} have {array.ndim} dimensions, not 1")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
 class Rows:
     """A row set: the sorted list of the m active rows among M. Immutable.
 
@@ -201,10 +230,12 @@ class Rows:
 
         Raises
         ------
+        TypeError, ValueError
+            If `lengths` are not integers in one dimension.
         SebpError
             If a length is below 0 or over `sequence_length`.
         """
-        counts = np.ascontiguousarray(lengths, dtype=np.int64)
+        counts = whole_numbers(lengths, "lengths")
         return cls._make("sebp_rows_from_lengths", counts.ctypes.data, counts.size, sequence_length)
 
     @classmethod
@@ -213,10 +244,12 @@ class Rows:
 
         Raises
         ------
+        TypeError, ValueError
+            If they are not integers in one dimension.
         SebpError
-            If they are not.
+            If they are not as listed.
         """
-        listed = np.ascontiguousarray(indices, dtype=np.int64)
+        listed = whole_numbers(indices, "indices")
         return cls._make("sebp_rows_from_indices", listed.ctypes.data, listed.size, total)
 
     @classmethod

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _library
 from ._rules import RowRule, parse_rule
 from ._structs import ACCUMULATE, AdamWOptions, LinearOptions, Matrix, SparseStruct
-from .core import Array, Context, Rows, _fail, _view, default_context
+from .core import Array, Context, Rows, _fail, _view, default_context, whole_numbers
 
 NONFINITE = 14
 """The status of a :class:`~sebp.SebpError` about a NaN or Inf where there must be none."""
@@ -622,8 +622,10 @@ class SparseAdamW:
 
     Raises
     ------
+    TypeError, ValueError
+        If indices are not integers in one dimension.
     SebpError
-        If indices are out of range, unsorted or repeated.
+        If they are out of range, unsorted or repeated.
     """
 
     def __init__(self, shape: tuple[int, int], support: ArrayLike | None = None) -> None:
@@ -633,7 +635,7 @@ class SparseAdamW:
         self.is_fixed = support is not None
         address, count = None, 0
         if support is not None:
-            listed = np.ascontiguousarray(support, np.int64)
+            listed = whole_numbers(support, "indices")
             address, count = listed.ctypes.data, listed.size
         status = self._library.sebp_sparse_adamw_create(*shape, address, count, self._handle)
         if status:
@@ -715,11 +717,13 @@ class SparseAdamW:
 
         Raises
         ------
+        TypeError, ValueError
+            If its indices are not integers, or its arrays not of one length.
         SebpError
             If it does not go with the shape or the support, or is not valid. Nothing has changed
-            then.
+            in any case.
         """
-        indices = np.ascontiguousarray(moments.indices, np.int64)
+        indices = whole_numbers(moments.indices, "indices")
         m, v = (np.ascontiguousarray(array, np.float32) for array in moments[1:3])
         if not indices.shape == m.shape == v.shape:
             raise ValueError(f"{indices.size} indices, but {m.size} and {v.size} moments")

@@ -165,3 +165,18 @@ def test_context():
         sebp.Context(threads=-1)
     with pytest.raises(ValueError):
         sebp.Context(gemm="blas")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda v: sebp.Rows.from_indices(v, 9), lambda v: sebp.Rows.from_lengths(v, 9)]
+)
+def test_no_whole_numbers(make):
+    """What is no list of integers is not made one: a mask, fractions, a table."""
+    for values in ([1.0, 2.5], [False, True], ["1"], np.array([1, 2], float)):
+        with pytest.raises(TypeError, match="not integers"):
+            make(values)
+    for values in (np.array([[1, 2]]), 3):
+        with pytest.raises(ValueError, match="dimensions, not 1"):
+            make(values)
+    assert len(make([])) == 0
+    assert len(make(np.array([1, 2], np.uint8))) == len(make([1, 2])) > 0

@@ -176,3 +176,14 @@ def test_refusals():
     with pytest.raises(ValueError, match="moments"):
         state.set_moments(state.moments()._replace(moment1=np.zeros(3, np.float32)))
     assert state.steps == 0
+
+
+def test_no_whole_numbers():
+    for support in ([1.5, 2.0], np.array([False, True])):
+        with pytest.raises(TypeError, match="indices are .*, not integers"):
+            SparseAdamW((3, 4), support)
+    state = SparseAdamW((3, 4), [1, 2])
+    one = np.zeros(2, np.float32)
+    with pytest.raises(TypeError, match="not integers"):
+        state.set_moments(sparse.Moments(np.array([1.0, 2.0]), one, one, 3))
+    assert state.steps == 0
