@@ -3,6 +3,7 @@
 
 import random
 import re
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -170,6 +171,53 @@ def test_one_dimension_and_other_shapes():
     ElementTree.fromstring(profile.to_svg())
 
 
+class Twice(nn.Module):
+    """Two calls of a layer, of which the first needs no gradient of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(self.layer(x)).square().sum()
+
+
+def test_flops_of_each_call():
+    """A layer whose calls need other products takes the sum of them."""
+    (layer,) = sebp.profile(Twice(), torch.randn(2, 5, 6)).layers
+    assert layer.flops == (1 + 2) * 2 * 10 * 6 * 6
+
+
+class Tables(nn.Module):
+    """A layer on tokens, and one on a table of another kind, as of relative positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.flat, self.table = (nn.Linear(6, 6) for _ in range(3))
+        self.positions = nn.Parameter(torch.randn(24, 6))
+
+    def forward(self, x):
+        flat = self.flat(self.tokens(x).reshape(-1, 6))
+        return flat.square().sum() + self.table(self.positions)[0].square().sum()
+
+
+def test_heat_map_of_other_rows(monkeypatch):
+    """Rows that are no tokens, though their number would do, are drawn as one share."""
+    profile = sebp.profile(Tables(), torch.randn(3, 4, 6))
+    assert profile.shape == (3, 4)
+    # Of the table one row in 24 is active: by tokens, the first column would be darker than others.
+    shares = {}
+
+    def draw(summary, names, rows, notes, length):
+        shares.update(zip(names, rows, strict=True))
+        return ""
+
+    monkeypatch.setattr(sys.modules["sebp.torch.profile"], "draw", draw)
+    profile.to_svg()
+    assert shares["tokens"].shape == shares["flat"].shape == (4,)
+    np.testing.assert_allclose(shares["table"], [1 / 24])
+
+
 def test_no_layers():
     profile = sebp.profile(nn.LayerNorm(3), torch.randn(2, 3), loss=torch.sum)
     assert profile.layers == []
@@ -192,6 +240,8 @@ def test_compiled_models():
     model, batch = case()
     want = str(sebp.profile(model, batch))
     assert str(sebp.profile(torch.compile(model, backend="aot_eager"), batch)) == want
+    model._orig_mod = "a name that others may use"
+    assert str(sebp.profile(model, batch)) == want
     model.compile(backend="aot_eager", fullgraph=True)
     assert str(sebp.profile(model, batch)) == want
 

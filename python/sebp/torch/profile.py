@@ -137,8 +137,11 @@ class Profile:
         texts, length = self.shape or (0, 0)
         shares = []
         for one in self.layers:
-            # Some models flatten batch and length into one dimension.
-            if length and one.rows and one.rows % length == 0 and one.rows >= texts * length:
+            if one.is_active.ndim > 1:
+                has_tokens = one.is_active.shape[-1] == length
+            else:  # some models flatten batch and length into one dimension
+                has_tokens = one.rows == texts * length
+            if has_tokens and one.rows:
                 shares.append(one.is_active.reshape(-1, length).mean(0))
             else:
                 shares.append(np.array([one.activity]))
@@ -263,24 +266,23 @@ def profile(
     >>> profile.save_svg("profile.svg")
     """
     rule = parse_rule(rows)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)  # torch.compile's
+    model = _unwrap(model)
     layers = linear_layers(model)
     found: dict[str, list[NDArray[np.bool_]]] = {name: [] for name, _ in layers}
-    products: dict[str, int] = {}
+    flops = dict.fromkeys(found, 0)
 
-    def look(name: str, dy: Tensor) -> None:
+    def look(name: str, flops_per_row: int, dy: Tensor) -> None:
         dy2 = flat(dy.detach() if dy.dtype in DTYPES else dy.detach().float()).cpu()
         is_active = np.zeros(dy2.shape[0], bool)
         is_active[indices_of(find_rows(dy2, rule)).numpy()] = True
         found[name].append(is_active.reshape(dy.shape[:-1]))
+        flops[name] += flops_per_row * is_active.size
 
     def note(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
         if y.requires_grad:
             x = args[0] if args else next(iter(kwargs.values()))
-            products[name] = x.requires_grad + layer.weight.requires_grad
-            y.register_hook(partial(look, name))
+            products = x.requires_grad + layer.weight.requires_grad
+            y.register_hook(partial(look, name, 2 * products * layer.weight.numel()))
 
     with ExitStack() as stack:
         stack.enter_context(_generators_kept())
@@ -304,9 +306,19 @@ def profile(
             continue
         is_active = _join(found[name])
         n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-        flops = 2 * products[name] * is_active.size * n * k
-        result.layers.append(LayerProfile(name, k, n, is_active, flops))
+        result.layers.append(LayerProfile(name, k, n, is_active, flops[name]))
     return result
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Give the model itself, whatever it was handed to first: processes or a compiler."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _join(calls: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
