@@ -148,6 +148,20 @@ def test_interrupted_and_again(tmp_path, recwarn):
     assert layers_with_sebp(trainer.model) == []
 
 
+def test_interrupted_and_taken_out(tmp_path):
+    """A run after an interrupted one has SEBP, too, if it was taken out by hand in between."""
+    watch = Watch(stop_at=2)
+    trainer = make_trainer(tmp_path, [sebp.SebpCallback(padding=True), watch])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    count = len(sebp.remove_sebp_from_model(trainer.model))
+    assert count > 0
+    watch.stop_at, watch.layers = None, []
+    trainer.train()
+    assert {len(layers) for layers in watch.layers} == {count}
+    assert layers_with_sebp(trainer.model) == []
+
+
 @pytest.mark.parametrize(("layers", "count"), [(None, 14), ("*.query", 2)])
 def test_applied_before(tmp_path, layers, count):
     model = make_model("bert")
@@ -253,6 +267,42 @@ def test_rate_of_pytorch(monkeypatch):
     assert ours._dense_seconds_per_row(kind) == pytest.approx(1 / 512 * 4)
     assert ours._dense_seconds_per_row(kind._replace(out_features=8)) == pytest.approx(1 / 512)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_interrupted_and_another(tmp_path):
+    """A callback that goes on with another model leaves none with SEBP behind."""
+    callback = sebp.SebpCallback(padding=True)
+    first = make_trainer(tmp_path, [callback, Watch(stop_at=2)])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert layers_with_sebp(first.model)
+    second = make_trainer(tmp_path, [callback])
+    second.train()
+    for trainer in (first, second):
+        assert not layers_with_sebp(trainer.model)
+        assert not trainer.model._forward_pre_hooks
+
+
+class Joins(TrainerCallback):
+    """Adds another callback while training is under way."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.trainer.add_callback(self.other)
+
+
+def test_added_too_late(tmp_path):
+    """There is nothing to log or to take out, and what the model had it keeps."""
+    joins = Joins(sebp.SebpCallback())
+    joins.trainer = make_trainer(tmp_path, [joins])
+    sebp.apply_sebp_to_model(joins.trainer.model)
+    before = layers_with_sebp(joins.trainer.model)
+    joins.trainer.train()
+    assert not any(KEYS & log.keys() for log in joins.trainer.state.log_history)
+    assert layers_with_sebp(joins.trainer.model) == before
 
 
 def test_bad_rows():

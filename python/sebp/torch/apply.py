@@ -14,6 +14,7 @@ from .forward import is_replaced
 from .layers import give_rule, has_rule, linear_classes, take_rule
 from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
 
+OWNER = "apply_sebp_to_model"  # of what leaves padding out
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -144,7 +145,7 @@ def apply_sebp_to_model(
             give_rule(module, report.rule)
             report.replaced.append(name)
     if padding:
-        report.padding = leave_padding_out(model, check, "apply_sebp_to_model")
+        report.padding = leave_padding_out(model, check, OWNER)
         if not (report.padding.changed or report.padding.already):
             warnings.warn(f"the forward leaves no padding out: {report.padding}", stacklevel=2)
     if not chosen:
@@ -174,5 +175,5 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
     list of str
         The names of the layers put back; empty if none had SEBP.
     """
-    put_padding_back(model, "apply_sebp_to_model")
+    put_padding_back(model, OWNER)
     return [name for name, module in model.named_modules() if take_rule(module)]

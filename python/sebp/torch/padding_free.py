@@ -518,6 +518,12 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
         put_in(module.pooler, _pooler_forward)
 
 
+def has_asked(model: nn.Module, owner: str) -> bool:
+    """Tell whether :func:`leave_padding_out` was called for a model by one owner."""
+    proofs = vars(model).get("_sebp_proofs")
+    return proofs is not None and owner in proofs.owners
+
+
 def runs_padding_free(model: nn.Module) -> bool:
     """Tell whether :func:`padding_free` has changed something in a model."""
     return any(has(module, _base_forward) for module in model.modules())

@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._rules import RowRule, parse_rule
-from .apply import Layers, Report, apply_sebp_to_model
+from .apply import OWNER, Layers, Report, apply_sebp_to_model
 from .layers import take_rule
-from .padding_free import put_padding_back, runs_padding_free
+from .padding_free import has_asked, put_padding_back
 from .work import LayerKind, Work, work_done
 
 _MOST = 512  # rows and outputs of the product that is timed
@@ -104,11 +104,11 @@ class SebpCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Put SEBP into the model, unless an interrupted run has left it there."""
-        if model is not self._model:
-            self._had_padding = runs_padding_free(model)
-            self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding)
-            self._model = model
+        """Put SEBP into the model, once an interrupted run's is out of that one's."""
+        self._leave()
+        self._had_padding = has_asked(model, OWNER)
+        self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding)
+        self._model = model
         self._begin = self._log = self._step = work_done()
 
     def on_step_end(
@@ -119,7 +119,7 @@ class SebpCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Write on the progress bar, which its own callback draws again."""
-        if not state.is_world_process_zero:
+        if self._model is None or not state.is_world_process_zero:
             return
         activity, _ = self._since(self._step)
         _, saved = self._since(self._begin)
@@ -138,7 +138,9 @@ class SebpCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Add the two numbers to the logs of training."""
-        if not (state.is_world_process_zero and logs and {"loss", "train_runtime"} & logs.keys()):
+        if self._model is None or not state.is_world_process_zero:
+            return
+        if not logs or not {"loss", "train_runtime"} & logs.keys():
             return
         activity, saved = self._since(self._begin if "train_runtime" in logs else self._log)
         self._log = work_done()
@@ -156,10 +158,16 @@ class SebpCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Take SEBP out of the layers that it was put into."""
+        self._leave()
+
+    def _leave(self) -> None:
+        """Make the model what it was; nothing if none was changed, or it has been undone."""
+        if self._model is None:
+            return
         for name in self.report.replaced:
-            take_rule(model.get_submodule(name))
+            take_rule(self._model.get_submodule(name))
         if not self._had_padding:
-            put_padding_back(model, "apply_sebp_to_model")
+            put_padding_back(self._model, OWNER)
         self._model = None
 
     def _since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:
