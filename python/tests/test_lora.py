@@ -476,3 +476,28 @@ def test_beside_a_sparse_optimizer():
     optimizer.release()
     with pytest.raises(ValueError, match="2: its weight is frozen"):
         sebp.apply_meprop_to_model(net, torch.optim.SGD(net.parameters(), lr=0.1), 5, layers="2")
+
+
+class Doubled(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_linear_layers_left_out(recwarn):
+    """Of those that were asked for a warning tells."""
+    net = nn.Sequential(nn.Linear(12, 12), Doubled(12, 12), nn.Linear(12, 12))
+    assert sebp.apply_lora_to_model(net, 2, layers="0") == ["0"]
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="1 linear layers are left .*, such as 1: its class is Dou"
+    ):
+        assert sebp.apply_lora_to_model(net, 2, layers=["1", "2"]) == ["2"]
+    net[1] = nn.Linear(12, 12)
+    net[1].forward = torch.relu
+    with (
+        pytest.warns(UserWarning, match="such as 1: its forward has been replaced"),
+        pytest.raises(ValueError, match="no linear layer to train"),
+    ):
+        sebp.apply_lora_to_model(net, 2, layers="1")

@@ -1448,3 +1448,16 @@ def test_no_lapack(monkeypatch):
     with pytest.raises(sebp.SebpError, match="liblapacke"):
         optimizer.load_state_dict(saved)
     assert not optimizer.in_basis_phase
+
+
+def test_rank_beside_bases():
+    """It is theirs, and not left out of account where it is another."""
+    for rank, is_good in ((None, True), (7, True), ((7, 7), True), (6, False), ((7, 6), False)):
+        net = make_net()
+        options = dict(layers="*", bases=make_bases(7), rank=rank)
+        if is_good:
+            sebp.apply_sparsegrad_to_model(net, sgd(net), 5, **options)
+            continue
+        with pytest.raises(ValueError, match="rank is .*, but the basis of .* has"):
+            sebp.apply_sparsegrad_to_model(net, sgd(net), 5, **options)
+        assert all(parameter.requires_grad for parameter in net.parameters())

@@ -2,6 +2,8 @@
 """Which layers of a model SparseGrad, MeProp and LoRA are about."""
 
 import re
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,7 +38,8 @@ def choose_layers(
     Returns
     -------
     list of (str, nn.Module)
-        ``nn.Linear`` and ``Conv1D``, with SEBP or without, in the order of the model.
+        ``nn.Linear`` and ``Conv1D``, with SEBP or without, in the order of the model. Of other
+        linear layers among those chosen, whose class or forward is their own, a warning tells.
 
     Raises
     ------
@@ -48,10 +51,15 @@ def choose_layers(
         in memory, and of float16 or float64 as well.
     """
     if layers is None:
-        chosen = [(name, m) for name, m in linear_layers(model) if _FEED_FORWARD.search(name)]
+
+        def is_chosen(name: str, module: nn.Module) -> bool:
+            return _FEED_FORWARD.search(name) is not None
+
     else:
         is_chosen = chooser(layers)
-        chosen = [(name, m) for name, m in linear_layers(model) if is_chosen(name, m)]
+    known = linear_layers(model)
+    chosen = [(name, module) for name, module in known if is_chosen(name, module)]
+    _warn_of_others(model, known, is_chosen)
     if not chosen:
         what = "no feed-forward layers known by name" if layers is None else f"none in {layers!r}"
         raise ValueError(f"no linear layer to train: {what}; see the argument layers")
@@ -66,6 +74,27 @@ def choose_layers(
             raise ValueError(f"{name}: a SparseOptimizer has it already; release() that first")
     _refuse_shared(model, chosen)
     return chosen
+
+
+def _warn_of_others(
+    model: nn.Module,
+    known: list[tuple[str, nn.Module]],
+    is_chosen: Callable[[str, nn.Module], bool],
+) -> None:
+    """Warn of layers that are linear by their class, and chosen, but not known to be so."""
+    others = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, _ in known:
+        others.pop(name, None)
+    left = [(name, module) for name, module in others.items() if is_chosen(name, module)]
+    if left:
+        name, module = left[0]
+        reason = f"its class is {type(module).__name__}"
+        if "forward" in vars(module):
+            reason = "its forward has been replaced"
+        warnings.warn(
+            f"{len(left)} linear layers are left as they are, such as {name}: {reason}",
+            stacklevel=4,
+        )
 
 
 def _refuse_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:

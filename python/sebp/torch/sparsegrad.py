@@ -72,7 +72,7 @@ def apply_sparsegrad_to_model(
     basis_steps : int, default 30
         Steps from whose gradients bases are made.
     rank : int or (int, int), optional
-        How many leading vectors of u_out and u_in. Default: all.
+        How many leading vectors of u_out and u_in. Default: all, or those of `bases`.
     layers : str, sequence of str, or callable, optional
         Which layers: shell patterns of names, or a function of name and module. Default: the
         feed-forward layers of BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral and Qwen.
@@ -127,6 +127,8 @@ def apply_sparsegrad_to_model(
         kind.shares = kind.basis.shares
         if kind.basis.shape != kind.shape:
             raise ValueError(f"{kind.name} is of {kind.shape}, its basis of {kind.basis.shape}")
+        if pair is not None and kind.basis.rank != pair:
+            raise ValueError(f"rank is {pair}, but the basis of {kind.name} has {kind.basis.rank}")
         _check_k(k, kind, kind.basis.rank)
     if bases is None:
         _check_lapack()
