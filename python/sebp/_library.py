@@ -4,7 +4,9 @@
 import ctypes
 import functools
 import importlib.util
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -29,14 +31,25 @@ Build it in the source tree, then install the package from there:
     pip install ./python
 or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libsebp.so."""
 
+
+def _is_fork_server() -> bool:
+    """Tell whether this process is the server of multiprocessing, and not a child of it.
+
+    It imports the main module, and so this one, but does no work: its children may use threads.
+    """
+    is_of_server = any("multiprocessing.forkserver" in argument for argument in sys.orig_argv)
+    return is_of_server and multiprocessing.current_process().name == "MainProcess"
+
+
 # Whether this process was forked from one that had imported this module. It had threads, as NumPy
 # alone has some. A library that was loaded there knows, but not one that is loaded here.
 _is_forked = False
+_server = os.getpid() if _is_fork_server() else None
 
 
 def _note_fork() -> None:
     global _is_forked
-    _is_forked = True
+    _is_forked = _is_forked or os.getppid() != _server
 
 
 os.register_at_fork(after_in_child=_note_fork)

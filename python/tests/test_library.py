@@ -237,6 +237,57 @@ assert os.waitpid(pid, 0)[1] == 0
     assert done.returncode == 0, done.stderr
 
 
+def test_child_of_a_fork_server(tmp_path):
+    """The server has done nothing but imports: its child has threads, and the child's has not."""
+    with sebp.Context(threads=2) as context:
+        if context.threads == 1:
+            pytest.skip("built without OpenMP")
+    program = tmp_path / "program.py"
+    program.write_text("""
+import multiprocessing, os, signal
+import numpy as np
+import sebp
+
+x = np.ones((512, 512), np.float32)
+
+
+def work(threads):
+    signal.alarm(60)
+    with sebp.Context(threads=2) as context:
+        assert context.threads == threads, context.threads
+        assert (sebp.linear_forward(x, x, context=context) == 512).all()
+
+
+def work_and_fork():
+    assert multiprocessing.current_process().name != "MainProcess"
+    if os.fork() == 0:
+        work(1)  # before the library was loaded
+        os._exit(0)
+    assert os.wait()[1] == 0
+    work(2)
+    if os.fork() == 0:
+        work(1)
+        os._exit(0)
+    assert os.wait()[1] == 0
+
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("forkserver").Process(target=work_and_fork)
+    child.start()
+    child.join(90)
+    assert child.exitcode == 0, child.exitcode
+""")
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "OMP_NUM_THREADS": "2", "SEBP_NUM_THREADS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("first", ["library", "PyTorch"])
 def test_forked_child_solves(lapack, first):
     """LAPACK's threads are the parent's as well."""
