@@ -2,7 +2,6 @@
 """Tensors as the library's matrices, and the calling thread's context."""
 
 import math
-import os
 import threading
 
 import torch
@@ -27,21 +26,12 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
 
 
 def thread_context() -> Context:
     """Give this thread's context, with as many threads as PyTorch works with.
 
-    A forked child keeps the context it has inherited, which knows that OpenMP's threads are gone.
+    In a forked child it works on one thread, as the library knows that OpenMP's are gone.
 
     Returns
     -------
@@ -49,10 +39,6 @@ def thread_context() -> Context:
         The same at each call, until PyTorch's number of threads changes.
     """
     here = _of_thread
-    if _forked:
-        if here.context is None:
-            here.context = Context(threads=1, gemm="native")
-        return here.context
     threads = torch.get_num_threads()
     if here.context is None or here.threads != threads:
         here.context = Context(threads=threads)
