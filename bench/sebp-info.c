@@ -65,9 +65,10 @@ static void print_loaded(void)
 
 static void print_environment(void)
 {
-    static const char *const names[] = {
-        "SEBP_NUM_THREADS", "SEBP_PLACEMENT", "SEBP_GEMM",  "SEBP_MAX_ISA",      "SEBP_VERBOSE",
-        "OMP_NUM_THREADS",  "OMP_PROC_BIND",  "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
+    static const char *const names[] = {"SEBP_NUM_THREADS",  "SEBP_PLACEMENT", "SEBP_GEMM",
+                                        "SEBP_MAX_ISA",      "SEBP_VERBOSE",   "OMP_NUM_THREADS",
+                                        "OMP_THREAD_LIMIT",  "OMP_PROC_BIND",  "OMP_PLACES",
+                                        "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
     int count = 0;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (getenv(names[i]) != NULL)

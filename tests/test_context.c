@@ -6,6 +6,7 @@
 
 #include <dirent.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -584,7 +585,54 @@ START_TEST(affinity_mask_is_the_boundary)
     expect_good_exit(child);
 }
 END_TEST
+
+static void *wait_for(void *barrier)
+{
+    pthread_barrier_wait(barrier);
+    return NULL;
+}
+
+/* It is the calling thread's mask that counts: another thread of the process may run elsewhere, as
+ * those of OpenMP do once they are bound. */
+START_TEST(another_thread_is_no_boundary)
+{
+    cpu_set_t mask, one;
+    ck_assert_int_eq(sched_getaffinity(0, sizeof mask, &mask), 0);
+    if (CPU_COUNT(&mask) < 2) {
+        testing_skip("another_thread_is_no_boundary", "one CPU");
+        return;
+    }
+    unsetenv("OMP_NUM_THREADS");
+    CPU_ZERO(&one);
+    for (int cpu = 0; CPU_COUNT(&one) == 0; cpu++) {
+        if (CPU_ISSET(cpu, &mask)) {
+            CPU_SET(cpu, &one);
+        }
+    }
+    pthread_t thread;
+    pthread_barrier_t barrier;
+    pthread_barrier_init(&barrier, NULL, 2);
+    ck_assert_int_eq(pthread_create(&thread, NULL, wait_for, &barrier), 0);
+    ck_assert_int_eq(sched_setaffinity(0, sizeof one, &one), 0);
+    sebp_context *context = create(NULL);
+    sebp_info info = info_of(context);
+    ck_assert_int_eq(sched_setaffinity(0, sizeof mask, &mask), 0);
+    pthread_barrier_wait(&barrier);
+    pthread_join(thread, NULL);
+    pthread_barrier_destroy(&barrier);
+    ck_assert_int_eq(sebp_context_threads(context), 1);
+    ck_assert_int_eq(info.cores, 1);
+    ck_assert_int_eq(info.logical_cpus, 1);
+    sebp_context_destroy(context);
+}
+END_TEST
 #else
+START_TEST(another_thread_is_no_boundary)
+{
+    testing_skip("another_thread_is_no_boundary", "no sched_getaffinity");
+}
+END_TEST
+
 START_TEST(placement)
 {
     testing_skip(_i ? "placement spread" : "placement compact", "no sched_getaffinity");
@@ -615,6 +663,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, verbose);
     tcase_add_loop_test(tests, placement, 0, 2);
     tcase_add_test(tests, affinity_mask_is_the_boundary);
+    tcase_add_test(tests, another_thread_is_no_boundary);
     suite_add_tcase(suite, tests);
     return suite;
 }

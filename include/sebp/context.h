@@ -78,8 +78,11 @@ typedef struct sebp_context_options {
  *     SEBP_VERBOSE      0, 1: one line on standard error (linear.h) for each forward, backward and
  *                       gradient that succeeds: the functions that take rows
  *
- * Threads by default: the physical cores within this process's affinity mask and its cgroup's CPU
- * quota, or OMP_NUM_THREADS where that is set. With placement asked for, each thread is bound to
+ * Threads by default: the physical cores within the calling thread's affinity mask and its cgroup's
+ * CPU quota, or OMP_NUM_THREADS where that is set. Where the mask is one of OpenMP's places, as
+ * OpenMP binds the thread that loads it (OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY), the cores of
+ * all places count instead, and no more than omp_get_num_procs(). However many are asked for, OpenMP
+ * has no more than OMP_THREAD_LIMIT of them. With placement asked for, each thread is bound to
  * one core within that mask at its first piece of work; nothing is bound if OMP_PROC_BIND,
  * OMP_PLACES, GOMP_CPU_AFFINITY or KMP_AFFINITY is set, or if the host brings its own parallel_for.
  * The calling thread does a share of the work and so is bound too, until the context is destroyed.

@@ -12,6 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "cpu.h"
 
 enum {
@@ -38,20 +42,32 @@ static void destroy(void *device)
     free(cpu);
 }
 
-static int count_threads(const sebp_context_options *options,
-                         const sebp_cpu_environment *environment, const sebp_topology *topology)
+/* Those that the options, the environment or the machine gives. */
+static int wanted_threads(const sebp_context_options *options,
+                          const sebp_cpu_environment *environment, const sebp_topology *topology)
 {
-#ifndef _OPENMP
-    if (options->parallel_for == NULL)
-        return 1;
-#endif
-    if (options->parallel_for == NULL && sebp_cpu_openmp_is_lost())
-        return 1;
     if (options->threads > 0)
         return options->threads;
     if (environment->omp_threads > 0)
         return environment->omp_threads;
     return (int)sebp_least(sebp_topology_default_threads(topology), SEBP_MOST_THREADS);
+}
+
+/* A pool of the host's has as many as that; OpenMP no more than OMP_THREAD_LIMIT, and in a child
+   that has lost OpenMP's threads one. */
+static int count_threads(const sebp_context_options *options,
+                         const sebp_cpu_environment *environment, const sebp_topology *topology)
+{
+    int threads = wanted_threads(options, environment, topology);
+    if (options->parallel_for != NULL)
+        return threads;
+#ifdef _OPENMP
+    if (sebp_cpu_openmp_is_lost())
+        return 1;
+    return (int)sebp_most(sebp_least(threads, omp_get_thread_limit()), 1);
+#else
+    return 1;
+#endif
 }
 
 sebp_status sebp_cpu_create(const sebp_context_options *options,

@@ -12,6 +12,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -22,6 +25,83 @@
 #include "cpu.h"
 
 enum { ASSUMED_L2 = 512 << 10, PATH_BYTES = 4096 };
+
+/* ---- the mask ---- */
+
+/* The CPUs that this process may use. */
+typedef struct boundary {
+    int most; /* of them, where the mask may hold more; 0: it holds just these */
+#ifdef __linux__
+    cpu_set_t mask[SEBP_MASK_SETS];
+#endif
+} boundary;
+
+#ifdef __linux__
+
+#if defined _OPENMP && _OPENMP >= 201511
+
+/* Puts the CPUs of a place of OpenMP's into `mask`; false: it has none, or there is no memory. */
+static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
+{
+    int count = omp_get_place_num_procs(place);
+    int *cpus = count > 0 ? malloc((size_t)count * sizeof *cpus) : NULL;
+    CPU_ZERO_S(mask_bytes, mask);
+    if (cpus == NULL)
+        return false;
+    omp_get_place_proc_ids(place, cpus);
+    for (int i = 0; i < count; i++)
+        CPU_SET_S((size_t)cpus[i], mask_bytes, mask);
+    free(cpus);
+    return true;
+}
+
+/*
+ * OMP_PROC_BIND and its kin have OpenMP bind the thread that loads it, so that the mask of this
+ * thread is one of its places and says nothing about the process: that has them all. As the list may
+ * name CPUs that the process was never given, there are no more than OpenMP counts.
+ */
+static void widen_to_places(boundary *boundary)
+{
+    cpu_set_t place[SEBP_MASK_SETS], all[SEBP_MASK_SETS];
+    bool is_place = false;
+    CPU_ZERO_S(sizeof all, all);
+    for (int i = 0; i < omp_get_num_places(); i++) {
+        if (!read_place(i, place, sizeof place))
+            continue;
+        is_place = is_place || CPU_EQUAL_S(sizeof place, place, boundary->mask);
+        CPU_OR_S(sizeof all, all, all, place);
+    }
+    if (is_place) {
+        memcpy(boundary->mask, all, sizeof all);
+        boundary->most = omp_get_num_procs();
+    }
+}
+
+#else
+
+static void widen_to_places(boundary *boundary)
+{
+    (void)boundary;
+}
+
+#endif
+
+static void read_boundary(boundary *boundary)
+{
+    boundary->most = 0;
+    CPU_ZERO_S(sizeof boundary->mask, boundary->mask);
+    sched_getaffinity(0, sizeof boundary->mask, boundary->mask);
+    widen_to_places(boundary);
+}
+
+#else
+
+static void read_boundary(boundary *boundary)
+{
+    boundary->most = 0;
+}
+
+#endif
 
 /* ---- the operating system's own files ---- */
 
@@ -163,17 +243,16 @@ static bool is_first_of_core(int cpu, const cpu_set_t *mask, size_t mask_bytes)
     return true;
 }
 
-static void read_from_system(sebp_topology *topology)
+static void read_from_system(const boundary *boundary, sebp_topology *topology)
 {
-    cpu_set_t mask[SEBP_MASK_SETS];
-    CPU_ZERO_S(sizeof mask, mask);
-    sched_getaffinity(0, sizeof mask, mask);
+    const cpu_set_t *mask = boundary->mask;
+    size_t mask_bytes = sizeof boundary->mask;
     for (int cpu = 0; cpu < SEBP_MASK_SETS * CPU_SETSIZE; cpu++) {
-        if (!CPU_ISSET_S((size_t)cpu, sizeof mask, mask))
+        if (!CPU_ISSET_S((size_t)cpu, mask_bytes, mask))
             continue;
         if (topology->logical_cpus++ == 0)
             read_caches(cpu, topology);
-        topology->cores += is_first_of_core(cpu, mask, sizeof mask);
+        topology->cores += is_first_of_core(cpu, mask, mask_bytes);
     }
 }
 
@@ -184,8 +263,9 @@ static double read_cpu_quota(void)
     return 0;
 }
 
-static void read_from_system(sebp_topology *topology)
+static void read_from_system(const boundary *boundary, sebp_topology *topology)
 {
+    (void)boundary;
     topology->logical_cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
     topology->cores = topology->logical_cpus;
 }
@@ -196,21 +276,42 @@ static void read_from_system(sebp_topology *topology)
 
 #ifdef SEBP_HAVE_HWLOC
 
-/* The machine as far as this process's affinity mask goes; NULL: hwloc failed. */
-static hwloc_topology_t load_hwloc(void)
+/* Takes the CPUs out of a topology that are not within the boundary; false: none is left. */
+static bool restrict_hwloc(hwloc_topology_t hwloc, const boundary *boundary)
 {
+#ifdef __linux__
+    hwloc_bitmap_t cpus = hwloc_bitmap_alloc();
+    bool done = cpus != NULL;
+    for (unsigned cpu = 0; cpu < SEBP_MASK_SETS * CPU_SETSIZE && done; cpu++) {
+        if (CPU_ISSET_S(cpu, sizeof boundary->mask, boundary->mask))
+            done = hwloc_bitmap_set(cpus, cpu) == 0;
+    }
+    done = done && hwloc_topology_restrict(hwloc, cpus, 0) == 0;
+    hwloc_bitmap_free(cpus);
+    return done;
+#else
+    (void)hwloc, (void)boundary;
+    return true;
+#endif
+}
+
+/* The machine within the boundary; NULL: hwloc failed. */
+static hwloc_topology_t load_hwloc(const boundary *boundary)
+{
+    unsigned long flags =
+        HWLOC_TOPOLOGY_FLAG_IS_THISSYSTEM | HWLOC_TOPOLOGY_FLAG_DONT_CHANGE_BINDING;
 #ifdef __linux__
     /* Without these files hwloc finds nothing, and says so on standard error. */
     if (access("/sys/devices/system/cpu/cpu0/topology", F_OK) != 0)
         return NULL;
+#else
+    flags |= HWLOC_TOPOLOGY_FLAG_RESTRICT_TO_CPUBINDING;
 #endif
     hwloc_topology_t hwloc;
     if (hwloc_topology_init(&hwloc) != 0)
         return NULL;
-    unsigned long flags = HWLOC_TOPOLOGY_FLAG_IS_THISSYSTEM |
-                          HWLOC_TOPOLOGY_FLAG_RESTRICT_TO_CPUBINDING |
-                          HWLOC_TOPOLOGY_FLAG_DONT_CHANGE_BINDING;
-    if (hwloc_topology_set_flags(hwloc, flags) != 0 || hwloc_topology_load(hwloc) != 0) {
+    if (hwloc_topology_set_flags(hwloc, flags) != 0 || hwloc_topology_load(hwloc) != 0 ||
+        !restrict_hwloc(hwloc, boundary)) {
         hwloc_topology_destroy(hwloc);
         return NULL;
     }
@@ -223,10 +324,10 @@ static size_t cache_bytes(hwloc_topology_t hwloc, hwloc_obj_type_t type)
     return cache != NULL ? (size_t)cache->attr->cache.size : 0;
 }
 
-static bool read_from_hwloc(sebp_topology *topology)
+static bool read_from_hwloc(const boundary *boundary, sebp_topology *topology)
 {
     snprintf(topology->hwloc, sizeof topology->hwloc, "unknown");
-    hwloc_topology_t hwloc = load_hwloc();
+    hwloc_topology_t hwloc = load_hwloc(boundary);
     if (hwloc == NULL)
         return false;
     topology->logical_cpus = hwloc_get_nbobjs_by_type(hwloc, HWLOC_OBJ_PU);
@@ -316,7 +417,9 @@ bool sebp_topology_can_place(void)
 
 sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus)
 {
-    hwloc_topology_t hwloc = load_hwloc();
+    boundary boundary;
+    read_boundary(&boundary);
+    hwloc_topology_t hwloc = load_hwloc(&boundary);
     if (hwloc == NULL)
         return SEBP_ERROR_BACKEND;
     sebp_status status = SEBP_ERROR_MEMORY;
@@ -336,9 +439,9 @@ sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus
 
 #else
 
-static bool read_from_hwloc(sebp_topology *topology)
+static bool read_from_hwloc(const boundary *boundary, sebp_topology *topology)
 {
-    (void)topology;
+    (void)boundary, (void)topology;
     return false;
 }
 
@@ -364,11 +467,16 @@ static int at_least_one(int count)
 
 void sebp_topology_read(sebp_topology *topology)
 {
+    boundary boundary;
+    read_boundary(&boundary);
     memset(topology, 0, sizeof *topology);
-    if (!read_from_hwloc(topology))
-        read_from_system(topology);
+    if (!read_from_hwloc(&boundary, topology))
+        read_from_system(&boundary, topology);
     topology->logical_cpus = at_least_one(topology->logical_cpus);
-    if (topology->cores <= 0) /* a machine that does not tell them apart */
+    if (boundary.most > 0 && boundary.most < topology->logical_cpus)
+        topology->logical_cpus = boundary.most;
+    /* Also of a machine that does not tell them apart. */
+    if (topology->cores <= 0 || topology->cores > topology->logical_cpus)
         topology->cores = topology->logical_cpus;
     topology->numa_nodes = at_least_one(topology->numa_nodes);
     topology->core_kinds = at_least_one(topology->core_kinds);
