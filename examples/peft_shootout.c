@@ -16,6 +16,7 @@
  *     that slows down does so for all.
  *   - Each run is a process of its own, forked before this one has any threads: it has no more
  *     memory than its method needs, and leaves nothing behind. Its peak is the kernel's count.
+ *   - Each run is in the files when it is done, so that an interrupted experiment keeps those.
  *
  * To be read from top to bottom: options, data, one run, processes, the experiment, the report.
  */
@@ -236,7 +237,7 @@ static int parse_options(int argc, char **argv, struct options *o)
         {"seed", "N", "of pretraining, and the first of fine-tuning", &o->seed, 0, 0, 0, 0, 1e15},
         {"seeds", "N", "how many", &o->seeds, 0, 0, 0, 1, MOST_SEEDS},
         {"plot", "FILE", "SVG with quality, memory and loss curves", 0, 0, &o->plot, 0, 0, 0},
-        {"csv", "FILE", "a line for every run", 0, 0, &o->csv, 0, 0, 0},
+        {"csv", "FILE", "a line for every run, written when it is done", 0, 0, &o->csv, 0, 0, 0},
         {"losses", "FILE", "the loss of every step of every run, as CSV", 0, 0, &o->losses, 0, 0,
          0},
         {"help", "", "this text", 0, 0, 0, &o->help, 0, 0},
@@ -608,6 +609,7 @@ struct report {
     int64_t steps;
     struct score before;
     struct row rows[METHODS];
+    FILE *csv, *losses; /* to which each run is added when it is done; NULL: not asked for */
 };
 
 static int64_t step_count(const struct dataset *data, const struct options *o, int64_t epochs,
@@ -765,6 +767,83 @@ static void summarise(const struct options *o, struct row *row)
     row->solve_seconds = median(solves, o->seeds);
 }
 
+/** What has been written of a file is in it, whatever becomes of this process. */
+static int written(FILE *file, const char *path)
+{
+    return fflush(file) == 0 && !ferror(file) ? OK
+                                              : complain(FAILED, "%s: cannot be written", path);
+}
+
+/** Begins the files that runs are added to. */
+static int begin_files(struct report *r)
+{
+    const struct options *o = r->options;
+    int status = OK;
+    if (o->csv != NULL) {
+        r->csv = report_open(o->csv);
+        if (r->csv == NULL) {
+            return FAILED;
+        }
+        fputs("method,seed,rate,trained_elements,accuracy,matthews,dev_loss,step_seconds,"
+              "train_seconds,solve_seconds,peak_bytes,later_peak_bytes,gradient_bytes,state_bytes,"
+              "shared_bytes\n",
+              r->csv);
+        fprintf(r->csv, "before,,,,%.9g,%.9g,%.9g,,,,,,,,\n", r->before.accuracy,
+                r->before.matthews, r->before.loss);
+        status = written(r->csv, o->csv);
+    }
+    if (status == OK && o->losses != NULL) {
+        r->losses = report_open(o->losses);
+        if (r->losses == NULL) {
+            return FAILED;
+        }
+        fputs("method,seed,step,loss\n", r->losses);
+        status = written(r->losses, o->losses);
+    }
+    return status;
+}
+
+/** Adds a run to the files: a line for each of its steps, then, once they are written, its own. */
+static int add_run(const struct report *r, int method, int64_t seed, const struct result *result)
+{
+    const struct options *o = r->options;
+    const struct row *row = &r->rows[method];
+    int status = OK;
+    if (r->losses != NULL) {
+        for (int64_t step = 0; step < r->steps; step++) {
+            fprintf(r->losses, "%s,%lld,%lld,%.9g\n", method_names[method], (long long)seed,
+                    (long long)step + 1, result->losses[step]);
+        }
+        status = written(r->losses, o->losses);
+    }
+    if (status == OK && r->csv != NULL) {
+        fprintf(r->csv,
+                "%s,%lld,%.9g,%lld,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%lld,%lld,%lld,%lld,%lld\n",
+                method_names[method], (long long)seed, row->rate, (long long)row->trained,
+                result->score.accuracy, result->score.matthews, result->score.loss,
+                result->step_seconds, result->train_seconds, result->solve_seconds,
+                (long long)result->peak, (long long)result->later_peak,
+                (long long)result->bytes.gradient, (long long)result->bytes.state,
+                (long long)result->bytes.shared);
+        status = written(r->csv, o->csv);
+    }
+    return status;
+}
+
+/** Ends the files. */
+static int end_files(struct report *r, int status)
+{
+    const struct options *o = r->options;
+    if (r->csv != NULL && report_close(r->csv, o->csv) != OK) {
+        status = status == OK ? FAILED : status;
+    }
+    if (r->losses != NULL && report_close(r->losses, o->losses) != OK) {
+        status = status == OK ? FAILED : status;
+    }
+    r->csv = r->losses = NULL;
+    return status;
+}
+
 /** Every method by every seed, in turn. */
 static int run_all(const struct shared *shared, struct report *r)
 {
@@ -789,6 +868,7 @@ static int run_all(const struct shared *shared, struct report *r)
                                     : complain(FAILED, "out of memory for the results");
             if (status == OK) {
                 show_run(o, (enum method)method, row->rate, seed, "dev", result);
+                status = add_run(r, method, o->seed + i, result);
             } else if (result != NULL) {
                 complain_about_run(status, (enum method)method, row->rate, seed);
             }
@@ -853,60 +933,6 @@ static void print_table(const struct report *r)
                    row->solve_seconds);
         }
     }
-}
-
-/** A line for each run. */
-static int write_csv(const struct report *r)
-{
-    const struct options *o = r->options;
-    FILE *file = report_open(o->csv);
-    if (file == NULL) {
-        return FAILED;
-    }
-    fputs("method,seed,rate,trained_elements,accuracy,matthews,dev_loss,step_seconds,"
-          "train_seconds,solve_seconds,peak_bytes,later_peak_bytes,gradient_bytes,state_bytes,"
-          "shared_bytes\n",
-          file);
-    fprintf(file, "before,,,,%.9g,%.9g,%.9g,,,,,,,,\n", r->before.accuracy, r->before.matthews,
-            r->before.loss);
-    for (int64_t i = 0; i < o->seeds; i++) {
-        for (int method = 0; method < METHODS; method++) {
-            const struct row *row = &r->rows[method];
-            if (!row->ran) {
-                continue;
-            }
-            const struct result *result = row->runs[i];
-            fprintf(file,
-                    "%s,%lld,%.9g,%lld,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g,%lld,%lld,%lld,%lld,%lld\n",
-                    method_names[method], (long long)(o->seed + i), row->rate,
-                    (long long)row->trained, result->score.accuracy, result->score.matthews,
-                    result->score.loss, result->step_seconds, result->train_seconds,
-                    result->solve_seconds, (long long)result->peak, (long long)result->later_peak,
-                    (long long)result->bytes.gradient, (long long)result->bytes.state,
-                    (long long)result->bytes.shared);
-        }
-    }
-    return report_close(file, o->csv);
-}
-
-/** A line for each step of each run. */
-static int write_losses(const struct report *r)
-{
-    const struct options *o = r->options;
-    FILE *file = report_open(o->losses);
-    if (file == NULL) {
-        return FAILED;
-    }
-    fputs("method,seed,step,loss\n", file);
-    for (int64_t i = 0; i < o->seeds; i++) {
-        for (int method = 0; method < METHODS; method++) {
-            for (int64_t step = 0; r->rows[method].ran && step < r->steps; step++) {
-                fprintf(file, "%s,%lld,%lld,%.9g\n", method_names[method], (long long)(o->seed + i),
-                        (long long)step + 1, r->rows[method].runs[i]->losses[step]);
-            }
-        }
-    }
-    return report_close(file, o->losses);
 }
 
 /* The plot: for each method a line with the metric of each seed and its memory to the left, and to
@@ -1168,17 +1194,15 @@ static int experiment(struct pool *pool, const struct options *o, struct data *d
         status = pretrain(&shared, report);
     }
     if (status == OK) {
+        status = begin_files(report);
+    }
+    if (status == OK) {
         status = run_all(&shared, report);
     }
+    status = end_files(report, status);
     if (status == OK) {
         print_table(report);
         status = write_plot(report);
-    }
-    if (status == OK && o->csv != NULL) {
-        status = write_csv(report);
-    }
-    if (status == OK && o->losses != NULL) {
-        status = write_losses(report);
     }
     if (status == OK) {
         printf("\nplot: %s\n", o->plot);

@@ -193,6 +193,37 @@ check "three classes: the loss" awk -F, '$1 == "lora" && $4 > 0.9 { many++ } END
     "$work/losses.csv"
 runs "no pretraining" --pretrain none --methods frozen,lora --rest all --metric matthews
 
+# What is done is kept where the program is ended: of 100 seeds' runs some, whole, in order. A run's
+# losses are written before its line.
+rm -f "$work/runs.csv" "$work/losses.csv"
+"$program" --layers 1 --hidden 20 --heads 2 --max-length 24 --batch 4 --threads 1 --steps 12 \
+    --train "$work/train.tsv" --pretrain none --rates 3e-3 --seeds 100 --methods frozen,full \
+    --csv "$work/runs.csv" --losses "$work/losses.csv" --plot "$work/none.svg" \
+    >"$work/table" 2>"$work/messages" &
+experiment=$!
+tries=0
+while [ "$(wc -l 2>/dev/null <"$work/runs.csv" || echo 0)" -lt 5 ] && [ "$tries" -lt 300 ] &&
+    kill -0 "$experiment" 2>/dev/null; do
+    sleep 0.2
+    tries=$((tries + 1))
+done
+kill -TERM "$experiment" 2>/dev/null
+wait "$experiment" 2>/dev/null
+ended=$?
+check "the experiment was interrupted" test "$ended" -gt 128
+check "finished runs are kept" awk -F, '
+    NR == 2 { bad = $1 != "before" }
+    NR > 2 && $1 != (NR % 2 ? "frozen" : "full") { print; bad = 1 }
+    NF != 15 || NR > 2 && ($2 != int((NR - 1) / 2) || !($8 > 0)) { print; bad = 1 }
+    END { exit bad || NR < 5 || NR > 201 }' "$work/runs.csv"
+check "and their losses" awk -F, '
+    NR == FNR { runs += FNR > 2; next }
+    FNR > 1 && NF == 4 && $4 > 0 { steps[$1, $2]++ }
+    END {
+        for (run in steps) { whole += steps[run] == 12 }
+        exit !runs || whole < runs || whole > runs + 1
+    }' "$work/runs.csv" "$work/losses.csv"
+
 # A gradient or loss that is not finite.
 if "$program" --layers 1 --hidden 20 --heads 2 --steps 8 --pretrain none --train "$gadgets" \
     --rates 1e30 --seeds 1 --methods full --plot "$work/none.svg" >"$work/table" \
