@@ -193,7 +193,8 @@ static void add_shapes(options *o, const char *name)
     for (int i = 1; fgets(line, sizeof line, file) != NULL; i++) {
         if (strchr(line, '\n') == NULL && !feof(file))
             die(USAGE, "%s:%d: the line is over %zu characters", name, i, sizeof line - 2);
-        add_shape_line(o, name, i, line);
+        int marked = i == 1 && strncmp(line, "\xEF\xBB\xBF", 3) == 0; /* a byte order mark */
+        add_shape_line(o, name, i, line + (marked ? 3 : 0));
     }
     if (ferror(file))
         die(USAGE, "%s: %s", name, strerror(errno));

@@ -11,7 +11,9 @@
 
 #include "text.h"
 
-/** The whole of a file. */
+static const char byte_order_mark[] = "\xEF\xBB\xBF"; /* that some editors begin UTF-8 with */
+
+/** The whole of a file, without a byte order mark. */
 static int read_file(struct pool *pool, const char *path, struct slice *contents)
 {
     FILE *file = fopen(path, "rb");
@@ -41,8 +43,11 @@ static int read_file(struct pool *pool, const char *path, struct slice *contents
     } else if ((kept = allocate(pool, size + 1, 1)) == NULL) {
         status = complain(FAILED, "%s: out of memory", path);
     } else {
-        memcpy(kept, text, (size_t)size);
-        *contents = (struct slice){kept, size};
+        const int64_t mark = (int64_t)sizeof byte_order_mark - 1;
+        bool marked = size >= mark && memcmp(text, byte_order_mark, (size_t)mark) == 0;
+        int64_t skipped = marked ? mark : 0;
+        memcpy(kept, text + skipped, (size_t)(size - skipped));
+        *contents = (struct slice){kept, size - skipped};
     }
     free(text);
     fclose(file);

@@ -32,6 +32,8 @@ struct corpus {
 
 enum { MOST_CLASSES = 100 };
 
+/* In the files below a UTF-8 byte order mark is skipped. */
+
 /**
  * Reads `sentence<TAB>label`, or CoLA's `source<TAB>label<TAB>mark<TAB>sentence`. A first line that
  * has "label" for its label is a header.

@@ -172,6 +172,9 @@ printf '# two\n\nsmall 12 3 5 4 # four a sequence\nflat\t6 7 8\n' >"$work/shapes
 succeeds "$bench" --verify-only --shapes "$work/shapes"
 prints '^small: M 12, K 3, N 5'
 prints '^flat: M 6, K 7, N 8'
+printf '\357\273\277small 12 3 5\n' >"$work/shapes" # after a byte order mark
+succeeds "$bench" --verify-only --shapes "$work/shapes"
+prints '^small: M 12, K 3, N 5'
 bad_line() {
     printf 'good 12 3 5\n%b\n' "$1" >"$work/shapes"
     refuses "sebp-bench: $work/shapes:2: " "$bench" --shapes "$work/shapes"

@@ -131,6 +131,27 @@ pieces="--vocab $work/vocab.txt --max-length 12 --batch 3 --epochs 3"
 check "WordPiece" sh -c 'grep -q "^1 0 2 7 8 9 11 12 13 12 14 15 3$" "$1" || exit 1
     grep -q "^[12] 2 2 5 10 3$" "$1" && grep -q "^[12] 1 2 1 1 1 3$" "$1"' - "$work/batches"
 
+# Byte order marks: without them and with them the same, be there a header or none.
+cp "$work/losses.csv" "$work/first.csv"
+for file in header four vocab; do
+    cp "$work/$file.tsv" "$work/plain" 2>/dev/null || cp "$work/$file.txt" "$work/plain"
+    { printf '\357\273\277' && cat "$work/plain"; } >"$work/marked-$file"
+done
+trains "CoLA's columns after a mark" --train "$work/marked-four" --dev "$work/marked-four" \
+    --vocab "$work/marked-vocab" --max-length 12 --batch 1 --epochs 6
+check "a mark changes nothing" cmp "$work/losses.csv" "$work/first.csv"
+# shellcheck disable=SC2086 # the flags are words
+trains "a mark before the header" --train "$work/marked-header" --dev "$work/marked-header" \
+    $pieces --dump-parameters "$work/dump3"
+check "the header is one" cmp "$work/dump2/batches.txt" "$work/dump3/batches.txt"
+tail -n +2 "$work/header.tsv" >"$work/plain"
+{ printf '\357\273\277' && cat "$work/plain"; } >"$work/marked-first"
+for file in plain marked-first; do # the words of the first sentence are in the vocabulary made
+    trains "sentences from the first line on: $file" --train "$work/$file" --dev "$work/$file" \
+        --max-length 12 --batch 3 --epochs 3 --dump-parameters "$work/dump-$file"
+done
+check "a mark is no word" cmp "$work/dump-plain/batches.txt" "$work/dump-marked-first/batches.txt"
+
 # Bad options.
 refused "unknown option" 2 "unknown option '--hiden' (--help lists them)" --hiden 8
 refused "no value" 2 "--hidden: needs a value" --hidden

@@ -12,8 +12,14 @@ _FIRST, _END = 1000, 30000  # the words of BERT's vocabulary, by and large
 Texts = list[tuple[list[int], int]]  # tokens with [CLS] and [SEP], label
 
 
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """Read a vocabulary of a piece a line, the first line's id being 0."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        return {line.rstrip(): i for i, line in enumerate(file)}
+
+
 def read_texts(data: Path, corpus: str, part: str = "train") -> Texts:
-    """Read a corpus.
+    """Read a corpus. Files are in UTF-8; a byte order mark is skipped.
 
     Parameters
     ----------
@@ -33,9 +39,9 @@ def read_texts(data: Path, corpus: str, part: str = "train") -> Texts:
     from tokenizers import BertWordPieceTokenizer
 
     column = {"sst2": 0, "cola": 3}[corpus]
-    lines = (data / corpus / f"{part}.tsv").read_text().splitlines()
+    lines = (data / corpus / f"{part}.tsv").read_text(encoding="utf-8-sig").splitlines()
     fields = [line.split("\t") for line in lines]
-    tokenizer = BertWordPieceTokenizer(str(data / "bert-base-uncased" / "vocab.txt"))
+    tokenizer = BertWordPieceTokenizer(_read_vocabulary(data / "bert-base-uncased" / "vocab.txt"))
     encoded = tokenizer.encode_batch([f[column] for f in fields])
     return [(e.ids, int(f[1])) for e, f in zip(encoded, fields, strict=True)]
 

@@ -294,6 +294,20 @@ def test_shootout_run_that_diverges(shootout, data, trainings, capsys, monkeypat
     assert plot.exists()
 
 
+def test_byte_order_marks_are_skipped(data):
+    """The first text and the first piece are what they are without one."""
+    texts = importlib.import_module("texts")
+    vocabulary = data / "bert-base-uncased" / "vocab.txt"
+    pieces = vocabulary.read_text().split("\n")
+    vocabulary.write_text("\n".join(pieces[::-1]))
+    plain = texts.read_texts(data, "sst2")
+    assert any(0 in tokens for tokens, _ in plain)  # the first piece is a word
+    for name in ("bert-base-uncased/vocab.txt", "sst2/train.tsv"):
+        path = data / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert texts.read_texts(data, "sst2") == plain
+
+
 def test_shootout_trains_on_no_text_that_judges(shootout, data):
     module = importlib.import_module("peft_shootout")
     lines = ["a film\t0", "A Film\t0", "good\t1", "Good\t1", "bad plot\t0", "Bad Plot\t0"]
