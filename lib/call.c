@@ -26,24 +26,21 @@ sebp_status sebp_missing(const sebp_call *call, const char *name)
     return sebp_fail(call->context, SEBP_ERROR_NULL, "%s: %s is NULL", call->function, name);
 }
 
-sebp_status sebp_check_size_bytes(const sebp_call *call, const char *name, size_t given,
-                                  size_t wanted)
+sebp_status sebp_take_any_options(const sebp_call *call, const void *given, size_t first_bytes,
+                                  void *taken, size_t bytes)
 {
-    if (given == wanted)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_SIZE, "%s: %s->size_bytes is %zu, not %zu",
-                     call->function, name, given, wanted);
+    char why[SEBP_WHY_BYTES];
+    sebp_status status =
+        given ? sebp_take_struct(given, first_bytes, taken, bytes, why) : SEBP_SUCCESS;
+    if (status != SEBP_SUCCESS)
+        sebp_fail(call->context, status, "%s: options->%s", call->function, why);
+    return status;
 }
 
 sebp_status sebp_take_options(sebp_call *call, const sebp_linear_options *options)
 {
-    if (!options)
-        return SEBP_SUCCESS;
-    sebp_status status =
-        sebp_check_size_bytes(call, "options", options->size_bytes, sizeof *options);
-    if (status == SEBP_SUCCESS)
-        call->options = *options;
-    return status;
+    enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_linear_options, db_write) };
+    return sebp_take_any_options(call, options, BYTES_0_1_0, &call->options, sizeof *options);
 }
 
 sebp_status sebp_check_views(const sebp_call *call, const sebp_argument *arguments, int count)

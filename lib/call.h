@@ -36,9 +36,9 @@ sebp_call sebp_call_begin(sebp_context *context, const char *function);
 /* Checks; on error each leaves a line. Absent arguments pass. */
 
 sebp_status sebp_missing(const sebp_call *call, const char *name);
-/** The struct `name` says it has `given` bytes. */
-sebp_status sebp_check_size_bytes(const sebp_call *call, const char *name, size_t given,
-                                  size_t wanted);
+/** Puts a caller's options over the defaults in `taken`, as sebp_take_struct(); NULL leaves them. */
+sebp_status sebp_take_any_options(const sebp_call *call, const void *given, size_t first_bytes,
+                                  void *taken, size_t bytes);
 /** NULL leaves the defaults. */
 sebp_status sebp_take_options(sebp_call *call, const sebp_linear_options *options);
 sebp_status sebp_check_views(const sebp_call *call, const sebp_argument *arguments, int count);

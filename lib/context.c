@@ -185,20 +185,19 @@ static sebp_status check_build(const sebp_context_options *options)
 
 sebp_status sebp_context_create(const sebp_context_options *given, sebp_context **context)
 {
+    enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_context_options, message_bytes) };
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    /* A longer struct of a later version has its message where this one has it; a shorter one may
-     * have none. */
-    if (given != NULL && given->size_bytes >= sizeof options)
-        options = *given;
-    if (context == NULL)
-        return refuse(&options, SEBP_ERROR_NULL, "sebp_context_create: context is NULL");
-    if (given != NULL && given->size_bytes != sizeof options) {
-        return refuse(&options, SEBP_ERROR_SIZE, "sebp_context_create: size_bytes is %zu, not %zu",
-                      given->size_bytes, sizeof options);
-    }
     sebp_cpu_environment environment = {0};
     bool verbose = false;
-    sebp_status status = check_options(&options);
+    char why[SEBP_WHY_BYTES];
+    sebp_status status = given != NULL
+                             ? sebp_take_struct(given, BYTES_0_1_0, &options, sizeof options, why)
+                             : SEBP_SUCCESS;
+    if (context == NULL)
+        return refuse(&options, SEBP_ERROR_NULL, "sebp_context_create: context is NULL");
+    if (status != SEBP_SUCCESS)
+        return refuse(&options, status, "sebp_context_create: %s", why);
+    status = check_options(&options);
     if (status == SEBP_SUCCESS)
         status = read_environment(&options, &environment, &verbose);
     if (status == SEBP_SUCCESS)

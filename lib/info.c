@@ -36,20 +36,19 @@ const char *sebp_isa_name(int index)
 
 sebp_status sebp_info_get(const sebp_context *context, sebp_info *info)
 {
+    enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_info, placement_refused) };
+    sebp_info found = {.size_bytes = sizeof found};
     if (info == NULL)
         return SEBP_ERROR_NULL;
-    if (info->size_bytes != sizeof *info)
-        return SEBP_ERROR_SIZE;
-    *info = (sebp_info){.size_bytes = sizeof *info};
 #ifdef SEBP_HAVE_ONEDNN
-    sebp_onednn_version(info->onednn, sizeof info->onednn);
+    sebp_onednn_version(found.onednn, sizeof found.onednn);
 #endif
 #ifdef _OPENMP
-    info->openmp = _OPENMP;
+    found.openmp = _OPENMP;
 #endif
     if (context != NULL)
-        context->backend->info(context->device, info);
+        context->backend->info(context->device, &found);
     else
-        sebp_cpu_backend.info(NULL, info);
-    return SEBP_SUCCESS;
+        sebp_cpu_backend.info(NULL, &found);
+    return sebp_give_struct(&found, sizeof found, BYTES_0_1_0, info);
 }

@@ -23,14 +23,9 @@ static sebp_status check_range(const sebp_call *call, const char *name, double v
 sebp_status sebp_take_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
                                     sebp_adamw_options *taken)
 {
+    enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_adamw_options, weight_decay) };
     *taken = (sebp_adamw_options)SEBP_ADAMW_OPTIONS_INIT;
-    if (!options)
-        return SEBP_SUCCESS;
-    sebp_status status =
-        sebp_check_size_bytes(call, "options", options->size_bytes, sizeof *options);
-    if (status == SEBP_SUCCESS)
-        *taken = *options;
-    return status;
+    return sebp_take_any_options(call, options, BYTES_0_1_0, taken, sizeof *taken);
 }
 
 /* What a step computes with must be finite as f32, as each option is by itself. */

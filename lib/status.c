@@ -17,7 +17,8 @@ const char *sebp_status_string(sebp_status status)
     case SEBP_ERROR_NULL:
         return "a pointer that may not be NULL is NULL";
     case SEBP_ERROR_SIZE:
-        return "a negative size, or a size_bytes that this version does not know";
+        return "a negative size, or a struct of a size or with a tail that this version does not "
+               "know";
     case SEBP_ERROR_DTYPE:
         return "an unknown dtype, or dtypes that do not go together";
     case SEBP_ERROR_STRIDE:

@@ -181,7 +181,7 @@ START_TEST(backward_options)
 {
     BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 0);
     BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes -= 1);
-    BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes += 8);
+    BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 4097);
     BACKWARD(SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)2);
     BACKWARD(SEBP_ERROR_VALUE, "dx_write", call.options.dx_write = (sebp_write)2);
     BACKWARD(SEBP_ERROR_VALUE, "dw_write", call.options.dw_write = (sebp_write)2);
@@ -319,7 +319,7 @@ START_TEST(forward_rest)
     FORWARD(SEBP_ERROR_NULL, "w", call.w = NULL);
     FORWARD(SEBP_ERROR_NULL, "y", call.y = NULL);
     FORWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 0);
-    FORWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes += 8);
+    FORWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 4097);
     FORWARD(SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)2);
     FORWARD(SEBP_ERROR_ROWS, "9", call.rows = other_rows);
     FORWARD(SEBP_ERROR_ROWS, "x_is_compact", (call.rows = NULL, call.options.x_is_compact = 1));
@@ -598,7 +598,7 @@ START_TEST(context_create)
     CREATE(SEBP_ERROR_VALUE, "workspace_bytes", options.workspace_bytes = (1 << 20) - 1);
 
     /* A struct of unknown size has no place for a message that could be trusted. */
-    const size_t sizes[] = {0, sizeof(sebp_context_options) - 1, sizeof(sebp_context_options) + 8};
+    const size_t sizes[] = {0, sizeof(sebp_context_options) - 1, 4097};
     for (int i = 0; i < 3; i++) {
         sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
         options.size_bytes = sizes[i];
@@ -638,7 +638,7 @@ START_TEST(info_get)
     sebp_info info = {.size_bytes = sizeof info, .cores = -7};
     ck_assert_int_eq(sebp_info_get(context, NULL), SEBP_ERROR_NULL);
     ck_assert_int_eq(sebp_info_get(NULL, NULL), SEBP_ERROR_NULL);
-    const size_t sizes[] = {0, sizeof info - 1, sizeof info + 8};
+    const size_t sizes[] = {0, sizeof info - 1, 4097};
     for (int i = 0; i < 3; i++) {
         info.size_bytes = sizes[i];
         ck_assert_int_eq(sebp_info_get(context, &info), SEBP_ERROR_SIZE);

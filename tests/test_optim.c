@@ -687,9 +687,9 @@ START_TEST(decay_refuses_bad_input)
     expect(sebp_weight_decay(context, NULL, NULL), SEBP_ERROR_NULL, context);
     bad.stride = 3;
     expect(sebp_weight_decay(context, NULL, &bad), SEBP_ERROR_STRIDE, context);
-    options.size_bytes++;
-    expect(sebp_weight_decay(context, &options, &w), SEBP_ERROR_SIZE, context);
     options.size_bytes--;
+    expect(sebp_weight_decay(context, &options, &w), SEBP_ERROR_SIZE, context);
+    options.size_bytes++;
     options.weight_decay = NAN;
     expect(sebp_weight_decay(context, &options, &w), SEBP_ERROR_VALUE, context);
     options.learning_rate = options.weight_decay = 2e19;

@@ -101,7 +101,7 @@ typedef struct sebp_context_options {
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
- * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (size_bytes); SEBP_ERROR_VALUE
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
  *         [1, 1 MiB)); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED (oneDNN asked for in a build
  *         without it, placement in a build without hwloc); SEBP_ERROR_BACKEND (hwloc finds no cores);

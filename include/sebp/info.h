@@ -51,7 +51,7 @@ typedef struct sebp_info {
  *
  * @param context  NULL: what a context made now with default options would have, were no variable
  *                 set.
- * @return SEBP_SUCCESS; SEBP_ERROR_NULL (info); SEBP_ERROR_SIZE (size_bytes).
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (info); SEBP_ERROR_SIZE (below 0.1.0's or over 4096).
  */
 SEBP_API sebp_status sebp_info_get(const sebp_context *context, sebp_info *info);
 

@@ -15,6 +15,11 @@
  * - **Order of checks**: NULL, then the size_bytes of options, then each view by itself (size,
  *   dtype, stride, overflow), then values of options, the row set against M, shapes against each
  *   other, and aliasing last. The first that fails is returned.
+ * - **Structs that begin with size_bytes can grow.** A program sets the size that its own header
+ *   has. Any from version 0.1.0's on is taken, up to 4096: what a shorter struct of options lacks is
+ *   as by default, and a longer one is refused, with SEBP_ERROR_SIZE, only where what this version
+ *   does not know is not all zeros. sebp_info is filled as far as the caller's goes, and the rest of
+ *   a longer one with zeros.
  * - **NULL** is an error except where a function says what it means.
  * - **NaN and Inf**: a row that holds one is active and never dropped. What an inactive row of X
  *   holds is not read, so it cannot spread: where dense code turns 0 * Inf into NaN, this does not.

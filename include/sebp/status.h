@@ -26,7 +26,7 @@ SEBP_BEGIN_DECLS
 typedef enum sebp_status {
     SEBP_SUCCESS = 0,
     SEBP_ERROR_NULL = 1,     /**< a pointer that may not be NULL is NULL */
-    SEBP_ERROR_SIZE = 2,     /**< a negative size, a size_bytes this version does not know */
+    SEBP_ERROR_SIZE = 2,     /**< a negative size, a struct of a size or with a tail not known */
     SEBP_ERROR_DTYPE = 3,    /**< an unknown dtype, or dtypes that do not go together */
     SEBP_ERROR_STRIDE = 4,   /**< a stride smaller than the number of columns */
     SEBP_ERROR_OVERFLOW = 5, /**< sizes whose product does not fit in memory */
