@@ -278,8 +278,8 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
     if (!basis || !path)
         return sebp_missing(&call, !basis ? "basis" : "path");
     if (!may_replace(path))
-        return sebp_fail(context, SEBP_ERROR_FILE, "%s: %s is not a regular file", call.function,
-                         path);
+        return sebp_fail_about(context, SEBP_ERROR_FILE, call.function, path,
+                               " is not a regular file");
     char *beside;
     FILE *file = open_beside(path, &beside);
     bool done = false;
@@ -302,8 +302,8 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
     free(beside);
     if (done)
         return SEBP_SUCCESS;
-    return sebp_fail(context, reason == ENOMEM ? SEBP_ERROR_MEMORY : SEBP_ERROR_FILE,
-                     "%s: %s cannot be written: %s", call.function, path, strerror(reason));
+    return sebp_fail_about(context, reason == ENOMEM ? SEBP_ERROR_MEMORY : SEBP_ERROR_FILE,
+                           call.function, path, " cannot be written: %s", strerror(reason));
 }
 
 /* Why a header is refused; NULL: it is not. `length`: the file's. */
@@ -376,6 +376,35 @@ static sebp_status read_basis(FILE *file, sebp_basis **basis, const char **reaso
     return status;
 }
 
+/* Opens a file to read it. A pipe would be waited for, and what a device does when it is opened is
+ * its own: what is no file is refused before, and what takes a file's place meanwhile is not waited
+ * for. NULL: *reason says why, and errno, 0 if it has no part in it. */
+static FILE *open_regular(const char *path, const char **reason)
+{
+    static const char is_none[] = "it is not a regular file";
+    struct stat is;
+    FILE *file = NULL;
+    int descriptor = -1;
+    *reason = NULL;
+    if (stat(path, &is) == 0) {
+        *reason = S_ISREG(is.st_mode) ? NULL : is_none;
+        if (!*reason)
+            descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    }
+    if (descriptor >= 0 && fstat(descriptor, &is) == 0) {
+        *reason = S_ISREG(is.st_mode) ? NULL : is_none;
+        if (!*reason)
+            file = fdopen(descriptor, "rb");
+    }
+    int error = file || *reason ? 0 : errno;
+    if (!file && descriptor >= 0)
+        close(descriptor);
+    if (error != 0)
+        *reason = strerror(error);
+    errno = error;
+    return file;
+}
+
 sebp_status sebp_basis_load(sebp_context *context, const char *path, sebp_basis **basis)
 {
     if (!context)
@@ -383,17 +412,15 @@ sebp_status sebp_basis_load(sebp_context *context, const char *path, sebp_basis 
     sebp_call call = sebp_call_begin(context, "sebp_basis_load");
     if (!path || !basis)
         return sebp_missing(&call, !path ? "path" : "basis");
-    const char *reason = NULL;
-    FILE *file = fopen(path, "rb");
-    sebp_status status = SEBP_ERROR_FILE;
+    const char *reason;
+    FILE *file = open_regular(path, &reason);
+    sebp_status status = errno == ENOMEM ? SEBP_ERROR_MEMORY : SEBP_ERROR_FILE;
     if (file) {
         status = read_basis(file, basis, &reason);
         fclose(file);
-    } else {
-        reason = strerror(errno);
     }
     if (status == SEBP_SUCCESS)
         return SEBP_SUCCESS;
-    return sebp_fail(context, status, "%s: %s: %s", call.function, path,
-                     reason ? reason : sebp_status_string(status));
+    return sebp_fail_about(context, status, call.function, path, ": %s",
+                           reason ? reason : sebp_status_string(status));
 }

@@ -30,6 +30,50 @@ sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *for
     return status;
 }
 
+static bool goes_on(char c) /* within a character of UTF-8 */
+{
+    return ((unsigned char)c & 0xC0) == 0x80;
+}
+
+/* Writes one line of three parts, of which the text is the caller's: where there is no room for all
+ * of it, its middle is left out, and what would break the line is not in it. */
+static void write_line(char *line, size_t room, const char *before, const char *text,
+                       const char *after)
+{
+    static const char gap[] = "...";
+    const size_t rest = strlen(before) + strlen(after) + 1, length = strlen(text);
+    size_t most = room > rest ? room - rest : 0, head = length, tail = 0;
+    bool cut = length > most;
+    if (cut) {
+        most = most > sizeof gap - 1 ? most - (sizeof gap - 1) : 0;
+        head = most / 3; /* the end of a path says more than its beginning */
+        tail = most - head;
+        while (head > 0 && goes_on(text[head]))
+            head--;
+        while (tail > 0 && goes_on(text[length - tail]))
+            tail--;
+    }
+    snprintf(line, room, "%s%.*s%s%s%s", before, (int)head, text, cut ? gap : "",
+             text + length - tail, after);
+    for (char *c = line; *c != '\0'; c++) {
+        if ((unsigned char)*c < ' ' || *c == 127)
+            *c = '?';
+    }
+}
+
+sebp_status sebp_fail_about(sebp_context *context, sebp_status status, const char *function,
+                            const char *text, const char *reason, ...)
+{
+    char before[64], after[160];
+    va_list arguments;
+    va_start(arguments, reason);
+    vsnprintf(after, sizeof after, reason, arguments);
+    va_end(arguments);
+    snprintf(before, sizeof before, "%s: ", function);
+    write_line(context->message, sizeof context->message, before, text, after);
+    return status;
+}
+
 double sebp_milliseconds(void)
 {
     struct timespec now;
@@ -48,6 +92,18 @@ refuse(const sebp_context_options *options, sebp_status status, const char *form
         va_end(arguments);
     }
     return status;
+}
+
+/* Of a variable that holds what it may not. */
+static sebp_status refuse_variable(const sebp_context_options *options, const char *name,
+                                   const char *value, const char *allowed)
+{
+    char before[64], after[96];
+    snprintf(before, sizeof before, "sebp_context_create: %s is \"", name);
+    snprintf(after, sizeof after, "\", not %s", allowed);
+    if (options->message != NULL && options->message_bytes > 0)
+        write_line(options->message, options->message_bytes, before, value, after);
+    return SEBP_ERROR_ENVIRONMENT;
 }
 
 static sebp_status check_options(const sebp_context_options *options)
@@ -111,8 +167,7 @@ static sebp_status read_choice(const sebp_context_options *options, const char *
         const char *before = i == 0 ? "" : values[i + 1] != NULL ? ", " : " or ";
         used += snprintf(allowed + used, sizeof allowed - (size_t)used, "%s%s", before, values[i]);
     }
-    return refuse(options, SEBP_ERROR_ENVIRONMENT, "sebp_context_create: %s is \"%.100s\", not %s",
-                  name, value, allowed);
+    return refuse_variable(options, name, value, allowed);
 }
 
 /* Lets the environment overrule the options, and reads what it says besides. */
@@ -131,9 +186,9 @@ static sebp_status read_environment(sebp_context_options *options,
     if (threads != NULL) {
         options->threads = parse_threads(threads, "");
         if (options->threads == 0) {
-            return refuse(options, SEBP_ERROR_ENVIRONMENT,
-                          "sebp_context_create: SEBP_NUM_THREADS is \"%.100s\", not 1 to %d",
-                          threads, SEBP_MOST_THREADS);
+            char allowed[32];
+            snprintf(allowed, sizeof allowed, "1 to %d", SEBP_MOST_THREADS);
+            return refuse_variable(options, "SEBP_NUM_THREADS", threads, allowed);
         }
     }
     if ((status = read_choice(options, "SEBP_PLACEMENT", placements, &choice)) != SEBP_SUCCESS)
@@ -150,10 +205,8 @@ static sebp_status read_environment(sebp_context_options *options,
 
     environment->max_isa = variable("SEBP_MAX_ISA");
     if (environment->max_isa != NULL && !sebp_cpu_isa_is_known(environment->max_isa)) {
-        return refuse(options, SEBP_ERROR_ENVIRONMENT,
-                      "sebp_context_create: SEBP_MAX_ISA is \"%.100s\", not scalar, neon, avx2, "
-                      "avx512 or avx512bf16",
-                      environment->max_isa);
+        return refuse_variable(options, "SEBP_MAX_ISA", environment->max_isa,
+                               "scalar, neon, avx2, avx512 or avx512bf16");
     }
     /* Not our variable, so what it holds is never an error. It may be a list, a level each. */
     const char *omp_threads = variable("OMP_NUM_THREADS");

@@ -28,7 +28,8 @@ struct sebp_rows {
     int64_t *indices; /* count of them */
 };
 
-/** Writes the line that sebp_context_message() gives, and returns `status`. */
+/** Writes the line that sebp_context_message() gives, and returns `status`. For what is the
+ * caller's text see sebp_fail_about(). */
 sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 

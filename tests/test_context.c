@@ -202,6 +202,47 @@ START_TEST(environment_refused)
 }
 END_TEST
 
+/* However long a value is and however little room there is, the line says what would do. */
+START_TEST(long_values_are_refused)
+{
+    static const char *const allowed[][2] = {
+        {"SEBP_NUM_THREADS", "\", not 1 to 1024"},
+        {"SEBP_PLACEMENT", "\", not none, compact or spread"},
+        {"SEBP_GEMM", "\", not auto, native or onednn"},
+        {"SEBP_MAX_ISA", "\", not scalar, neon, avx2, avx512 or avx512bf16"},
+        {"SEBP_VERBOSE", "\", not 0 or 1"},
+    };
+    char *value = malloc(5001);
+    ck_assert_ptr_nonnull(value);
+    memset(value, '7', 5000);
+    value[5000] = '\0';
+    for (size_t i = 0; i < sizeof allowed / sizeof allowed[0]; i++) {
+        char *before = getenv(allowed[i][0]) != NULL ? strdup(getenv(allowed[i][0])) : NULL;
+        setenv(allowed[i][0], value, 1);
+        for (size_t bytes = 100; bytes <= 400; bytes += 37) {
+            char message[400];
+            sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+            options.message = message;
+            options.message_bytes = bytes;
+            sebp_context *context = NULL;
+            ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_ERROR_ENVIRONMENT);
+            size_t length = strlen(message), end = strlen(allowed[i][1]);
+            ck_assert_msg(length == bytes - 1 && strstr(message, allowed[i][0]) != NULL &&
+                              strstr(message, "7...7") != NULL &&
+                              strcmp(message + length - end, allowed[i][1]) == 0,
+                          "%zu bytes: %s", bytes, message);
+        }
+        if (before != NULL) {
+            setenv(allowed[i][0], before, 1);
+        } else {
+            unsetenv(allowed[i][0]);
+        }
+        free(before);
+    }
+    free(value);
+}
+END_TEST
+
 START_TEST(gemm_as_asked_for)
 {
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
@@ -655,6 +696,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, omp_num_threads_is_the_default);
     tcase_add_test(tests, environment_overrules);
     tcase_add_loop_test(tests, environment_refused, 0, BAD_ENVIRONMENT);
+    tcase_add_test(tests, long_values_are_refused);
     tcase_add_test(tests, gemm_as_asked_for);
     tcase_add_loop_test(tests, scratch_is_bounded, 0, 3);
     tcase_add_loop_test(tests, default_bound, 0, 2);

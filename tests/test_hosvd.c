@@ -5,6 +5,7 @@
  */
 #include "config.h"
 
+#include <errno.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -1117,6 +1118,71 @@ START_TEST(no_file)
 }
 END_TEST
 
+/* `message` is "function: path" and the reason, of a long path not all. */
+static void check_line(const char *function, const char *of, const char *reason)
+{
+    const char *message = sebp_context_message(context);
+    size_t start = strlen(function), end = strlen(message), last = strlen(reason);
+    ck_assert_msg(end > start + last && strncmp(message, function, start) == 0 &&
+                      strncmp(message + start, ": ", 2) == 0 &&
+                      strcmp(message + end - last, reason) == 0,
+                  "%s: %s", reason, message);
+    ck_assert_msg(strncmp(message + start + 2, of, 20) == 0, "%s", message);
+    ck_assert_msg(strncmp(message + end - last - 20, of + strlen(of) - 20, 20) == 0, "%s", message);
+    ck_assert(strlen(of) < 240 || (end > 240 && strstr(message, "...") != NULL));
+}
+
+/* However long a path is, its ends and the reason are in the message. */
+START_TEST(long_paths)
+{
+    enum { MOST = 5000 };
+    sebp_basis *basis = NULL;
+    char *name = malloc(MOST + 32), *reason = malloc(MOST);
+    ck_assert(name != NULL && reason != NULL);
+    for (int length = 100; length <= MOST; length += length < 300 ? 1 : 500) {
+        int at = snprintf(name, MOST, "%s/no", folder);
+        for (; at < length; at++) { /* no part of more than 255 bytes */
+            name[at] = at % 100 == 0 ? '/' : (char)('a' + at % 26);
+        }
+        strcpy(name + at, "/the/end/of/the/path");
+        const char *why = strerror(at < 4000 ? ENOENT : ENAMETOOLONG);
+        snprintf(reason, MOST, ": %s", why);
+        ck_assert_int_eq(sebp_basis_load(context, name, &basis), SEBP_ERROR_FILE);
+        check_line("sebp_basis_load", name, reason);
+        snprintf(reason, MOST, " cannot be written: %s", why);
+        ck_assert_int_eq(sebp_basis_save(context, saved, name), SEBP_ERROR_FILE);
+        check_line("sebp_basis_save", name, reason);
+    }
+    free(name);
+    free(reason);
+}
+END_TEST
+
+/* No character of UTF-8 is cut, and what would break a line is not in it. */
+START_TEST(odd_paths)
+{
+    sebp_basis *basis = NULL;
+    for (int skip = 0; skip < 8; skip++) {
+        char name[900];
+        int at = snprintf(name, sizeof name, "/no/%.*s", skip, "abcdefgh");
+        for (; at < 800; at += 2) {
+            memcpy(name + at, at % 200 < 2 ? "//" : "\xC3\xA9", 2);
+        }
+        name[at] = '\0';
+        ck_assert_int_eq(sebp_basis_load(context, name, &basis), SEBP_ERROR_FILE);
+        const char *message = sebp_context_message(context);
+        for (size_t i = 0; message[i] != '\0'; i++) {
+            int is_first = message[i] == '\xC3', is_second = message[i] == '\xA9';
+            ck_assert(!is_first || message[i + 1] == '\xA9');
+            ck_assert(!is_second || (i > 0 && message[i - 1] == '\xC3'));
+        }
+        ck_assert_ptr_nonnull(strstr(message, strerror(ENOENT)));
+    }
+    ck_assert_int_eq(sebp_basis_load(context, "/no/a\nb\tc\x1b[1m\x7f", &basis), SEBP_ERROR_FILE);
+    ck_assert_ptr_nonnull(strstr(sebp_context_message(context), "/no/a?b?c?[1m?: "));
+}
+END_TEST
+
 /* What the path holds is what was saved. */
 static void still_there(void)
 {
@@ -1164,6 +1230,17 @@ START_TEST(unwritable_folder)
 }
 END_TEST
 
+/* As what is no file, and at once: a pipe would be waited for. */
+static void refuses_to_load(const char *name)
+{
+    sebp_basis *basis = NULL;
+    alarm(20);
+    sebp_status status = sebp_basis_load(context, name, &basis);
+    alarm(0);
+    expect_refusal(status, SEBP_ERROR_FILE, "not a regular file", context);
+    ck_assert_ptr_null(basis);
+}
+
 /* What is no file is refused and stays, where a file moved there would have taken its place. */
 START_TEST(no_regular_file)
 {
@@ -1172,7 +1249,11 @@ START_TEST(no_regular_file)
     snprintf(pipe, sizeof pipe, "%s/pipe", folder);
     ck_assert_int_eq(mkfifo(pipe, 0600), 0);
     expect_refusal(sebp_basis_save(context, saved, pipe), SEBP_ERROR_FILE, "regular", context);
+    refuses_to_load(pipe);
     ck_assert(lstat(pipe, &is) == 0 && S_ISFIFO(is.st_mode));
+    refuses_to_load(folder);
+    refuses_to_load("/dev/null");
+    refuses_to_load("/dev/zero");
 
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     snprintf(address.sun_path, sizeof address.sun_path, "%s/socket", folder);
@@ -1181,6 +1262,7 @@ START_TEST(no_regular_file)
     ck_assert_int_eq(bind(descriptor, (const struct sockaddr *)&address, sizeof address), 0);
     expect_refusal(sebp_basis_save(context, saved, address.sun_path), SEBP_ERROR_FILE, "regular",
                    context);
+    refuses_to_load(address.sun_path);
     ck_assert(lstat(address.sun_path, &is) == 0 && S_ISSOCK(is.st_mode));
     close(descriptor);
 
@@ -1190,6 +1272,9 @@ START_TEST(no_regular_file)
         sebp_basis *loaded = NULL;
         snprintf(link, sizeof link, "%s/link", folder);
         ck_assert_int_eq(symlink(targets[i], link), 0);
+        if (i == 0) {
+            refuses_to_load(link);
+        }
         testing_succeed(sebp_basis_save(context, saved, link), context);
         ck_assert(lstat(link, &is) == 0 && S_ISREG(is.st_mode));
         testing_succeed(sebp_basis_load(context, link, &loaded), context);
@@ -1302,6 +1387,8 @@ static Suite *make_suite(void)
     tcase_add_test(files, damaged_files);
     tcase_add_test(files, foreign_files);
     tcase_add_test(files, no_file);
+    tcase_add_test(files, long_paths);
+    tcase_add_test(files, odd_paths);
     tcase_add_test(files, full_disk);
     tcase_add_test(files, unwritable_folder);
     tcase_add_test(files, no_regular_file);

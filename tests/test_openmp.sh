@@ -55,12 +55,11 @@ if "$info" | grep -q '^OpenMP  *built without'; then
     exit 77
 fi
 
-whole=$(found env)
-count=$(threads env)
+whole=$(found env) machine=$(threads env)
 has "a limit" 1 env OMP_THREAD_LIMIT=1
 has "a limit over what is asked for" 1 env OMP_THREAD_LIMIT=1 OMP_NUM_THREADS=3
 has "a limit over what is asked of libsebp" 2 env OMP_THREAD_LIMIT=2 SEBP_NUM_THREADS=5
-has "a limit that is none" "$count" env OMP_THREAD_LIMIT=1000
+has "a limit that is none" "$machine" env OMP_THREAD_LIMIT=1000
 
 # The first and the last CPU that this process may use.
 cpus=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status 2>/dev/null)

@@ -190,7 +190,8 @@ SEBP_API sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *ba
                                      const char *path);
 
 /**
- * Reads a basis from a file.
+ * Reads a basis from a file. What the path holds is a regular file or a link to one: a pipe is
+ * refused and not waited for, and so are a device, a socket and a folder.
  *
  * @param basis  where it is put, untouched on error.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_FILE (it cannot be read, is no basis, is of

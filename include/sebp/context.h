@@ -131,7 +131,8 @@ SEBP_API int64_t sebp_context_scratch_bytes(const sebp_context *context);
 /**
  * One line about the last call on this context that failed: what, where, and the numbers at odds
  * ("sebp_linear_backward: w is 3072x768 but dy has 768 columns"). "" if none failed yet or for
- * NULL. The string lives until the next call on the context.
+ * NULL. The string lives until the next call on the context. It has less than 256 bytes: of a path
+ * in it that is too long the middle is left out, never the reason, and control characters are "?".
  */
 SEBP_API const char *sebp_context_message(const sebp_context *context);
 
