@@ -32,6 +32,10 @@ enum {
 /* No element of a sum is larger than the energy, so that below this none overflows. */
 static const double MOST_ENERGY = FLT_MAX / 2;
 
+/* Products in an element of a sum, unless they are all zeros. With more the rounding of f32 may have
+ * done anything, and what import() allows for would overflow. */
+static const int64_t MOST_TERMS = INT64_C(1) << 30;
+
 struct sebp_basis_sums {
     int64_t count;
     double energy;       /* sum ||G||^2 */
@@ -82,6 +86,14 @@ int64_t sebp_basis_sums_count(const sebp_basis_sums *sums)
 }
 
 /* ---- adding ---- */
+
+/* Whether so many gradients are too many for sums, whose elements are of up to max(N, K) products
+ * each. */
+static bool is_too_many(const sebp_basis_sums *sums, int64_t count, double energy)
+{
+    int64_t terms, size = sums->out.rows > sums->in.rows ? sums->out.rows : sums->in.rows;
+    return __builtin_mul_overflow(count, size, &terms) || (energy > 0 && terms > MOST_TERMS);
+}
 
 /* ||G||^2 in double; Inf where G holds a NaN or Inf. */
 static double energy_of(sebp_context *context, const sebp_matrix *gradient)
@@ -142,6 +154,11 @@ sebp_status sebp_basis_sums_add(sebp_context *context, sebp_basis_sums *sums,
         return sebp_fail(context, SEBP_ERROR_NONFINITE,
                          "%s: gradient %" PRId64 " holds a NaN, an Inf or too large numbers",
                          call.function, sums->count);
+    if (sums->count == INT64_MAX || is_too_many(sums, sums->count + 1, energy))
+        return sebp_fail(context, SEBP_ERROR_OVERFLOW,
+                         "%s: with %" PRId64 " gradients of %" PRId64 "x%" PRId64
+                         " the sums are full",
+                         call.function, sums->count, sums->out.rows, sums->in.rows);
     for (int runs = 0; runs < 2 && status == SEBP_SUCCESS; runs++) {
         status = add_square(&call, gradient, false, &sums->out, runs);
         if (status == SEBP_SUCCESS)
@@ -282,6 +299,8 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
         return SEBP_ERROR_VALUE;
     if (!are_of_shape(sums, out, in))
         return SEBP_ERROR_SHAPE;
+    if (is_too_many(sums, count, energy))
+        return SEBP_ERROR_OVERFLOW;
     if (!is_finite(out) || !is_finite(in))
         return SEBP_ERROR_NONFINITE;
     if (!trace_is(out, energy, count, in->rows) || !trace_is(in, energy, count, out->rows) ||

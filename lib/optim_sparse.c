@@ -21,6 +21,10 @@ enum {
     LEAST_PLACES = 64 /* of a table; a power of two, as all sizes are */
 };
 
+/* Steps that a state may come with. A double, as which they count, tells them apart, and so many
+ * more as can ever be taken do not overflow. */
+static const int64_t MOST_STEPS = INT64_C(1) << 53;
+
 /* A place of the table: one element, or none. */
 typedef struct place {
     int64_t index; /* -1: free */
@@ -137,6 +141,8 @@ sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *
         return SEBP_ERROR_OVERFLOW;
     if (count > elements) /* said before `count` of them are read */
         return SEBP_ERROR_ROWS;
+    if (count > SEBP_MOST_IN_ARRAY)
+        return SEBP_ERROR_OVERFLOW;
     sebp_status status = check_indices(support, count, elements);
     if (status != SEBP_SUCCESS)
         return status;
@@ -340,11 +346,13 @@ static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
         return SEBP_ERROR_NULL;
     if (count < 0)
         return SEBP_ERROR_SIZE;
-    if (steps < 0 || steps == INT64_MAX)
+    if (steps < 0 || steps > MOST_STEPS)
         return SEBP_ERROR_VALUE;
     int64_t elements = state->rows * state->cols;
     if (count > elements || (state->support && !is_support(state, indices, count)))
         return SEBP_ERROR_ROWS;
+    if (room_for(count) == 0) /* nor can there be arrays of so many */
+        return SEBP_ERROR_OVERFLOW;
     for (int64_t i = 0; i < count; i++)
         if (!isfinite(moment1[i]) || !(moment2[i] >= 0))
             return SEBP_ERROR_VALUE;

@@ -23,7 +23,9 @@ static sebp_status check_counts(const sebp_sparse *view)
         return SEBP_ERROR_SIZE;
     if (__builtin_mul_overflow(view->rows, view->cols, &elements))
         return SEBP_ERROR_OVERFLOW;
-    return view->count > elements ? SEBP_ERROR_VALUE : SEBP_SUCCESS;
+    if (view->count > elements)
+        return SEBP_ERROR_VALUE;
+    return view->count > SEBP_MOST_IN_ARRAY ? SEBP_ERROR_OVERFLOW : SEBP_SUCCESS;
 }
 
 sebp_status sebp_sparse_check(const sebp_sparse *view)

@@ -501,6 +501,7 @@ START_TEST(rows_constructors)
     ROWS(SEBP_ERROR_SIZE, sebp_rows_from_lengths(lengths, -1, 5, &rows));
     ROWS(SEBP_ERROR_SIZE, sebp_rows_from_lengths(lengths, 3, -1, &rows));
     ROWS(SEBP_ERROR_OVERFLOW, sebp_rows_from_lengths(lengths, 3, INT64_MAX / 2, &rows));
+    ROWS(SEBP_ERROR_OVERFLOW, sebp_rows_from_lengths(lengths, INT64_MAX / 8 + 1, 5, &rows));
     ROWS(SEBP_ERROR_VALUE, sebp_rows_from_lengths(lengths, 3, 4, &rows));
     ROWS(SEBP_ERROR_VALUE, sebp_rows_from_lengths(negative, 3, 5, &rows));
 
@@ -515,6 +516,7 @@ START_TEST(rows_constructors)
     ROWS(SEBP_ERROR_ROWS, sebp_rows_from_indices(repeated, 3, 7, &rows));
     ROWS(SEBP_ERROR_ROWS, sebp_rows_from_indices(below, 3, 7, &rows));
     ROWS(SEBP_ERROR_ROWS, sebp_rows_from_indices(indices, 1, 0, &rows));
+    ROWS(SEBP_ERROR_OVERFLOW, sebp_rows_from_indices(indices, INT64_MAX / 8 + 1, INT64_MAX, &rows));
 }
 END_TEST
 

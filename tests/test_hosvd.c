@@ -747,6 +747,47 @@ START_TEST(sums_copied)
 }
 END_TEST
 
+/* Counts that are no number of gradients: whose products overflow, or what they would allow for. */
+START_TEST(counts_that_overflow)
+{
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
+    const int64_t many = (INT64_C(1) << 30) / 9; /* of 9 x 7 that sums take */
+    sebp_basis_sums *sums = NULL, *one = NULL;
+    sebp_matrix g = testing_random_matrix(9, 7, SEBP_F32, TESTING_REAL);
+    sebp_matrix out = testing_matrix(9, 9, 9, SEBP_F32), in = testing_matrix(7, 7, 7, SEBP_F32);
+    double energy = 0;
+    testing_succeed(sebp_basis_sums_create(9, 7, &sums), context);
+    testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
+    ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &in), SEBP_SUCCESS);
+    const int64_t bad[] = {INT64_MAX, INT64_MAX - 1,    INT64_MAX / 7,    INT64_MAX / 9 + 1,
+                           1LL << 62, INT64_MAX / 1000, INT64_C(1) << 40, many + 1};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        ck_assert_int_eq(sebp_basis_sums_import(sums, bad[i], energy, &out, &in),
+                         SEBP_ERROR_OVERFLOW);
+    }
+    ck_assert_int_eq(sebp_basis_sums_count(sums), 1);
+    ck_assert_int_eq(sebp_basis_sums_import(sums, many, energy, &out, &in), SEBP_SUCCESS);
+    expect_refusal(sebp_basis_sums_add(context, sums, &g), SEBP_ERROR_OVERFLOW, "full", context);
+    ck_assert_int_eq(sebp_basis_sums_count(sums), many);
+
+    /* Zeros count, too. */
+    sebp_matrix nothing = testing_matrix(1, 1, 1, SEBP_F32);
+    testing_set(&nothing, 0, 0, 0);
+    testing_succeed(sebp_basis_sums_create(1, 1, &one), context);
+    ck_assert_int_eq(sebp_basis_sums_import(one, INT64_MAX, 0, &nothing, &nothing), SEBP_SUCCESS);
+    expect_refusal(sebp_basis_sums_add(context, one, &nothing), SEBP_ERROR_OVERFLOW, "full",
+                   context);
+    ck_assert_int_eq(sebp_basis_sums_count(one), INT64_MAX);
+    sebp_basis_sums_destroy(sums);
+    sebp_basis_sums_destroy(one);
+    testing_release(&nothing);
+    testing_release(&g);
+    testing_release(&out);
+    testing_release(&in);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* What was exported is never taken for damaged: of sizes where rounding adds up, of gradients whose
  * squares f32 cannot hold, and of rows that all point one way, whose dot products are as large as any
  * can be. */
@@ -1088,6 +1129,15 @@ START_TEST(foreign_files)
     memcpy(other + 16, large, sizeof large);
     seal(other);
     refuses_file(other, file_bytes, SEBP_ERROR_FILE, "length", "large", 0);
+    for (size_t i = 0; i < 3; i++) { /* one vector, or as many of one element */
+        const int64_t most = INT64_MAX - (int64_t)i * 15;
+        const int64_t larger[][4] = {{most, most, 1, 1}, {most, 5, most, 2}, {most, 1, 1, 1}};
+        for (size_t j = 0; j < 3; j++) {
+            memcpy(other + 16, larger[j], sizeof larger[j]);
+            seal(other);
+            refuses_file(other, file_bytes, SEBP_ERROR_FILE, "length", "larger", 3 * i + j);
+        }
+    }
     memcpy(other, file, file_bytes);
     memcpy(other + 64 + 8, &(float){NAN}, sizeof(float));
     seal(other);
@@ -1374,6 +1424,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, refused_gradients);
     tcase_add_test(tests, sums_copied);
     tcase_add_test(tests, sums_come_back);
+    tcase_add_test(tests, counts_that_overflow);
 #else
     tcase_add_test(tests, without_lapack);
 #endif

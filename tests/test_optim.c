@@ -817,6 +817,8 @@ START_TEST(states_refuse_bad_input)
         IMPORT(SEBP_ERROR_SIZE, state, 1, good, m, v, -1);
         IMPORT(SEBP_ERROR_VALUE, state, -1, good, m, v, 3);
         IMPORT(SEBP_ERROR_VALUE, state, INT64_MAX, good, m, v, 3);
+        IMPORT(SEBP_ERROR_VALUE, state, INT64_MAX - 1, good, m, v, 3);
+        IMPORT(SEBP_ERROR_VALUE, state, (INT64_C(1) << 53) + 1, good, m, v, 3);
         IMPORT(SEBP_ERROR_VALUE, state, 1, good, no, v, 3);
         IMPORT(SEBP_ERROR_VALUE, state, 1, good, m, no, 3);
         IMPORT(SEBP_ERROR_VALUE, state, 1, good, m, minus, 3);
@@ -840,6 +842,32 @@ START_TEST(states_refuse_bad_input)
         free_copy(&after);
         sebp_sparse_adamw_destroy(state);
     }
+
+    /* Of a matrix so large that only its size tells of a count that it is none: no array has as many
+     * elements, and none is read. */
+    const int64_t large = INT64_C(1) << 31;
+    sebp_sparse_adamw *state = make_state(large, large, NULL);
+    float moments[3] = {0};
+    IMPORT(SEBP_ERROR_OVERFLOW, state, 1, good, moments, moments, INT64_C(1) << 61);
+    IMPORT(SEBP_ERROR_OVERFLOW, state, 1, good, moments, moments, INT64_C(1) << 60);
+    IMPORT(SEBP_ERROR_OVERFLOW, state, 1, good, moments, moments, INT64_C(3) << 58);
+    ck_assert_int_eq(
+        sebp_sparse_adamw_create(large, large, good, INT64_MAX / (int64_t)sizeof *good + 1, &made),
+        SEBP_ERROR_OVERFLOW);
+    sebp_sparse view = {(int64_t *)(uintptr_t)good, moments, INT64_C(1) << 61, large, large};
+    ck_assert_int_eq(sebp_sparse_check(&view), SEBP_ERROR_OVERFLOW);
+    ck_assert_ptr_null(made);
+
+    /* From the last number of steps that is taken training goes on. */
+    sebp_context *context = make_context(1, 0);
+    view.count = 3;
+    IMPORT(SEBP_SUCCESS, state, INT64_C(1) << 53, good, moments, moments, 3);
+    for (int i = 0; i < 3; i++) {
+        expect(sebp_sparse_adamw_step(context, state, NULL, &view), SEBP_SUCCESS, context);
+    }
+    ck_assert_int_eq(sebp_sparse_adamw_steps(state), (INT64_C(1) << 53) + 3);
+    sebp_sparse_adamw_destroy(state);
+    sebp_context_destroy(context);
 
     sebp_sparse_adamw_destroy(NULL);
     ck_assert_int_eq(sebp_sparse_adamw_count(NULL), 0);

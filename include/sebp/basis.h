@@ -35,7 +35,11 @@ SEBP_BEGIN_DECLS
 
 /* ---- gradients, summed ---- */
 
-/** The two sums over gradients of one shape. Belongs to no context; used by one thread at a time. */
+/**
+ * The two sums over gradients of one shape. Belongs to no context; used by one thread at a time.
+ * Each of their elements is a sum of up to max(N, K) products a gradient: of 2^30 such products, or
+ * 2^63 where all are zero, they are full.
+ */
 typedef struct sebp_basis_sums sebp_basis_sums;
 
 /**
@@ -57,7 +61,7 @@ SEBP_API sebp_status sebp_basis_sums_create(int64_t out_features, int64_t in_fea
  * @param gradient  G: N x K, either dtype, any stride.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; a status of sebp_matrix_check(); SEBP_ERROR_SHAPE;
  *         SEBP_ERROR_NONFINITE (G holds a NaN or Inf, or sum ||G_t||^2 would leave the range of
- *         f32); SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. On all but the last the sums are as they
+ *         f32); SEBP_ERROR_OVERFLOW (the sums are full); SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. On all but the last the sums are as they
  *         were.
  */
 SEBP_API sebp_status sebp_basis_sums_add(sebp_context *context, sebp_basis_sums *sums,
@@ -92,8 +96,8 @@ SEBP_API sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double 
  * @param energy  as exported: finite, >= 0; 0 where count is.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; a status of sebp_matrix_check(); SEBP_ERROR_DTYPE (not
  *         f32); SEBP_ERROR_VALUE (count, energy, an element); SEBP_ERROR_SHAPE;
- *         SEBP_ERROR_NONFINITE (an upper triangle holds a NaN or Inf). On error the sums are as they
- *         were.
+ *         SEBP_ERROR_OVERFLOW (more gradients than the sums take); SEBP_ERROR_NONFINITE (an upper
+ *         triangle holds a NaN or Inf). On error the sums are as they were.
  */
 SEBP_API sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
                                             const sebp_matrix *out, const sebp_matrix *in);

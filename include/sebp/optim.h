@@ -171,13 +171,13 @@ SEBP_API sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, in
 /**
  * Puts a copied state in the place of what the state holds: training goes on bit for bit.
  *
- * @param steps    t >= 0, below INT64_MAX.
+ * @param steps    t, in [0, 2^53].
  * @param indices  `count` of them, as exported; of a fixed support all and none else.
  * @param moment1  finite.
  * @param moment2  not negative, not NaN.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (an array may be NULL only where count is 0);
  *         SEBP_ERROR_SIZE (count negative); SEBP_ERROR_VALUE (steps, a moment); SEBP_ERROR_ROWS (as
- *         sebp_sparse_adamw_step()); SEBP_ERROR_OVERFLOW; SEBP_ERROR_MEMORY. On error the state is
+ *         sebp_sparse_adamw_step()); SEBP_ERROR_OVERFLOW (count); SEBP_ERROR_MEMORY. On error the state is
  *         as it was.
  */
 SEBP_API sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,

@@ -34,8 +34,8 @@ typedef struct sebp_sparse {
  * Whether a view is valid by itself. Reads every index.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (the view, or an array of a count over 0); SEBP_ERROR_SIZE
- *         (negative); SEBP_ERROR_OVERFLOW (rows * cols); SEBP_ERROR_VALUE (count over rows * cols);
- *         SEBP_ERROR_ROWS (indices out of range, unsorted or repeated).
+ *         (negative); SEBP_ERROR_OVERFLOW (rows * cols; a count that no array has); SEBP_ERROR_VALUE
+ *         (count over rows * cols); SEBP_ERROR_ROWS (indices out of range, unsorted or repeated).
  */
 SEBP_API sebp_status sebp_sparse_check(const sebp_sparse *view);
 

@@ -88,6 +88,11 @@ class AdamW(NamedTuple):
         return AdamWOptions(ctypes.sizeof(AdamWOptions), *self)
 
 
+def _within_int64(count: int) -> int:
+    """Give the nearest 64-bit number, for the library to refuse: ctypes would take the low bits."""
+    return max(-(2**63), min(count, 2**63 - 1))
+
+
 def _target(array: Array, name: str) -> Matrix:
     """Describe an array that is written to."""
     view, held = _view(array, name)
@@ -291,7 +296,7 @@ class BasisSums:
         """
         (v_out, _out), (v_into, _into) = _view(sums.out, "out"), _view(sums.into, "into")
         status = self._library.sebp_basis_sums_import(
-            self._handle, sums.count, sums.energy, v_out, v_into
+            self._handle, _within_int64(sums.count), sums.energy, v_out, v_into
         )
         if status:
             _fail(status, "")
@@ -729,7 +734,7 @@ class SparseAdamW:
             raise ValueError(f"{indices.size} indices, but {m.size} and {v.size} moments")
         status = self._library.sebp_sparse_adamw_import(
             self._handle,
-            moments.steps,
+            _within_int64(moments.steps),
             indices.ctypes.data,
             m.ctypes.data,
             v.ctypes.data,

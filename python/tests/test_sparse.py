@@ -173,6 +173,13 @@ def test_refusals():
         SparseAdamW((3, 4), [5, 1])
     with pytest.raises(sebp.SebpError):
         Basis.load("/no/such/file")
+    for count in (2**53 + 1, 2**63 - 1, 2**64, 2**64 + 1, -1, -(2**64)):
+        with pytest.raises(sebp.SebpError):
+            state.set_moments(state.moments()._replace(steps=count))
+    for count in (2**30, 2**63 - 1, 2**64 + 1, -1, 1 - 2**64):
+        with pytest.raises(sebp.SebpError):
+            sums.set_sums(sums.sums()._replace(count=count))
+    assert sums.count == 1
     with pytest.raises(ValueError, match="moments"):
         state.set_moments(state.moments()._replace(moment1=np.zeros(3, np.float32)))
     assert state.steps == 0
