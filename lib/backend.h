@@ -82,7 +82,8 @@ typedef struct sebp_backend {
 
     /**
      * m, n, k >= 0; k = 0 gives bias, or zero. Says in *path how it went and why:
-     * "native:gathers". May only fail with SEBP_ERROR_BACKEND.
+     * "native:gathers". May only fail with SEBP_ERROR_BACKEND; then *path says why:
+     * "oneDNN has no memory".
      */
     sebp_status (*product)(void *device, const sebp_product *product, const char **path);
 

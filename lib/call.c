@@ -233,7 +233,7 @@ sebp_status sebp_run(const sebp_call *call, const sebp_product *product, const c
     sebp_context *context = call->context;
     sebp_status status = context->backend->product(context->device, product, path);
     if (status != SEBP_SUCCESS)
-        return sebp_fail(context, status, "%s: %s failed", call->function, *path);
+        return sebp_fail(context, status, "%s: %s", call->function, *path);
     return SEBP_SUCCESS;
 }
 

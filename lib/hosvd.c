@@ -405,8 +405,9 @@ static sebp_status check_lapack(const sebp_call *call, const char *routine, lapa
 {
     if (info == 0)
         return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_BACKEND, "%s: LAPACK's %s failed: %d",
-                     call->function, routine, (int)info);
+    return sebp_fail(call->context, SEBP_ERROR_BACKEND, "%s: LAPACK's %s %s: %d", call->function,
+                     routine, info < 0 ? "refuses an argument" : "finds no eigenvectors",
+                     (int)info);
 }
 
 /* What is the upper triangle row by row is the lower one column by column; eigenvectors come as
@@ -482,16 +483,33 @@ static sebp_status solve_leading(const sebp_call *call, const sebp_matrix *sum,
     return status;
 }
 
+/* Whether what LAPACK has found is numbers. */
+static bool are_numbers(const float *values, const sebp_matrix *vectors)
+{
+    for (int64_t i = 0; i < vectors->rows; i++) {
+        if (!isfinite(values[i]))
+            return false;
+    }
+    return sebp_basis_all_finite(vectors);
+}
+
 /* The leading eigenvectors of a sum, as many as there is room for, and their share of the energy. */
 static sebp_status solve(const sebp_call *call, const sebp_matrix *sum, double energy,
                          const sebp_matrix *vectors, double *share)
 {
     int64_t rank = vectors->rows;
+    if (!is_finite(sum)) /* with which LAPACK may not even come to an end */
+        return sebp_fail(call->context, SEBP_ERROR_NONFINITE, "%s: the sums hold a NaN or an Inf",
+                         call->function);
     float *values = malloc((size_t)sum->rows * sizeof *values);
     if (!values)
         return no_workspace(call);
     sebp_status status = rank == sum->rows ? solve_all(call, sum, vectors, values)
                                            : solve_leading(call, sum, vectors, values);
+    if (status == SEBP_SUCCESS && !are_numbers(values, vectors))
+        status = sebp_fail(call->context, SEBP_ERROR_NONFINITE,
+                           "%s: LAPACK's %s gives a NaN or an Inf for sums that hold none",
+                           call->function, rank == sum->rows ? "ssyevd" : "ssyevr");
     if (status == SEBP_SUCCESS) {
         reverse_rows(vectors);
         fix_signs(vectors);
@@ -499,7 +517,7 @@ static sebp_status solve(const sebp_call *call, const sebp_matrix *sum, double e
         for (int64_t i = 0; i < rank; i++)
             sum_of_values += (double)values[i];
         *share = sum_of_values / energy;
-        if (!(sum_of_values > 0) || !isfinite(sum_of_values))
+        if (!(sum_of_values > 0))
             status = sebp_fail(call->context, SEBP_ERROR_VALUE,
                                "%s: the sums hold nothing that f32 can tell: gradients are too "
                                "small, or the sums were not from here",

@@ -126,8 +126,10 @@ typedef struct sebp_basis sebp_basis;
  * @param basis     where it is put, untouched on error; free it with sebp_basis_destroy().
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_VALUE (a rank out of range; or too few
  *         gradients for it: t of them span t min(N, K) directions of a side at most; or none but
- *         zeros, or so small that their squares are zero in f32); SEBP_ERROR_UNSUPPORTED (a build
- *         without LAPACK; the context's message says what to install);
+ *         zeros, or so small that their squares are zero in f32); SEBP_ERROR_NONFINITE (the sums
+ *         hold a NaN or Inf, as SEBP_ERROR_BACKEND of an addition may leave them, or LAPACK gives
+ *         one); SEBP_ERROR_UNSUPPORTED (a build without LAPACK; the context's message says what to
+ *         install);
  *         SEBP_ERROR_OVERFLOW (all vectors, of more than 32766); SEBP_ERROR_MEMORY;
  *         SEBP_ERROR_BACKEND (LAPACK failed).
  */

@@ -268,7 +268,7 @@ static sebp_status run_product(void *device, const sebp_product *product, const 
     }
     int64_t bytes = product_scratch(cpu, product);
     if (cpu->aside_bytes > 0 && bytes + cpu->aside_bytes > cpu->scratch_bytes) {
-        *path = "a product that was not reserved"; /* what is set aside would be lost */
+        *path = "a product was not reserved"; /* what is set aside would be lost */
         return SEBP_ERROR_BACKEND;
     }
     void *scratch = sebp_cpu_scratch(cpu, bytes);
@@ -276,7 +276,7 @@ static sebp_status run_product(void *device, const sebp_product *product, const 
 #ifdef SEBP_HAVE_ONEDNN
     if (onednn) {
         sebp_cpu_bind_now(cpu);
-        return sebp_onednn_product(cpu, product, scratch);
+        return sebp_onednn_product(cpu, product, scratch, path);
     }
 #endif
     (void)onednn;

@@ -162,7 +162,9 @@ void sebp_native_product(sebp_cpu *cpu, const sebp_product *product, void *scrat
 /** NULL if oneDNN can do the product, else the path taken instead and why: "native:workspace". */
 const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product);
 int64_t sebp_onednn_scratch(const sebp_cpu *cpu, const sebp_product *product);
-sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch);
+/** On error *why says what it was. */
+sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch,
+                                const char **why);
 void sebp_onednn_version(char *text, size_t bytes);
 
 #endif

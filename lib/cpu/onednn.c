@@ -403,7 +403,8 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
     return status;
 }
 
-sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch)
+sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch,
+                                const char **why)
 {
     plan plan = make_plan(cpu, product);
 #ifdef _OPENMP
@@ -415,7 +416,10 @@ sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void
 #ifdef _OPENMP
     omp_set_num_threads(threads);
 #endif
-    return status == dnnl_success ? SEBP_SUCCESS : SEBP_ERROR_BACKEND;
+    if (status == dnnl_success)
+        return SEBP_SUCCESS;
+    *why = status == dnnl_out_of_memory ? "oneDNN has no memory" : "oneDNN failed";
+    return SEBP_ERROR_BACKEND;
 }
 
 void sebp_onednn_version(char *text, size_t bytes)
