@@ -1,15 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Libraries underneath that fail: what LAPACK and oneDNN may come back with is told for what it is,
- * and nothing is lost. The program brings functions of theirs of its own, which the linker prefers,
- * and which fail on demand.
+ * Libraries underneath. What LAPACK, oneDNN and hwloc come back with when they fail is told for what
+ * it is, and nothing is lost: the program brings functions of theirs of its own, which the linker
+ * prefers, and which fail on demand. What oneDNN keeps for itself is bounded.
  */
 #include "config.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#ifdef SEBP_HAVE_HWLOC
+#include <dlfcn.h>
+#include <errno.h>
+#include <hwloc.h>
+#endif
 #ifdef SEBP_HAVE_LAPACK
 #include <lapacke.h>
 #endif
@@ -20,6 +27,17 @@
 #include <sebp/sebp.h>
 
 #include "testing.h"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+#ifndef SANITIZED
+#define SANITIZED 0
+#endif
 
 static void expect(sebp_status got, sebp_status wanted, const char *word,
                    const sebp_context *context)
@@ -195,7 +213,83 @@ START_TEST(sums_of_nan)
 }
 END_TEST
 
+/* Of this process, in bytes; 0: not known. */
+static double resident_bytes(void)
+{
+    long long all = 0, resident = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    if (file != NULL && fscanf(file, "%lld %lld", &all, &resident) != 2) {
+        resident = 0;
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    return (double)resident * (double)sysconf(_SC_PAGESIZE);
+}
+
+/* A forward and a backward in bf16, on the first `count` rows and the last. */
+static void call_on_rows(sebp_context *context, const sebp_matrix *all, int64_t count)
+{
+    int64_t *indices = calloc((size_t)count + 1, sizeof *indices);
+    ck_assert_ptr_nonnull(indices);
+    for (int64_t i = 0; i < count; i++) {
+        indices[i] = i;
+    }
+    indices[count] = all[0].rows - 1;
+    sebp_rows *rows = NULL;
+    testing_succeed(sebp_rows_from_indices(indices, count + 1, all[0].rows, &rows), context);
+    free(indices);
+    testing_succeed(sebp_linear_forward(context, &all[1], &all[2], NULL, rows, NULL, &all[3]),
+                    context);
+    testing_succeed(sebp_linear_backward(context, &all[0], &all[1], &all[2], rows, NULL, &all[4],
+                                         &all[5], NULL),
+                    context);
+    sebp_rows_destroy(rows);
+}
+
+/* After a thousand numbers of active rows oneDNN keeps no more than after a few: it has kept a
+ * primitive of 100 KB for each. _i: the dtype of dW. */
+START_TEST(onednn_keeps_little)
+{
+    const char *const name = _i ? "onednn_keeps_little of dW in bf16" : "onednn_keeps_little";
+    enum { N = 64, K = 96, FEW = 20, MANY = 1020, MOST = 24 << 20 };
+    sebp_context *context = testing_context(SEBP_GEMM_ONEDNN, 1, 0);
+    if (SANITIZED || strcmp(sebp_isa(), "avx512bf16") != 0 || resident_bytes() <= 0) {
+        testing_skip(name, "a sanitizer keeps what is freed, or this machine has no products of "
+                           "bf16, or it does not tell of memory");
+        sebp_context_destroy(context);
+        return;
+    }
+    sebp_matrix all[] = {testing_random_matrix(MANY + 2, N, SEBP_BF16, TESTING_REAL),
+                         testing_random_matrix(MANY + 2, K, SEBP_BF16, TESTING_REAL),
+                         testing_random_matrix(N, K, SEBP_BF16, TESTING_REAL),
+                         testing_random_matrix(MANY + 2, N, SEBP_BF16, TESTING_REAL),
+                         testing_random_matrix(MANY + 2, K, SEBP_BF16, TESTING_REAL),
+                         testing_random_matrix(N, K, (sebp_dtype)_i, TESTING_REAL)};
+    int64_t count = 1;
+    for (; count <= FEW; count++) {
+        call_on_rows(context, all, count);
+    }
+    double before = resident_bytes();
+    for (; count <= MANY; count++) {
+        call_on_rows(context, all, count);
+    }
+    double kept = resident_bytes() - before;
+    ck_assert_msg(kept < MOST, "%.1f MB more", 1e-6 * kept);
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        testing_release(&all[i]);
+    }
+    sebp_context_destroy(context);
+}
+END_TEST
+
 #else
+
+START_TEST(onednn_keeps_little)
+{
+    testing_skip("onednn_keeps_little", "built without oneDNN");
+}
+END_TEST
 
 START_TEST(onednn_fails)
 {
@@ -211,6 +305,64 @@ END_TEST
 
 #endif
 
+#ifdef SEBP_HAVE_HWLOC
+
+static int hwloc_fails;
+
+int hwloc_topology_load(hwloc_topology_t topology)
+{
+    int (*next)(hwloc_topology_t);
+    void *found = dlsym(RTLD_NEXT, "hwloc_topology_load");
+    memcpy(&next, &found, sizeof found);
+    if (hwloc_fails) {
+        errno = ENOMEM;
+        return -1;
+    }
+    return next(topology);
+}
+
+/* The cores are the operating system's then; where they lie is not known. */
+START_TEST(hwloc_fails_to_load)
+{
+    char message[200] = "";
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    sebp_context *context = NULL;
+    sebp_info info = {.size_bytes = sizeof info}, before = {.size_bytes = sizeof before};
+    options.message = message;
+    options.message_bytes = sizeof message;
+    ck_assert_int_eq(sebp_info_get(NULL, &before), SEBP_SUCCESS);
+    hwloc_fails = 1;
+    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_info_get(context, &info), SEBP_SUCCESS);
+    ck_assert_str_eq(info.hwloc, "unknown");
+    ck_assert_int_eq(info.cores, before.cores);
+    ck_assert_int_eq(info.logical_cpus, before.logical_cpus);
+    sebp_context_destroy(context);
+    context = NULL;
+    options.placement = SEBP_PLACEMENT_COMPACT;
+    unsetenv("OMP_PROC_BIND");
+    unsetenv("OMP_PLACES");
+    unsetenv("GOMP_CPU_AFFINITY");
+    unsetenv("KMP_AFFINITY");
+#ifdef __linux__ /* elsewhere nothing is placed */
+    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_ERROR_BACKEND);
+    ck_assert_str_eq(message, "sebp_context_create: hwloc failed");
+#endif
+    ck_assert_ptr_null(context);
+    hwloc_fails = 0;
+}
+END_TEST
+
+#else
+
+START_TEST(hwloc_fails_to_load)
+{
+    testing_skip("hwloc_fails_to_load", "built without hwloc");
+}
+END_TEST
+
+#endif
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("libraries");
@@ -218,6 +370,8 @@ static Suite *make_suite(void)
     tcase_add_loop_test(tests, lapack_fails, 0, 2);
     tcase_add_test(tests, onednn_fails);
     tcase_add_test(tests, sums_of_nan);
+    tcase_add_test(tests, hwloc_fails_to_load);
+    tcase_add_loop_test(tests, onednn_keeps_little, SEBP_F32, SEBP_BF16 + 1);
     suite_add_tcase(suite, tests);
     return suite;
 }

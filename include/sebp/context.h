@@ -6,6 +6,27 @@
  * There is no state outside contexts but the table of kernels for this CPU, which is filled once
  * and never changes, and what is known of forks. A context is used by one thread at a time; two threads with two contexts never
  * meet.
+ *
+ * Where memory runs out, what the library asks for itself is SEBP_ERROR_MEMORY, with nothing written.
+ * The libraries underneath have ways of their own, which nothing can be done about from here:
+ *
+ * - OpenMP ends the process, with a line on standard error, where it cannot make its threads or has
+ *   no memory for them: GCC's by exit(1), at the first call that uses several. One thread, or a
+ *   parallel_for of the host's, leaves it out, but for oneDNN and LAPACK.
+ * - hwloc works while a context is made. Where it says that it failed, the cores are read from the
+ *   operating system's files, and placement is SEBP_ERROR_BACKEND. Not all of its small allocations
+ *   are checked, though: version 2.9 may crash instead. A build --without-hwloc has none of it.
+ * - oneDNN without memory for the buffers of a product is SEBP_ERROR_BACKEND, "oneDNN has no memory",
+ *   and outputs may be half written. Without memory for what it makes first, objects and the code of
+ *   kernels, version 2.6 ends the process, by a std::bad_alloc that no C program catches or by a
+ *   crash. SEBP_GEMM_NATIVE leaves it out.
+ *
+ * What oneDNN holds for itself is no scratch memory of a context: about 10 MB of buffers and code
+ * once it has run, and for bf16 under SEBP_GEMM_ONEDNN a primitive of about 100 KB for each kind of
+ * product: a weight's shape, the direction, dtypes and strides, but not the number of active rows.
+ * Its cache, one for the process, keeps the last 1024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable
+ * of its own). While a product into bf16 runs there are f32 sums beside it: 4 MiB, or 64 rows, of Y
+ * and dX, all N x K of dW.
  */
 #ifndef SEBP_CONTEXT_H
 #define SEBP_CONTEXT_H
@@ -125,7 +146,7 @@ SEBP_API void sebp_context_destroy(sebp_context *context);
 SEBP_API int sebp_context_threads(const sebp_context *context);
 
 /** The most scratch memory the context has held so far, in bytes; 0 for NULL. Never over the bound.
- * What oneDNN holds for itself, up to about 2 MiB a thread, is not in it. */
+ * What oneDNN holds for itself, as said above, is not in it. */
 SEBP_API int64_t sebp_context_scratch_bytes(const sebp_context *context);
 
 /**

@@ -29,7 +29,8 @@
  * - **Repeatability**: the same call on the same context gives the same bits. The library's own
  *   GEMM gives the same bits for every number of threads; oneDNN need not.
  * - The library prints nothing (but the lines asked for by SEBP_VERBOSE, on standard error), never
- *   aborts, and reads the environment only while a context is made.
+ *   aborts, and reads the environment only while a context is made. What the libraries underneath do
+ *   without memory is another matter: context.h.
  */
 #ifndef SEBP_SEBP_H
 #define SEBP_SEBP_H
