@@ -11,7 +11,7 @@ sebp_have_$1=no
 AS_CASE([$host_cpu], [$2],
   [AC_CACHE_CHECK([whether $CC compiles kernels for $1], [sebp_cv_isa_$1],
     [sebp_saved_cflags=$CFLAGS
-    CFLAGS="$CFLAGS $3"
+    CFLAGS="$3 $CFLAGS"
     AC_COMPILE_IFELSE([AC_LANG_PROGRAM([[#include <$4>]], [[(void)($5)]])],
       [sebp_cv_isa_$1=yes], [sebp_cv_isa_$1=no])
     CFLAGS=$sebp_saved_cflags])
