@@ -51,6 +51,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "exact.h"
+
 #if defined SEBP_ISA_SCALAR
 #define SEBP_NAME(name) sebp_##name##_scalar
 #define SEBP_ISA_TEXT   "scalar"

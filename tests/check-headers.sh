@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Each public header compiles alone, twice over, as C11 and as C++17, without a warning; and
-# includes go down only: simd < lib < include/sebp < bench, examples, tests.
+# Each public header compiles alone, twice over, as C11 and as C++17, without a warning; includes
+# go down only: simd < lib < include/sebp < bench, examples, tests; and no kernel compiles with flags
+# that let the compiler compute something else than what is written.
 #
 # Reads CC, CXX, top_srcdir, top_builddir.
 
@@ -72,6 +73,26 @@ for file in tests/*.[ch]; do
     tests/test_kernels.c | tests/test_structs.c) ;; # they alone look inside
     *) forbids "$file uses the public headers" "$inside" "$file" ;;
     esac
+done
+
+# refuses FLAG FILE: it does not compile with the flag, and says so.
+refuses()
+{
+    # shellcheck disable=SC2086
+    ! $CC "$1" -fsyntax-only -DSEBP_ISA_SCALAR=1 "$2" >"$work/log" 2>&1 &&
+        grep -q "error.*cannot be compiled with .*$1" "$work/log"
+}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+for file in simd/*.c; do
+    # shellcheck disable=SC2086
+    $CC -fsyntax-only -DSEBP_ISA_SCALAR=1 "$file"
+    result $? "$file compiles"
+    for flag in -ffast-math -Ofast -ffinite-math-only; do
+        refuses "$flag" "$file"
+        result $? "$file refuses $flag"
+    done
 done
 
 echo "$passed passed, $failed failed, $skipped skipped"
