@@ -4,13 +4,20 @@ dnl SPDX-License-Identifier: Apache-2.0
 # not found, it is an error; --without-PART refuses it. Each macro sets sebp_have_PART to yes or no
 # and sebp_PART_summary to words for the end of configure.
 
-# SEBP_PART(PART, NAME, FIND)
-# ---------------------------
+# SEBP_PART(PART, NAME, FIND, [prefix])
+# -------------------------------------
 # FIND is run unless the part is refused. It sets sebp_have_PART=yes where it finds the part, and
-# else sebp_PART_summary to the reason.
+# else sebp_PART_summary to the reason. --with-PART takes a PREFIX where the fourth argument is
+# given; what it cannot take is an error.
 AC_DEFUN([SEBP_PART],
 [sebp_have_$1=no
 sebp_$1_summary="no: not found"
+AS_CASE([$with_$1], [yes|no|check], [],
+  m4_ifval([$4],
+    [[/*], [],
+    [AC_MSG_ERROR([--with-$1=$with_$1 is neither yes nor no nor a full path])]],
+    [[AC_MSG_ERROR([--with-$1=$with_$1 is neither yes nor no; another folder for pkg-config is given
+  by PKG_CONFIG_PATH, one for the compiler by CPPFLAGS and LDFLAGS])]]))
 AS_IF([test "$with_$1" = no],
   [sebp_$1_summary="no: refused by --without-$1"],
   [$3
@@ -56,38 +63,60 @@ AC_DEFUN([SEBP_PART_ONEDNN],
     [oneDNN, version 2 or 3, for matrix products @<:@default: if found@:>@])],
   [], [with_onednn=check])
 SEBP_PART([onednn], [oneDNN],
-  [ONEDNN_LIBS=-ldnnl
-  AS_CASE([$with_onednn], [/*],
-    [ONEDNN_CPPFLAGS="-I$with_onednn/include"
-    ONEDNN_LIBS="-L$with_onednn/lib -ldnnl"])
-  sebp_saved_cppflags=$CPPFLAGS
-  sebp_saved_libs=$LIBS
-  CPPFLAGS="$CPPFLAGS $ONEDNN_CPPFLAGS"
-  LIBS="$ONEDNN_LIBS $LIBS"
-  AC_CACHE_CHECK([for oneDNN], [sebp_cv_onednn],
-    [AC_LINK_IFELSE([AC_LANG_PROGRAM([[#include <dnnl.h>]], [[
-        float x = 0;
-        return dnnl_sgemm('N', 'N', 1, 1, 1, 1.0f, &x, 1, &x, 1, 0.0f, &x, 1) != dnnl_success]])],
-      [AC_COMPUTE_INT([sebp_cv_onednn], [DNNL_VERSION_MAJOR], [#include <dnnl_version.h>],
-        [sebp_cv_onednn=no])],
-      [sebp_cv_onednn=no])])
-  CPPFLAGS=$sebp_saved_cppflags
-  LIBS=$sebp_saved_libs
-  AS_CASE([$sebp_cv_onednn],
+  [SEBP_PREFIX([onednn], [dnnl.h], [], [dnnl])
+  AC_MSG_CHECKING([for oneDNN])
+  sebp_onednn_version=no
+  AS_CASE([$with_onednn],
+    [/*], [for sebp_folder in $sebp_onednn_folders; do
+      AS_IF([test "$sebp_onednn_version" = no],
+        [_SEBP_TRY_ONEDNN([-I$sebp_onednn_include], [-L$sebp_folder ], [$sebp_folder])])
+    done],
+    [_SEBP_TRY_ONEDNN([], [], [])])
+  AC_MSG_RESULT([$sebp_onednn_version])
+  AS_CASE([$sebp_onednn_version],
     [2|3],
       [sebp_have_onednn=yes
-      sebp_onednn_summary="yes, version $sebp_cv_onednn"
+      sebp_onednn_summary="yes, version $sebp_onednn_version"
       AC_DEFINE([SEBP_HAVE_ONEDNN], [1], [Define if oneDNN is used.])
-      AC_DEFINE_UNQUOTED([SEBP_ONEDNN_MAJOR], [$sebp_cv_onednn],
+      AC_DEFINE_UNQUOTED([SEBP_ONEDNN_MAJOR], [$sebp_onednn_version],
         [The generation of oneDNN's API, 2 or 3.])],
     [no], [],
-    [sebp_onednn_summary="no: version $sebp_cv_onednn is neither 2 nor 3"])
+    [sebp_onednn_summary="no: version $sebp_onednn_version is neither 2 nor 3"])
   AS_IF([test "$sebp_have_onednn" = no],
     [ONEDNN_CPPFLAGS=
-    ONEDNN_LIBS=])])
+    ONEDNN_LIBS=])],
+  [prefix])
 AC_SUBST([ONEDNN_CPPFLAGS])
 AC_SUBST([ONEDNN_LIBS])
 AM_CONDITIONAL([ONEDNN], [test "$sebp_have_onednn" = yes])])
+
+# _SEBP_TRY_ONEDNN(CPPFLAGS, PATH, FOLDER)
+# ----------------------------------------
+# Sets sebp_onednn_version if a program links: one that names what only the header's generation of
+# the library has, so that the header of one and the library of another are not taken.
+AC_DEFUN([_SEBP_TRY_ONEDNN],
+[sebp_saved_cppflags=$CPPFLAGS
+sebp_saved_libs=$LIBS
+ONEDNN_CPPFLAGS="$1"
+ONEDNN_LIBS="$2-ldnnl"
+CPPFLAGS="$ONEDNN_CPPFLAGS $CPPFLAGS"
+LIBS="$ONEDNN_LIBS $LIBS"
+AC_LINK_IFELSE([AC_LANG_PROGRAM([[#include <dnnl.h>]], [[
+    float x = 0;
+    #if DNNL_VERSION_MAJOR >= 3
+    dnnl_memory_desc_t description;
+    dnnl_memory_desc_destroy(description);
+    #else
+    dnnl_memory_desc_t description;
+    dnnl_dims_t dims = {1};
+    dnnl_memory_desc_init_by_strides(&description, 1, dims, dnnl_f32, dims);
+    #endif
+    return dnnl_sgemm('N', 'N', 1, 1, 1, 1.0f, &x, 1, &x, 1, 0.0f, &x, 1) != dnnl_success]])],
+  [AC_COMPUTE_INT([sebp_onednn_version], [DNNL_VERSION_MAJOR], [#include <dnnl_version.h>],
+    [sebp_onednn_version=no])
+  SEBP_PREFIX_USED([$3])])
+CPPFLAGS=$sebp_saved_cppflags
+LIBS=$sebp_saved_libs])
 
 # SEBP_PART_HWLOC
 # ---------------
