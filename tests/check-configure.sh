@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # usage: check-configure.sh SOURCES
 #
-# What configure refuses, and that it says why; SOURCES have a configure and are not configured
-# themselves. For each of gcc and clang that there is.
+# What configure takes and what it refuses, and that it says why: flags, for each of gcc and clang
+# that there is, and folders with libraries. SOURCES have a configure and are not configured
+# themselves.
 
 set -u
 
@@ -88,6 +89,79 @@ END
 
     printf '#!/bin/sh\nexec cc -std=gnu99 "$@" -std=gnu99\n' >"$work/cc"
     refuses 'does not compile C11' $bare CC="$work/cc"
+}
+
+# What stands in for libraries in folders of their own. They are linked with and never run.
+mkdir -p "$work/one/include" "$work/two/include/openblas" "$work/empty"
+cat >"$work/one/include/dnnl.h" <<'END'
+#define DNNL_VERSION_MAJOR 3
+enum { dnnl_success };
+typedef struct dnnl_memory_desc *dnnl_memory_desc_t;
+int dnnl_sgemm(char, char, long, long, long, float, const float *, long, const float *, long, float,
+               float *, long);
+int dnnl_memory_desc_destroy(dnnl_memory_desc_t);
+END
+cp "$work/one/include/dnnl.h" "$work/one/include/dnnl_version.h"
+echo 'void dnnl_sgemm(void) {} void dnnl_memory_desc_destroy(void) {}' >"$work/one.c"
+cat >"$work/two/include/openblas/lapacke.h" <<'END'
+#define LAPACK_COL_MAJOR 102
+typedef int lapack_int;
+lapack_int LAPACKE_ssyevd_work(int, char, char, lapack_int, float *, lapack_int, float *, float *,
+                               lapack_int, lapack_int *, lapack_int);
+lapack_int LAPACKE_ssyevr_work(int, char, char, char, lapack_int, float *, lapack_int, float, float,
+                               lapack_int, lapack_int, float, lapack_int *, float *, float *,
+                               lapack_int, lapack_int *, float *, lapack_int, lapack_int *,
+                               lapack_int);
+END
+echo 'void LAPACKE_ssyevd_work(void) {} void LAPACKE_ssyevr_work(void) {}' >"$work/two.c"
+
+# stands PART PREFIX FOLDER NAME: configure takes the library of that name in PREFIX/FOLDER, and
+# what is linked looks there when it runs.
+stands()
+{
+    part=$1 prefix=$work/$2 folder=$work/$2/$3
+    mkdir -p "$folder"
+    cc -shared -fPIC -Wno-strict-prototypes -o "$folder/lib$4.so" "$prefix.c"
+    # shellcheck disable=SC2086
+    takes $rest --without-onednn --without-lapack --with-"$part=$prefix"
+    for line in "-L$folder -l$4" "-R$folder"; do
+        check "$part in $3: the Makefile has $line" grep -q -e "^[A-Z_]* = .*$line" \
+            "$work/build/Makefile"
+    done
+    rm -r "$folder"
+}
+
+rest="--without-openmp --without-hwloc --without-check"
+multiarch=$(cc -print-multiarch)
+for place in lib64 lib ${multiarch:+"lib/$multiarch"}; do
+    stands onednn one "$place" dnnl
+done
+stands lapack two lib lapacke
+stands lapack two lib64 openblas
+[ -z "$multiarch" ] || stands lapack two "lib/$multiarch" openblasp
+
+# Options are meant to be split. The system may have these libraries: they must not serve.
+# shellcheck disable=SC2086
+{
+    refuses "lib64, lib and lib/.* of $work/empty for .*dnnl.*dnnl.h is not there" \
+        $rest --without-lapack --with-onednn="$work/empty"
+    refuses "$work/one .*no such library is there" $rest --without-lapack --with-onednn="$work/one"
+    refuses "$work/empty .*openblas.*lapacke.h is not there" \
+        $rest --without-onednn --with-lapack="$work/empty"
+    refuses "$work/two .*no such library is there" $rest --without-onednn --with-lapack="$work/two"
+    refuses 'neither yes nor no nor a full path' $rest --without-lapack --with-onednn=one
+    refuses 'PKG_CONFIG_PATH' $rest --without-lapack --without-onednn --with-hwloc="$work/one"
+
+    # The header of one generation, the library of another.
+    mkdir -p "$work/one/lib"
+    echo 'void dnnl_sgemm(void) {}' | cc -shared -fPIC -o "$work/one/lib/libdnnl.so" -x c -
+    refuses 'a program does not link' $rest --without-lapack --with-onednn="$work/one"
+
+    # A standard that CC names stays, whatever Autoconf would add.
+    for standard in c11 gnu17 c2x; do
+        takes $bare CC="cc -std=$standard"
+        check "CC stays at $standard" grep -q "^CC = cc -std=$standard\$" "$work/build/Makefile"
+    done
 }
 
 finish
