@@ -277,7 +277,7 @@ static int64_t scratch_for(int64_t workspace, sebp_gemm gemm, int64_t M, sebp_dt
     const int64_t N = 8, K = 512;
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
     options.workspace_bytes = workspace;
-    options.gemm = gemm;
+    options.gemm = testing_gemm(gemm);
     options.threads = 2;
     sebp_context *context = create(&options);
     size_t bytes = sebp_dtype_bytes(dtype);
@@ -507,6 +507,23 @@ START_TEST(verbose)
 }
 END_TEST
 
+/* Who does a product is in the line: all of those that oneDNN takes go to it where it is asked for. */
+START_TEST(onednn_is_used_where_asked_for)
+{
+    if (info_of(NULL).onednn[0] == '\0') {
+        testing_skip("onednn_is_used_where_asked_for", "built without it");
+        return;
+    }
+    char text[4096];
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.gemm = SEBP_GEMM_ONEDNN;
+    capture("1", text, sizeof text, &options);
+    ck_assert_msg(count_lines(text) == 2, "lines:\n%s", text);
+    ck_assert_msg(strstr(text, ",13,f32,onednn:asked,") != NULL, "lines:\n%s", text);
+    ck_assert_msg(strstr(text, "native") == NULL, "lines:\n%s", text);
+}
+END_TEST
+
 #ifdef __linux__
 static const char *const binding_variables[] = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY",
                                                 "KMP_AFFINITY"};
@@ -703,6 +720,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, isa_tiers);
     tcase_add_test(tests, info);
     tcase_add_test(tests, verbose);
+    tcase_add_test(tests, onednn_is_used_where_asked_for);
     tcase_add_loop_test(tests, placement, 0, 2);
     tcase_add_test(tests, affinity_mask_is_the_boundary);
     tcase_add_test(tests, another_thread_is_no_boundary);

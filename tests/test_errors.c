@@ -37,6 +37,7 @@ static void setup(void)
 {
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
     options.threads = 2;
+    options.gemm = testing_gemm(SEBP_GEMM_AUTO);
     ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
     const int64_t indices[ACTIVE] = {0, 2, 3, 6, 7};
     ck_assert_int_eq(sebp_rows_from_indices(indices, ACTIVE, SIZE, &some_rows), SEBP_SUCCESS);

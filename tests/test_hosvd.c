@@ -318,6 +318,7 @@ START_TEST(fork_and_solve)
         alarm(60); /* a child that hangs is ended */
         sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
         options.threads = 2;
+        options.gemm = testing_gemm(SEBP_GEMM_AUTO);
         options.parallel_for = _i == 2 ? one_after_the_other : NULL;
         sebp_context *own = NULL;
         sebp_basis *got = NULL;

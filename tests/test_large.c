@@ -23,7 +23,7 @@ static int wanted(const char *test)
 static sebp_context *make_context(sebp_gemm gemm)
 {
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemm;
+    options.gemm = testing_gemm(gemm);
     sebp_context *context = NULL;
     ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
     return context;

@@ -35,7 +35,7 @@ static sebp_context *make_context(sebp_gemm gemm, int threads, int64_t workspace
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
     char message[256] = "";
     options.threads = threads;
-    options.gemm = gemm;
+    options.gemm = testing_gemm(gemm);
     options.workspace_bytes = workspace;
     options.parallel_for = host ? run_backwards : NULL;
     options.pool = host ? &host_calls : NULL;

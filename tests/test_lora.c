@@ -23,7 +23,7 @@ static sebp_context *make_context(int gemm, int threads, const char *test)
 {
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
     options.threads = threads;
-    options.gemm = (sebp_gemm)gemm;
+    options.gemm = testing_gemm((sebp_gemm)gemm);
     sebp_context *context = NULL;
     sebp_status status = sebp_context_create(&options, &context);
     if (gemm == SEBP_GEMM_ONEDNN && status == SEBP_ERROR_UNSUPPORTED) {

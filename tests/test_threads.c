@@ -45,7 +45,7 @@ static sebp_status compute(sebp_context *context, const layer *l, const sebp_mat
 static sebp_context *make_context(sebp_gemm gemm, int threads, sebp_parallel_for host, void *pool)
 {
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemm;
+    options.gemm = testing_gemm(gemm);
     options.threads = threads;
     options.parallel_for = host;
     options.pool = pool;
@@ -117,7 +117,7 @@ static void *work_alone(void *argument)
 {
     worker *self = argument;
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = self->gemm;
+    options.gemm = testing_gemm(self->gemm);
     options.threads = 2;
     sebp_context *context = NULL;
     pthread_barrier_wait(self->start);

@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include <sebp/info.h>
+
 #define GUARD_BYTES ((size_t)256)
 #define GUARD_VALUE 0xA5
 #define ALIGNMENT   ((size_t)64)
@@ -24,6 +26,7 @@ typedef struct skips {
 static skips *skipped;
 static uint64_t random_state = 1;
 static long rounds_percent = 100;
+static sebp_gemm gemm_for_auto = SEBP_GEMM_AUTO;
 
 /* What stands in front of a guarded buffer: where its block starts, how long the buffer is. */
 typedef struct header {
@@ -47,6 +50,30 @@ static int number_from_environment(const char *name, unsigned long long *value)
     return 1;
 }
 
+/* Whatever the library then falls back on would pass for oneDNN. */
+static void gemm_from_environment(void)
+{
+    static const char name[] = "SEBP_TEST_GEMM";
+    const char *text = getenv(name);
+    if (text == NULL || *text == '\0') {
+        return;
+    }
+    if (strcmp(text, "native") == 0) {
+        gemm_for_auto = SEBP_GEMM_NATIVE;
+    } else if (strcmp(text, "onednn") == 0) {
+        gemm_for_auto = SEBP_GEMM_ONEDNN;
+        sebp_info info = {.size_bytes = sizeof info};
+        if (sebp_info_get(NULL, &info) != SEBP_SUCCESS || info.onednn[0] == '\0') {
+            fprintf(stderr, "%s=%s, but the library was built without it\n", name, text);
+            exit(1);
+        }
+        printf("%s=%s, oneDNN %s\n", name, text, info.onednn);
+    } else {
+        fprintf(stderr, "%s=%s is neither native nor onednn\n", name, text);
+        exit(1);
+    }
+}
+
 int testing_main(Suite *(*make_suite)(void))
 {
     unsigned long long seed = (unsigned long long)time(NULL);
@@ -59,6 +86,7 @@ int testing_main(Suite *(*make_suite)(void))
     unsetenv("SEBP_PLACEMENT");
     unsetenv("SEBP_GEMM");
     unsetenv("SEBP_VERBOSE");
+    gemm_from_environment();
     /* Check gives a test 4 seconds unless told otherwise, before the suite is made. */
     setenv("CK_DEFAULT_TIMEOUT", "120", 0);
 
@@ -353,10 +381,15 @@ void testing_free_sparse(sebp_sparse *sparse)
     testing_free(sparse->values);
 }
 
+sebp_gemm testing_gemm(sebp_gemm gemm)
+{
+    return gemm == SEBP_GEMM_AUTO ? gemm_for_auto : gemm;
+}
+
 sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace)
 {
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
-    options.gemm = gemm;
+    options.gemm = testing_gemm(gemm);
     options.threads = threads;
     options.workspace_bytes = workspace;
     sebp_context *context = NULL;

@@ -6,6 +6,8 @@
  * The environment, read by testing_main():
  *
  *     SEBP_TEST_SEED    the seed, as an earlier run printed it; by default from the clock
+ *     SEBP_TEST_GEMM    native or onednn: what tests that leave the choice to the library take; a
+ *                       program fails where the library has no oneDNN
  *     SEBP_TEST_ROUNDS  rounds of the random tests, in percent of what they do by default
  *     CK_FORK           no: all tests in one process, as valgrind and debuggers like it
  *
@@ -128,7 +130,10 @@ void testing_free_sparse(sebp_sparse *sparse);
 
 /* Contexts. */
 
-/** A context, or the test fails; as the options of these names are. */
+/** `gemm`, or what SEBP_TEST_GEMM says in place of SEBP_GEMM_AUTO. */
+sebp_gemm testing_gemm(sebp_gemm gemm);
+
+/** A context, or the test fails; as the options of these names are, the GEMM as testing_gemm() says. */
 sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace);
 
 /** Fails the test where a call has not the status that it should have, with the context's message. */
