@@ -49,8 +49,15 @@ SEBP_PART([openmp], [OpenMP],
     CFLAGS=$sebp_saved_cflags])
   AS_IF([test "$sebp_cv_openmp" != no],
     [sebp_have_openmp=yes
-    sebp_openmp_summary=yes
-    OPENMP_CFLAGS=$sebp_cv_openmp])])
+    OPENMP_CFLAGS=$sebp_cv_openmp
+    AC_CACHE_CHECK([which OpenMP runtime that is], [sebp_cv_openmp_runtime],
+      [sebp_saved_cflags=$CFLAGS
+      CFLAGS="$CFLAGS $OPENMP_CFLAGS"
+      # LLVM's has the functions that GNU's has too; not the other way round.
+      AC_LINK_IFELSE([AC_LANG_PROGRAM([[void __kmpc_fork_call(void);]], [[__kmpc_fork_call()]])],
+        [sebp_cv_openmp_runtime=LLVM], [sebp_cv_openmp_runtime=GNU])
+      CFLAGS=$sebp_saved_cflags])
+    sebp_openmp_summary="yes, the runtime of $sebp_cv_openmp_runtime"])])
 AC_SUBST([OPENMP_CFLAGS])])
 
 # SEBP_PART_ONEDNN

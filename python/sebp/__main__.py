@@ -83,7 +83,11 @@ def main() -> int:
     for path in runtimes:
         print(f"                 {path}")
     if not shared:
-        print("Two pools: PyTorch's threads and libsebp's fight for the cores.", file=sys.stderr)
+        if not _library.brings_llvm_openmp(_library.load()):
+            # Else loading it has warned, and said what to do.
+            print(
+                "Two pools: PyTorch's threads and libsebp's fight for the cores.", file=sys.stderr
+            )
         return 1
     return 0
 

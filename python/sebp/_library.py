@@ -7,6 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -53,6 +54,11 @@ def _note_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_note_fork)
+
+TWO_POOLS = """\
+libsebp was compiled by clang and brings LLVM's OpenMP runtime, PyTorch brings GNU's: two pools of
+threads, which fight for the cores. Build libsebp with gcc, for one pool:
+    ./configure CC=gcc && make clean && make"""
 
 _view = POINTER(Matrix)
 _kept = POINTER(SparseStruct)
@@ -158,21 +164,40 @@ def _places() -> Iterator[tuple[str, str]]:
     yield NAME, "the system's loader"
 
 
-def _share_openmp() -> None:
+def _share_openmp() -> bool:
     """Load the OpenMP runtime that PyTorch brings along, before anything asks for another.
 
     PyTorch's wheels carry a libgomp of their own, some under a name of its own. Loaded first, and
     with its symbols visible to all, it is the one that libsebp and its oneDNN are bound to, so that
     one pool of threads serves both, whichever is imported first.
+
+    Returns
+    -------
+    bool
+        Whether PyTorch brings one.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return
+        return False
     package = Path(spec.origin).parent
     for folder in (package / "lib", package.parent / "torch.libs"):
         for runtime in sorted(folder.glob("libgomp*.so*")):
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-            return
+            return True
+    return False
+
+
+def brings_llvm_openmp(library: ctypes.CDLL) -> bool:
+    """Tell whether the library is linked with LLVM's OpenMP runtime, or Intel's, which is the same.
+
+    Its code then calls what GNU's does not have, and cannot share PyTorch's pool of threads.
+
+    Returns
+    -------
+    bool
+        Whether the library's dependencies have such a function.
+    """
+    return hasattr(library, "__kmpc_fork_call")
 
 
 def _check_version(library: ctypes.CDLL, path: str) -> None:
@@ -195,6 +220,8 @@ def _check_version(library: ctypes.CDLL, path: str) -> None:
 def load() -> ctypes.CDLL:
     """Load libsebp; once, then the same again.
 
+    Warns (RuntimeWarning) where it will not share PyTorch's pool of threads.
+
     Returns
     -------
     ctypes.CDLL
@@ -212,7 +239,7 @@ def load() -> ctypes.CDLL:
         if "/" in path and not Path(path).exists():
             tried.append(f"{path} ({where}): no such file")
             continue
-        _share_openmp()
+        torch_is_gnu = _share_openmp()
         try:
             library = ctypes.CDLL(path)
         except OSError as error:
@@ -221,6 +248,8 @@ def load() -> ctypes.CDLL:
         _check_version(library, path)
         if _is_forked:
             library.sebp_after_fork()
+        if torch_is_gnu and brings_llvm_openmp(library):
+            warnings.warn(TWO_POOLS, RuntimeWarning, stacklevel=2)
         return library
     places = "".join(f"\n    {line}" for line in tried)
     raise LibraryNotFoundError(f"libsebp was not found. Looked at:{places}\n{_HOW_TO_BUILD}")

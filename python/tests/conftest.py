@@ -29,6 +29,15 @@ def seeded():
 
 
 @pytest.fixture
+def gnu_openmp():
+    """Skip where the library cannot share PyTorch's pool of threads; test_main tells of that."""
+    from sebp import _library
+
+    if _library.brings_llvm_openmp(_library.load()):
+        pytest.skip("the library is built with LLVM's OpenMP")
+
+
+@pytest.fixture
 def lapack():
     """Skip where the library was built without LAPACK."""
     from sebp import SebpError

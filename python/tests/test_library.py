@@ -155,7 +155,7 @@ assert {{name for name, _ in inspect.getmembers(sebp)}} == had
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("first", ["torch", "sebp"])
-def test_one_openmp_runtime(first):
+def test_one_openmp_runtime(first, gnu_openmp):
     """PyTorch and the library work with the same threads, whichever comes first."""
     pytest.importorskip("torch")
     code = f"""
@@ -181,6 +181,18 @@ assert threads() == alone, (alone, threads())
 """
     done = run_python(code, OMP_NUM_THREADS="3", SEBP_NUM_THREADS="")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("torch_is_gnu", [False, True])
+@pytest.mark.parametrize("is_llvm", [False, True])
+def test_two_pools_are_told_of(monkeypatch, recwarn, torch_is_gnu, is_llvm):
+    """Loading warns where the library's OpenMP is LLVM's and PyTorch's is GNU's, and only there."""
+    monkeypatch.setattr(_library, "_share_openmp", lambda: torch_is_gnu)
+    monkeypatch.setattr(_library, "brings_llvm_openmp", lambda library: is_llvm)
+    _library.load.__wrapped__()
+    assert [warning.category for warning in recwarn] == [RuntimeWarning] * (
+        torch_is_gnu and is_llvm
+    )
 
 
 _BEFORE = {

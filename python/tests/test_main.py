@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import sebp
+from sebp import _library
 
 
 def run_module(**environment: str) -> subprocess.CompletedProcess:
@@ -21,7 +22,7 @@ def run_module(**environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_says_what_is_loaded():
+def test_says_what_is_loaded(gnu_openmp):
     torch = pytest.importorskip("torch")
     done = run_module(OMP_NUM_THREADS="2", SEBP_NUM_THREADS="")
     assert done.returncode == 0, done.stderr
@@ -31,6 +32,18 @@ def test_says_what_is_loaded():
     assert lines["threads"].startswith("2 on ")
     assert lines["thread pools"] == "one"
     assert int(lines["OpenMP runtimes"]) >= 1
+
+
+def test_two_pools():
+    """A library of clang's is loaded, with a word on what to do."""
+    pytest.importorskip("torch")
+    if not _library.brings_llvm_openmp(_library.load()):
+        pytest.skip("the library is built with GNU's OpenMP")
+    done = run_module(OMP_NUM_THREADS="2", SEBP_NUM_THREADS="")
+    assert done.returncode == 1
+    assert "thread pools     two\n" in done.stdout
+    assert "RuntimeWarning: libsebp was compiled by clang" in done.stderr
+    assert "./configure CC=gcc" in done.stderr
 
 
 def test_no_library(tmp_path):

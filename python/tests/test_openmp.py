@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_pools():
+def test_pools(gnu_openmp):
     pytest.importorskip("torch")
     program = Path(__file__).parent.parent / "benchmarks" / "openmp.py"
     done = subprocess.run(
