@@ -3,6 +3,10 @@
  * Bad input: each gives the status its header promises, a line that says where, and leaves the
  * outputs as they were. One line of a test is one bad call: what is changed in a good one.
  */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
 #include <limits.h>
 #include <math.h>
 #include <stdio.h>

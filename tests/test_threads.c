@@ -3,6 +3,10 @@
  * Threads: contexts in threads of their own, row sets between them, and hosts that bring their own
  * parallel_for.
  */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
