@@ -119,7 +119,9 @@ AC_LINK_IFELSE([AC_LANG_PROGRAM([[#include <dnnl.h>]], [[
     dnnl_memory_desc_init_by_strides(&description, 1, dims, dnnl_f32, dims);
     #endif
     return dnnl_sgemm('N', 'N', 1, 1, 1, 1.0f, &x, 1, &x, 1, 0.0f, &x, 1) != dnnl_success]])],
-  [AC_COMPUTE_INT([sebp_onednn_version], [DNNL_VERSION_MAJOR], [#include <dnnl_version.h>],
+  [# This one is run, and the library is not where the loader looks.
+  LIBS=$sebp_saved_libs
+  AC_COMPUTE_INT([sebp_onednn_version], [DNNL_VERSION_MAJOR], [#include <dnnl_version.h>],
     [sebp_onednn_version=no])
   SEBP_PREFIX_USED([$3])])
 CPPFLAGS=$sebp_saved_cppflags

@@ -136,6 +136,7 @@ multiarch=$(cc -print-multiarch)
 for place in lib64 lib ${multiarch:+"lib/$multiarch"}; do
     stands onednn one "$place" dnnl
 done
+[ -z "$(command -v clang)" ] || CC=clang stands onednn one lib dnnl
 stands lapack two lib lapacke
 stands lapack two lib64 openblas
 [ -z "$multiarch" ] || stands lapack two "lib/$multiarch" openblasp
