@@ -63,7 +63,10 @@ class SebpCallback(TrainerCallback):
     layers : str, sequence of str, or callable, optional
         Which layers. Default: all.
     padding : bool, default False
-        Skip padded tokens in the forward too. All three as in :func:`~sebp.apply_sebp_to_model`.
+        Leave padded tokens out in the forward too.
+    check : bool, default True
+        Of `padding`: whether results are compared. All four as in
+        :func:`~sebp.apply_sebp_to_model`.
 
     Attributes
     ----------
@@ -82,11 +85,16 @@ class SebpCallback(TrainerCallback):
     """
 
     def __init__(
-        self, rows: RowRule = "nonzero", layers: Layers = None, padding: bool = False
+        self,
+        rows: RowRule = "nonzero",
+        layers: Layers = None,
+        padding: bool = False,
+        check: bool = True,
     ) -> None:
         self.rows = parse_rule(rows)
         self.layers = layers
         self.padding = padding
+        self.check = check
         self.report: Report | None = None
         self._model: nn.Module | None = None
         self._had_padding = False
@@ -107,7 +115,9 @@ class SebpCallback(TrainerCallback):
         """Put SEBP into the model, once an interrupted run's is out of that one's."""
         self._leave()
         self._had_padding = has_asked(model, OWNER)
-        self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding)
+        self.report = apply_sebp_to_model(
+            model, self.rows, self.layers, self.padding, self.check
+        )
         self._model = model
         self._begin = self._log = self._step = work_done()
 
