@@ -5,9 +5,7 @@
  *
  * oneDNN takes dense matrices, so rows are gathered into panels before a product and scattered, or
  * expanded in place, after it. f32 goes through dnnl_sgemm, which has no primitive to create; bf16
- * through the matmul primitive. The number of active rows is told to that when it runs and not when
- * it is made: oneDNN's cache keeps up to 1024 primitives, of 100 KB each, and would have one of each
- * number that there was, instead of one of each weight.
+ * through the matmul primitive, which oneDNN's own cache keeps for the shapes that come again.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -23,11 +21,7 @@
 
 #include "cpu.h"
 
-enum {
-    PANEL_ROWS = 1024,   /* rows gathered at a time, at most */
-    SUM_BYTES = 4 << 20, /* of f32 sums, from which oneDNN rounds C to bf16 */
-    SUM_ROWS = 64        /* at least */
-};
+enum { PANEL_ROWS = 1024 }; /* rows gathered at a time, at most */
 
 /* How a product is cut to fit the scratch memory. */
 typedef struct plan {
@@ -58,9 +52,6 @@ static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
             (plan.scatter ? product->n * (int64_t)sebp_dtype_bytes(product->c_dtype) : 0);
         plan.rows = product->m;
     }
-    if (!product->a.transposed && product->dtype == SEBP_BF16 && product->c_dtype == SEBP_BF16)
-        plan.rows = sebp_least(
-            plan.rows, sebp_most(SUM_BYTES / (int64_t)sizeof(float) / product->n, SUM_ROWS));
     if (plan.row_bytes)
         plan.rows =
             sebp_least(sebp_least(plan.rows, PANEL_ROWS), sebp_cpu_workspace(cpu) / plan.row_bytes);
@@ -195,17 +186,8 @@ static dnnl_status_t matmul(const dense *dense)
     void *data[3] = {(void *)(uintptr_t)dense->a, (void *)(uintptr_t)dense->b, dense->c};
     static const int names[3] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST};
 
-    /* Without the number of active rows, which is that of A and C, or the depth of dW. */
-    dnnl_dims_t any[3];
-    memcpy(any, dims, sizeof any);
-    if (dense->a_transposed)
-        any[0][1] = any[1][0] = DNNL_RUNTIME_DIM_VAL;
-    else
-        any[0][0] = any[2][0] = DNNL_RUNTIME_DIM_VAL;
-
-    description of[3], of_any[3];
+    description of[3];
     memset(of, 0, sizeof of);
-    memset(of_any, 0, sizeof of_any);
     dnnl_engine_t engine = NULL;
     dnnl_stream_t stream = NULL;
     dnnl_post_ops_t operations = NULL;
@@ -215,12 +197,9 @@ static dnnl_status_t matmul(const dense *dense)
     dnnl_exec_arg_t arguments[3] = {{0, NULL}, {0, NULL}, {0, NULL}};
 
     dnnl_status_t status = dnnl_engine_create(&engine, dnnl_cpu, 0);
-    for (int i = 0; i < 3 && status == dnnl_success; i++) {
-        dnnl_data_type_t type = data_type(i < 2 ? dense->dtype : dense->c_dtype);
-        status = describe(&of[i], dims[i], type, strides[i]);
-        if (status == dnnl_success)
-            status = describe(&of_any[i], any[i], type, strides[i]);
-    }
+    for (int i = 0; i < 3 && status == dnnl_success; i++)
+        status =
+            describe(&of[i], dims[i], data_type(i < 2 ? dense->dtype : dense->c_dtype), strides[i]);
     if (status == dnnl_success)
         status = dnnl_primitive_attr_create(&attributes);
     if (status == dnnl_success && dense->accumulate) {
@@ -231,7 +210,7 @@ static dnnl_status_t matmul(const dense *dense)
             status = dnnl_primitive_attr_set_post_ops(attributes, operations);
     }
     if (status == dnnl_success)
-        status = describe_matmul(&recipe, of_any, attributes, engine);
+        status = describe_matmul(&recipe, of, attributes, engine);
     if (status == dnnl_success)
         status = dnnl_primitive_create(&primitive, recipe);
     if (status == dnnl_success)
@@ -249,7 +228,6 @@ static dnnl_status_t matmul(const dense *dense)
         if (arguments[i].memory)
             dnnl_memory_destroy(arguments[i].memory);
         forget(&of[i]);
-        forget(&of_any[i]);
     }
     if (stream)
         dnnl_stream_destroy(stream);
