@@ -251,12 +251,12 @@ static void call_on_rows(sebp_context *context, const sebp_matrix *all, int64_t 
     sebp_rows_destroy(rows);
 }
 
-/* After a thousand numbers of active rows oneDNN keeps no more than after a few: it has kept a
- * primitive of 100 KB for each. _i: the dtype of dW. */
+/* After more numbers of active rows than oneDNN's cache has room for it keeps what context.h says: a
+ * primitive of 100 KB for each of the last 1024 products. _i: the dtype of dW. */
 START_TEST(onednn_keeps_little)
 {
     const char *const name = _i ? "onednn_keeps_little of dW in bf16" : "onednn_keeps_little";
-    enum { N = 64, K = 96, FEW = 20, MANY = 1020, MOST = 24 << 20 };
+    enum { N = 64, K = 96, FEW = 20, MANY = 1020, MOST = 192 << 20 };
     sebp_context *context = testing_context(SEBP_GEMM_ONEDNN, 1, 0);
     if (SANITIZED || strcmp(sebp_isa(), "avx512bf16") != 0 || resident_bytes() <= 0) {
         testing_skip(name, "a sanitizer keeps what is freed, or this machine has no products of "

@@ -23,10 +23,10 @@
  *
  * What oneDNN holds for itself is no scratch memory of a context: about 10 MB of buffers and code
  * once it has run, and for bf16 under SEBP_GEMM_ONEDNN a primitive of about 100 KB for each kind of
- * product: a weight's shape, the direction, dtypes and strides, but not the number of active rows.
- * Its cache, one for the process, keeps the last 1024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable
- * of its own). While a product into bf16 runs there are f32 sums beside it: 4 MiB, or 64 rows, of Y
- * and dX, all N x K of dW.
+ * product: a weight's shape, the direction, dtypes, strides and the number of active rows. Its cache,
+ * one for the process, keeps the last 1024: some 100 MB where that number differs from batch to batch
+ * (ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable of oneDNN's own, bounds it). SEBP_GEMM_AUTO gives
+ * oneDNN no product in bf16.
  */
 #ifndef SEBP_CONTEXT_H
 #define SEBP_CONTEXT_H

@@ -4,6 +4,7 @@
 The module keeps its class, so that tools which look layers up by class find them.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -51,7 +52,7 @@ class Forward:
         """What the module's forward was before, bound to the module."""
         if self._previous is not None:
             return self._previous
-        return type(self._module).forward.__get__(self._module)
+        return functools.partial(type(self._module).forward, self._module)
 
 
 def _chain(module: nn.Module) -> list[Forward]:
@@ -114,7 +115,7 @@ def original(module: nn.Module, function: Callable) -> Callable:
     for one in _chain(module):
         if one.function is function:
             return one.original
-    return type(module).forward.__get__(module)
+    return functools.partial(type(module).forward, module)
 
 
 def is_replaced(module: nn.Module) -> bool:
