@@ -14,13 +14,14 @@ VOCABULARY, REGIONS, LENGTH = 60, 5, 12
 # --------------------------------------------------------------------------------------------------
 # Configurations
 
+# There are fewer positions than tokens in a batch.
 _SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=4,
     intermediate_size=64,
-    max_position_embeddings=40,
+    max_position_embeddings=16,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
@@ -29,7 +30,7 @@ _GROUPED = dict(_SIZES, num_key_value_heads=2)
 _HEAD_SIZE = dict(_GROUPED, head_dim=8)
 _ROBERTA = dict(_SIZES, pad_token_id=1, bos_token_id=0)
 _TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-_N_EMBD = dict(_TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=40)
+_N_EMBD = dict(_TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=16)
 _D_MODEL = dict(
     _TOKENS,
     d_model=32,
@@ -39,7 +40,7 @@ _D_MODEL = dict(
     decoder_attention_heads=4,
     encoder_ffn_dim=64,
     decoder_ffn_dim=64,
-    max_position_embeddings=40,
+    max_position_embeddings=16,
     decoder_start_token_id=2,
     forced_eos_token_id=None,
 )
@@ -61,7 +62,7 @@ _XLM = dict(
     emb_dim=32,
     n_layers=2,
     n_heads=4,
-    max_position_embeddings=40,
+    max_position_embeddings=16,
     pad_index=0,
     pad_token_id=0,
     bos_index=1,
@@ -165,7 +166,7 @@ ENCODERS = {
         "DistilBertConfig",
         dict(vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, pad_token_id=0),
         _ALL,
-        max_position_embeddings=40,
+        max_position_embeddings=16,
     ),
     "modernbert": _family(
         "ModernBertConfig",
@@ -271,7 +272,7 @@ DECODERS = {
         "lm",
         attention_types=[[["global", "local"], 1]],
         window_size=4,
-        max_position_embeddings=40,
+        max_position_embeddings=16,
     ),
     "gptj": _family("GPTJConfig", _N_EMBD, "lm", rotary_dim=4),
     "codegen": _family("CodeGenConfig", _N_EMBD, "lm", rotary_dim=4),
@@ -307,7 +308,7 @@ DECODERS = {
         "XGLMConfig",
         dict(_TOKENS, d_model=32, num_layers=2, attention_heads=4, ffn_dim=64),
         "lm",
-        max_position_embeddings=40,
+        max_position_embeddings=16,
     ),
     "ctrl": _family("CTRLConfig", dict(_N_EMBD, dff=64), "lm"),
     "openai": _family("OpenAIGPTConfig", _N_EMBD, "lm"),
@@ -351,7 +352,7 @@ ENCODER_DECODERS = {
     "marian": _family("MarianConfig", _D_MODEL, "s2s", extra=_target),
     "led": _family(
         "LEDConfig",
-        dict(_D_MODEL, max_encoder_position_embeddings=40, max_decoder_position_embeddings=40),
+        dict(_D_MODEL, max_encoder_position_embeddings=16, max_decoder_position_embeddings=16),
         "s2s",
         extra=_target,
         attention_window=4,
@@ -367,7 +368,7 @@ ENCODER_DECODERS = {
             num_decoder_attention_heads=4,
             encoder_ffn_dim=64,
             decoder_ffn_dim=64,
-            max_position_embeddings=40,
+            max_position_embeddings=16,
         ),
         extra=_target,
         ngram=2,

@@ -181,6 +181,29 @@ def test_loss_that_reads_padded_tokens(name, padding, mode):
         check(name, head, padding, mode, "padded", may_raise=True)
 
 
+@modes
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_largest_of_all_tokens(name, mode):
+    """A padded token counts where it is larger than the real ones, however large those are."""
+    plain = make_model(name, "base").train()
+    with torch.no_grad():
+        plain.norm.weight.mul_(100)
+    ours = copy.deepcopy(plain)
+    mask = (torch.arange(16) < torch.tensor([[16], [15], [14], [14]])).long()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs as it is
+        put_in(ours, mode)
+        for _ in SEEDS:
+            ids = torch.randint(6, 60, mask.shape) * mask
+            want, got = (m(ids, mask).last_hidden_state.abs().amax(1).mean() for m in (plain, ours))
+            try:
+                got.backward()
+            except RuntimeError as error:
+                assert "mask leaves out" in str(error)  # noqa: PT017
+            else:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------
 # Which leave padding out
 
