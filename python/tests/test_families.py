@@ -182,6 +182,21 @@ def test_loss_that_reads_padded_tokens(name, padding, mode):
 
 
 @modes
+@pytest.mark.parametrize("name", SKIPPING)
+def test_evaluation_without_no_grad(name, mode):
+    """All that a model returns is its own, though gradients could be asked for."""
+    plain = make_model(name, "base").eval()
+    ours = copy.deepcopy(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs as it is
+        put_in(ours, mode)
+        for seed in SEEDS:
+            batch = make_batch(name, "base", "right", seed)
+            want, got = (m(**batch).last_hidden_state for m in (plain, ours))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@modes
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_largest_of_all_tokens(name, mode):
     """A padded token counts where it is larger than the real ones, however large those are."""
