@@ -227,14 +227,20 @@ def _default_positions(module: nn.Module, given: dict[str, object], shape: torch
 
 @functools.lru_cache(maxsize=64)
 def _noise(width: int) -> Tensor:
-    """Give numbers for a padded token: 1 x H, between 1 and 2 in size, of either sign.
+    """Give numbers for a padded token: 1 x H, between 2 and 4 in size, of either sign.
 
     They are not zero, so that a loss which reads them has a gradient there, and not alike, so that
     a norm does not take them away.
     """
     numbers = torch.Generator().manual_seed(width)
     sign = torch.randint(0, 2, (1, width), generator=numbers) * 2.0 - 1
-    return sign * (1 + torch.rand(1, width, generator=numbers))
+    return sign * (2 + 2 * torch.rand(1, width, generator=numbers))
+
+
+def _noise_like(x: Tensor) -> Tensor:
+    """Give numbers for a padded token that are larger than any of x, so that a maximum has them."""
+    largest = float(x.detach().abs().amax())
+    return _noise(x.shape[2]) * (largest if 0 < largest < 1e30 else 1)
 
 
 def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
@@ -242,7 +248,7 @@ def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
     if not call.proofs.check:
         fill = x.new_zeros(1, x.shape[2])
     elif call.has_backward:
-        fill = _noise(x.shape[2])
+        fill = _noise_like(x)
     else:
         fill = x.new_full((1, x.shape[2]), torch.nan)
     if call.has_backward and not x.requires_grad:
