@@ -66,6 +66,9 @@ cpus=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status 2>/dev/nu
 first=${cpus%%[!0-9]*} last=${cpus##*[!0-9]}
 if [ -z "$first" ] || [ "$first" = "$last" ]; then
     skip "bound threads: this process may use one CPU"
+elif [ "$("$info" | grep -cE '/lib(gomp|omp|iomp5?)[^/]*\.so')" -gt 1 ]; then
+    # GNU's, which oneDNN or LAPACK brings along, binds the thread before LLVM's looks at the machine.
+    skip "bound threads: two OpenMP runtimes, of which each heeds these variables for itself"
 else
     for setting in OMP_PROC_BIND=true OMP_PROC_BIND=close OMP_PROC_BIND=spread \
         OMP_PROC_BIND=false OMP_PLACES=cores OMP_PLACES=threads OMP_PLACES=sockets \

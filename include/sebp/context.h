@@ -117,8 +117,9 @@ typedef struct sebp_context_options {
  * process that forked had more than one thread: any library there may have used OpenMP, which waits
  * for ever for threads that the fork has not copied. Its own parallel_for is used. A child of a
  * process that had one thread may use as many as any. All this holds if the library was loaded before
- * the fork, else see sebp_after_fork(). In a build without OpenMP, LAPACK on a BLAS that uses it
- * waits like that too: there OMP_NUM_THREADS is to be 1 from the start.
+ * the fork, else see sebp_after_fork(). LAPACK on a BLAS that uses OpenMP waits like that too in a
+ * build without OpenMP, or with another runtime than the BLAS has (clang's): there OMP_NUM_THREADS is
+ * to be 1 from the start.
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.

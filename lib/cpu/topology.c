@@ -40,18 +40,17 @@ typedef struct boundary {
 
 #if defined _OPENMP && _OPENMP >= 201511
 
-/* Puts the CPUs of a place of OpenMP's into `mask`; false: it has none, or there is no memory. */
+/* Puts the CPUs of a place of OpenMP's into `mask`; false: it has none, or more than a mask holds. */
 static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
 {
+    int cpus[SEBP_MASK_SETS * CPU_SETSIZE];
     int count = omp_get_place_num_procs(place);
-    int *cpus = count > 0 ? malloc((size_t)count * sizeof *cpus) : NULL;
     CPU_ZERO_S(mask_bytes, mask);
-    if (cpus == NULL)
+    if (count <= 0 || count > SEBP_MASK_SETS * CPU_SETSIZE)
         return false;
     omp_get_place_proc_ids(place, cpus);
     for (int i = 0; i < count; i++)
         CPU_SET_S((size_t)cpus[i], mask_bytes, mask);
-    free(cpus);
     return true;
 }
 

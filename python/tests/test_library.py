@@ -301,8 +301,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("first", ["library", "PyTorch"])
-def test_forked_child_solves(lapack, first):
-    """LAPACK's threads are the parent's as well."""
+def test_forked_child_solves(lapack, gnu_openmp, first):
+    """LAPACK's threads are the parent's as well, where they are of the library's runtime."""
     if first == "PyTorch":
         pytest.importorskip("torch")
     code = f"""

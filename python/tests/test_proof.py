@@ -356,14 +356,14 @@ def test_hooks(recwarn):
         model(**make_batch("bert", 1))
     assert shapes["ours"] == shapes["plain"]
     assert report.calls[""] == 0
-    assert "a hook on encoder.layer.0" in str(recwarn.list[-1].message)
+    assert "a hook on bert.encoder.layer.0" in str(recwarn.list[-1].message)
 
 
 def test_hooks_that_may_stay():
     ours = make_model("bert").train()
     report = sebp.padding_free(ours)
     ours.register_forward_hook(lambda *a: None)
-    ours.bert.register_forward_pre_hook(lambda *a: None)
+    ours.register_forward_pre_hook(lambda *a: None)
     ours.enable_input_require_grads()
     nn.utils.parametrizations.weight_norm(ours.bert.encoder.layer[0].output.dense)
     ours(**make_batch("bert", 1)).loss.backward()

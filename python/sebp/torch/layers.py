@@ -11,21 +11,26 @@ from torch.nn import functional
 
 from .._rules import RowRule, Rule, parse_rule
 from . import ops  # noqa: F401, registers sebp::linear
-from .forward import is_traced, is_transformed, original, put_in, take_out
+from .forward import Forward, is_traced, is_transformed, put_in, take_out
 from .packing import current_packing
 from .tensors import DTYPES
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> str:
     """Say why PyTorch's own linear has to be used; "": it has not."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if x.dim() == 0 or weight.dim() != 2:
-        return "shape"
     if is_traced():
         return "tracing or export"
     is_compiling = torch.compiler.is_compiling()
+    if any(tensor.is_nested for tensor in tensors):
+        return "a nested tensor"
+    if weight.dim() != 2:
+        return "shape"
+    k, n = weight.shape if transposed else reversed(weight.shape)
+    if x.dim() == 0 or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
+        return "shape"
     for tensor in tensors:
         # A subclass knows best what a product with it is: quantized, distributed, nested, ...
         if not is_compiling and type(tensor) not in _PLAIN:
@@ -66,7 +71,7 @@ def sparse_linear(
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    reason = _refusal(x, weight, bias) if needs_grad else "no gradient"
+    reason = _refusal(x, weight, bias, transposed) if needs_grad else "no gradient"
     if reason:
         is_worth_a_line = needs_grad and not torch.compiler.is_compiling()
         if is_worth_a_line and os.environ.get("SEBP_VERBOSE") == "1":
@@ -118,13 +123,11 @@ def linear(
 # Layers
 
 
-def _forward(layer: nn.Module, input: Tensor) -> Tensor:
-    rule = vars(layer).get("sebp_rule")
-    y = None
-    if rule is not None:
-        is_transposed = not isinstance(layer, nn.Linear)
-        y = sparse_linear(input, layer.weight, layer.bias, rule, is_transposed)
-    return original(layer, _forward)(input) if y is None else y
+def _forward(forward: Forward, input: Tensor) -> Tensor:
+    layer = forward.module
+    is_transposed = not isinstance(layer, nn.Linear)
+    y = sparse_linear(input, layer.weight, layer.bias, layer.sebp_rule, is_transposed)
+    return forward.original(input) if y is None else y
 
 
 class _Scriptable:

@@ -6,7 +6,7 @@ import math
 from torch import Tensor, nn
 
 from .attention import attend
-from .forward import original, put_in, take_out
+from .forward import Forward, put_in, take_out
 from .packing import current_packing, lengths_of
 
 
@@ -31,17 +31,18 @@ class _PositionBias:
 
 
 def _attention_forward(
-    module: nn.Module,
+    forward: Forward,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
     **kwargs: object,
 ) -> tuple:
-    packing = current_packing()
+    module, packing = forward.module, current_packing()
     if packing is None:
-        plain = original(module, _attention_forward)
-        return plain(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
+        return forward.original(
+            hidden_states, attention_mask, position_bias, output_attentions, **kwargs
+        )
     size = module.attention_head_size
 
     def heads(x: Tensor) -> Tensor:

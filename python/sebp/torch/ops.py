@@ -118,7 +118,8 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tens
     x, weight, _, mask, ctx.transposed, ctx.kind, ctx.value = inputs
     # Not the mask itself: what checkpointing computes again has none, and has to save as much.
     ctx.total = math.prod(x.shape[:-1]) if mask is None else mask.numel()
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+    need_x, need_w, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_w else None, weight if need_x else None)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple:
@@ -148,7 +149,7 @@ linear_op.register_autocast("cpu", torch.bfloat16)
 def linear_backward_op(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     total: int,
     transposed: bool,
     kind: int,
@@ -166,10 +167,10 @@ def linear_backward_op(
     start = time.perf_counter()
     dy2 = flat(dy)
     active = find_rows(dy2, Rule(kind, value))
-    k = weight.shape[0 if transposed else 1]
+    n, k = _sizes(dy, x, weight, transposed)
     dx = dy.new_empty((*dy.shape[:-1], k) if need_dx else 0)
-    dw = dy.new_empty(weight.shape if need_dw else 0)
-    db = dy.new_empty(dy2.shape[1] if need_db else 0)
+    dw = dy.new_empty(((k, n) if transposed else (n, k)) if need_dw else 0)
+    db = dy.new_empty(n if need_db else 0)
     run = _run_transposed if transposed else run_backward
     run(
         dy2,
@@ -181,12 +182,21 @@ def linear_backward_op(
         db if need_db else None,
     )
     count_work(
-        LayerKind(dy2.shape[1], k, dy.dtype, need_dx, need_dw),
+        LayerKind(n, k, dy.dtype, need_dx, need_dw),
         total,
         len(active),
         time.perf_counter() - start,
     )
     return dx, dw, db
+
+
+def _sizes(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, transposed: bool
+) -> tuple[int, int]:
+    """Give N and K; K is 0 where neither dX nor dW is wanted."""
+    if weight is not None:
+        return dy.shape[-1], weight.shape[0 if transposed else 1]
+    return dy.shape[-1], 0 if x is None else x.shape[-1]
 
 
 def run_backward(
@@ -261,7 +271,7 @@ def _run_transposed(
 def _dense_backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     transposed: bool,
     need_dx: bool,
     need_dw: bool,
@@ -269,12 +279,12 @@ def _dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do without the library what it does not do, with all rows active."""
     dy2 = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
-    w = weight.t() if transposed else weight
     dx = dw = db = None
     if need_dx:
+        w = weight.t() if transposed else weight
         dx = (dy2 @ w).view((*dy.shape[:-1], w.shape[1]))
     if need_dw:
-        x2 = x.reshape(dy2.shape[0], w.shape[1])
+        x2 = x.reshape(dy2.shape[0], x.shape[-1])
         dw = x2.t() @ dy2 if transposed else dy2.t() @ x2
     if need_db:
         db = dy2.sum(0)
@@ -285,7 +295,7 @@ def _dense_backward(
 def _(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     total: int,
     transposed: bool,
     kind: int,
@@ -294,11 +304,11 @@ def _(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k = weight.shape[0 if transposed else 1]
+    n, k = _sizes(dy, x, weight, transposed)
     return (
         dy.new_empty((*dy.shape[:-1], k) if need_dx else 0),
-        dy.new_empty(weight.shape if need_dw else 0),
-        dy.new_empty(dy.shape[-1] if need_db else 0),
+        dy.new_empty(((k, n) if transposed else (n, k)) if need_dw else 0),
+        dy.new_empty(n if need_db else 0),
     )
 
 
@@ -331,8 +341,7 @@ def _double_backward(
 ) -> tuple:
     dy, x, weight = ctx.saved_tensors
     need_dx, need_dw, need_db = ctx.needs
-    w = weight.t() if ctx.transposed else weight
-    n, k = w.shape
+    n, k = _sizes(dy, x, weight, ctx.transposed)
     total = math.prod(dy.shape[:-1])
     dy2 = dy.reshape(total, n)
     active = None
@@ -343,6 +352,7 @@ def _double_backward(
     g_x = g_w = None
     if need_dx:
         g_dx = g_dx.reshape(total, k)
+        w = weight.t() if ctx.transposed else weight
         g_dy = g_dy + g_dx @ w.t()
         g_w = g_dx.t() @ kept_dy if ctx.transposed else kept_dy.t() @ g_dx
     if need_dw:
@@ -374,7 +384,7 @@ def _linear_flop(
 def _linear_backward_flop(
     dy: torch.Size,
     x: torch.Size | None,
-    weight: torch.Size,
+    weight: torch.Size | None,
     total: int,
     transposed: bool,
     kind: int,
@@ -385,4 +395,9 @@ def _linear_backward_flop(
     *,
     out_shape: object = None,
 ) -> int:
-    return 2 * math.prod(dy[:-1]) * math.prod(weight) * (need_dx + need_dw)
+    k = 0
+    if weight is not None:
+        k = weight[0 if transposed else 1]
+    elif x is not None:
+        k = x[-1]
+    return 2 * math.prod(dy) * k * (need_dx + need_dw)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Unfit(Exception):
-    """A model does what it cannot do with texts that lie end to end. It says what."""
+    """A model does what it cannot do without padding. It says what."""
 
 
 class Packing:
@@ -64,7 +64,7 @@ class Packing:
         return x.index_select(0, self.rows)[None]
 
     def pad(self, x: Tensor, fill: Tensor) -> Tensor:
-        """Make B x L x H of 1 x T x H, with `fill`: H, at each padded token.
+        """Make B x L x H of 1 x T x H, with `fill`, 1 x H or B * L x H, at padded tokens.
 
         Its backward raises a RuntimeError where a padded token has a gradient.
         """
@@ -93,13 +93,15 @@ class _Pad(torch.autograd.Function):
     ) -> Tensor:
         ctx.packing = packing
         texts, length = packing.mask.shape
-        y = fill.to(x.dtype).repeat(texts * length, 1).index_copy_(0, packing.rows, x[0])
-        return y.view(texts, length, -1)
+        # No view: what follows may change it in place.
+        y = x.new_empty(texts, length, x.shape[2])
+        y.view(texts * length, -1).copy_(fill).index_copy_(0, packing.rows, x[0])
+        return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple:
         packing = ctx.packing
-        dy = dy.flatten(0, 1)
+        dy = dy.reshape(-1, dy.shape[-1])
         dx = dy.index_select(0, packing.rows)
         padded = (~packing.mask).flatten().nonzero()[:, 0]
         wrong = padded[dy.detach().index_select(0, padded).ne(0).any(1)]

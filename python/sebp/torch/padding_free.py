@@ -7,6 +7,7 @@ leaves it. Between the two no layer is asked what its rows are: they all are rea
 
 import functools
 import inspect
+import itertools
 import os
 import sys
 import warnings
@@ -14,11 +15,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import attention, mpnet
-from .forward import has, is_replaced, is_traced, is_transformed, original, put_in, take_out
+from .forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
 from .layers import linear_classes
 from .packing import Packing, current_packing, packed
 from .proof import CACHES, Call, Proofs, current_call
@@ -114,8 +116,10 @@ def _refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     return (
         _unfit_configuration(module, given, call)
         or _unknown_argument(given)
-        or _foreign_hook(module)
         or _unfit_mask(module, mask)
+        or ("" if call.is_again else _unfit_gradients(module))
+        or _foreign_part(module)
+        or _foreign_hook(call.model)
         or _labelled_padding(module, mask, call.given)
     )
 
@@ -145,11 +149,36 @@ def _unknown_argument(given: dict[str, object]) -> str:
     return ""
 
 
-def _foreign_hook(module: nn.Module) -> str:
-    """Find a hook that may depend on what a layer's rows are."""
+def _unfit_gradients(module: nn.Module) -> str:
+    """Find out whether what is computed now may be computed again in a backward.
+
+    That is so where checkpointing is around the model, which runs it without gradients, or with
+    hooks on what is saved. The padding would not be left out there, and dropout be another.
+    """
+    if not module.training or not any(p.requires_grad for p in module.parameters()):
+        return ""
+    if not torch.is_grad_enabled():
+        return "gradients are off, but it is in training"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors, as checkpointing has"
+    return ""
+
+
+def _foreign_part(module: nn.Module) -> str:
+    """Find a part that was put in since, or compiled, and may look at other tokens."""
     for name, one in module.named_modules():
-        if one is module:
-            continue  # its hooks see the model from outside, padded
+        if type(one).__module__.split(".")[0] not in _PACKAGES:
+            return f"it holds a {type(one).__name__}, which may look at other tokens"
+        if one._compiled_call_impl is not None or hasattr(one, "_orig_mod"):
+            return f"torch.compile of {name}"
+    return ""
+
+
+def _foreign_hook(model: nn.Module) -> str:
+    """Find a hook that would see what it was not written for: real tokens alone, or padding."""
+    for name, one in model.named_modules():
+        if one is model:
+            continue  # its hooks see the model from outside
         for hooks in (
             one._forward_hooks,
             one._forward_pre_hooks,
@@ -158,7 +187,7 @@ def _foreign_hook(module: nn.Module) -> str:
         ):
             for hook in hooks.values() if hooks else ():
                 if not _is_known_hook(hook):
-                    return f"a hook on {name}, which would see real tokens alone"
+                    return f"a hook on {name}, which would see other tokens"
     return "a hook on all modules" if nn.modules.module._has_any_global_hook() else ""
 
 
@@ -176,6 +205,8 @@ def _unfit_mask(module: nn.Module, mask: Tensor) -> str:
         return "no padding"
     if not bool(real.any()):
         return "no tokens"
+    if not bool((real == mask).all()):
+        return "a mask with other values than 0 and 1"
     chunk = getattr(module.config, "attention_chunk_size", None)
     if chunk is not None and mask.shape[1] > chunk:
         return f"attention in chunks of {chunk}"
@@ -225,6 +256,10 @@ def _default_positions(module: nn.Module, given: dict[str, object], shape: torch
     return torch.arange(shape[1])[None]
 
 
+_calls = itertools.count()
+_serial = itertools.count()
+
+
 @functools.lru_cache(maxsize=64)
 def _noise(width: int) -> Tensor:
     """Give numbers for a padded token: 1 x H, between 2 and 4 in size, of either sign.
@@ -232,15 +267,26 @@ def _noise(width: int) -> Tensor:
     They are not zero, so that a loss which reads them has a gradient there, and not alike, so that
     a norm does not take them away.
     """
-    numbers = torch.Generator().manual_seed(width)
-    sign = torch.randint(0, 2, (1, width), generator=numbers) * 2.0 - 1
-    return sign * (2 + 2 * torch.rand(1, width, generator=numbers))
+    numbers = np.random.default_rng(width)
+    return _signed(2 + 2 * numbers.random((1, width)), numbers)
 
 
-def _noise_like(x: Tensor) -> Tensor:
-    """Give numbers for a padded token that are larger than any of x, so that a maximum has them."""
+def _signed(sizes: np.ndarray, numbers: np.random.Generator) -> Tensor:
+    signs = numbers.integers(0, 2, sizes.shape) * 2 - 1
+    return torch.from_numpy((signs * sizes).astype(np.float32))
+
+
+def _noise_like(x: Tensor, packing: Packing) -> Tensor:
+    """Give numbers for padded tokens that are larger than any of x, so that a maximum has them.
+
+    They differ from token to token and call to call: what is flat at one is not at all of them.
+    """
     largest = float(x.detach().abs().amax())
-    return _noise(x.shape[2]) * (largest if 0 < largest < 1e30 else 1)
+    texts, length = packing.mask.shape
+    numbers = np.random.default_rng(next(_calls))
+    token = _signed(1 + numbers.random((texts * length, 1)), numbers)
+    token *= largest if 0 < largest < 1e30 else 1
+    return (token * _noise(x.shape[2])).to(x.dtype)
 
 
 def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
@@ -248,10 +294,13 @@ def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
     if not call.proofs.check:
         fill = x.new_zeros(1, x.shape[2])
     elif call.has_backward:
-        fill = _noise_like(x)
+        fill = _noise_like(x, packing)
     else:
         fill = x.new_full((1, x.shape[2]), torch.nan)
-    if call.has_backward and not x.requires_grad:
+    if call.has_backward and not torch.is_grad_enabled():
+        if not call.is_again:
+            call.leave_unwatched()
+    elif call.has_backward and not x.requires_grad:
         # Nothing in the model trains, but something behind it: the backward is to come here.
         x = x.detach().requires_grad_()
     return packing.pad(x, fill)
@@ -268,8 +317,13 @@ def _pad_first(output: object, packing: Packing, call: Call) -> object:
 
 
 def _is_left_alone() -> bool:
-    """Tell whether this is no call to think about, but one that a program is made of."""
-    return torch.compiler.is_compiling() or is_traced() or is_transformed()
+    """Tell whether this is no call to think about.
+
+    A program is made of it, or it is computed again in a backward, which :func:`_unfit_gradients`
+    has foreseen.
+    """
+    is_in_backward = torch._C._current_graph_task_id() != -1
+    return torch.compiler.is_compiling() or is_in_backward or is_traced() or is_transformed()
 
 
 def _prove(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
@@ -278,54 +332,47 @@ def _prove(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> o
         given = _given(module, args, kwargs)
     except TypeError:  # whoever replaced the forward takes other arguments than the class
         given = dict(kwargs)
-    return Call(module, module._sebp_proofs, given).run(forward, args, kwargs)
+    proofs = vars(module).get("_sebp_proofs") or module._sebp_tellers[0]
+    return Call(module, proofs, given).run(forward, args, kwargs)
 
 
-def _whole_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+def _whole_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     """Stand in the place of the forward of the model that was told of."""
-    plain = original(module, _whole_forward)
     if _is_left_alone() or current_call() is not None:
-        return plain(*args, **kwargs)
-    return _prove(module, plain, args, kwargs)
+        return forward.original(*args, **kwargs)
+    return _prove(forward.module, forward.original, args, kwargs)
 
 
-def _base_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     """Stand in the place of a base model's forward: take padding out, if that can be done."""
-    plain = original(module, _base_forward)
-    call = current_call()
-    if _is_left_alone() or current_packing() is not None or (call is not None and call.is_plain):
-        return plain(*args, **kwargs)
+    module, call = forward.module, current_call()
+    is_inside = current_packing() is not None or (call is not None and call.is_plain)
+    if _is_left_alone() or is_inside:
+        return forward.original(*args, **kwargs)
     if call is None:
-        return _prove(module, functools.partial(_base_forward, module), args, kwargs)
+        return _prove(module, forward, args, kwargs)
     given = _given(module, args, kwargs)
-    kind, reason, packing = None, _refusal(module, given, call), None
+    if torch.is_grad_enabled() and not call.has_backward:
+        # Of a model that is called beside the one that was told of.
+        call.has_backward = any(p.requires_grad for p in module.parameters())
+    kind, reason = None, _refusal(module, given, call)
     if not reason:
         packing = Packing(given["attention_mask"])
-        names = frozenset(name for name, value in given.items() if value is not None)
-        kind = call.kind_of(module._sebp_name, packing, names)
-        reason = call.proofs.refused.get(kind, "")
+        causal = tuple(getattr(one, "is_causal", None) for one in module.modules())
+        kind = call.kind_of((module._sebp_name, hash(causal)), packing, given)
+        reason = "" if call.is_again else call.proofs.refused.get(kind, "")
     if reason:
         call.reasons.append(reason)
         if os.environ.get("SEBP_VERBOSE") == "1":
             print(f"sebp,fallback,padding_free,{type(module).__name__},{reason}", file=sys.stderr)
-        return plain(*args, **kwargs)
-    attention.register()  # where the model has been unpickled, nobody has yet
-    is_new = call.is_new(kind, packing)
+        return forward.original(*args, **kwargs)
+    if call.is_unexpected(kind, packing):
+        return forward.original(*args, **kwargs)
     call.begin(kind, packing)
-    try:
-        with packed(packing):
-            output = plain(**_pack(module, given, packing))
-        if _exit_of(module) is module:
-            output = _pad_first(output, packing, call)
-        return output
-    except Exception as error:
-        # Of a kind that has been before, the model itself would raise it too.
-        if not is_new:
-            raise
-        call.undo()
-        output = plain(*args, **kwargs)
-        call.refuse(kind, f"{module._sebp_name} cannot run without padding: {error}")
-        return output
+    attention.register()  # where the model has been unpickled, nobody has yet
+    with packed(packing):
+        output = forward.original(**_pack(module, given, packing))
+    return _pad_first(output, packing, call) if _exit_of(module) is module else output
 
 
 def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict[str, object]:
@@ -353,17 +400,17 @@ def _has_pooler(module: nn.Module) -> bool:
     return isinstance(getattr(module, "pooler", None), nn.Module)
 
 
-def _pooler_forward(module: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
+def _pooler_forward(forward: Forward, x: Tensor, *args: object, **kwargs: object) -> object:
     """Stand in the place of a pooler's forward: hand it the padded last hidden state."""
     packing, call = current_packing(), current_call()
     if packing is not None and call is not None and packing.counts(x):
         x = _pad(x, packing, call)
-    return original(module, _pooler_forward)(x, *args, **kwargs)
+    return forward.original(x, *args, **kwargs)
 
 
-def _exit_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+def _exit_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     """Stand in the place of the forward of a base model's encoder: put padding back."""
-    output = original(module, _exit_forward)(*args, **kwargs)
+    output = forward.original(*args, **kwargs)
     packing, call = current_packing(), current_call()
     if packing is None or call is None:
         return output
@@ -398,11 +445,8 @@ def _reason_against(module: nn.Module) -> str:
         return f"it is of transformers {transformers.__version__}, which is before 5"
     if is_replaced(module):
         return "its forward has been replaced"
-    foreign = next(
-        (m for m in module.modules() if type(m).__module__.split(".")[0] not in _PACKAGES), None
-    )
-    if foreign is not None:
-        return f"it holds a {type(foreign).__name__}, which may look at other tokens"
+    if reason := _foreign_part(module):
+        return reason
     has_table = hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS")
     if not has_table and not mpnet.is_mpnet(module):
         return "its attention is not one of transformers' table of attentions"
@@ -478,6 +522,7 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
         Base models that this owner has changed before are `already` there, those of another
         owner `changed`.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
     proofs = vars(model).get("_sebp_proofs") or Proofs(check)
     proofs.check = check
     is_again = owner in proofs.owners
@@ -514,8 +559,13 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
     attention.register()
     if mpnet.is_mpnet(module):
         mpnet.prepare(module)
-    module._sebp_name = name
-    vars(module).setdefault("_sebp_proofs", proofs)
+    tellers = vars(module).get("_sebp_tellers", [])
+    if any(one is proofs for one in tellers):
+        return
+    module._sebp_tellers = [*tellers, proofs]
+    if tellers:
+        return
+    module._sebp_name = f"{name} {next(_serial)}"
     module._sebp_is_causal = any(getattr(m, "is_causal", False) is True for m in module.modules())
     put_in(module, _base_forward)
     if _exit_of(module) is not module:
@@ -566,23 +616,32 @@ def put_padding_back(model: nn.Module, owner: str) -> list[str]:
     list of str
         The names of the encoders and decoders put back.
     """
-    names = []
-    for name, module in model.named_modules():
-        proofs = vars(module).get("_sebp_proofs")
-        if proofs is None:
-            continue
-        proofs.owners.discard(owner)
-        if proofs.owners:
-            continue
-        take_out(module, _whole_forward)
-        if has(module, _base_forward):
-            names.append(name or type(module).__name__)
-            take_out(module, _base_forward)
-            take_out(_exit_of(module), _exit_forward)
-            if _has_pooler(module):
-                take_out(module.pooler, _pooler_forward)
-            if mpnet.is_mpnet(module):
-                mpnet.restore(module)
-            del module._sebp_name, module._sebp_is_causal
-        del module._sebp_proofs
-    return names
+    model = getattr(model, "_orig_mod", model)
+    proofs = vars(model).get("_sebp_proofs")
+    if proofs is None:
+        return []
+    proofs.owners.discard(owner)
+    if proofs.owners:
+        return []
+    take_out(model, _whole_forward)
+    del model._sebp_proofs
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if has(module, _base_forward) and _restore(module, proofs)
+    ]
+
+
+def _restore(module: nn.Module, proofs: Proofs) -> bool:
+    """Make a base model what it was; False: another model was told of that holds it too."""
+    module._sebp_tellers = [one for one in module._sebp_tellers if one is not proofs]
+    if module._sebp_tellers:
+        return False
+    take_out(module, _base_forward)
+    take_out(_exit_of(module), _exit_forward)
+    if _has_pooler(module):
+        take_out(module.pooler, _pooler_forward)
+    if mpnet.is_mpnet(module):
+        mpnet.restore(module)
+    del module._sebp_name, module._sebp_is_causal, module._sebp_tellers
+    return True

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a model once more without leaving a trace, and finds out what a run changed."""
+
+import copy
+import dataclasses
+import random
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .packing import Unfit
+
+_PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
+
+
+def copy_containers(value: object) -> object:
+    """Copy dicts, lists and tuples, and those in them; all else is shared."""
+    if type(value) in (dict, UserDict) or (isinstance(value, UserDict)):
+        result = copy.copy(value)
+        for key, part in value.items():
+            result[key] = copy_containers(part)
+        return result
+    if type(value) in (list, tuple):
+        return type(value)(copy_containers(part) for part in value)
+    return value
+
+
+def put_containers_back(value: object, before: object) -> None:
+    """Give dicts and lists what :func:`copy_containers` found in them."""
+    if isinstance(value, (dict, UserDict)):
+        for part, old in zip(list(value.values()), list(before.values()), strict=False):
+            put_containers_back(part, old)
+        value.clear()
+        value.update(before)
+    elif type(value) is list:
+        value[:] = before
+    elif type(value) is tuple:
+        for part, old in zip(value, before, strict=True):
+            put_containers_back(part, old)
+
+
+def leaves(value: object, skipped: tuple[str, ...] = (), name: str = "") -> Iterator[tuple]:
+    """Go through a structure of dicts, tuples, lists and dataclasses.
+
+    Parameters
+    ----------
+    value : object
+    skipped : tuple of str
+        Keys that are left out.
+    name : str
+        Of the whole.
+
+    Yields
+    ------
+    (str, object)
+        The name of each part, unlike all others, and the part.
+    """
+    if isinstance(value, (Mapping, UserDict)):
+        for key, part in value.items():
+            if key not in skipped:
+                yield from leaves(part, skipped, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (tuple, list)):
+        for place, part in enumerate(value):
+            yield from leaves(part, skipped, f"{name}[{place}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        yield from leaves(parts, skipped, name)
+    else:
+        yield name or "what it returns", value
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run may change
+
+
+class State:
+    """Random states, buffers, and the numbers and tensors that modules hold as attributes.
+
+    It is taken when it is made. Buffers are compared by value: a norm's statistics change without
+    their version.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._random = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._buffers = [
+            (name, module, key, buffer, None if buffer is None else buffer.detach().clone())
+            for name, module in model.named_modules()
+            for key, buffer in module._buffers.items()
+        ]
+        self._attributes = [
+            (name, module, _plain_values(module)) for name, module in model.named_modules()
+        ]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make all of it what it was."""
+        torch.set_rng_state(self._random[0])
+        random.setstate(self._random[1])
+        np.random.set_state(self._random[2])
+        for _, module, key, buffer, value in self._buffers:
+            if module._buffers.get(key) is not buffer:
+                module._buffers[key] = buffer
+            if buffer is not None and not torch.equal(buffer, value):
+                buffer.copy_(value)
+        for _, module, values in self._attributes:
+            now = vars(module)
+            for key, value in values.items():
+                if now.get(key, self) is not value:
+                    now[key] = value
+
+    def changes(self) -> dict[str, object]:
+        """Give copies of what has changed since, by name."""
+        found: dict[str, object] = {}
+        for name, module, key, _, value in self._buffers:
+            now = module._buffers.get(key)
+            if now is not None and (value is None or not torch.equal(now, value)):
+                found[f"{name}.{key}"] = now.detach().clone()
+        for name, module, values in self._attributes:
+            for key, now in _plain_values(module).items():
+                if now is not values.get(key, self):
+                    found[f"{name}.{key}"] = now.detach() if isinstance(now, Tensor) else now
+        return found
+
+
+def _plain_values(module: nn.Module) -> dict[str, object]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, _PLAIN_VALUES) and not key.startswith("_sebp")
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Ways to run
+
+
+_DROPOUTS = (
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    torch.dropout,
+    torch.dropout_,
+    torch.alpha_dropout,
+    torch.feature_dropout,
+    torch.feature_alpha_dropout,
+)
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Leaves dropout out.
+
+    Attributes
+    ----------
+    met : bool
+        Whether there was some.
+    """
+
+    met = False
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Give what dropout got, and call all else."""
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            x, p, training = (*args, *(None,) * 3)[:3]
+            x = kwargs.get("input", x)
+            p = kwargs.get("p", 0.5 if p is None else p)
+            training = kwargs.get("training", kwargs.get("train", training))
+            if p and training is not False:
+                self.met = True
+            return x
+        if func is functional.scaled_dot_product_attention:
+            p = kwargs.pop("dropout_p", args[4] if len(args) > 4 else 0.0)
+            self.met = self.met or p > 0
+            args = (*args[:4], *((0.0, *args[5:]) if len(args) > 4 else ()))
+        return func(*args, **kwargs)
+
+
+class Once(TorchDispatchMode):
+    """Raises :class:`Unfit` before anything that must not happen twice.
+
+    That is what talks to other processes, writes to parameters, or draws from a generator of its
+    own: none of it can be undone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Look at an operator before it runs."""
+        kwargs = kwargs or {}
+        if "c10d" in func.namespace:
+            raise Unfit("it talks to other processes in its forward")
+        if kwargs.get("generator") is not None:
+            raise Unfit("it draws from a generator of its own")
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and isinstance(value, Tensor) and self._is_parameter(value):
+                    raise Unfit("it writes to its parameters in its forward")
+        return func(*args, **kwargs)
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return (
+            tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._parameters
+        )
