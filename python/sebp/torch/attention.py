@@ -96,8 +96,8 @@ def _mask(
     seen = (distance >= 0) if is_causal else torch.ones_like(distance, dtype=torch.bool)
     if is_cut:
         packing = current_packing()
-        if packing is not None:
-            packing.has_window = True
+        if packing is not None and not packing.may_cut:
+            raise Unfit(f"its attention has a window of {window}, which no sliding_window names")
         seen &= distance.abs() < window
     if bias is None:
         return seen

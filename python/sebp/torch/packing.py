@@ -34,11 +34,11 @@ class Packing:
         Where the padding is: behind all texts, before all, or anywhere else.
     attention_mask : Tensor of int64, 1 x 1 x 1 x (texts + 1)
         Cumulative lengths of the texts that have tokens.
-    has_window : bool
-        Whether attention has left out tokens of a text that were out of its window.
+    may_cut : bool
+        Whether a text is longer than the window of attention that the configuration names.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, window: int | None = None) -> None:
         self.mask = mask != 0
         lengths, order = self.mask.sum(1).sort(stable=True)
         text, token = self.mask[order].nonzero(as_tuple=True)
@@ -46,7 +46,7 @@ class Packing:
         self.side = self._side()
         ends = lengths[lengths > 0].cumsum(0)
         self.attention_mask = torch.cat([ends.new_zeros(1), ends]).view(1, 1, 1, -1)
-        self.has_window = False
+        self.may_cut = window is not None and int(lengths[-1]) > window
 
     def _side(self) -> str:
         """Find out where the padding is."""

@@ -357,7 +357,8 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         call.has_backward = any(p.requires_grad for p in module.parameters())
     kind, reason = None, _refusal(module, given, call)
     if not reason:
-        packing = Packing(given["attention_mask"])
+        window = getattr(module.config, "sliding_window", None)
+        packing = Packing(given["attention_mask"], window)
         causal = tuple(getattr(one, "is_causal", None) for one in module.modules())
         kind = call.kind_of((module._sebp_name, hash(causal)), packing, given)
         reason = "" if call.is_again else call.proofs.refused.get(kind, "")
@@ -366,7 +367,7 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         if os.environ.get("SEBP_VERBOSE") == "1":
             print(f"sebp,fallback,padding_free,{type(module).__name__},{reason}", file=sys.stderr)
         return forward.original(*args, **kwargs)
-    if call.is_unexpected(kind, packing):
+    if call.is_unexpected(kind):
         return forward.original(*args, **kwargs)
     call.begin(kind, packing)
     attention.register()  # where the model has been unpickled, nobody has yet

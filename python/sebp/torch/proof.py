@@ -47,8 +47,8 @@ class Proofs:
     ----------
     check : bool
         Whether calls are proved. If not, padded tokens hold zeros, and the backward alone looks.
-    proved : set of (Kind, bool)
-        The kinds of calls that come out right, without and with a window that leaves tokens out.
+    proved : set of Kind
+        The kinds of calls that come out right.
     refused : dict of Kind to str
         The kinds that run with padding, and why.
     unfit : str
@@ -65,7 +65,7 @@ class Proofs:
     """
 
     check: bool
-    proved: set[tuple[Kind, bool]] = field(default_factory=set)
+    proved: set[Kind] = field(default_factory=set)
     refused: dict[Kind, str] = field(default_factory=dict)
     unfit: str = ""
     calls: Counter[str] = field(default_factory=Counter)
@@ -206,6 +206,7 @@ class Call:
             type(self.model).__name__,
             name,
             packing.side,
+            packing.may_cut,
             self.model.training,
             self.has_backward,
             torch.is_grad_enabled(),
@@ -214,9 +215,9 @@ class Call:
             form(self.given),
         )
 
-    def is_unexpected(self, kind: Kind, packing: Packing) -> bool:
+    def is_unexpected(self, kind: Kind) -> bool:
         """Tell whether a kind is new, but the state at the beginning was not taken."""
-        needs_state = self.is_new(kind, packing) or not torch.is_grad_enabled()
+        needs_state = self.is_new(kind) or not torch.is_grad_enabled()
         is_so = self.proofs.check and needs_state and self._state is None
         if is_so:
             self.proofs.settled.discard(self._mode)
@@ -228,9 +229,9 @@ class Call:
         self._is_short = self._is_short or torch.is_autocast_enabled("cpu")
         self._packings.append((kind, packing))
 
-    def is_new(self, kind: Kind, packing: Packing) -> bool:
+    def is_new(self, kind: Kind) -> bool:
         """Tell whether calls of a kind have neither been proved nor, without a check, been made."""
-        return (kind, packing.has_window) not in self.proofs.proved
+        return kind not in self.proofs.proved
 
     def leave_unwatched(self) -> None:
         """Note that padded tokens were made where gradients are off."""
@@ -279,7 +280,7 @@ class Call:
                 problem = f"it could not be run again: {_short(error)}"
         if problem:
             return self._with_padding(problem, forward, (args, kwargs), before)
-        self.proofs.proved.update((kind, packing.has_window) for kind, packing in self._packings)
+        self.proofs.proved.update(kind for kind, _ in self._packings)
         if not (self._is_unwatched and self.model.training):
             self.proofs.settled.add(self._mode)
         self._count("")
@@ -290,7 +291,7 @@ class Call:
         ours = dict(leaves(output, CACHES))
         changes = self._state.changes()
         packings = list(self._packings)
-        new = [packing for kind, packing in packings if self.is_new(kind, packing)]
+        new = [packing for kind, packing in packings if self.is_new(kind)]
         problem = ""
         if not self.has_backward:
             problem = self._unproved(ours, changes, given)
