@@ -517,3 +517,286 @@ def test_bf16():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             ours(**make_batch("bert", 1)).loss.backward()
         assert report.padding.calls == {"": 1}
+
+
+# --------------------------------------------------------------------------------------------------
+# Models that do more than return a result
+
+
+class Base(nn.Module):
+    """A BERT whose first token is read; what else it does is up to those derived from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = bert()
+        self.linear = nn.Linear(32, 3)
+
+    def encode(self, input_ids, attention_mask):
+        return self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def loss(self, h):
+        return self.linear(h[:, 0]).square().mean()
+
+
+class ReturnsItsDict(Base):
+    """As sentence-transformers does; the mean is over all tokens, or over real ones."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, features):
+        h = self.encode(features["input_ids"], features["attention_mask"])
+        mask = features["attention_mask"][..., None]
+        mean = (h * mask).sum(1) / mask.sum(1) if self.masked else h.mean(1)
+        features.update(token_embeddings=h, sentence_embedding=self.linear(mean))
+        return features
+
+
+class CountsInABuffer(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, input_ids, attention_mask):
+        self.steps += 1
+        h = self.encode(input_ids, attention_mask)
+        return self.steps * (self.loss(h) + h.mean())
+
+
+class ReassignsABuffer(CountsInABuffer):
+    def forward(self, input_ids, attention_mask):
+        self.steps = self.steps + 1
+        return self.steps * self.loss(self.encode(input_ids, attention_mask))
+
+
+class CountsInAnAttribute(Base):
+    n = 0
+
+    def forward(self, input_ids, attention_mask):
+        self.n += 1
+        return self.n * self.loss(self.encode(input_ids, attention_mask))
+
+
+class KeepsStatistics(Base):
+    """Of all tokens, for evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(32))
+
+    def forward(self, input_ids, attention_mask):
+        h = self.encode(input_ids, attention_mask)
+        if self.training:
+            with torch.no_grad():
+                self.center.lerp_(h.mean((0, 1)), 0.5)
+        return self.loss(h if self.training else h - self.center)
+
+
+class AveragesItsWeights(Base):
+    def __init__(self):
+        super().__init__()
+        self.average = nn.Linear(32, 3).requires_grad_(False)
+
+    def forward(self, input_ids, attention_mask):
+        with torch.no_grad():
+            self.average.weight.lerp_(self.linear.weight, 0.1)
+        h = self.encode(input_ids, attention_mask)
+        return self.loss(h) + self.average(h[:, 0]).square().mean()
+
+
+class HasAGenerator(Base):
+    def __init__(self):
+        super().__init__()
+        self.numbers = torch.Generator().manual_seed(3)
+
+    def forward(self, input_ids, attention_mask):
+        scale = torch.rand((), generator=self.numbers)
+        return scale * self.loss(self.encode(input_ids, attention_mask))
+
+
+class EncodesWithoutGradients(Base):
+    """The head reads padding in the second batch alone."""
+
+    def forward(self, input_ids, attention_mask):
+        with torch.no_grad():
+            h = self.encode(input_ids, attention_mask)
+        return self.linear(h[:, 6]).square().mean()
+
+
+class ChangesInPlace(Base):
+    def forward(self, input_ids, attention_mask):
+        h = self.encode(input_ids, attention_mask)
+        h[attention_mask == 0] = -1e9
+        return self.linear(h.amax(1)).square().mean()
+
+
+class Result:
+    def __init__(self, loss):
+        self.loss = loss
+
+
+class ReturnsAnObject(Base):
+    def forward(self, input_ids, attention_mask):
+        return Result(self.linear(self.encode(input_ids, attention_mask).mean(1)).square().mean())
+
+
+class Checkpoints(Base):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.bert.config.hidden_dropout_prob = 0.1
+        for module in self.bert.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+
+    def forward(self, input_ids, attention_mask):
+        h = torch.utils.checkpoint.checkpoint(
+            lambda x: self.encode(input_ids, attention_mask) + x,
+            torch.zeros((), requires_grad=True),
+            use_reentrant=self.reentrant,
+        )
+        return self.loss(h)
+
+
+LATER = [(torch.arange(12) < torch.tensor([8, 12, 9, 7])[:, None]).long(), MASK, MASK]
+
+
+@pytest.mark.filterwarnings("ignore:sebp")
+@pytest.mark.parametrize(
+    "make",
+    [
+        CountsInABuffer,
+        ReassignsABuffer,
+        CountsInAnAttribute,
+        KeepsStatistics,
+        AveragesItsWeights,
+        HasAGenerator,
+        EncodesWithoutGradients,
+        ChangesInPlace,
+        ReturnsAnObject,
+        lambda: ReturnsItsDict(True),
+        lambda: ReturnsItsDict(False),
+        lambda: Checkpoints(False),
+        lambda: Checkpoints(True),
+    ],
+)
+def test_models_that_do_more(make):
+    """Three steps of training and an evaluation, with all that they leave behind."""
+    plain = jitter(make())
+    outcomes = []
+    for told in (False, True):
+        model = copy.deepcopy(plain)
+        if told:
+            sebp.padding_free(model)
+        values = []
+        torch.manual_seed(7)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for mask in LATER:
+            optimizer.zero_grad()
+            args = (ids(mask), mask)
+            if isinstance(model, ReturnsItsDict):
+                args = (dict(input_ids=args[0], attention_mask=mask),)
+            loss = model.train()(*args)
+            if isinstance(loss, dict):
+                assert loss is args[0]
+                loss = loss["sentence_embedding"].square().mean()
+            loss = getattr(loss, "loss", loss)
+            loss.backward()
+            optimizer.step()
+            values.append(loss.detach())
+        with torch.no_grad():
+            last = model.eval()(*args)
+        if isinstance(last, dict):
+            last = last["token_embeddings"].square().mean() + last["sentence_embedding"].sum()
+        values.append(getattr(last, "loss", last))
+        outcomes.append((values, model.state_dict(), getattr(model, "n", 0)))
+    torch.testing.assert_close(outcomes[1][0], outcomes[0][0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(outcomes[1][1], outcomes[0][1], rtol=1e-3, atol=1e-5)
+    assert outcomes[1][2] == outcomes[0][2]
+
+
+@pytest.mark.parametrize("value", [0.5, 2, -1])
+def test_masks_of_other_values(value):
+    """OPT makes positions of them."""
+    config = transformers.OPTConfig(
+        vocab_size=60, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, **SIZES
+    )
+    plain = jitter(transformers.OPTForCausalLM(config)).train()
+    ours = copy.deepcopy(plain)
+    report = sebp.padding_free(ours)
+    labels = ids().masked_fill(MASK == 0, -100)
+    ours(ids(), attention_mask=MASK, labels=labels)
+    mask = MASK.float() * value
+    with pytest.warns(UserWarning, match="other values than 0 and 1"):
+        losses = [m(ids(), attention_mask=mask, labels=labels).loss for m in (plain, ours)]
+    assert torch.equal(*losses)
+    assert report.calls[""] == 1
+
+
+def test_a_part_put_in_later():
+    class Mixer(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.mean(1, keepdim=True)[..., :1]
+
+    ours = jitter(make_model("bert")).train()
+    report = sebp.padding_free(ours)
+    batch = make_batch("bert", 1)
+    ours(**batch)
+    ours.bert.encoder.layer[0].intermediate.dense = Mixer(32, 64)
+    plain = copy.deepcopy(ours)
+    sebp.remove_padding_free(plain)
+    with pytest.warns(UserWarning, match="it holds a Mixer"):
+        assert torch.equal(ours(**batch).loss, plain(**batch).loss)
+    assert report.calls[""] == 1
+
+
+def test_hook_on_the_base_model():
+    """It would see what padded tokens hold."""
+    ours = jitter(make_model("bert")).eval()
+    report = sebp.padding_free(ours)
+    seen = []
+    ours.bert.register_forward_hook(lambda m, x, y: seen.append(y.last_hidden_state))
+    batch = make_batch("bert", 1)
+    with torch.no_grad(), pytest.warns(UserWarning, match="a hook on bert"):
+        ours(**batch)
+    assert len(seen) == 1
+    assert bool(seen[0].isfinite().all())
+    assert report.calls[""] == 0
+
+
+def test_wrapped_and_unwrapped():
+    """As accelerate wraps a forward in autocast, and takes that off again."""
+    import types
+
+    for whole in (True, False):
+        model = make_model("bert").train()
+        model = model if whole else model.bert
+        batch = make_batch("bert", 1)
+        batch = batch if whole else {k: v for k, v in batch.items() if k != "labels"}
+        report = sebp.apply_sebp_to_model(model, padding=True)
+        inner = model.forward.__func__
+        model.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(inner), model)
+        model(**batch)
+        model.forward = types.MethodType(inner, model)
+        for _ in range(2):
+            model(**batch)
+        assert report.padding.calls[""] >= 2
+        sebp.remove_sebp_from_model(model)
+        assert "forward" not in vars(model)
+        sebp.apply_sebp_to_model(model, padding=True)
+        model(**batch)
+
+
+def test_a_base_model_of_two():
+    """Taking one out leaves the other as it was."""
+    first, second = make_model("bert").train(), make_model("bert").train()
+    second.bert = first.bert
+    one, other = sebp.padding_free(first), sebp.padding_free(second)
+    batch = make_batch("bert", 1)
+    assert sebp.remove_padding_free(first) == []
+    second(**batch)
+    first(**batch)
+    assert (one.calls[""], other.calls[""]) == (0, 1)
+    assert sebp.remove_padding_free(second) == ["bert"]
+    assert "forward" not in vars(first.bert)

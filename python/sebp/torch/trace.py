@@ -111,6 +111,8 @@ class State:
                 buffer.copy_(value)
         for _, module, values in self._attributes:
             now = vars(module)
+            for key in _plain_values(module).keys() - values.keys():
+                del now[key]
             for key, value in values.items():
                 if now.get(key, self) is not value:
                     now[key] = value
