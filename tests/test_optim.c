@@ -207,7 +207,7 @@ START_TEST(dense_step_and_decay_do_not_depend_on_threads)
     most_tasks = 0;
     for (int round = 0; round < testing_rounds(6); round++) {
         /* Large enough to be split, with gaps between rows and without. */
-        problem start = random_problem(testing_between(1, 7), testing_between(20000, 60000));
+        problem start = random_problem(testing_between(5, 7), testing_between(30000, 60000));
         problem first = {0};
         for (int threads = 1; threads <= 5; threads++) {
             sebp_context *context = make_context(threads, threads == 5);
