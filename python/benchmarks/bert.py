@@ -41,7 +41,7 @@ def make_modes(padded: list[Batch]) -> list[Mode]:
         Mode("pytorch", "pytorch", padded),
         Mode("sebp", "pytorch", padded, change=with_sebp),
         Mode("trimmed", "pytorch", trimmed),
-        Mode("padding-free", "pytorch", padded, change=padding_free),
+        Mode("padding-free", "pytorch", padded, change=padding_free, is_compared=True),
         Mode("pytorch-full", "pytorch-full", full, loss_of_tokens),
         Mode("sebp-full", "pytorch-full", full, loss_of_tokens, with_sebp),
     ]

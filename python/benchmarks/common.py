@@ -73,6 +73,9 @@ class Mode:
         Computes the loss from a model and a batch.
     change : callable
         Gives the context manager in which a model trains in this mode.
+    is_compared : bool
+        Whether the first forward after the change compares results with the model as it is. Here it
+        comes anew with each step, in a run once: so it is taken before, and not timed.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Mode:
     batches: list[Batch]
     loss: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: model(**batch).loss
     change: Callable[[nn.Module], AbstractContextManager] = nullcontext
+    is_compared: bool = False
 
     @property
     def activity(self) -> float:
@@ -118,6 +122,8 @@ def take_step(
         The loss.
     """
     with mode.change(model):
+        if mode.is_compared:
+            mode.loss(model, batch)
         t0 = perf_counter()
         loss = mode.loss(model, batch)
         t1 = perf_counter()

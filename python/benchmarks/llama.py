@@ -40,7 +40,7 @@ def make_modes(padded: list[Batch]) -> list[Mode]:
         Mode("pytorch", "pytorch", padded),
         Mode("sebp", "pytorch", padded, change=with_sebp),
         Mode("trimmed", "pytorch", [trim(batch) for batch in padded]),
-        Mode("padding-free", "pytorch", padded, change=padding_free),
+        Mode("padding-free", "pytorch", padded, change=padding_free, is_compared=True),
     ]
 
 

@@ -156,7 +156,7 @@ def main() -> None:
     batches = [make_batch(order[16 * i : 16 * i + 16], 128) for i in range(options.steps)]
     modes = [
         Mode("pytorch", "pytorch", batches),
-        Mode("padding-free", "pytorch", batches, change=padding_free),
+        Mode("padding-free", "pytorch", batches, change=padding_free, is_compared=True),
     ]
     runs = [Run(mode, load_model(options.model), options.rate) for mode in modes]
     print(
