@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What speaks against leaving padding out of one call of a base model."""
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from . import attention, mpnet
+from .proof import CACHES, Call
+
+# What has a row for each token.
+PACKED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+# What may be there and changes nothing of it.
+_HARMLESS = ("attention_mask", "return_dict", "num_items_in_batch")
+# What may be False.
+_FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
+# Whose modules work token by token, but for what is known to be attention.
+_PACKAGES = ("torch", "transformers", "peft", "sebp")
+# Hooks that do not care how many tokens there are: those of this package, those that look after
+# weights, and two of transformers.
+_HOOKS = ("sebp.", "torch.nn.utils.")
+_HOOK_NAMES = ("make_inputs_require_grads", "output_capturing_hook")
+
+
+@functools.lru_cache(maxsize=256)
+def signature_of(forward: object) -> inspect.Signature:
+    """Give a function's signature, which is looked up once."""
+    return inspect.signature(forward)
+
+
+def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
+    """Say why a call has to be left to the model as it is; "": it has not.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A base model, with what :func:`~sebp.padding_free` notes of it.
+    given : dict of str to object
+        Its arguments, by name.
+    call : Call
+        What it is a part of.
+
+    Returns
+    -------
+    str
+        The reason, in a user's words.
+    """
+    config, mask = module.config, given.get("attention_mask")
+    if given.get("use_cache") or any(given.get(name) is not None for name in CACHES):
+        return "a cache"
+    if config._attn_implementation != attention.SDPA and not mpnet.is_mpnet(module):
+        return f"the attention has been set to {config._attn_implementation}"
+    if type(mask) not in (Tensor, nn.Parameter):
+        return "no attention_mask" if mask is None else f"a mask of class {type(mask).__name__}"
+    if mask.dim() != 2:
+        return f"a mask of {mask.dim()} dimensions"
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.device.type != "cpu" or mask.device.type != "cpu":
+        return "not on the CPU"
+    for name in PACKED:
+        value = given.get(name)
+        if isinstance(value, Tensor) and value.shape[:2] not in (mask.shape, (1, mask.shape[1])):
+            return f"{name} of another shape than attention_mask"
+    return (
+        _unfit_configuration(module, given, call)
+        or _unknown_argument(given)
+        or _unfit_mask(module, mask)
+        or ("" if call.is_again else _unfit_gradients(module))
+        or foreign_part(module)
+        or _foreign_hook(call.model)
+        or _labelled_padding(module, mask, call.given)
+    )
+
+
+def _unfit_configuration(module: nn.Module, given: dict[str, object], call: Call) -> str:
+    """Say what of the configuration does not go with texts that lie end to end."""
+    config = module.config
+    # In training nobody reads the cache that is there by default.
+    is_default = given.get("use_cache") is None and getattr(config, "use_cache", False)
+    if is_default and not call.model.training and module._sebp_is_causal:
+        return "a cache"
+    for name in ("output_attentions", "output_hidden_states", "chunk_size_feed_forward"):
+        if getattr(config, name, None):
+            return name
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return f"rotary embeddings that depend on the length ({rope['rope_type']})"
+    return "is_causal" if getattr(config, "is_causal", None) is not None else ""
+
+
+def _unknown_argument(given: dict[str, object]) -> str:
+    """Find an argument that may have a row for each token, or ask for something unknown."""
+    for name, value in given.items():
+        is_off = value is None or (value is False and name in _FLAGS)
+        if not (is_off or name in PACKED or name in _HARMLESS):
+            return f"the argument {name}"
+    return ""
+
+
+def _unfit_gradients(module: nn.Module) -> str:
+    """Find out whether what is computed now may be computed again in a backward.
+
+    That is so where checkpointing is around the model, which runs it without gradients, or with
+    hooks on what is saved. The padding would not be left out there, and dropout be another.
+    """
+    if not module.training or not any(p.requires_grad for p in module.parameters()):
+        return ""
+    if not torch.is_grad_enabled():
+        return "gradients are off, but it is in training"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors, as checkpointing has"
+    return ""
+
+
+def foreign_part(module: nn.Module) -> str:
+    """Find a part that was put in since, or compiled, and may look at other tokens."""
+    for name, one in module.named_modules():
+        if type(one).__module__.split(".")[0] not in _PACKAGES:
+            return f"it holds a {type(one).__name__}, which may look at other tokens"
+        if one._compiled_call_impl is not None or hasattr(one, "_orig_mod"):
+            return f"torch.compile of {name}"
+    return ""
+
+
+def _foreign_hook(model: nn.Module) -> str:
+    """Find a hook that would see what it was not written for: real tokens alone, or padding."""
+    for name, one in model.named_modules():
+        if one is model:
+            continue  # its hooks see the model from outside
+        for hooks in (
+            one._forward_hooks,
+            one._forward_pre_hooks,
+            one._backward_hooks,
+            one._backward_pre_hooks,
+        ):
+            for hook in hooks.values() if hooks else ():
+                if not _is_known_hook(hook):
+                    return f"a hook on {name}, which would see other tokens"
+    return "a hook on all modules" if nn.modules.module._has_any_global_hook() else ""
+
+
+def _is_known_hook(hook: object) -> bool:
+    """Tell whether a hook does not care how many rows there are."""
+    hook = hook.func if isinstance(hook, functools.partial) else hook
+    origin = getattr(hook, "__module__", None) or type(hook).__module__
+    return origin.startswith(_HOOKS) or getattr(hook, "__name__", "") in _HOOK_NAMES
+
+
+def _unfit_mask(module: nn.Module, mask: Tensor) -> str:
+    """Say why this mask does not go with the model."""
+    real = mask != 0
+    if bool(real.all()):
+        return "no padding"
+    if not bool(real.any()):
+        return "no tokens"
+    if not bool((real == mask).all()):
+        return "a mask with other values than 0 and 1"
+    chunk = getattr(module.config, "attention_chunk_size", None)
+    if chunk is not None and mask.shape[1] > chunk:
+        return f"attention in chunks of {chunk}"
+    if not bool(real[:, 0].all()) and not module._sebp_is_causal:
+        return "a text whose first token is padding"
+    return ""
+
+
+def _labelled_padding(module: nn.Module, mask: Tensor, given: dict[str, object]) -> str:
+    """Find labels at padded tokens, or predicted from them, in the arguments of the whole call."""
+    real = mask != 0
+    arguments = dict(given)
+    for value in given.values():
+        if isinstance(value, dict):
+            arguments.update(value)
+    for name, labels in arguments.items():
+        if (
+            "label" not in str(name)
+            or not isinstance(labels, Tensor)
+            or labels.is_floating_point()
+            or labels.shape[-1:] != mask.shape[-1:]
+            or labels.numel() != mask.numel()
+        ):
+            continue
+        is_labelled = labels.reshape(mask.shape) >= 0
+        if bool((is_labelled & ~real).any()):
+            return f"{name} at padded tokens, which are not -100"
+        if module._sebp_is_causal and bool((is_labelled[:, 1:] & ~real[:, :-1]).any()):
+            return (
+                f"{name} predicted from padded tokens: with padding on the left the first token of"
+                " each text has to be -100 too"
+            )
+    return ""
