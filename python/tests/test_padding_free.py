@@ -330,7 +330,7 @@ def test_compile(name):
     plain, ours = pair(name)
     if name == "llama":
         plain.config.use_cache = ours.config.use_cache = False
-    compiled = torch.compile(ours, backend="aot_eager")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     want, got = train(plain, name, steps=2), train(compiled, name, steps=2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

@@ -156,8 +156,10 @@ def _is_left_alone() -> bool:
     A program is made of it, or it is computed again in a backward, which :func:`_unfit_gradients`
     has foreseen.
     """
+    if torch.compiler.is_compiling():  # first of all: dynamo does not know all of the others
+        return True
     is_in_backward = torch._C._current_graph_task_id() != -1
-    return torch.compiler.is_compiling() or is_in_backward or is_traced() or is_transformed()
+    return is_in_backward or is_traced() or is_transformed()
 
 
 def _prove(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
