@@ -631,6 +631,23 @@ class ChangesInPlace(Base):
         return self.linear(h.amax(1)).square().mean()
 
 
+class WritesToItsArguments(Base):
+    def forward(self, input_ids, attention_mask):
+        input_ids.add_(attention_mask).remainder_(60)
+        return self.loss(self.encode(input_ids, attention_mask))
+
+
+class MovesItsArguments(Base):
+    """Takes some out of the dict it is given, and puts others in."""
+
+    def forward(self, features):
+        more = features.pop("more")
+        features["added"] = [more["scale"]]
+        more["scale"] = 2 * more["scale"]
+        h = self.encode(features.pop("input_ids"), features["attention_mask"])
+        return self.linear(h.mean(1)).square().mean() * more["scale"]
+
+
 class Result:
     def __init__(self, loss):
         self.loss = loss
@@ -675,6 +692,8 @@ LATER = [(torch.arange(12) < torch.tensor([8, 12, 9, 7])[:, None]).long(), MASK,
         EncodesWithoutGradients,
         ChangesInPlace,
         ReturnsAnObject,
+        WritesToItsArguments,
+        MovesItsArguments,
         lambda: ReturnsItsDict(True),
         lambda: ReturnsItsDict(False),
         lambda: Checkpoints(False),
@@ -697,6 +716,9 @@ def test_models_that_do_more(make):
             args = (ids(mask), mask)
             if isinstance(model, ReturnsItsDict):
                 args = (dict(input_ids=args[0], attention_mask=mask),)
+            if isinstance(model, MovesItsArguments):
+                more = {"scale": torch.ones(())}
+                args = (dict(more=more, input_ids=args[0], attention_mask=mask),)
             loss = model.train()(*args)
             if isinstance(loss, dict):
                 assert loss is args[0]
@@ -705,6 +727,10 @@ def test_models_that_do_more(make):
             loss.backward()
             optimizer.step()
             values.append(loss.detach())
+        if isinstance(model, MovesItsArguments):
+            assert more["scale"] == 2
+            assert args[0].keys() == {"attention_mask", "added"}
+            args = (dict(more=more, input_ids=ids(), attention_mask=MASK),)
         with torch.no_grad():
             last = model.eval()(*args)
         if isinstance(last, dict):

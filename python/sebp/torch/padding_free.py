@@ -196,7 +196,7 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         window = getattr(module.config, "sliding_window", None)
         packing = Packing(given["attention_mask"], window)
         causal = tuple(getattr(one, "is_causal", None) for one in module.modules())
-        kind = call.kind_of((module._sebp_name, hash(causal)), packing, given)
+        kind = call.kind_of((module._sebp_name, causal), packing, given)
         reason = "" if call.is_again else call.proofs.refused.get(kind, "")
     if reason:
         call.reasons.append(reason)
@@ -403,7 +403,6 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
     if tellers:
         return
     module._sebp_name = f"{name} {next(_serial)}"
-    module._sebp_is_causal = any(getattr(m, "is_causal", False) is True for m in module.modules())
     put_in(module, _base_forward)
     if _exit_of(module) is not module:
         put_in(_exit_of(module), _exit_forward)
@@ -480,5 +479,5 @@ def _restore(module: nn.Module, proofs: Proofs) -> bool:
         take_out(module.pooler, _pooler_forward)
     if mpnet.is_mpnet(module):
         mpnet.restore(module)
-    del module._sebp_name, module._sebp_is_causal, module._sebp_tellers
+    del module._sebp_name, module._sebp_tellers
     return True

@@ -254,10 +254,12 @@ class Call:
             self._count(self.proofs.unfit)
             return self._within(forward, args, kwargs)
         before = copy_containers((args, kwargs))
-        given = {id(value) for _, value in leaves(before)}
+        # They live as long as this call, so that no other tensor has their identity.
+        tensors = [value for _, value in leaves(before) if isinstance(value, Tensor)]
+        given = {id(tensor) for tensor in tensors}
         check = self.proofs.check and self._state is not None
         try:
-            scout = Once(self.model) if check and not self._is_settled else nullcontext()
+            scout = Once(self.model, tensors) if check and not self._is_settled else nullcontext()
             output = self._within(forward, args, kwargs, scout)
         except Exception as error:
             # What the model itself raises, it raises again.
@@ -281,7 +283,7 @@ class Call:
         if problem:
             return self._with_padding(problem, forward, (args, kwargs), before)
         self.proofs.proved.update(kind for kind, _ in self._packings)
-        if not (self._is_unwatched and self.model.training):
+        if _FIRST not in self.reasons and not (self._is_unwatched and self.model.training):
             self.proofs.settled.add(self._mode)
         self._count("")
         return output

@@ -30,6 +30,11 @@ def signature_of(forward: object) -> inspect.Signature:
     return inspect.signature(forward)
 
 
+def _is_causal(module: nn.Module) -> bool:
+    """Tell whether tokens attend to those before them alone."""
+    return any(getattr(one, "is_causal", False) is True for one in module.modules())
+
+
 def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     """Say why a call has to be left to the model as it is; "": it has not.
 
@@ -80,7 +85,7 @@ def _unfit_configuration(module: nn.Module, given: dict[str, object], call: Call
     config = module.config
     # In training nobody reads the cache that is there by default.
     is_default = given.get("use_cache") is None and getattr(config, "use_cache", False)
-    if is_default and not call.model.training and module._sebp_is_causal:
+    if is_default and not call.model.training and _is_causal(module):
         return "a cache"
     for name in ("output_attentions", "output_hidden_states", "chunk_size_feed_forward"):
         if getattr(config, name, None):
@@ -161,7 +166,7 @@ def _unfit_mask(module: nn.Module, mask: Tensor) -> str:
     chunk = getattr(module.config, "attention_chunk_size", None)
     if chunk is not None and mask.shape[1] > chunk:
         return f"attention in chunks of {chunk}"
-    if not bool(real[:, 0].all()) and not module._sebp_is_causal:
+    if not bool(real[:, 0].all()) and not _is_causal(module):
         return "a text whose first token is padding"
     return ""
 
@@ -185,7 +190,7 @@ def _labelled_padding(module: nn.Module, mask: Tensor, given: dict[str, object])
         is_labelled = labels.reshape(mask.shape) >= 0
         if bool((is_labelled & ~real).any()):
             return f"{name} at padded tokens, which are not -100"
-        if module._sebp_is_causal and bool((is_labelled[:, 1:] & ~real[:, :-1]).any()):
+        if _is_causal(module) and bool((is_labelled[:, 1:] & ~real[:, :-1]).any()):
             return (
                 f"{name} predicted from padded tokens: with padding on the left the first token of"
                 " each text has to be -100 too"

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import random
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -31,18 +31,31 @@ def copy_containers(value: object) -> object:
     return value
 
 
-def put_containers_back(value: object, before: object) -> None:
-    """Give dicts and lists what :func:`copy_containers` found in them."""
+def put_containers_back(value: object, before: object) -> object:
+    """Give dicts and lists what :func:`copy_containers` found in them.
+
+    Returns
+    -------
+    object
+        `value` where it is such a container as before, else what was there before.
+    """
+    if type(value) is not type(before):
+        return before
     if isinstance(value, (dict, UserDict)):
-        for part, old in zip(list(value.values()), list(before.values()), strict=False):
-            put_containers_back(part, old)
+        parts = {key: put_containers_back(value.get(key), old) for key, old in before.items()}
         value.clear()
-        value.update(before)
+        value.update(parts)
     elif type(value) is list:
-        value[:] = before
+        old = before
+        if len(value) == len(before):
+            old = [put_containers_back(*pair) for pair in zip(value, before, strict=True)]
+        value[:] = old
     elif type(value) is tuple:
-        for part, old in zip(value, before, strict=True):
-            put_containers_back(part, old)
+        for pair in zip(value, before, strict=True):
+            put_containers_back(*pair)
+    else:
+        return before
+    return value
 
 
 def leaves(value: object, skipped: tuple[str, ...] = (), name: str = "") -> Iterator[tuple]:
@@ -192,13 +205,20 @@ class WithoutDropout(TorchFunctionMode):
 class Once(TorchDispatchMode):
     """Raises :class:`Unfit` before anything that must not happen twice.
 
-    That is what talks to other processes, writes to parameters, or draws from a generator of its
-    own: none of it can be undone.
+    That is what talks to other processes, writes to parameters or arguments, or draws from a
+    generator of its own: none of it is undone.
+
+    Parameters
+    ----------
+    model : nn.Module
+    arguments : iterable of Tensor
+        What it is called with.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arguments: Iterable[Tensor]) -> None:
         super().__init__()
-        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept = [*model.parameters(), *arguments]
+        self._kept = {t.untyped_storage()._cdata for t in kept if t.layout == torch.strided}
 
     def __torch_dispatch__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -212,11 +232,9 @@ class Once(TorchDispatchMode):
         if func._schema.is_mutable:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 is_written = argument.alias_info is not None and argument.alias_info.is_write
-                if is_written and isinstance(value, Tensor) and self._is_parameter(value):
-                    raise Unfit("it writes to its parameters in its forward")
+                if is_written and isinstance(value, Tensor) and self._is_kept(value):
+                    raise Unfit("it writes to its parameters or arguments in its forward")
         return func(*args, **kwargs)
 
-    def _is_parameter(self, tensor: Tensor) -> bool:
-        return (
-            tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._parameters
-        )
+    def _is_kept(self, tensor: Tensor) -> bool:
+        return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._kept
