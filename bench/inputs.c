@@ -62,10 +62,10 @@ sebp_status tail_rows(const shape *shape, uint64_t seed, int64_t active, sebp_ro
         int64_t rest = sequences - 1 - i; /* sequences after this one */
         double mean = (double)left / (double)(rest + 1);
         double drawn = mean * (0.5 + random_unit(seed, (uint64_t)i));
-        int64_t most = left < length ? left : length;
-        int64_t least = left > rest * length ? left - rest * length : 0;
+        int64_t max = left < length ? left : length;
+        int64_t min = left > rest * length ? left - rest * length : 0;
         lengths[i] = (int64_t)(drawn + 0.5);
-        lengths[i] = lengths[i] > most ? most : lengths[i] < least ? least : lengths[i];
+        lengths[i] = lengths[i] > max ? max : lengths[i] < min ? min : lengths[i];
         if (rest == 0)
             lengths[i] = left;
         left -= lengths[i];

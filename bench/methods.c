@@ -24,7 +24,7 @@ enum { FORWARD, BACKWARD, GRADIENT, STEP, PHASES };
 enum { ORDERS = SEBP_ROTATE_IN_OUT + 1 }; /* 0 is not one */
 enum { SAMPLES = 8 };
 
-static const double WORTH_TIMING = 2; /* times the least cost */
+static const double WORTH_TIMING = 2; /* times the smallest cost */
 
 static const char *const order_names[ORDERS] = {"auto", "factors", "dy", "x", "out-in", "in-out"};
 
@@ -555,9 +555,9 @@ static void make_runs(layer *l)
     for (int method = 0; method < METHODS; method++)
         if (is_asked(l, method))
             l->runs[method] = make_run(method == FULL || method == LORA ? NO_CHOICE : ALL);
-    double least = sebp_sparsegrad_cost(l->basis, l->active, SEBP_ROTATE_AUTO);
+    double min = sebp_sparsegrad_cost(l->basis, l->active, SEBP_ROTATE_AUTO);
     for (int order = 1; l->basis != NULL && order < ORDERS; order++)
-        if (sebp_sparsegrad_cost(l->basis, l->active, (sebp_rotation)order) <= WORTH_TIMING * least)
+        if (sebp_sparsegrad_cost(l->basis, l->active, (sebp_rotation)order) <= WORTH_TIMING * min)
             l->orders[order] = make_run(1 << GRADIENT);
 }
 

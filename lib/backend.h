@@ -65,7 +65,7 @@ typedef struct sebp_sparse_lines {
 
 enum { SEBP_DIGIT_BITS = 11, SEBP_DIGITS = 1 << SEBP_DIGIT_BITS };
 
-/** A block of elements whose magnitudes are looked at: how many are at least some least, how many
+/** A block of elements whose magnitudes are looked at: how many are at least some minimum, how many
  * above it; and where in a list the latter go, with how many of the ties. */
 typedef struct sebp_block {
     int64_t at_least, above;
@@ -108,11 +108,11 @@ typedef struct sebp_backend {
 
     /**
      * Keeps products off the first `bytes` of scratch memory, for what a method has between them; 0
-     * gives them back. SEBP_ERROR_MEMORY over set_aside_most(). Its address, aside(), is settled, and what it holds
+     * gives them back. SEBP_ERROR_MEMORY over set_aside_max(). Its address, aside(), is settled, and what it holds
      * is kept, once every product that will run is reserved.
      */
     sebp_status (*set_aside)(void *device, int64_t bytes);
-    int64_t (*set_aside_most)(const void *device);
+    int64_t (*set_aside_max)(const void *device);
     void *(*aside)(const void *device);
 
     /** to: f32, count x to->cols, = the rows of `from`, either dtype, that are listed; rows NULL: the
@@ -126,7 +126,7 @@ typedef struct sebp_backend {
 
     /*
      * Magnitudes of `from` (f32) by their bits, without the sign, so that NaN and Inf are above all
-     * others. least < 2^31.
+     * others. min < 2^31.
      */
 
     /** counts[d] = how many of those whose bits under `mask` are `found` have the digit d of
@@ -136,14 +136,14 @@ typedef struct sebp_backend {
                          int shift, int64_t *counts);
 
     /** Counts in each block, of `size` elements as they follow each other, those with bits of at
-     * least `least` and of more. */
-    void (*count_at_least)(void *device, const sebp_matrix *from, uint32_t least, int64_t size,
+     * least `min` and of more. */
+    void (*count_at_least)(void *device, const sebp_matrix *from, uint32_t min, int64_t size,
                            sebp_block *blocks);
 
     /** Lists, in order, from list[blocks[i].at] on, the elements of each block with bits above
-     * `least`, and of those that have just these the first blocks[i].ties. An element's index is
+     * `min`, and of those that have just these the first blocks[i].ties. An element's index is
      * `first` more than its place in `from`. */
-    void (*list_at_least)(void *device, const sebp_matrix *from, uint32_t least, int64_t first,
+    void (*list_at_least)(void *device, const sebp_matrix *from, uint32_t min, int64_t first,
                           int64_t size, const sebp_block *blocks, const sebp_sparse *list);
 
     /** The values of kept elements from f32; false, and nothing written, where one is NaN or Inf. */

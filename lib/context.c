@@ -17,7 +17,7 @@
 #include "cpu/cpu.h"
 
 static const int64_t DEFAULT_WORKSPACE = INT64_C(64) << 20;
-static const int64_t LEAST_WORKSPACE = INT64_C(1) << 20;
+static const int64_t MIN_WORKSPACE = INT64_C(1) << 20;
 
 sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *format, ...)
 {
@@ -42,12 +42,12 @@ static void write_line(char *line, size_t room, const char *before, const char *
 {
     static const char gap[] = "...";
     const size_t rest = strlen(before) + strlen(after) + 1, length = strlen(text);
-    size_t most = room > rest ? room - rest : 0, head = length, tail = 0;
-    bool cut = length > most;
+    size_t max = room > rest ? room - rest : 0, head = length, tail = 0;
+    bool cut = length > max;
     if (cut) {
-        most = most > sizeof gap - 1 ? most - (sizeof gap - 1) : 0;
-        head = most / 3; /* the end of a path says more than its beginning */
-        tail = most - head;
+        max = max > sizeof gap - 1 ? max - (sizeof gap - 1) : 0;
+        head = max / 3; /* the end of a path says more than its beginning */
+        tail = max - head;
         while (head > 0 && goes_on(text[head]))
             head--;
         while (tail > 0 && goes_on(text[length - tail]))
@@ -108,9 +108,9 @@ static sebp_status refuse_variable(const sebp_context_options *options, const ch
 
 static sebp_status check_options(const sebp_context_options *options)
 {
-    if (options->threads < 0 || options->threads > SEBP_MOST_THREADS) {
+    if (options->threads < 0 || options->threads > SEBP_MAX_THREADS) {
         return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: threads is %d, not 0 to %d",
-                      options->threads, SEBP_MOST_THREADS);
+                      options->threads, SEBP_MAX_THREADS);
     }
     if ((int)options->placement < SEBP_PLACEMENT_NONE ||
         (int)options->placement > SEBP_PLACEMENT_SPREAD) {
@@ -121,10 +121,10 @@ static sebp_status check_options(const sebp_context_options *options)
         return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown gemm %d",
                       (int)options->gemm);
     }
-    if (options->workspace_bytes != 0 && options->workspace_bytes < LEAST_WORKSPACE) {
+    if (options->workspace_bytes != 0 && options->workspace_bytes < MIN_WORKSPACE) {
         return refuse(options, SEBP_ERROR_VALUE,
                       "sebp_context_create: workspace_bytes is %lld, not 0 or at least %lld",
-                      (long long)options->workspace_bytes, (long long)LEAST_WORKSPACE);
+                      (long long)options->workspace_bytes, (long long)MIN_WORKSPACE);
     }
     return SEBP_SUCCESS;
 }
@@ -136,16 +136,16 @@ static const char *variable(const char *name)
     return value != NULL && value[0] != '\0' ? value : NULL;
 }
 
-/* A whole number from 1 to SEBP_MOST_THREADS in `text` up to a character of `ends` or its end; 0:
+/* A whole number from 1 to SEBP_MAX_THREADS in `text` up to a character of `ends` or its end; 0:
  * none.
  */
 static int parse_threads(const char *text, const char *ends)
 {
     int number = 0;
-    for (; *text >= '0' && *text <= '9' && number <= SEBP_MOST_THREADS; text++)
+    for (; *text >= '0' && *text <= '9' && number <= SEBP_MAX_THREADS; text++)
         number = 10 * number + (*text - '0');
     bool ended = *text == '\0' || strchr(ends, *text) != NULL;
-    return ended && number <= SEBP_MOST_THREADS ? number : 0;
+    return ended && number <= SEBP_MAX_THREADS ? number : 0;
 }
 
 /* The index of a variable's value among `values`, NULL after the last; -1 where it is unset. */
@@ -187,7 +187,7 @@ static sebp_status read_environment(sebp_context_options *options,
         options->threads = parse_threads(threads, "");
         if (options->threads == 0) {
             char allowed[32];
-            snprintf(allowed, sizeof allowed, "1 to %d", SEBP_MOST_THREADS);
+            snprintf(allowed, sizeof allowed, "1 to %d", SEBP_MAX_THREADS);
             return refuse_variable(options, "SEBP_NUM_THREADS", threads, allowed);
         }
     }

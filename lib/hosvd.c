@@ -30,11 +30,11 @@ enum {
 };
 
 /* No element of a sum is larger than the energy, so that below this none overflows. */
-static const double MOST_ENERGY = FLT_MAX / 2;
+static const double MAX_ENERGY = FLT_MAX / 2;
 
 /* Products in an element of a sum, unless they are all zeros. With more the rounding of f32 may have
  * done anything, and what import() allows for would overflow. */
-static const int64_t MOST_TERMS = INT64_C(1) << 30;
+static const int64_t MAX_TERMS = INT64_C(1) << 30;
 
 struct sebp_basis_sums {
     int64_t count;
@@ -92,7 +92,7 @@ int64_t sebp_basis_sums_count(const sebp_basis_sums *sums)
 static bool is_too_many(const sebp_basis_sums *sums, int64_t count, double energy)
 {
     int64_t terms, size = sums->out.rows > sums->in.rows ? sums->out.rows : sums->in.rows;
-    return __builtin_mul_overflow(count, size, &terms) || (energy > 0 && terms > MOST_TERMS);
+    return __builtin_mul_overflow(count, size, &terms) || (energy > 0 && terms > MAX_TERMS);
 }
 
 /* ||G||^2 in double; Inf where G holds a NaN or Inf. */
@@ -150,7 +150,7 @@ sebp_status sebp_basis_sums_add(sebp_context *context, sebp_basis_sums *sums,
     if (status != SEBP_SUCCESS)
         return status;
     double energy = sums->energy + energy_of(context, gradient);
-    if (!(energy < MOST_ENERGY))
+    if (!(energy < MAX_ENERGY))
         return sebp_fail(context, SEBP_ERROR_NONFINITE,
                          "%s: gradient %" PRId64 " holds a NaN, an Inf or too large numbers",
                          call.function, sums->count);
@@ -277,10 +277,10 @@ static bool are_dot_products(const sebp_matrix *sum, int64_t count, int64_t dept
     double growth = exp(4 * terms * (double)FLT_EPSILON);
     double lost = 2 * terms * (double)FLT_MIN;
     for (int64_t i = 0; i < sum->rows; i++) {
-        double most = growth * (element_of(sum, i, i) + lost);
+        double max = growth * (element_of(sum, i, i) + lost);
         for (int64_t j = i + 1; j < sum->rows; j++) {
             double size = fabs(element_of(sum, i, j)) - lost;
-            if (size > 0 && size * size > most * (element_of(sum, j, j) + lost))
+            if (size > 0 && size * size > max * (element_of(sum, j, j) + lost))
                 return false;
         }
     }
@@ -295,7 +295,7 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
     sebp_status status = check_copies(out, in);
     if (status != SEBP_SUCCESS)
         return status;
-    if (count < 0 || !(energy >= 0 && energy < MOST_ENERGY) || (count == 0 && energy > 0))
+    if (count < 0 || !(energy >= 0 && energy < MAX_ENERGY) || (count == 0 && energy > 0))
         return SEBP_ERROR_VALUE;
     if (!are_of_shape(sums, out, in))
         return SEBP_ERROR_SHAPE;
@@ -382,10 +382,10 @@ static int limit_threads(const sebp_context *context)
 {
     int before = 1;
 #ifdef _OPENMP
-    int most = context->backend->openmp_threads(context->device);
+    int max = context->backend->openmp_threads(context->device);
     before = omp_get_max_threads();
-    if (most < before)
-        omp_set_num_threads(most);
+    if (max < before)
+        omp_set_num_threads(max);
 #else
     (void)context;
 #endif

@@ -75,7 +75,7 @@ bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other);
 
 /** More elements of 8 bytes than this are in no array, so that a count over it is wrong before any of
  * them is read. */
-static const int64_t SEBP_MOST_IN_ARRAY = PTRDIFF_MAX / (int64_t)sizeof(int64_t);
+static const int64_t SEBP_MAX_IN_ARRAY = PTRDIFF_MAX / (int64_t)sizeof(int64_t);
 
 /** Milliseconds on a monotonic clock. */
 double sebp_milliseconds(void);

@@ -48,7 +48,7 @@ static sebp_status gradient_on_rows(const sebp_call *call, const sebp_matrix *dy
     sebp_context *context = call->context;
     const sebp_backend *backend = context->backend;
     int64_t row_bytes = x->cols * (int64_t)sizeof(float);
-    int64_t panel_rows = backend->set_aside_most(context->device) / row_bytes;
+    int64_t panel_rows = backend->set_aside_max(context->device) / row_bytes;
     panel_rows = panel_rows < dy->cols ? panel_rows : dy->cols;
     sebp_selection selection;
     sebp_status status = sebp_selection_begin(context, &selection, gradient->count);

@@ -16,14 +16,14 @@
 #include "optim.h"
 
 enum {
-    BLOCK = 512,      /* elements whose moments are gathered at a time */
-    AHEAD = 16,       /* elements whose place is fetched before it is looked at */
-    LEAST_PLACES = 64 /* of a table; a power of two, as all sizes are */
+    BLOCK = 512,    /* elements whose moments are gathered at a time */
+    AHEAD = 16,     /* elements whose place is fetched before it is looked at */
+    MIN_PLACES = 64 /* of a table; a power of two, as all sizes are */
 };
 
 /* Steps that a state may come with. A double, as which they count, tells them apart, and so many
  * more as can ever be taken do not overflow. */
-static const int64_t MOST_STEPS = INT64_C(1) << 53;
+static const int64_t MAX_STEPS = INT64_C(1) << 53;
 
 /* A place of the table: one element, or none. */
 typedef struct place {
@@ -79,10 +79,10 @@ static int64_t count_new(const sebp_sparse_adamw *state, const int64_t *indices,
     return count - found;
 }
 
-/* The least table that `count` elements fill to three quarters at most; 0: there is none. */
+/* The smallest table that `count` elements fill to three quarters at most; 0: there is none. */
 static int64_t room_for(int64_t count)
 {
-    int64_t room = LEAST_PLACES;
+    int64_t room = MIN_PLACES;
     while (room / 4 * 3 < count) {
         if (room > PTRDIFF_MAX / 2 / (int64_t)sizeof(place))
             return 0;
@@ -141,7 +141,7 @@ sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *
         return SEBP_ERROR_OVERFLOW;
     if (count > elements) /* said before `count` of them are read */
         return SEBP_ERROR_ROWS;
-    if (count > SEBP_MOST_IN_ARRAY)
+    if (count > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;
     sebp_status status = check_indices(support, count, elements);
     if (status != SEBP_SUCCESS)
@@ -346,7 +346,7 @@ static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
         return SEBP_ERROR_NULL;
     if (count < 0)
         return SEBP_ERROR_SIZE;
-    if (steps < 0 || steps > MOST_STEPS)
+    if (steps < 0 || steps > MAX_STEPS)
         return SEBP_ERROR_VALUE;
     int64_t elements = state->rows * state->cols;
     if (count > elements || (state->support && !is_support(state, indices, count)))

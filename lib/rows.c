@@ -20,7 +20,7 @@ enum { CHUNK_ROWS = 4096 }; /* of dY, measured at a time where their scores are 
 /* A set of `total` rows with room for `room` indices, and none in it yet. */
 static sebp_status make_rows(int64_t total, int64_t room, sebp_rows **made)
 {
-    if (room > SEBP_MOST_IN_ARRAY)
+    if (room > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;
     sebp_rows *rows = calloc(1, sizeof *rows);
     if (rows == NULL)
@@ -89,8 +89,7 @@ sebp_status sebp_rows_from_lengths(const int64_t *lengths, int64_t sequences,
     if (sequences < 0 || sequence_length < 0)
         return SEBP_ERROR_SIZE;
     int64_t total, count = 0;
-    if (__builtin_mul_overflow(sequences, sequence_length, &total) ||
-        sequences > SEBP_MOST_IN_ARRAY)
+    if (__builtin_mul_overflow(sequences, sequence_length, &total) || sequences > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;
     for (int64_t s = 0; s < sequences; s++) {
         if (lengths[s] < 0 || lengths[s] > sequence_length)
@@ -117,11 +116,11 @@ sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t count, int64_
         return SEBP_ERROR_SIZE;
     if (count > total) /* not each once: said before `count` of them are read */
         return SEBP_ERROR_ROWS;
-    if (count > SEBP_MOST_IN_ARRAY)
+    if (count > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;
     for (int64_t i = 0; i < count; i++) {
-        int64_t least = i > 0 ? indices[i - 1] + 1 : 0;
-        if (indices[i] < least || indices[i] >= total)
+        int64_t min = i > 0 ? indices[i - 1] + 1 : 0;
+        if (indices[i] < min || indices[i] >= total)
             return SEBP_ERROR_ROWS;
     }
     sebp_rows *made;

@@ -18,18 +18,18 @@
 #include "select.h"
 
 enum {
-    LEAST_ROOM = 16 << 10, /* elements beside k */
-    LEAST_BLOCK = 8 << 10, /* elements */
-    MOST_BLOCKS = 1 << 10,
+    MIN_ROOM = 16 << 10, /* elements beside k */
+    MIN_BLOCK = 8 << 10, /* elements */
+    MAX_BLOCKS = 1 << 10,
     SAMPLED_ONE_OF = 128,
-    MOST_SAMPLES = 64 << 10,
+    MAX_SAMPLES = 64 << 10,
     RUN = 8 /* samples that follow each other: few, as what is large lies together */
 };
 
 sebp_status sebp_selection_begin(sebp_context *context, sebp_selection *selection, int64_t k)
 {
     *selection = (sebp_selection){.k = k};
-    if (__builtin_add_overflow(k, k > LEAST_ROOM ? k : LEAST_ROOM, &selection->room) ||
+    if (__builtin_add_overflow(k, k > MIN_ROOM ? k : MIN_ROOM, &selection->room) ||
         selection->room > PTRDIFF_MAX / (int64_t)sizeof(int64_t))
         return SEBP_ERROR_OVERFLOW;
     size_t room = (size_t)selection->room;
@@ -37,7 +37,7 @@ sebp_status sebp_selection_begin(sebp_context *context, sebp_selection *selectio
     selection->list.indices = malloc(room * sizeof *selection->list.indices);
     selection->list.values = malloc(room * sizeof *selection->list.values);
     selection->counts = malloc(threads * SEBP_DIGITS * sizeof *selection->counts);
-    selection->blocks = malloc(MOST_BLOCKS * sizeof *selection->blocks);
+    selection->blocks = malloc(MAX_BLOCKS * sizeof *selection->blocks);
     if (selection->list.indices && selection->list.values && selection->counts && selection->blocks)
         return SEBP_SUCCESS;
     sebp_selection_end(selection);
@@ -87,29 +87,28 @@ static void cut(sebp_context *context, sebp_selection *selection)
     sebp_sparse *list = &selection->list;
     sebp_matrix all = sebp_matrix_f32(list->values, 1, list->count);
     int64_t ties, kept = 0;
-    uint32_t least = kth_magnitude(context, selection, &all, selection->k, &ties);
+    uint32_t min = kth_magnitude(context, selection, &all, selection->k, &ties);
     for (int64_t i = 0; i < list->count; i++) {
         uint32_t bits = magnitude_bits(list->values[i]);
-        bool is_kept = (bits > least) | ((bits == least) & (ties > 0)); /* no guess for a branch */
-        ties -= bits == least;
+        bool is_kept = (bits > min) | ((bits == min) & (ties > 0)); /* no guess for a branch */
+        ties -= bits == min;
         list->indices[kept] = list->indices[i];
         list->values[kept] = list->values[i];
         kept += is_kept;
     }
     list->count = kept;
-    selection->least =
-        least < 0x7FFFFFFF ? least + 1 : least; /* of equal ones the first are kept */
+    selection->min = min < 0x7FFFFFFF ? min + 1 : min; /* of equal ones the first are kept */
 }
 
 /* A magnitude that somewhat more than k elements of a panel have, most likely, by a sample of lines
  * from all over it. It lies behind the list while it is looked at. */
-static uint32_t guess_least(sebp_context *context, const sebp_selection *selection,
-                            const sebp_matrix *panel)
+static uint32_t guess_min(sebp_context *context, const sebp_selection *selection,
+                          const sebp_matrix *panel)
 {
     int64_t elements = panel->rows * panel->cols;
-    int64_t most = selection->room - selection->list.count;
-    most = most < MOST_SAMPLES ? most : MOST_SAMPLES;
-    int64_t runs = elements / SAMPLED_ONE_OF < most ? elements / SAMPLED_ONE_OF / RUN : most / RUN;
+    int64_t max = selection->room - selection->list.count;
+    max = max < MAX_SAMPLES ? max : MAX_SAMPLES;
+    int64_t runs = elements / SAMPLED_ONE_OF < max ? elements / SAMPLED_ONE_OF / RUN : max / RUN;
     int64_t step = runs > 0 ? elements / runs : 0, count = 0;
     float *sample = selection->list.values + selection->list.count;
     uint64_t mixed = 1;
@@ -141,13 +140,13 @@ typedef struct tally {
 } tally;
 
 static tally count_blocks(sebp_context *context, const sebp_selection *selection,
-                          const sebp_matrix *panel, uint32_t least)
+                          const sebp_matrix *panel, uint32_t min)
 {
     int64_t elements = panel->rows * panel->cols;
-    tally tally = {.size = (elements + MOST_BLOCKS - 1) / MOST_BLOCKS};
-    tally.size = tally.size > LEAST_BLOCK ? tally.size : LEAST_BLOCK;
+    tally tally = {.size = (elements + MAX_BLOCKS - 1) / MAX_BLOCKS};
+    tally.size = tally.size > MIN_BLOCK ? tally.size : MIN_BLOCK;
     tally.blocks = (elements + tally.size - 1) / tally.size;
-    context->backend->count_at_least(context->device, panel, least, tally.size, selection->blocks);
+    context->backend->count_at_least(context->device, panel, min, tally.size, selection->blocks);
     for (int64_t i = 0; i < tally.blocks; i++) {
         tally.at_least += selection->blocks[i].at_least;
         tally.above += selection->blocks[i].above;
@@ -155,9 +154,9 @@ static tally count_blocks(sebp_context *context, const sebp_selection *selection
     return tally;
 }
 
-/* Lists those above, and of those just at `least` the first `ties`. */
+/* Lists those above, and of those just at `min` the first `ties`. */
 static void list_blocks(sebp_context *context, sebp_selection *selection, const sebp_matrix *panel,
-                        int64_t first, uint32_t least, const tally *tally, int64_t ties)
+                        int64_t first, uint32_t min, const tally *tally, int64_t ties)
 {
     sebp_sparse *list = &selection->list;
     for (int64_t i = 0; i < tally->blocks; i++) {
@@ -168,7 +167,7 @@ static void list_blocks(sebp_context *context, sebp_selection *selection, const 
         ties -= block->ties;
         list->count += block->above + block->ties;
     }
-    context->backend->list_at_least(context->device, panel, least, first, tally->size,
+    context->backend->list_at_least(context->device, panel, min, first, tally->size,
                                     selection->blocks, list);
 }
 
@@ -179,27 +178,27 @@ void sebp_selection_feed(sebp_context *context, sebp_selection *selection, const
     int64_t room = selection->room - selection->list.count; /* k at least */
     if (elements == 0)
         return;
-    uint32_t least = selection->least;
+    uint32_t min = selection->min;
     if (elements > room) {
-        uint32_t guess = guess_least(context, selection, panel);
-        least = guess > least ? guess : least;
+        uint32_t guess = guess_min(context, selection, panel);
+        min = guess > min ? guess : min;
     }
-    tally tally = count_blocks(context, selection, panel, least);
+    tally tally = count_blocks(context, selection, panel, min);
     int64_t ties = tally.at_least - tally.above;
-    /* Below `least` none is wanted if that is known, or if k are not below it. */
-    bool is_low = least == selection->least || tally.at_least >= k;
+    /* Below `min` none is wanted if that is known, or if k are not below it. */
+    bool is_low = min == selection->min || tally.at_least >= k;
     if (is_low && tally.above < k && tally.at_least > room) {
         ties = k - tally.above; /* this is the k-th magnitude */
     } else if (!is_low || tally.at_least > room) {
         uint32_t kth = kth_magnitude(context, selection, panel, k, &ties);
-        if (kth < selection->least) {
-            kth = selection->least;
+        if (kth < selection->min) {
+            kth = selection->min;
             ties = INT64_MAX;
         }
-        least = kth;
-        tally = count_blocks(context, selection, panel, least);
+        min = kth;
+        tally = count_blocks(context, selection, panel, min);
     }
-    list_blocks(context, selection, panel, first, least, &tally, ties);
+    list_blocks(context, selection, panel, first, min, &tally, ties);
     if (selection->list.count > k)
         cut(context, selection);
 }

@@ -15,7 +15,7 @@ typedef struct sebp_selection {
     int64_t k;
     int64_t room;       /* elements there is memory for: at least 2 k */
     sebp_sparse list;   /* the largest so far, k at most, by ascending index */
-    uint32_t least;     /* the bits of a magnitude that later elements must have */
+    uint32_t min;       /* the bits of a magnitude that later elements must have */
     int64_t *counts;    /* of digits, for each thread */
     sebp_block *blocks; /* of a panel */
 } sebp_selection;

@@ -25,7 +25,7 @@ static sebp_status check_counts(const sebp_sparse *view)
         return SEBP_ERROR_OVERFLOW;
     if (view->count > elements)
         return SEBP_ERROR_VALUE;
-    return view->count > SEBP_MOST_IN_ARRAY ? SEBP_ERROR_OVERFLOW : SEBP_SUCCESS;
+    return view->count > SEBP_MAX_IN_ARRAY ? SEBP_ERROR_OVERFLOW : SEBP_SUCCESS;
 }
 
 sebp_status sebp_sparse_check(const sebp_sparse *view)
@@ -35,11 +35,11 @@ sebp_status sebp_sparse_check(const sebp_sparse *view)
     sebp_status status = check_counts(view);
     if (status != SEBP_SUCCESS)
         return status;
-    int64_t least = 0;
+    int64_t min = 0;
     for (int64_t i = 0; i < view->count; i++) {
-        if (view->indices[i] < least || view->indices[i] >= view->rows * view->cols)
+        if (view->indices[i] < min || view->indices[i] >= view->rows * view->cols)
             return SEBP_ERROR_ROWS;
-        least = view->indices[i] + 1;
+        min = view->indices[i] + 1;
     }
     return SEBP_SUCCESS;
 }

@@ -13,6 +13,7 @@
 
 #include "basis.h"
 #include "call.h"
+#include "integers.h"
 
 /* ---- the order of products ---- */
 
@@ -43,12 +44,12 @@ double sebp_sparsegrad_cost(const sebp_basis *basis, int64_t rows, sebp_rotation
 static sebp_rotation cheapest(const sebp_basis *basis, int64_t m, unsigned tried)
 {
     sebp_rotation best = SEBP_ROTATE_AUTO;
-    double least = INFINITY;
+    double min = INFINITY;
     for (int order = SEBP_ROTATE_FACTORS; order <= SEBP_ROTATE_IN_OUT; order++) {
         double cost = sebp_sparsegrad_cost(basis, m, (sebp_rotation)order);
-        if (!(tried & 1U << order) && cost < least) {
+        if (!(tried & 1U << order) && cost < min) {
             best = (sebp_rotation)order;
-            least = cost;
+            min = cost;
         }
     }
     return best;
@@ -142,17 +143,12 @@ static sebp_status to_r(const chain *chain, const side *first, int64_t at, int64
     return multiply(chain, part);
 }
 
-/* Parts of one size, of at most `most`, at least 1. */
-static int64_t even_part(int64_t whole, int64_t most)
+/* Parts of one size, of at most `max`, at least 1. */
+static int64_t even_part(int64_t whole, int64_t max)
 {
-    most = most > 1 ? most : 1;
-    int64_t parts = (whole + most - 1) / most;
+    max = max > 1 ? max : 1;
+    int64_t parts = (whole + max - 1) / max;
     return (whole + parts - 1) / parts;
-}
-
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* Floats that a row takes, of both factors, where it is widened. */
@@ -198,7 +194,7 @@ static sebp_status rotate_factors(chain *chain)
     float *a = take(chain, rows * p), *b = take(chain, rows * q);
     sebp_status status = SEBP_SUCCESS;
     for (int64_t i = 0; i < m && status == SEBP_SUCCESS; i += rows) {
-        int64_t count = least(rows, m - i);
+        int64_t count = sebp_min(rows, m - i);
         /* A = dY[i] u_out: count x p */
         sebp_product to_a = {.m = count, .n = p, .k = out->width, .c = a, .c_stride = p};
         to_a.a = rows_of(chain, out, i, count);
@@ -233,9 +229,9 @@ static sebp_status rotate_one(chain *chain, const side *first, const side *secon
     float *a = take(chain, rows * lines), *t = take(chain, lines * width);
     sebp_status status = SEBP_SUCCESS;
     for (int64_t v = 0; v < first->rank && status == SEBP_SUCCESS; v += lines) {
-        int64_t some = least(lines, first->rank - v);
+        int64_t some = sebp_min(lines, first->rank - v);
         for (int64_t i = 0; i < m && status == SEBP_SUCCESS; i += rows) {
-            int64_t count = least(rows, m - i);
+            int64_t count = sebp_min(rows, m - i);
             /* A = dY[i] u_out[v]: count x some */
             sebp_product to_a = {.m = count, .n = some, .k = first->width, .c = a};
             to_a.a = rows_of(chain, first, i, count);
@@ -266,7 +262,7 @@ static sebp_status rotate_gradient(chain *chain, const side *first, const side *
     float *g = take(chain, width * cols), *t = take(chain, rank * cols);
     sebp_status status = SEBP_SUCCESS;
     for (int64_t j = 0; j < second->width && status == SEBP_SUCCESS; j += cols) {
-        int64_t some = least(cols, second->width - j);
+        int64_t some = sebp_min(cols, second->width - j);
         /* G = dY^T X[:, j]: N x some */
         sebp_product to_g = {.m = width, .n = some, .k = chain->call->m, .dtype = chain->dtype};
         to_g.a = first->factor;
@@ -338,7 +334,7 @@ static sebp_status gradient_on_rows(const sebp_call *call, const sebp_basis *bas
         sides[i]->rank = sides[i]->basis.rows;
     }
     chain.add = call->options.dw_write == SEBP_ACCUMULATE;
-    chain.room = backend->set_aside_most(context->device) / (int64_t)sizeof(float) - slack;
+    chain.room = backend->set_aside_max(context->device) / (int64_t)sizeof(float) - slack;
 
     if (call->m == 0) { /* R (+)= 0 */
         chain.pass = RUN;
@@ -459,12 +455,12 @@ static void free_lines(sparse_lines *lines)
     free(lines->values);
 }
 
-/* Room for `elements` in at most `most` lines. */
-static sebp_status make_lines(int64_t most, int64_t elements, sparse_lines *lines)
+/* Room for `elements` in at most `max` lines. */
+static sebp_status make_lines(int64_t max, int64_t elements, sparse_lines *lines)
 {
     *lines = (sparse_lines){
-        .lines = malloc((size_t)most * sizeof(int64_t)),
-        .start = calloc((size_t)most + 1, sizeof(int64_t)),
+        .lines = malloc((size_t)max * sizeof(int64_t)),
+        .start = calloc((size_t)max + 1, sizeof(int64_t)),
         .places = malloc((size_t)elements * sizeof(int64_t)),
         .values = malloc((size_t)elements * sizeof(float)),
     };
@@ -540,7 +536,7 @@ static sebp_status add_step(const sebp_call *call, const sebp_basis *basis,
     const sebp_matrix *near = by_cols ? &basis->out : &basis->in; /* what S is multiplied into */
     const sebp_matrix *far = by_cols ? &basis->in : &basis->out;
     int64_t width = near->cols, count = lines->count;
-    int64_t room = backend->set_aside_most(context->device) / (int64_t)sizeof(float);
+    int64_t room = backend->set_aside_max(context->device) / (int64_t)sizeof(float);
     int64_t panel = even_part(width, room / count);
     int64_t step = (by_cols ? w->stride : 1) * (int64_t)sebp_dtype_bytes(w->dtype);
     sebp_sparse_lines sparse = {count, lines->start, lines->places, lines->values};
@@ -553,7 +549,7 @@ static sebp_status add_step(const sebp_call *call, const sebp_basis *basis,
     for (pass pass = RESERVE; pass <= RUN && status == SEBP_SUCCESS; pass++) {
         float *t = backend->aside(context->device);
         for (int64_t j = 0; j < width && status == SEBP_SUCCESS; j += panel) {
-            int64_t some = least(panel, width - j);
+            int64_t some = sebp_min(panel, width - j);
             sebp_operand of_t = dense(t, some, by_cols);
             sebp_operand of_far = {far_data, far->stride, is_run ? NULL : lines->lines, !by_cols};
             sebp_product product = {.k = count, .c_stride = w->stride, .c_dtype = w->dtype};

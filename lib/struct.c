@@ -13,7 +13,7 @@
 #include "internal.h"
 
 /* A page. What says that it is larger is no struct, and may not be there to be read. */
-enum { MOST_BYTES = 4096 };
+enum { MAX_BYTES = 4096 };
 
 static size_t size_of(const void *given)
 {
@@ -22,7 +22,7 @@ static size_t size_of(const void *given)
     return bytes;
 }
 
-static size_t least(size_t a, size_t b)
+static size_t min_size(size_t a, size_t b)
 {
     return a < b ? a : b;
 }
@@ -32,12 +32,12 @@ sebp_status sebp_take_struct(const void *given, size_t first_bytes, void *taken,
 {
     const unsigned char *tail = given;
     const size_t given_bytes = size_of(given);
-    if (given_bytes < first_bytes || given_bytes > MOST_BYTES) {
+    if (given_bytes < first_bytes || given_bytes > MAX_BYTES) {
         snprintf(why, SEBP_WHY_BYTES, "size_bytes is %zu, not %zu to %d", given_bytes, first_bytes,
-                 MOST_BYTES);
+                 MAX_BYTES);
         return SEBP_ERROR_SIZE;
     }
-    memcpy(taken, given, least(given_bytes, bytes));
+    memcpy(taken, given, min_size(given_bytes, bytes));
     memcpy(taken, &bytes, sizeof bytes);
     for (size_t i = bytes; i < given_bytes; i++) {
         if (tail[i] != 0) {
@@ -53,10 +53,10 @@ sebp_status sebp_take_struct(const void *given, size_t first_bytes, void *taken,
 sebp_status sebp_give_struct(const void *made, size_t bytes, size_t first_bytes, void *given)
 {
     const size_t given_bytes = size_of(given);
-    if (given_bytes < first_bytes || given_bytes > MOST_BYTES)
+    if (given_bytes < first_bytes || given_bytes > MAX_BYTES)
         return SEBP_ERROR_SIZE;
     memset(given, 0, given_bytes);
-    memcpy(given, made, least(given_bytes, bytes));
+    memcpy(given, made, min_size(given_bytes, bytes));
     memcpy(given, &given_bytes, sizeof given_bytes);
     return SEBP_SUCCESS;
 }

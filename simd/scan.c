@@ -86,23 +86,23 @@ double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n)
 }
 
 /* Those of the first n lanes. */
-static inline uint32_t lanes_at_least(vec v, uint32_t least, int64_t n)
+static inline uint32_t lanes_at_least(vec v, uint32_t min, int64_t n)
 {
-    return vec_at_least(v, least) & (uint32_t)((UINT64_C(1) << n) - 1);
+    return vec_at_least(v, min) & (uint32_t)((UINT64_C(1) << n) - 1);
 }
 
-void SEBP_NAME(count_at_least)(const float *row, int64_t n, uint32_t least, int64_t *count,
+void SEBP_NAME(count_at_least)(const float *row, int64_t n, uint32_t min, int64_t *count,
                                int64_t *above)
 {
     int64_t at = 0, found = 0, larger = 0;
     for (; at + VEC_LANES <= n; at += VEC_LANES) {
         vec v = vec_load(row + at);
-        found += __builtin_popcount(vec_at_least(v, least));
-        larger += __builtin_popcount(vec_at_least(v, least + 1));
+        found += __builtin_popcount(vec_at_least(v, min));
+        larger += __builtin_popcount(vec_at_least(v, min + 1));
     }
     vec rest = vec_load_first(row + at, n - at);
-    *count += found + __builtin_popcount(lanes_at_least(rest, least, n - at));
-    *above += larger + __builtin_popcount(lanes_at_least(rest, least + 1, n - at));
+    *count += found + __builtin_popcount(lanes_at_least(rest, min, n - at));
+    *above += larger + __builtin_popcount(lanes_at_least(rest, min + 1, n - at));
 }
 
 static inline int64_t list_lanes(const float *row, uint32_t lanes, int64_t first, int64_t *indices,
@@ -117,16 +117,16 @@ static inline int64_t list_lanes(const float *row, uint32_t lanes, int64_t first
 }
 
 /* Few elements are listed, so most vecs are passed by. */
-int64_t SEBP_NAME(list_at_least)(const float *row, int64_t n, uint32_t least, int64_t first,
+int64_t SEBP_NAME(list_at_least)(const float *row, int64_t n, uint32_t min, int64_t first,
                                  int64_t *indices, float *values)
 {
     int64_t at = 0, listed = 0;
     for (; at + VEC_LANES <= n; at += VEC_LANES) {
-        uint32_t lanes = vec_at_least(vec_load(row + at), least);
+        uint32_t lanes = vec_at_least(vec_load(row + at), min);
         if (lanes != 0) {
             listed = list_lanes(row + at, lanes, first + at, indices, values, listed);
         }
     }
-    uint32_t lanes = lanes_at_least(vec_load_first(row + at, n - at), least, n - at);
+    uint32_t lanes = lanes_at_least(vec_load_first(row + at, n - at), min, n - at);
     return list_lanes(row + at, lanes, first + at, indices, values, listed);
 }

@@ -39,8 +39,10 @@ typedef struct sebp_slab {
  * last sliver's missing lanes and an odd depth's missing half are zero. Slivers are `sliver_units`
  * units apart, at least `slack` more than they hold: that far each may be written past its end.
  */
-typedef void sebp_pack(float *packed, int64_t sliver_units, const sebp_slab *from, int64_t lane,
-                       int64_t lanes, int64_t at, int64_t depth);
+#define SEBP_PACK_ARGUMENTS                                                                        \
+    (float *packed, int64_t sliver_units, const sebp_slab *from, int64_t lane, int64_t lanes,      \
+     int64_t at, int64_t depth)
+typedef void sebp_pack SEBP_PACK_ARGUMENTS;
 
 /**
  * One tile of C: rows <= tile_rows, cols <= tile_cols, C[i][j] (+)= sum over u of a[u][i] b[u][j].
@@ -86,62 +88,17 @@ typedef struct sebp_adamw_work {
     int64_t n;
 } sebp_adamw_work;
 
-/** The kernels of one ISA. */
+/** The kernels of one ISA, and what a GEMM must know of its tiles. */
 typedef struct sebp_kernels {
     const char *isa;
-
-    /* scan.c: one row of n elements */
-    bool (*any_nonzero_f32)(const float *row, int64_t n); /* any but +-0; NaN counts */
-    bool (*any_nonzero_bf16)(const uint16_t *row, int64_t n);
-    bool (*any_above_f32)(const float *row, int64_t n, float limit); /* |v| > limit, NaN or Inf */
-    bool (*any_above_bf16)(const uint16_t *row, int64_t n, float limit);
-    double (*square_sum_f32)(const float *row, int64_t n); /* in double; NaN or Inf as they come */
-    double (*square_sum_bf16)(const uint16_t *row, int64_t n);
-
-    /* Magnitudes by their bits, so that NaN and Inf are above all others: adds to *count how many
-     * have bits of at least `least` < 2^31, to *above how many have more. */
-    void (*count_at_least)(const float *row, int64_t n, uint32_t least, int64_t *count,
-                           int64_t *above);
-    /* Lists (first + i, row[i]) of each that has at least `least` <= 2^31, in order; returns how
-     * many. Nothing is written behind them. */
-    int64_t (*list_at_least)(const float *row, int64_t n, uint32_t least, int64_t first,
-                             int64_t *indices, float *values);
-
-    /* move.c: rows of row_bytes bytes each; strides in bytes */
-    void (*move_rows)(char *to, int64_t to_stride, const int64_t *to_rows, const char *from,
-                      int64_t from_stride, const int64_t *from_rows, int64_t count,
-                      int64_t row_bytes); /* gather, scatter or both; no overlap */
-    void (*expand_rows)(char *data, int64_t stride, const int64_t *rows, int64_t count,
-                        int64_t row_bytes); /* in place: row i to rows[i] >= i, last first */
-    void (*zero)(void *data, int64_t bytes, bool stream); /* stream: past the caches */
-    void (*stream_fence)(void); /* after the last stream, before other threads read */
-
-    /* convert.c */
-    void (*f32_from_bf16)(float *to, const uint16_t *from, int64_t n);
-    void (*bf16_from_f32)(uint16_t *to, const float *from, int64_t n); /* nearest even; NaN quiet */
-
-    /* sum.c: sum[j] += from[rows[0]][j] + from[rows[1]][j] + ..., in this order for each j */
-    void (*add_rows_f32)(float *sum, const float *from, int64_t stride, const int64_t *rows,
-                         int64_t count, int64_t cols);
-    void (*add_rows_bf16)(float *sum, const uint16_t *from, int64_t stride, const int64_t *rows,
-                          int64_t count, int64_t cols);
-
-    /* step.c */
-    void (*adamw)(const sebp_adamw_work *work);
-    void (*scale_f32)(float *data, int64_t n, float factor); /* data *= factor */
-    void (*scale_bf16)(uint16_t *data, int64_t n, float factor);
-
-    /* sum.c: sum[j] = scale[0] * from[rows[0]][j] + scale[1] * from[rows[1]][j] + ... */
-    void (*sum_scaled_rows)(float *sum, const float *from, int64_t stride, const int64_t *rows,
-                            const float *scale, int64_t count, int64_t cols);
-
-    /* gemm.c */
     int tile_rows;
     int tile_cols;
     int slack;      /* units that a packed sliver may write past its end */
     bool bf16_dots; /* bf16 stays in pairs; else it is widened to f32 as it is packed */
-    sebp_pack *pack_a_f32, *pack_a_bf16, *pack_b_f32, *pack_b_bf16;
-    sebp_tile *tile_f32, *tile_bf16;
+
+#define KERNEL(result, name, arguments) result(*name) arguments;
+#include "kernel_list.h"
+#undef KERNEL
 } sebp_kernels;
 
 /* One of each in a build that has the tier; sebp_kernels_scalar always. */

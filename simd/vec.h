@@ -18,14 +18,29 @@
  *     vec_add(a, b), vec_mul(a, b)      a + b; a * b
  *     vec_fma(a, b, c)                  a * b + c, fused but in scalar
  *     vec_div(a, b), vec_sqrt(a)        a / b; the square root; both to nearest
+ *     vec_sub(a, b)                     a - b
+ *     vec_max(a, b), vec_min(a, b)      a > b ? a : b; a < b ? a : b: where either is NaN, b
+ *     vec_round(a)                      to an integer, ties to even
+ *     vec_sum(v), vec_max_lane(v)       of all lanes, in any order; a max of NaN is not defined
+ *     vec_less(a, b)                    a vecm: which lanes have a < b; NaN is not less
+ *     vec_select(mask, a, b)            a where the mask is set, else b
  *     vec_or(a, b)                      of the bits
  *     vec_any_nonzero(v)                any lane but +-0; NaN and denormals count, whatever the
  *                                       floating-point mode
  *     vec_any_above(v, limit)           any lane whose magnitude is above that of its limit, is Inf
  *                                       or NaN; by the bits, whatever the mode. limit: not NaN
- *     vec_at_least(v, least)            which lanes' magnitudes have bits of at least `least`, which is
+ *     vec_at_least(v, min)            which lanes' magnitudes have bits of at least `min`, which is
  *                                       at most 2^31: bit i is lane i's; whatever the mode
  *     vec_transpose(rows)               in place, VEC_LANES vecs
+ *
+ * `veci` is VEC_LANES u32, for the bits of floats and for random numbers; it wraps around.
+ *
+ *     veci_set1(x), veci_lane_index()   all lanes x; 0, 1, 2, ...
+ *     veci_from_bits(v)                 the bits of a vec; veci_to_bits(v) the other way
+ *     veci_to_f32(v)                    the number, which is below 2^31; to nearest
+ *     veci_add(a, b), veci_xor(a, b), veci_and(a, b)
+ *     veci_shift_left(v, bits), veci_shift_right(v, bits)     zeros come in; bits < 32
+ *     veci_mul_low(a, b)                the lower 32 bits of a * b; veci_mul_high the upper ones
  *
  * `vecd` is VEC_LANES f64, for sums that must not lose what f32 would lose.
  *

@@ -11,6 +11,8 @@
 #define TILE_VECS        2
 
 typedef __m256 vec;
+typedef __m256i veci;
+typedef __m256 vecm; /* all bits of a lane, or none */
 typedef struct vecd {
     __m256d low, high;
 } vecd;
@@ -123,6 +125,112 @@ static inline vec vec_sqrt(vec a)
     return _mm256_sqrt_ps(a);
 }
 
+static inline vec vec_sub(vec a, vec b)
+{
+    return _mm256_sub_ps(a, b);
+}
+
+static inline vec vec_max(vec a, vec b)
+{
+    return _mm256_max_ps(a, b);
+}
+
+static inline vec vec_min(vec a, vec b)
+{
+    return _mm256_min_ps(a, b);
+}
+
+static inline vec vec_round(vec a)
+{
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline float vec_sum(vec v)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+static inline float vec_max_lane(vec v)
+{
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+static inline vecm vec_less(vec a, vec b)
+{
+    return _mm256_cmp_ps(a, b, _CMP_LT_OQ);
+}
+
+static inline vec vec_select(vecm mask, vec a, vec b)
+{
+    return _mm256_blendv_ps(b, a, mask);
+}
+
+static inline veci veci_set1(uint32_t x)
+{
+    return _mm256_set1_epi32((int)x);
+}
+
+static inline veci veci_lane_index(void)
+{
+    return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+static inline veci veci_from_bits(vec v)
+{
+    return _mm256_castps_si256(v);
+}
+
+static inline vec veci_to_bits(veci v)
+{
+    return _mm256_castsi256_ps(v);
+}
+
+static inline vec veci_to_f32(veci v)
+{
+    return _mm256_cvtepi32_ps(v);
+}
+
+static inline veci veci_add(veci a, veci b)
+{
+    return _mm256_add_epi32(a, b);
+}
+
+static inline veci veci_xor(veci a, veci b)
+{
+    return _mm256_xor_si256(a, b);
+}
+
+static inline veci veci_and(veci a, veci b)
+{
+    return _mm256_and_si256(a, b);
+}
+
+static inline veci veci_shift_left(veci v, int bits)
+{
+    return _mm256_sll_epi32(v, _mm_cvtsi32_si128(bits));
+}
+
+static inline veci veci_shift_right(veci v, int bits)
+{
+    return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits));
+}
+
+static inline veci veci_mul_low(veci a, veci b)
+{
+    return _mm256_mullo_epi32(a, b);
+}
+
+static inline veci veci_mul_high(veci a, veci b)
+{
+    __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(a, b), 32);
+    __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+    return _mm256_blend_epi32(even, odd, 0xAA);
+}
+
 static inline vec vec_or(vec a, vec b)
 {
     return _mm256_or_ps(a, b);
@@ -136,16 +244,16 @@ static inline bool vec_any_nonzero(vec v)
 static inline bool vec_any_above(vec v, vec limit)
 {
     __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-    __m256i most = _mm256_and_si256(_mm256_castps_si256(limit), magnitude);
-    most = _mm256_min_epi32(most, _mm256_set1_epi32(0x7F7FFFFF)); /* Inf is above every limit */
+    __m256i max = _mm256_and_si256(_mm256_castps_si256(limit), magnitude);
+    max = _mm256_min_epi32(max, _mm256_set1_epi32(0x7F7FFFFF)); /* Inf is above every limit */
     __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), magnitude);
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, most)) != 0;
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, max)) != 0;
 }
 
-static inline uint32_t vec_at_least(vec v, uint32_t least)
+static inline uint32_t vec_at_least(vec v, uint32_t min)
 {
     /* There is no comparison of unsigned numbers; these are below 2^31 once 1 is taken off. */
-    __m256i below = _mm256_set1_epi32((int)(least - 1));
+    __m256i below = _mm256_set1_epi32((int)(min - 1));
     __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF));
     return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bits, below)));
 }

@@ -15,6 +15,8 @@
 #define TILE_VECS 2
 
 typedef __m512 vec;
+typedef __m512i veci;
+typedef __mmask16 vecm;
 typedef struct vecd {
     __m512d low, high;
 } vecd;
@@ -126,6 +128,108 @@ static inline vec vec_sqrt(vec a)
     return _mm512_sqrt_ps(a);
 }
 
+static inline vec vec_sub(vec a, vec b)
+{
+    return _mm512_sub_ps(a, b);
+}
+
+static inline vec vec_max(vec a, vec b)
+{
+    return _mm512_max_ps(a, b);
+}
+
+static inline vec vec_min(vec a, vec b)
+{
+    return _mm512_min_ps(a, b);
+}
+
+static inline vec vec_round(vec a)
+{
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline float vec_sum(vec v)
+{
+    return _mm512_reduce_add_ps(v);
+}
+
+static inline float vec_max_lane(vec v)
+{
+    return _mm512_reduce_max_ps(v);
+}
+
+static inline vecm vec_less(vec a, vec b)
+{
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
+}
+
+static inline vec vec_select(vecm mask, vec a, vec b)
+{
+    return _mm512_mask_blend_ps(mask, b, a);
+}
+
+static inline veci veci_set1(uint32_t x)
+{
+    return _mm512_set1_epi32((int)x);
+}
+
+static inline veci veci_lane_index(void)
+{
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+static inline veci veci_from_bits(vec v)
+{
+    return _mm512_castps_si512(v);
+}
+
+static inline vec veci_to_bits(veci v)
+{
+    return _mm512_castsi512_ps(v);
+}
+
+static inline vec veci_to_f32(veci v)
+{
+    return _mm512_cvtepi32_ps(v);
+}
+
+static inline veci veci_add(veci a, veci b)
+{
+    return _mm512_add_epi32(a, b);
+}
+
+static inline veci veci_xor(veci a, veci b)
+{
+    return _mm512_xor_si512(a, b);
+}
+
+static inline veci veci_and(veci a, veci b)
+{
+    return _mm512_and_si512(a, b);
+}
+
+static inline veci veci_shift_left(veci v, int bits)
+{
+    return _mm512_sll_epi32(v, _mm_cvtsi32_si128(bits));
+}
+
+static inline veci veci_shift_right(veci v, int bits)
+{
+    return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits));
+}
+
+static inline veci veci_mul_low(veci a, veci b)
+{
+    return _mm512_mullo_epi32(a, b);
+}
+
+static inline veci veci_mul_high(veci a, veci b)
+{
+    __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
+    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+    return _mm512_mask_mov_epi32(even, 0xAAAA, odd);
+}
+
 static inline vec vec_or(vec a, vec b)
 {
     return _mm512_or_ps(a, b);
@@ -139,16 +243,16 @@ static inline bool vec_any_nonzero(vec v)
 static inline bool vec_any_above(vec v, vec limit)
 {
     __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    __m512i most = _mm512_and_si512(_mm512_castps_si512(limit), magnitude);
-    most = _mm512_min_epi32(most, _mm512_set1_epi32(0x7F7FFFFF)); /* Inf is above every limit */
+    __m512i max = _mm512_and_si512(_mm512_castps_si512(limit), magnitude);
+    max = _mm512_min_epi32(max, _mm512_set1_epi32(0x7F7FFFFF)); /* Inf is above every limit */
     __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), magnitude);
-    return _mm512_cmpgt_epi32_mask(bits, most) != 0;
+    return _mm512_cmpgt_epi32_mask(bits, max) != 0;
 }
 
-static inline uint32_t vec_at_least(vec v, uint32_t least)
+static inline uint32_t vec_at_least(vec v, uint32_t min)
 {
     __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
-    return _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32((int)least));
+    return _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32((int)min));
 }
 
 static inline void vec_transpose(vec rows[VEC_LANES])

@@ -11,6 +11,8 @@
 #define TILE_VECS        3
 
 typedef float32x4_t vec;
+typedef uint32x4_t veci;
+typedef uint32x4_t vecm; /* all bits of a lane, or none */
 typedef struct vecd {
     float64x2_t low, high;
 } vecd;
@@ -121,6 +123,110 @@ static inline vec vec_sqrt(vec a)
     return vsqrtq_f32(a);
 }
 
+static inline vec vec_sub(vec a, vec b)
+{
+    return vsubq_f32(a, b);
+}
+
+static inline vecm vec_less(vec a, vec b)
+{
+    return vcltq_f32(a, b);
+}
+
+static inline vec vec_select(vecm mask, vec a, vec b)
+{
+    return vbslq_f32(mask, a, b);
+}
+
+/* Not vmaxq and vminq, which give NaN where either is NaN. */
+static inline vec vec_max(vec a, vec b)
+{
+    return vec_select(vec_less(b, a), a, b);
+}
+
+static inline vec vec_min(vec a, vec b)
+{
+    return vec_select(vec_less(a, b), a, b);
+}
+
+static inline vec vec_round(vec a)
+{
+    return vrndnq_f32(a);
+}
+
+static inline float vec_sum(vec v)
+{
+    return vaddvq_f32(v);
+}
+
+static inline float vec_max_lane(vec v)
+{
+    return vmaxvq_f32(v);
+}
+
+static inline veci veci_set1(uint32_t x)
+{
+    return vdupq_n_u32(x);
+}
+
+static inline veci veci_lane_index(void)
+{
+    const uint32_t lanes[VEC_LANES] = {0, 1, 2, 3};
+    return vld1q_u32(lanes);
+}
+
+static inline veci veci_from_bits(vec v)
+{
+    return vreinterpretq_u32_f32(v);
+}
+
+static inline vec veci_to_bits(veci v)
+{
+    return vreinterpretq_f32_u32(v);
+}
+
+static inline vec veci_to_f32(veci v)
+{
+    return vcvtq_f32_u32(v);
+}
+
+static inline veci veci_add(veci a, veci b)
+{
+    return vaddq_u32(a, b);
+}
+
+static inline veci veci_xor(veci a, veci b)
+{
+    return veorq_u32(a, b);
+}
+
+static inline veci veci_and(veci a, veci b)
+{
+    return vandq_u32(a, b);
+}
+
+static inline veci veci_shift_left(veci v, int bits)
+{
+    return vshlq_u32(v, vdupq_n_s32(bits));
+}
+
+static inline veci veci_shift_right(veci v, int bits)
+{
+    return vshlq_u32(v, vdupq_n_s32(-bits));
+}
+
+static inline veci veci_mul_low(veci a, veci b)
+{
+    return vmulq_u32(a, b);
+}
+
+static inline veci veci_mul_high(veci a, veci b)
+{
+    uint64x2_t low = vmull_u32(vget_low_u32(a), vget_low_u32(b));
+    uint64x2_t high = vmull_high_u32(a, b);
+    return vuzp2q_u32(vreinterpretq_u32_u64(low), vreinterpretq_u32_u64(high));
+}
+
 static inline vec vec_or(vec a, vec b)
 {
     return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
@@ -135,17 +241,17 @@ static inline bool vec_any_nonzero(vec v)
 static inline bool vec_any_above(vec v, vec limit)
 {
     uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF);
-    uint32x4_t most = vandq_u32(vreinterpretq_u32_f32(limit), magnitude);
-    most = vminq_u32(most, vdupq_n_u32(0x7F7FFFFF)); /* Inf is above every limit */
+    uint32x4_t max = vandq_u32(vreinterpretq_u32_f32(limit), magnitude);
+    max = vminq_u32(max, vdupq_n_u32(0x7F7FFFFF)); /* Inf is above every limit */
     uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(v), magnitude);
-    return vmaxvq_u32(vcgtq_u32(bits, most)) != 0;
+    return vmaxvq_u32(vcgtq_u32(bits, max)) != 0;
 }
 
-static inline uint32_t vec_at_least(vec v, uint32_t least)
+static inline uint32_t vec_at_least(vec v, uint32_t min)
 {
     const uint32_t lanes[VEC_LANES] = {1, 2, 4, 8};
     uint32x4_t bits = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7FFFFFFF));
-    return vaddvq_u32(vandq_u32(vcgeq_u32(bits, vdupq_n_u32(least)), vld1q_u32(lanes)));
+    return vaddvq_u32(vandq_u32(vcgeq_u32(bits, vdupq_n_u32(min)), vld1q_u32(lanes)));
 }
 
 static inline void vec_transpose(vec rows[VEC_LANES])

@@ -12,6 +12,8 @@
 
 typedef float vec;
 typedef double vecd;
+typedef uint32_t veci;
+typedef bool vecm;
 
 static inline uint32_t vec_bits(vec v)
 {
@@ -119,6 +121,106 @@ static inline vec vec_sqrt(vec a)
     return sqrtf(a);
 }
 
+static inline vec vec_sub(vec a, vec b)
+{
+    return a - b;
+}
+
+static inline vec vec_max(vec a, vec b)
+{
+    return a > b ? a : b;
+}
+
+static inline vec vec_min(vec a, vec b)
+{
+    return a < b ? a : b;
+}
+
+static inline vec vec_round(vec a)
+{
+    return rintf(a);
+}
+
+static inline float vec_sum(vec v)
+{
+    return v;
+}
+
+static inline float vec_max_lane(vec v)
+{
+    return v;
+}
+
+static inline vecm vec_less(vec a, vec b)
+{
+    return a < b;
+}
+
+static inline vec vec_select(vecm mask, vec a, vec b)
+{
+    return mask ? a : b;
+}
+
+static inline veci veci_set1(uint32_t x)
+{
+    return x;
+}
+
+static inline veci veci_lane_index(void)
+{
+    return 0;
+}
+
+static inline veci veci_from_bits(vec v)
+{
+    return vec_bits(v);
+}
+
+static inline vec veci_to_bits(veci v)
+{
+    return vec_from_bits(v);
+}
+
+static inline vec veci_to_f32(veci v)
+{
+    return (float)v;
+}
+
+static inline veci veci_add(veci a, veci b)
+{
+    return a + b;
+}
+
+static inline veci veci_xor(veci a, veci b)
+{
+    return a ^ b;
+}
+
+static inline veci veci_and(veci a, veci b)
+{
+    return a & b;
+}
+
+static inline veci veci_shift_left(veci v, int bits)
+{
+    return v << bits;
+}
+
+static inline veci veci_shift_right(veci v, int bits)
+{
+    return v >> bits;
+}
+
+static inline veci veci_mul_low(veci a, veci b)
+{
+    return a * b;
+}
+
+static inline veci veci_mul_high(veci a, veci b)
+{
+    return (veci)((uint64_t)a * b >> 32);
+}
+
 static inline vec vec_or(vec a, vec b)
 {
     return vec_from_bits(vec_bits(a) | vec_bits(b));
@@ -131,14 +233,14 @@ static inline bool vec_any_nonzero(vec v)
 
 static inline bool vec_any_above(vec v, vec limit)
 {
-    uint32_t most = vec_bits(limit) & 0x7FFFFFFF;
-    most = most < 0x7F7FFFFF ? most : 0x7F7FFFFF; /* Inf is above every limit */
-    return (vec_bits(v) & 0x7FFFFFFF) > most;
+    uint32_t max = vec_bits(limit) & 0x7FFFFFFF;
+    max = max < 0x7F7FFFFF ? max : 0x7F7FFFFF; /* Inf is above every limit */
+    return (vec_bits(v) & 0x7FFFFFFF) > max;
 }
 
-static inline uint32_t vec_at_least(vec v, uint32_t least)
+static inline uint32_t vec_at_least(vec v, uint32_t min)
 {
-    return (vec_bits(v) & 0x7FFFFFFF) >= least;
+    return (vec_bits(v) & 0x7FFFFFFF) >= min;
 }
 
 static inline void vec_transpose(vec rows[VEC_LANES])

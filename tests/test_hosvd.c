@@ -168,8 +168,8 @@ START_TEST(eigenvectors)
     for (int round = 0; round < testing_rounds(40); round++) {
         sebp_context *context = testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), 0);
         int64_t N = testing_between(1, 50), K = testing_between(1, 50);
-        int64_t least = N < K ? N : K, most = N < K ? K : N;
-        int64_t count = testing_between(1, 4) + (most - 1) / least;
+        int64_t min = N < K ? N : K, max = N < K ? K : N;
+        int64_t count = testing_between(1, 4) + (max - 1) / min;
         double *out = array(N * N), *in = array(K * K);
         sebp_basis_sums *sums = NULL;
         testing_succeed(sebp_basis_sums_create(N, K, &sums), context);
@@ -704,8 +704,8 @@ START_TEST(sums_copied)
     for (int side = 0; side < 2; side++) {
         const sebp_matrix *sum = side == 0 ? &out : &in;
         double element = testing_get(sum, 1, 6);
-        double most = sqrt(testing_get(sum, 1, 1) * testing_get(sum, 6, 6));
-        const double bad[] = {1e30, -1e30, 1.001 * most, -1.001 * most};
+        double max = sqrt(testing_get(sum, 1, 1) * testing_get(sum, 6, 6));
+        const double bad[] = {1e30, -1e30, 1.001 * max, -1.001 * max};
         for (int i = 0; i < 4; i++) {
             testing_set(sum, 1, 6, bad[i]);
             ck_assert_int_eq(sebp_basis_sums_import(other, 2, energy, &out, &in), SEBP_ERROR_VALUE);
@@ -1131,8 +1131,8 @@ START_TEST(foreign_files)
     seal(other);
     refuses_file(other, file_bytes, SEBP_ERROR_FILE, "length", "large", 0);
     for (size_t i = 0; i < 3; i++) { /* one vector, or as many of one element */
-        const int64_t most = INT64_MAX - (int64_t)i * 15;
-        const int64_t larger[][4] = {{most, most, 1, 1}, {most, 5, most, 2}, {most, 1, 1, 1}};
+        const int64_t max = INT64_MAX - (int64_t)i * 15;
+        const int64_t larger[][4] = {{max, max, 1, 1}, {max, 5, max, 2}, {max, 1, 1, 1}};
         for (size_t j = 0; j < 3; j++) {
             memcpy(other + 16, larger[j], sizeof larger[j]);
             seal(other);

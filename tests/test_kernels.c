@@ -107,8 +107,8 @@ static buffer make(int64_t count, size_t element)
     made.open = map + page;
     check(mprotect(made.open, made.open_bytes, PROT_READ | PROT_WRITE) == 0, "no memory");
     memset(made.open, TESTING_POISON, made.open_bytes);
-    int64_t most = (int64_t)((made.open_bytes - bytes) / element);
-    int64_t offsets[] = {0, most, testing_between(0, most)};
+    int64_t max = (int64_t)((made.open_bytes - bytes) / element);
+    int64_t offsets[] = {0, max, testing_between(0, max)};
     made.data = made.open + (size_t)offsets[testing_between(0, 2)] * element;
     return made;
 }
@@ -283,8 +283,8 @@ START_TEST(above)
         float limit = testing_from_bf16(near);
         buffer row = make(n, bytes_of(is_bf16));
         for (int64_t i = 0; i < n; i++) {
-            double most = isinf(limit) ? FLT_MAX / 2 : limit;
-            double value = testing_chance(0.2) ? most : most * testing_uniform();
+            double max = isinf(limit) ? FLT_MAX / 2 : limit;
+            double value = testing_chance(0.2) ? max : max * testing_uniform();
             put(row.data, is_bf16, i, testing_chance(0.5) ? value : -value);
         }
         if (n > 0 && testing_chance(0.6)) {
@@ -592,11 +592,11 @@ START_TEST(at_least)
     for (int round = testing_rounds(2000); round > 0; round--) {
         const uint32_t bits[] = {0,          1,          2,          0x00800000,
                                  0x3F000000, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF};
-        uint32_t least = bits[testing_between(0, 7)];
+        uint32_t min = bits[testing_between(0, 7)];
         int64_t n = length(), first = testing_between(0, 1000), wanted = 0, equal = 0;
         buffer row = make(n, sizeof(float));
         for (int64_t i = 0; i < n; i++) {
-            uint32_t near = least + (uint32_t)testing_between(least > 0 ? -1 : 0, 1);
+            uint32_t near = min + (uint32_t)testing_between(min > 0 ? -1 : 0, 1);
             float as = (float)testing_uniform();
             if (testing_chance(0.5) && near <= 0x7FFFFFFF) {
                 near |= testing_chance(0.5) ? 0x80000000 : 0;
@@ -607,16 +607,16 @@ START_TEST(at_least)
         for (int64_t i = 0; i < n; i++) {
             uint32_t magnitude;
             memcpy(&magnitude, (const float *)(void *)row.data + i, sizeof magnitude);
-            wanted += (magnitude & 0x7FFFFFFF) >= least;
-            equal += (magnitude & 0x7FFFFFFF) == least;
+            wanted += (magnitude & 0x7FFFFFFF) >= min;
+            equal += (magnitude & 0x7FFFFFFF) == min;
         }
         /* Room for just those that there are: the guard bands tell of more. */
         buffer indices = make(wanted, sizeof(int64_t)), values = make(wanted, sizeof(float));
         int64_t count = 5, above = 7, listed = 0, *list = (void *)indices.data;
         float *kept = (void *)values.data;
         flush_denormals(testing_chance(0.5));
-        kernels->count_at_least((void *)row.data, n, least, &count, &above);
-        int64_t got = kernels->list_at_least((void *)row.data, n, least, first, list, kept);
+        kernels->count_at_least((void *)row.data, n, min, &count, &above);
+        int64_t got = kernels->list_at_least((void *)row.data, n, min, first, list, kept);
         flush_denormals(0);
         check(count == 5 + wanted && above == 7 + wanted - equal && got == wanted,
               "%lld and %lld are counted, %lld listed, of %lld and %lld", (long long)count - 5,
@@ -624,7 +624,7 @@ START_TEST(at_least)
         for (int64_t i = 0; i < n; i++) {
             uint32_t magnitude;
             memcpy(&magnitude, (const float *)(void *)row.data + i, sizeof magnitude);
-            if ((magnitude & 0x7FFFFFFF) >= least) {
+            if ((magnitude & 0x7FFFFFFF) >= min) {
                 check(list[listed] == first + i &&
                           memcmp(&kept[listed], (const float *)(void *)row.data + i,
                                  sizeof(float)) == 0,

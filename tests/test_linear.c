@@ -12,8 +12,8 @@
 #include "reference.h"
 #include "testing.h"
 
-#define GEMMS         3
-#define LEAST_SCRATCH ((int64_t)1 << 20)
+#define GEMMS       3
+#define MIN_SCRATCH ((int64_t)1 << 20)
 
 static const char *const gemm_names[GEMMS] = {"auto", "native", "onednn"};
 
@@ -91,7 +91,7 @@ typedef struct problem {
     sebp_linear_options options;
 } problem;
 
-static int64_t random_size(int64_t most)
+static int64_t random_size(int64_t max)
 {
     if (testing_chance(0.05)) {
         return 0;
@@ -99,7 +99,7 @@ static int64_t random_size(int64_t most)
     if (testing_chance(0.1)) {
         return 1;
     }
-    return testing_between(1, testing_chance(0.5) ? 20 : most);
+    return testing_between(1, testing_chance(0.5) ? 20 : max);
 }
 
 /* Which of M rows are active, but for the found kinds. */
@@ -379,7 +379,7 @@ static void check_forward(sebp_context *context, const problem *p)
 /* A context at random: threads, host, workspace. */
 static sebp_context *random_context(int gemm)
 {
-    int64_t workspace = testing_chance(0.3) ? LEAST_SCRATCH : 0;
+    int64_t workspace = testing_chance(0.3) ? MIN_SCRATCH : 0;
     return make_context((sebp_gemm)gemm, (int)testing_between(1, 4), workspace,
                         testing_chance(0.3));
 }
@@ -581,7 +581,7 @@ START_TEST(small_workspace_takes_panels)
         const int64_t *shape = shapes[round % 6];
         sebp_dtype dtype = round / 6 % 2 ? SEBP_BF16 : SEBP_F32;
         sebp_context *context =
-            make_context((sebp_gemm)_i, (int)testing_between(1, 3), LEAST_SCRATCH, 0);
+            make_context((sebp_gemm)_i, (int)testing_between(1, 3), MIN_SCRATCH, 0);
         problem p = make_problem(shape[0], shape[1], shape[2], dtype,
                                  testing_chance(0.5) ? TESTING_REAL : TESTING_INTEGER,
                                  (rows_kind)testing_between(ROWS_SCATTERED, ROWS_FOUND));
@@ -590,7 +590,7 @@ START_TEST(small_workspace_takes_panels)
             check_forward(context, &p);
         }
         free_problem(&p);
-        ck_assert_int_le(sebp_context_scratch_bytes(context), LEAST_SCRATCH);
+        ck_assert_int_le(sebp_context_scratch_bytes(context), MIN_SCRATCH);
         sebp_context_destroy(context);
     }
 }

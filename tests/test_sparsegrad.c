@@ -13,8 +13,8 @@
 #include "reference.h"
 #include "testing.h"
 
-#define LEAST_SCRATCH ((int64_t)1 << 20)
-#define ROTATIONS     6
+#define MIN_SCRATCH ((int64_t)1 << 20)
+#define ROTATIONS   6
 
 /* `rank` orthonormal rows of `size`: Gram-Schmidt, twice, in double; or, for exact sums, rows of
  * the identity in any order and with any sign. */
@@ -166,14 +166,14 @@ END_TEST
 START_TEST(gradient_in_panels)
 {
     sebp_dtype dtype = _i == 0 ? SEBP_F32 : SEBP_BF16;
-    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, MIN_SCRATCH);
     problem p = make_problem(900, 420, 300, dtype, TESTING_REAL);
     while (p.active.count == 0) {
         free_problem(&p);
         p = make_problem(900, 420, 300, dtype, TESTING_REAL);
     }
     check_gradient(context, &p, TESTING_REAL);
-    ck_assert_int_le(sebp_context_scratch_bytes(context), LEAST_SCRATCH);
+    ck_assert_int_le(sebp_context_scratch_bytes(context), MIN_SCRATCH);
     free_problem(&p);
     sebp_context_destroy(context);
 }
@@ -205,7 +205,7 @@ START_TEST(cheapest_order_that_fits)
         {10, 150000, 4, 2, 1, SEBP_BF16, SEBP_ROTATE_X, SEBP_ROTATE_IN_OUT},
         {3, 150000, 150000, 1, 1, SEBP_BF16, SEBP_ROTATE_FACTORS, SEBP_ROTATE_AUTO}, /* none does */
     };
-    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, MIN_SCRATCH);
     sebp_rotation fits = cases[_i].fits;
     problem p = make_plain(cases[_i].M, cases[_i].N, cases[_i].K, cases[_i].p, cases[_i].q,
                            cases[_i].dtype);
@@ -233,7 +233,7 @@ START_TEST(cheapest_order_that_fits)
             }
         }
     }
-    ck_assert_int_le(sebp_context_scratch_bytes(context), LEAST_SCRATCH);
+    ck_assert_int_le(sebp_context_scratch_bytes(context), MIN_SCRATCH);
     testing_release(&r);
     testing_release(&want);
     free_problem(&p);
@@ -563,7 +563,7 @@ START_TEST(update)
     testing_values values = _i == 0 ? TESTING_REAL : TESTING_INTEGER;
     for (int round = 0; round < testing_rounds(200); round++) {
         sebp_context *context =
-            testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), LEAST_SCRATCH);
+            testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), MIN_SCRATCH);
         problem p = {.N = testing_between(1, 60), .K = testing_between(1, 60)};
         p.p = testing_between(1, p.N);
         p.q = testing_between(1, p.K);
@@ -587,7 +587,7 @@ END_TEST
 START_TEST(update_in_panels)
 {
     for (int tall = 0; tall < 2; tall++) {
-        sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, LEAST_SCRATCH);
+        sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, MIN_SCRATCH);
         problem p = {.N = tall ? 1500 : 300, .K = tall ? 300 : 1500};
         p.p = tall ? 200 : 130;
         p.q = tall ? 130 : 200;
@@ -595,7 +595,7 @@ START_TEST(update_in_panels)
         sebp_sparse s = random_sparse(p.p, p.q, 0.05, TESTING_INTEGER);
         check_update(context, &p, &s, SEBP_F32, TESTING_INTEGER);
         check_update(context, &p, &s, SEBP_BF16, TESTING_INTEGER);
-        ck_assert_int_le(sebp_context_scratch_bytes(context), LEAST_SCRATCH);
+        ck_assert_int_le(sebp_context_scratch_bytes(context), MIN_SCRATCH);
         testing_free_sparse(&s);
         sebp_basis_destroy(p.basis);
         testing_release(&p.u_out);
@@ -918,7 +918,7 @@ static sebp_status add_swapped(sebp_context *context, const sebp_matrix *w, cons
 
 START_TEST(bad_input_is_refused)
 {
-    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, MIN_SCRATCH);
     problem p = {.N = 5, .K = 6, .p = 3, .q = 4};
     make_basis(&p, TESTING_REAL);
     p.dy = testing_random_matrix(8, 5, SEBP_F32, TESTING_REAL);
@@ -1023,7 +1023,7 @@ END_TEST
 START_TEST(too_little_scratch)
 {
     const int64_t K = _i == 0 ? 150000 : 300000; /* of less than all the scratch memory, and more */
-    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, LEAST_SCRATCH);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, MIN_SCRATCH);
     sebp_matrix u_out = random_vectors(1, 1, TESTING_INTEGER);
     sebp_matrix u_in = testing_matrix(1, K, K, SEBP_F32);
     memset(u_in.data, 0, (size_t)K * sizeof(float));

@@ -27,8 +27,8 @@ enum {
     SUM_COLS = 512,              /* sums held at a time: 2 KiB */
     SPARSE_COLS = 128,           /* of a sparse product, at a time */
     WALK_PART = 16 << 10,        /* elements worth a thread of their own */
-    LEAST_DIGITS = 4 << 10,      /* elements worth their digits' counts */
-    MOST_DIGITS = 1 << 20,       /* elements to one set of 32-bit counts */
+    MIN_DIGITS = 4 << 10,        /* elements worth their digits' counts */
+    MAX_DIGITS = 1 << 20,        /* elements to one set of 32-bit counts */
     LARGE = 512                  /* of a product's sizes */
 };
 
@@ -50,7 +50,7 @@ static int wanted_threads(const sebp_context_options *options,
         return options->threads;
     if (environment->omp_threads > 0)
         return environment->omp_threads;
-    return (int)sebp_least(sebp_topology_default_threads(topology), SEBP_MOST_THREADS);
+    return (int)sebp_min(sebp_topology_default_threads(topology), SEBP_MAX_THREADS);
 }
 
 /* A pool of the host's has as many as that; OpenMP no more than OMP_THREAD_LIMIT, and in a child
@@ -64,7 +64,7 @@ static int count_threads(const sebp_context_options *options,
 #ifdef _OPENMP
     if (sebp_cpu_openmp_is_lost())
         return 1;
-    return (int)sebp_most(sebp_least(threads, omp_get_thread_limit()), 1);
+    return (int)sebp_max(sebp_min(threads, omp_get_thread_limit()), 1);
 #else
     return 1;
 #endif
@@ -104,8 +104,8 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
     if (bytes > cpu->workspace_bytes)
         return NULL;
     if (bytes > cpu->scratch_bytes || cpu->scratch == NULL) {
-        bytes = sebp_least(sebp_most(bytes + ALIGNMENT - 1, ALIGNMENT) / ALIGNMENT * ALIGNMENT,
-                           cpu->workspace_bytes);
+        bytes = sebp_min(sebp_max(bytes + ALIGNMENT - 1, ALIGNMENT) / ALIGNMENT * ALIGNMENT,
+                         cpu->workspace_bytes);
         free(cpu->scratch); /* before the next is had, so that both never add up */
         cpu->scratch = NULL;
         cpu->scratch_bytes = 0;
@@ -114,7 +114,7 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
             return NULL;
         cpu->scratch = scratch;
         cpu->scratch_bytes = bytes;
-        cpu->scratch_most = sebp_most(cpu->scratch_most, bytes);
+        cpu->scratch_max = sebp_max(cpu->scratch_max, bytes);
     }
     return cpu->scratch + cpu->aside_bytes;
 }
@@ -124,7 +124,7 @@ int64_t sebp_cpu_workspace(const sebp_cpu *cpu)
     return cpu->workspace_bytes - cpu->aside_bytes;
 }
 
-static int64_t set_aside_most(const void *device)
+static int64_t set_aside_max(const void *device)
 {
     return ((const sebp_cpu *)device)->workspace_bytes / 2 / ALIGNMENT * ALIGNMENT;
 }
@@ -132,9 +132,9 @@ static int64_t set_aside_most(const void *device)
 static sebp_status set_aside(void *device, int64_t bytes)
 {
     sebp_cpu *cpu = device;
-    if (bytes > set_aside_most(device))
+    if (bytes > set_aside_max(device))
         return SEBP_ERROR_MEMORY;
-    cpu->aside_bytes = sebp_parts(bytes, ALIGNMENT) * ALIGNMENT;
+    cpu->aside_bytes = sebp_div_ceil(bytes, ALIGNMENT) * ALIGNMENT;
     if (sebp_cpu_scratch(cpu, 0) != NULL)
         return SEBP_SUCCESS;
     cpu->aside_bytes = 0;
@@ -183,7 +183,7 @@ static void scan_blocks(void *work, int64_t worker)
     const scan *scan = work;
     for (int64_t block = worker; block < scan->blocks; block += scan->workers) {
         int64_t first = block * scan->block_rows;
-        int64_t end = sebp_least(first + scan->block_rows, scan->dy->rows);
+        int64_t end = sebp_min(first + scan->block_rows, scan->dy->rows);
         for (int64_t i = first; i < end; i++)
             scan->score[i] = measure_row(scan, i);
     }
@@ -200,9 +200,9 @@ static void scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
                       double *score)
 {
     sebp_cpu *cpu = device;
-    int64_t row_bytes = sebp_most(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
-    int64_t block_rows = sebp_most(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
-    int64_t blocks = sebp_parts(dy->rows, block_rows);
+    int64_t row_bytes = sebp_max(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
+    int64_t block_rows = sebp_max(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
+    int64_t blocks = sebp_div_ceil(dy->rows, block_rows);
     scan scan = {.kernels = cpu->kernels,
                  .dy = dy,
                  .measure = measure,
@@ -210,7 +210,7 @@ static void scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
                  .score = score,
                  .block_rows = block_rows,
                  .blocks = blocks,
-                 .workers = sebp_least(blocks, sebp_cpu_threads(cpu))};
+                 .workers = sebp_min(blocks, sebp_cpu_threads(cpu))};
     sebp_cpu_parallel(cpu, scan.workers, scan_blocks, &scan);
 }
 
@@ -226,7 +226,7 @@ static bool choose_onednn(const sebp_cpu *cpu, const sebp_product *product, cons
      * B transposed (the forward) and with bf16, our own does. */
     bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
                     !product->b.transposed;
-    bool is_large = sebp_least(product->m, sebp_least(product->n, product->k)) >= LARGE;
+    bool is_large = sebp_min(product->m, sebp_min(product->n, product->k)) >= LARGE;
     bool suits = product->dtype == SEBP_F32 && is_dense && is_large;
     if (cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits)) {
         *path = sebp_onednn_refusal(cpu, product);
@@ -331,7 +331,7 @@ static void zero_part(void *work, int64_t part)
     for (int64_t listed = listed_before(zeroing, other); other < end; listed++) {
         /* the others from here up to the next listed row */
         int64_t until = listed < zeroing->count ? zeroing->rows[listed] - listed : zeroing->others;
-        int64_t run = sebp_least(until, end) - other;
+        int64_t run = sebp_min(until, end) - other;
         if (run > 0)
             zero_rows(zeroing, other + listed, run);
         other += run;
@@ -360,7 +360,7 @@ static void zero_other_rows(void *device, const sebp_matrix *to, const int64_t *
                        .count = count,
                        .others = others,
                        .parts =
-                           sebp_least(sebp_parts(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
+                           sebp_min(sebp_div_ceil(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
                        .stream = sebp_cpu_streams(cpu, bytes)};
     sebp_cpu_parallel(cpu, zeroing.parts, zero_part, &zeroing);
 }
@@ -409,9 +409,9 @@ static void sum_part(void *work, int64_t part)
 {
     const column_sums *sums = work;
     int64_t first = part * sums->part_cols;
-    int64_t end = sebp_least(first + sums->part_cols, sums->to->cols);
+    int64_t end = sebp_min(first + sums->part_cols, sums->to->cols);
     for (; first < end; first += SUM_COLS)
-        sum_chunk(sums, first, sebp_least(SUM_COLS, end - first));
+        sum_chunk(sums, first, sebp_min(SUM_COLS, end - first));
 }
 
 /* Each column is summed by one thread, in the order of its rows: the bits do not depend on how many
@@ -422,7 +422,7 @@ static void sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
     sebp_cpu *cpu = device;
     const int64_t line = ALIGNMENT / (int64_t)sizeof(float);
     int64_t cols = to->cols;
-    int64_t part_cols = sebp_parts(sebp_parts(cols, sebp_cpu_threads(cpu)), line) * line;
+    int64_t part_cols = sebp_div_ceil(sebp_div_ceil(cols, sebp_cpu_threads(cpu)), line) * line;
     column_sums sums = {.kernels = cpu->kernels,
                         .from = from,
                         .rows = rows,
@@ -431,7 +431,7 @@ static void sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                         .accumulate = accumulate,
                         .part_cols = part_cols};
     if (cols > 0)
-        sebp_cpu_parallel(cpu, sebp_parts(cols, part_cols), sum_part, &sums);
+        sebp_cpu_parallel(cpu, sebp_div_ceil(cols, part_cols), sum_part, &sums);
 }
 
 /* ---- element by element ---- */
@@ -459,7 +459,7 @@ static walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int co
         walk.rows = elements > 0;
         walk.cols = elements;
     }
-    walk.parts = sebp_least(sebp_parts(elements, WALK_PART), sebp_cpu_threads(cpu));
+    walk.parts = sebp_min(sebp_div_ceil(elements, WALK_PART), sebp_cpu_threads(cpu));
     return walk;
 }
 
@@ -467,8 +467,8 @@ static walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int co
 static int64_t part_start(const walk *walk, int64_t part)
 {
     enum { LINE_ELEMENTS = 32 };
-    int64_t lines = sebp_parts(walk->rows * walk->cols, LINE_ELEMENTS);
-    return sebp_least(lines * part / walk->parts * LINE_ELEMENTS, walk->rows * walk->cols);
+    int64_t lines = sebp_div_ceil(walk->rows * walk->cols, LINE_ELEMENTS);
+    return sebp_min(lines * part / walk->parts * LINE_ELEMENTS, walk->rows * walk->cols);
 }
 
 /* Element `at` of all of the walk's i-th matrix. */
@@ -482,7 +482,7 @@ static void *element_of(const walk *walk, int i, int64_t at)
 /* How many elements from `at` on lie in one row and before `end`. */
 static int64_t run_length(const walk *walk, int64_t at, int64_t end)
 {
-    return sebp_least(end - at, walk->cols - at % walk->cols);
+    return sebp_min(end - at, walk->cols - at % walk->cols);
 }
 
 static void adamw_part(void *work, int64_t part)
@@ -580,7 +580,7 @@ static void widen_rows(void *device, const sebp_matrix *from, const int64_t *row
                          .rows = rows,
                          .count = count,
                          .to = to,
-                         .parts = sebp_least(count, sebp_cpu_threads(cpu))};
+                         .parts = sebp_min(count, sebp_cpu_threads(cpu))};
     sebp_cpu_parallel(cpu, widening.parts, widen_part, &widening);
 }
 
@@ -597,7 +597,7 @@ static void sparse_part(void *work, int64_t part)
     const sparse_product *product = work;
     const sebp_sparse_lines *lines = product->lines;
     int64_t first = part * SPARSE_COLS;
-    int64_t cols = sebp_least(SPARSE_COLS, product->to->cols - first);
+    int64_t cols = sebp_min(SPARSE_COLS, product->to->cols - first);
     const float *from = (const float *)product->from->data + first;
     float *to = (float *)product->to->data + first;
     for (int64_t i = 0; i < lines->count; i++) {
@@ -616,7 +616,7 @@ static void multiply_sparse(void *device, const sebp_sparse_lines *lines, const 
     sebp_cpu *cpu = device;
     sparse_product product = {.kernels = cpu->kernels, .lines = lines, .from = from, .to = to};
     if (to->cols > 0)
-        sebp_cpu_parallel(cpu, sebp_parts(to->cols, SPARSE_COLS), sparse_part, &product);
+        sebp_cpu_parallel(cpu, sebp_div_ceil(to->cols, SPARSE_COLS), sparse_part, &product);
 }
 
 /* ---- what is large ---- */
@@ -628,7 +628,7 @@ typedef struct ranking {
     const sebp_matrix *from;
     int64_t cols; /* one row where there are no gaps */
     int64_t elements, size, blocks, workers;
-    uint32_t mask, found, least;
+    uint32_t mask, found, min;
     int shift;
     int64_t *counts;
     sebp_block *counted;
@@ -643,8 +643,8 @@ static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64
     ranking.elements = from->rows * from->cols;
     if (from->stride == from->cols)
         ranking.cols = ranking.elements;
-    ranking.blocks = sebp_parts(ranking.elements, size);
-    ranking.workers = sebp_least(ranking.blocks, sebp_cpu_threads(cpu));
+    ranking.blocks = sebp_div_ceil(ranking.elements, size);
+    ranking.workers = sebp_min(ranking.blocks, sebp_cpu_threads(cpu));
     return ranking;
 }
 
@@ -652,13 +652,13 @@ static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64
 static const float *run_of(const ranking *ranking, int64_t at, int64_t end, int64_t *n)
 {
     int64_t row = at / ranking->cols, col = at % ranking->cols;
-    *n = sebp_least(end - at, ranking->cols - col);
+    *n = sebp_min(end - at, ranking->cols - col);
     return (const float *)ranking->from->data + row * ranking->from->stride + col;
 }
 
 static int64_t block_end(const ranking *ranking, int64_t block)
 {
-    return sebp_least((block + 1) * ranking->size, ranking->elements);
+    return sebp_min((block + 1) * ranking->size, ranking->elements);
 }
 
 static uint32_t magnitude_bits(float value)
@@ -694,9 +694,8 @@ static void count_digits(void *device, const sebp_matrix *from, uint32_t mask, u
                          int shift, int64_t *counts)
 {
     sebp_cpu *cpu = device;
-    int64_t share = sebp_parts(from->rows * from->cols, sebp_cpu_threads(cpu));
-    ranking ranking =
-        start_ranking(cpu, from, sebp_least(sebp_most(share, LEAST_DIGITS), MOST_DIGITS));
+    int64_t share = sebp_div_ceil(from->rows * from->cols, sebp_cpu_threads(cpu));
+    ranking ranking = start_ranking(cpu, from, sebp_min(sebp_max(share, MIN_DIGITS), MAX_DIGITS));
     ranking.mask = mask;
     ranking.found = found;
     ranking.shift = shift;
@@ -714,30 +713,30 @@ static void count_at_least_part(void *work, int64_t worker)
         int64_t end = block_end(ranking, block), at_least = 0, above = 0;
         for (int64_t n, at = block * ranking->size; at < end; at += n) {
             const float *run = run_of(ranking, at, end, &n);
-            ranking->kernels->count_at_least(run, n, ranking->least, &at_least, &above);
+            ranking->kernels->count_at_least(run, n, ranking->min, &at_least, &above);
         }
         ranking->counted[block] = (sebp_block){.at_least = at_least, .above = above};
     }
 }
 
-static void count_at_least(void *device, const sebp_matrix *from, uint32_t least, int64_t size,
+static void count_at_least(void *device, const sebp_matrix *from, uint32_t min, int64_t size,
                            sebp_block *blocks)
 {
     sebp_cpu *cpu = device;
     ranking ranking = start_ranking(cpu, from, size);
-    ranking.least = least;
+    ranking.min = min;
     ranking.counted = blocks;
     sebp_cpu_parallel(cpu, ranking.workers, count_at_least_part, &ranking);
 }
 
 /* A run of a block of whose ties some, but not all, are listed: there is one such block at most. */
-static int64_t list_some_ties(const float *run, int64_t n, uint32_t least, int64_t *ties,
+static int64_t list_some_ties(const float *run, int64_t n, uint32_t min, int64_t *ties,
                               int64_t first, int64_t *indices, float *values)
 {
     int64_t listed = 0;
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits = magnitude_bits(run[i]);
-        if (bits > least || (bits == least && (*ties)-- > 0)) {
+        if (bits > min || (bits == min && (*ties)-- > 0)) {
             indices[listed] = first + i;
             values[listed++] = run[i];
         }
@@ -748,7 +747,7 @@ static int64_t list_some_ties(const float *run, int64_t n, uint32_t least, int64
 static void list_at_least_part(void *work, int64_t worker)
 {
     const ranking *ranking = work;
-    uint32_t least = ranking->least;
+    uint32_t min = ranking->min;
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
         const sebp_block *its = &ranking->listed[block];
         int64_t end = block_end(ranking, block), ties = its->ties;
@@ -759,22 +758,22 @@ static void list_at_least_part(void *work, int64_t worker)
             const float *run = run_of(ranking, at, end, &n);
             int64_t first = ranking->first + at;
             if (some)
-                listed = list_some_ties(run, n, least, &ties, first, indices, values);
+                listed = list_some_ties(run, n, min, &ties, first, indices, values);
             else
-                listed = ranking->kernels->list_at_least(run, n, least + (ties == 0), first,
-                                                         indices, values);
+                listed = ranking->kernels->list_at_least(run, n, min + (ties == 0), first, indices,
+                                                         values);
             indices += listed;
             values += listed;
         }
     }
 }
 
-static void list_at_least(void *device, const sebp_matrix *from, uint32_t least, int64_t first,
+static void list_at_least(void *device, const sebp_matrix *from, uint32_t min, int64_t first,
                           int64_t size, const sebp_block *blocks, const sebp_sparse *list)
 {
     sebp_cpu *cpu = device;
     ranking ranking = start_ranking(cpu, from, size);
-    ranking.least = least;
+    ranking.min = min;
     ranking.listed = blocks;
     ranking.first = first;
     ranking.list = list;
@@ -822,7 +821,7 @@ static void add_elements(void *device, const sebp_sparse *s, const sebp_matrix *
 
 static int64_t scratch_bytes(const void *device)
 {
-    return ((const sebp_cpu *)device)->scratch_most;
+    return ((const sebp_cpu *)device)->scratch_max;
 }
 
 static int threads(const void *device)
@@ -867,7 +866,7 @@ const sebp_backend sebp_cpu_backend = {
     .zero_other_rows = zero_other_rows,
     .sum_rows = sum_rows,
     .set_aside = set_aside,
-    .set_aside_most = set_aside_most,
+    .set_aside_max = set_aside_max,
     .aside = aside,
     .widen_rows = widen_rows,
     .sparse_product = multiply_sparse,

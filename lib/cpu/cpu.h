@@ -13,23 +13,8 @@
 #include <sebp/sebp.h>
 
 #include "../backend.h"
+#include "../integers.h"
 #include "simd/simd.h"
-
-static inline int64_t sebp_least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static inline int64_t sebp_most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-/** How many parts of at most `part` a whole falls into. */
-static inline int64_t sebp_parts(int64_t whole, int64_t part)
-{
-    return whole / part + (whole % part != 0);
-}
 
 /** Of cpu_set_t: room for 16384 CPUs, whatever the C library was built for. */
 enum { SEBP_MASK_SETS = 16 };
@@ -76,7 +61,7 @@ bool sebp_topology_can_place(void);
 
 /* threads.c */
 
-enum { SEBP_MOST_THREADS = 1024 };
+enum { SEBP_MAX_THREADS = 1024 };
 
 typedef struct sebp_cpu {
     const sebp_kernels *kernels;
@@ -93,7 +78,7 @@ typedef struct sebp_cpu {
     int64_t aside_bytes;     /* of scratch, its first: a method's own */
     char *scratch;
     int64_t scratch_bytes;
-    int64_t scratch_most; /* the most it has been */
+    int64_t scratch_max; /* the most it has been */
 } sebp_cpu;
 
 /** Calls task(work, i) for each i in [0, tasks), spread over the threads; returns when all are

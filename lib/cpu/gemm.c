@@ -48,7 +48,7 @@ typedef struct job {
     sebp_tile *tile;
     sebp_slab a, b;
     int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
-    int64_t units;         /* most units to a block of the depth */
+    int64_t units;         /* max. units to a block of the depth */
     bool in_blocks;        /* C is summed in f32 blocks of scratch memory */
     bool stream;           /* C is written past the caches */
     int64_t grid_m, grid_n;
@@ -60,21 +60,16 @@ typedef struct job {
     char *scratch;
 } job;
 
-static int64_t round_up(int64_t size, int64_t multiple)
-{
-    return sebp_parts(size, multiple) * multiple;
-}
-
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
 static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple)
 {
-    return sebp_least(whole, sebp_parts(whole, multiple) * index / count * multiple);
+    return sebp_min(whole, sebp_div_ceil(whole, multiple) * index / count * multiple);
 }
 
 /* Units that a packed sliver of `width` lanes is apart from the next. */
 static int64_t sliver_units(const job *job, int64_t width)
 {
-    return round_up(job->units * width + job->kernels->slack, 16);
+    return sebp_round_up(job->units * width + job->kernels->slack, 16);
 }
 
 /* The grid with the least work for the busiest worker: computing its tiles, and packing A for every
@@ -83,15 +78,15 @@ static int64_t sliver_units(const job *job, int64_t width)
 static void choose_grid(job *job, int64_t threads)
 {
     enum { PACKING = 24 };
-    int64_t rows = sebp_parts(job->product->m, job->kernels->tile_rows);
-    int64_t cols = sebp_parts(job->product->n, job->kernels->tile_cols);
+    int64_t rows = sebp_div_ceil(job->product->m, job->kernels->tile_rows);
+    int64_t cols = sebp_div_ceil(job->product->n, job->kernels->tile_cols);
     double best = 0;
-    for (int64_t grid_m = 1; grid_m <= sebp_least(rows, ROUNDS * threads); grid_m++) {
+    for (int64_t grid_m = 1; grid_m <= sebp_min(rows, ROUNDS * threads); grid_m++) {
         for (int64_t grid_n = 1; grid_n <= cols && grid_m * grid_n <= ROUNDS * threads; grid_n++) {
-            double m = (double)(sebp_parts(rows, grid_m) * job->kernels->tile_rows);
-            double n = (double)(sebp_parts(cols, grid_n) * job->kernels->tile_cols);
+            double m = (double)(sebp_div_ceil(rows, grid_m) * job->kernels->tile_rows);
+            double n = (double)(sebp_div_ceil(cols, grid_n) * job->kernels->tile_cols);
             double cost =
-                (double)sebp_parts(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
+                (double)sebp_div_ceil(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
             if (best == 0 || cost < best) {
                 best = cost;
                 job->grid_m = grid_m;
@@ -103,13 +98,13 @@ static void choose_grid(job *job, int64_t threads)
 
 static int64_t packed_a_bytes(const job *job)
 {
-    return sebp_parts(job->panel, job->kernels->tile_rows) *
+    return sebp_div_ceil(job->panel, job->kernels->tile_rows) *
            sliver_units(job, job->kernels->tile_rows) * 4;
 }
 
 static int64_t packed_b_bytes(const job *job)
 {
-    return sebp_parts(job->block_n, job->kernels->tile_cols) *
+    return sebp_div_ceil(job->block_n, job->kernels->tile_cols) *
            sliver_units(job, job->kernels->tile_cols) * 4;
 }
 
@@ -117,30 +112,30 @@ static int64_t packed_b_bytes(const job *job)
  * apart would meet in the same few places of a cache. */
 static int64_t block_stride(const job *job)
 {
-    return round_up(job->block_n, 32) + 16;
+    return sebp_round_up(job->block_n, 32) + 16;
 }
 
 static int64_t block_c_bytes(const job *job)
 {
-    return job->in_blocks ? round_up(job->block_m * block_stride(job) * 4, 64) : 0;
+    return job->in_blocks ? sebp_round_up(job->block_m * block_stride(job) * 4, 64) : 0;
 }
 
 /* The bias of a block's columns, where it is converted. */
 static int64_t bias_bytes(const job *job)
 {
-    return round_up(job->block_n * 4, 64);
+    return sebp_round_up(job->block_n * 4, 64);
 }
 
 /* Pointers to the memory rows of B in a block of the depth, and one past an odd end. */
 static int64_t b_rows_bytes(const job *job)
 {
-    return round_up((job->units * job->unit_elements + 1) * (int64_t)sizeof(char *), 64);
+    return sebp_round_up((job->units * job->unit_elements + 1) * (int64_t)sizeof(char *), 64);
 }
 
 /* Pointers to the rows of C that a panel adds to. */
 static int64_t c_rows_bytes(const job *job)
 {
-    return round_up(job->panel * (int64_t)sizeof(float *), 64);
+    return sebp_round_up(job->panel * (int64_t)sizeof(float *), 64);
 }
 
 static int64_t worker_bytes(const job *job)
@@ -174,47 +169,47 @@ static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
         .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
         .unit_elements = pairs ? 2 : 1,
     };
-    int64_t units = sebp_parts(product->k, job->unit_elements);
+    int64_t units = sebp_div_ceil(product->k, job->unit_elements);
     bool narrow = kernels->tile_cols <= NARROW;
     job->units = units;
     if (units > (narrow ? K_WHOLE_NARROW : K_WHOLE)) /* in blocks of one size */
-        job->units = sebp_parts(units, sebp_parts(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
+        job->units = sebp_div_ceil(units, sebp_div_ceil(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(job, threads);
-    int64_t chunk_m = round_up(sebp_parts(product->m, job->grid_m), kernels->tile_rows);
-    int64_t chunk_n = round_up(sebp_parts(product->n, job->grid_n), kernels->tile_cols);
+    int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, job->grid_m), kernels->tile_rows);
+    int64_t chunk_n = sebp_round_up(sebp_div_ceil(product->n, job->grid_n), kernels->tile_cols);
 
     int64_t a_bytes = (int64_t)cpu->topology.l2_bytes * A_SHARE_NUM / A_SHARE_DEN;
-    int64_t slivers = sebp_most(1, a_bytes / (sliver_units(job, kernels->tile_rows) * 4));
+    int64_t slivers = sebp_max(1, a_bytes / (sliver_units(job, kernels->tile_rows) * 4));
     int64_t chunk_slivers = chunk_m / kernels->tile_rows;
-    slivers =
-        sebp_parts(chunk_slivers, sebp_parts(chunk_slivers, slivers)); /* panels of one size */
+    slivers = sebp_div_ceil(chunk_slivers,
+                            sebp_div_ceil(chunk_slivers, slivers)); /* panels of one size */
     job->panel = slivers * kernels->tile_rows;
     int64_t b_bytes = sliver_units(job, kernels->tile_cols) * 4;
-    int64_t b_slivers = sebp_most(1, B_BYTES / b_bytes);
+    int64_t b_slivers = sebp_max(1, B_BYTES / b_bytes);
     int64_t chunk_columns = chunk_n / kernels->tile_cols;
     job->block_n =
-        sebp_parts(chunk_columns, sebp_parts(chunk_columns, b_slivers)) * kernels->tile_cols;
+        sebp_div_ceil(chunk_columns, sebp_div_ceil(chunk_columns, b_slivers)) * kernels->tile_cols;
     job->block_m = chunk_m;
     job->in_blocks =
         product->c_dtype != SEBP_F32 ||
         (units > job->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
     job->stream = units <= job->units && can_stream(cpu, product);
     if (job->in_blocks)
-        job->block_m = round_up(sebp_least(chunk_m, sebp_most(1, C_BYTES / (job->block_n * 4))),
-                                kernels->tile_rows);
+        job->block_m = sebp_round_up(sebp_min(chunk_m, sebp_max(1, C_BYTES / (job->block_n * 4))),
+                                     kernels->tile_rows);
 
-    job->workers = sebp_least(threads, job->grid_m * job->grid_n);
+    job->workers = sebp_min(threads, job->grid_m * job->grid_n);
     int64_t bound = sebp_cpu_workspace(cpu);
     while (job->workers * worker_bytes(job) > bound) {
         if (job->block_n > kernels->tile_cols)
-            job->block_n = round_up(job->block_n / 2, kernels->tile_cols);
+            job->block_n = sebp_round_up(job->block_n / 2, kernels->tile_cols);
         else if (job->panel > kernels->tile_rows)
-            job->panel = round_up(job->panel / 2, kernels->tile_rows);
+            job->panel = sebp_round_up(job->panel / 2, kernels->tile_rows);
         else if (block_c_bytes(job) && job->block_m > kernels->tile_rows)
-            job->block_m = round_up(job->block_m / 2, kernels->tile_rows);
+            job->block_m = sebp_round_up(job->block_m / 2, kernels->tile_rows);
         else
-            job->workers--; /* one worker of one tile takes far less than half the least bound */
+            job->workers--; /* one worker of one tile takes far less than half the smallest bound */
     }
     job->worker_bytes = worker_bytes(job);
 }
@@ -250,10 +245,10 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
     const sebp_kernels *kernels = job->kernels;
     const sebp_product *product = job->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
-    int64_t cols = sebp_least(kernels->tile_cols, block->n1 - j0);
+    int64_t cols = sebp_min(kernels->tile_cols, block->n1 - j0);
     bool is_first = i0 == block->m0, is_straight = !job->b.lanes_are_rows;
     sebp_tile_work work = {
-        .units = sebp_parts(depth, job->unit_elements),
+        .units = sebp_div_ceil(depth, job->unit_elements),
         .a = block->packed_a,
         .b = sliver,
         .pack_b = is_first && is_straight && cols == kernels->tile_cols,
@@ -268,14 +263,14 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
     };
     if (is_first && !work.pack_b)
         job->pack_b(sliver, sliver_units(job, kernels->tile_cols), &job->b, j0, cols, at, depth);
-    int64_t tile = 0, tiles = sebp_parts(i1 - i0, kernels->tile_rows), lines = 0;
+    int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, kernels->tile_rows), lines = 0;
     if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1) {
         work.ahead = block->b_rows;
         work.ahead_at = work.b_at + kernels->tile_cols * bytes;
-        lines = depth * sebp_parts(kernels->tile_cols * bytes, 64);
+        lines = depth * sebp_div_ceil(kernels->tile_cols * bytes, 64);
     }
     for (int64_t i = i0; i < i1; i += kernels->tile_rows, tile++) {
-        work.rows = sebp_least(kernels->tile_rows, i1 - i);
+        work.rows = sebp_min(kernels->tile_rows, i1 - i);
         work.ahead_line = lines * tile / tiles;
         work.ahead_lines = lines * (tile + 1) / tiles - work.ahead_line;
         job->tile(&work);
@@ -306,10 +301,10 @@ static void sum_block(const job *job, const block *block)
     int64_t b_units = sliver_units(job, kernels->tile_cols);
     bool one_panel = block->m1 - block->m0 <= job->panel;
     for (int64_t at = 0; at < k; at += k_block) {
-        int64_t depth = sebp_least(k_block, k - at);
+        int64_t depth = sebp_min(k_block, k - at);
         list_b_rows(job, block, at, depth);
         for (int64_t i0 = block->m0; i0 < block->m1; i0 += job->panel) {
-            int64_t i1 = sebp_least(i0 + job->panel, block->m1);
+            int64_t i1 = sebp_min(i0 + job->panel, block->m1);
             list_c_rows(job, block, i0, i1);
             job->pack_a(block->packed_a, a_units, &job->a, i0, i1 - i0, at, depth);
             float *sliver = block->packed_b;
@@ -374,9 +369,9 @@ static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_
     for (int64_t m = m0; m < m1; m += job->block_m) {
         for (int64_t n = n0; n < n1; n += job->block_n) {
             block.m0 = m;
-            block.m1 = sebp_least(m + job->block_m, m1);
+            block.m1 = sebp_min(m + job->block_m, m1);
             block.n0 = n;
-            block.n1 = sebp_least(n + job->block_n, n1);
+            block.n1 = sebp_min(n + job->block_n, n1);
             if (product->bias) {
                 block.bias = (const float *)product->bias + n;
                 if (product->bias_dtype == SEBP_BF16) {

@@ -54,7 +54,7 @@ static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
     }
     if (plan.row_bytes)
         plan.rows =
-            sebp_least(sebp_least(plan.rows, PANEL_ROWS), sebp_cpu_workspace(cpu) / plan.row_bytes);
+            sebp_min(sebp_min(plan.rows, PANEL_ROWS), sebp_cpu_workspace(cpu) / plan.row_bytes);
     return plan;
 }
 
@@ -327,7 +327,7 @@ static dnnl_status_t product_over_depth(sebp_cpu *cpu, const sebp_product *produ
 {
     dnnl_status_t status = dnnl_success;
     for (int64_t at = 0; at < product->k && status == dnnl_success; at += rows) {
-        int64_t count = sebp_least(rows, product->k - at), element = element_bytes(product);
+        int64_t count = sebp_min(rows, product->k - at), element = element_bytes(product);
         char *room = scratch;
         dense dense = {.m = product->m,
                        .n = product->n,
@@ -355,7 +355,7 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
     int64_t element = element_bytes(product);
     int64_t c_element = (int64_t)sebp_dtype_bytes(product->c_dtype);
     for (int64_t at = 0; at < product->m && status == dnnl_success; at += plan->rows) {
-        int64_t count = sebp_least(plan->rows, product->m - at);
+        int64_t count = sebp_min(plan->rows, product->m - at);
         char *room = scratch;
         dense dense = {.m = count,
                        .n = product->n,

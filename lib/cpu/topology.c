@@ -30,7 +30,7 @@ enum { ASSUMED_L2 = 512 << 10, PATH_BYTES = 4096 };
 
 /* The CPUs that this process may use. */
 typedef struct boundary {
-    int most; /* of them, where the mask may hold more; 0: it holds just these */
+    int max; /* of them, where the mask may hold more; 0: it holds just these */
 #ifdef __linux__
     cpu_set_t mask[SEBP_MASK_SETS];
 #endif
@@ -72,7 +72,7 @@ static void widen_to_places(boundary *boundary)
     }
     if (is_place) {
         memcpy(boundary->mask, all, sizeof all);
-        boundary->most = omp_get_num_procs();
+        boundary->max = omp_get_num_procs();
     }
 }
 
@@ -87,7 +87,7 @@ static void widen_to_places(boundary *boundary)
 
 static void read_boundary(boundary *boundary)
 {
-    boundary->most = 0;
+    boundary->max = 0;
     CPU_ZERO_S(sizeof boundary->mask, boundary->mask);
     sched_getaffinity(0, sizeof boundary->mask, boundary->mask);
     widen_to_places(boundary);
@@ -97,7 +97,7 @@ static void read_boundary(boundary *boundary)
 
 static void read_boundary(boundary *boundary)
 {
-    boundary->most = 0;
+    boundary->max = 0;
 }
 
 #endif
@@ -472,8 +472,8 @@ void sebp_topology_read(sebp_topology *topology)
     if (!read_from_hwloc(&boundary, topology))
         read_from_system(&boundary, topology);
     topology->logical_cpus = at_least_one(topology->logical_cpus);
-    if (boundary.most > 0 && boundary.most < topology->logical_cpus)
-        topology->logical_cpus = boundary.most;
+    if (boundary.max > 0 && boundary.max < topology->logical_cpus)
+        topology->logical_cpus = boundary.max;
     /* Also of a machine that does not tell them apart. */
     if (topology->cores <= 0 || topology->cores > topology->logical_cpus)
         topology->cores = topology->logical_cpus;

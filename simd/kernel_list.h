@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file kernel_list.h
+ * Every kernel once: its result, its name and its arguments.
+ *
+ * simd.h makes the table's fields of it, kernels.h the declarations of one ISA, and table.c the
+ * table of one ISA. Each defines KERNEL() before it includes this file, which is why the file has
+ * no guard.
+ */
+
+/* scan.c: one row of n elements */
+
+/* Whether any is not +-0; NaN counts. */
+KERNEL(bool, any_nonzero_f32, (const float *row, int64_t n))
+KERNEL(bool, any_nonzero_bf16, (const uint16_t *row, int64_t n))
+/* Whether any has |v| > limit, is NaN or Inf. */
+KERNEL(bool, any_above_f32, (const float *row, int64_t n, float limit))
+KERNEL(bool, any_above_bf16, (const uint16_t *row, int64_t n, float limit))
+/* In double; NaN or Inf as they come. */
+KERNEL(double, square_sum_f32, (const float *row, int64_t n))
+KERNEL(double, square_sum_bf16, (const uint16_t *row, int64_t n))
+
+/* Magnitudes by their bits, so that NaN and Inf are above all others: adds to *count how many have
+ * bits of at least `min` < 2^31, to *above how many have more. */
+KERNEL(void, count_at_least,
+       (const float *row, int64_t n, uint32_t min, int64_t *count, int64_t *above))
+/* Lists (first + i, row[i]) of each that has at least `min` <= 2^31, in order; returns how many.
+ * Nothing is written behind them. */
+KERNEL(int64_t, list_at_least,
+       (const float *row, int64_t n, uint32_t min, int64_t first, int64_t *indices, float *values))
+
+/* move.c: rows of row_bytes bytes each; strides in bytes */
+
+/* Gather, scatter or both; no overlap. */
+KERNEL(void, move_rows,
+       (char *to, int64_t to_stride, const int64_t *to_rows, const char *from, int64_t from_stride,
+        const int64_t *from_rows, int64_t count, int64_t row_bytes))
+/* In place: row i goes to rows[i] >= i, last first. */
+KERNEL(void, expand_rows,
+       (char *data, int64_t stride, const int64_t *rows, int64_t count, int64_t row_bytes))
+/* stream: past the caches. */
+KERNEL(void, zero, (void *data, int64_t bytes, bool stream))
+/* After the last stream, before other threads read. */
+KERNEL(void, stream_fence, (void))
+
+/* convert.c */
+
+KERNEL(void, f32_from_bf16, (float *to, const uint16_t *from, int64_t n))
+/* To nearest, ties to even; a NaN becomes a quiet one. */
+KERNEL(void, bf16_from_f32, (uint16_t * to, const float *from, int64_t n))
+
+/* sum.c */
+
+/* sum[j] += from[rows[0]][j] + from[rows[1]][j] + ..., in this order for each j. */
+KERNEL(void, add_rows_f32,
+       (float *sum, const float *from, int64_t stride, const int64_t *rows, int64_t count,
+        int64_t cols))
+KERNEL(void, add_rows_bf16,
+       (float *sum, const uint16_t *from, int64_t stride, const int64_t *rows, int64_t count,
+        int64_t cols))
+/* sum[j] = scale[0] * from[rows[0]][j] + scale[1] * from[rows[1]][j] + ... */
+KERNEL(void, sum_scaled_rows,
+       (float *sum, const float *from, int64_t stride, const int64_t *rows, const float *scale,
+        int64_t count, int64_t cols))
+
+/* step.c */
+
+KERNEL(void, adamw, (const sebp_adamw_work *work))
+/* data *= factor */
+KERNEL(void, scale_f32, (float *data, int64_t n, float factor))
+KERNEL(void, scale_bf16, (uint16_t * data, int64_t n, float factor))
+
+/* gemm.c */
+
+KERNEL(void, pack_a_f32, SEBP_PACK_ARGUMENTS)
+KERNEL(void, pack_a_bf16, SEBP_PACK_ARGUMENTS)
+KERNEL(void, pack_b_f32, SEBP_PACK_ARGUMENTS)
+KERNEL(void, pack_b_bf16, SEBP_PACK_ARGUMENTS)
+KERNEL(void, tile_f32, (const sebp_tile_work *work))
+KERNEL(void, tile_bf16, (const sebp_tile_work *work))
