@@ -1,22 +1,30 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file backend.h
- * The table of operations a device offers. The methods are written over it
- * alone; a new device is a new table and changes no method.
+ * The table of operations a device offers. The methods are written over it alone; a new device is a
+ * new table and changes no method.
  *
  * Arguments are valid when they get here: views checked, shapes fitting, nothing overlapping.
+ *
+ * Pointers to elements, to lists of rows and to the arrays of a sebp_sparse are the device's own, as
+ * alloc() gives them: a method may add to them, and never reads or writes through them. Structs,
+ * counts, scores and texts are the host's.
+ *
+ * Every operation that computes returns a status: SEBP_SUCCESS; SEBP_ERROR_MEMORY, with nothing
+ * written; SEBP_ERROR_BACKEND where the device fails, which may leave outputs half written; and
+ * what it says itself. It may still be at work when it returns, unless it has a result for the host;
+ * operations of one device happen in the order of their calls.
  */
 #ifndef SEBP_BACKEND_H
 #define SEBP_BACKEND_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
-#include <sebp/context.h>
 #include <sebp/info.h>
 #include <sebp/matrix.h>
 #include <sebp/optim.h>
-#include <sebp/rows.h>
 #include <sebp/sparse.h>
 #include <sebp/status.h>
 
@@ -29,7 +37,8 @@ typedef struct sebp_operand {
 } sebp_operand;
 
 /**
- * C (+)= A B + bias, with A: m x k, B: k x n, C: m x n, sums in f32.
+ * C (+)= A B + bias, with A: m x k, B: k x n, C: m x n, sums in f32. m, n, k >= 0; k = 0 gives
+ * bias, or zero.
  *
  * A and B share one dtype. `c_rows` scatters: row i of the product goes to row c_rows[i] of C.
  */
@@ -47,6 +56,19 @@ typedef struct sebp_product {
     sebp_dtype bias_dtype;
 } sebp_product;
 
+enum {
+    SEBP_PLAN_BYTES = 320,
+    SEBP_WHY_BYTES = 160 /* room for what is said about a failure */
+};
+
+/** A product that is ready to run: how is settled, and there is memory for it. Not to be copied. */
+typedef struct sebp_plan {
+    sebp_product product;
+    const char
+        *path; /* who does it, and why: "native:auto"; of a run that failed, what has failed */
+    _Alignas(max_align_t) unsigned char device[SEBP_PLAN_BYTES]; /* the device's own notes */
+} sebp_plan;
+
 /** What a scan tells of each row. */
 typedef enum sebp_measure {
     SEBP_MEASURE_NONZERO,   /* 1 if any element is not +-0, else 0 */
@@ -54,110 +76,115 @@ typedef enum sebp_measure {
     SEBP_MEASURE_SQUARE_SUM /* the sum of squares, in double; Inf for a row with NaN or Inf */
 } sebp_measure;
 
-/** A sparse matrix line by line: line i has elements start[i] to start[i + 1] - 1, element e being
- * values[e] in place places[e] of its line. */
-typedef struct sebp_sparse_lines {
-    int64_t count;
-    const int64_t *start; /* count + 1 */
-    const int64_t *places;
-    const float *values;
-} sebp_sparse_lines;
-
-enum { SEBP_DIGIT_BITS = 11, SEBP_DIGITS = 1 << SEBP_DIGIT_BITS };
-
-/** A block of elements whose magnitudes are looked at: how many are at least some minimum, how many
- * above it; and where in a list the latter go, with how many of the ties. */
-typedef struct sebp_block {
-    int64_t at_least, above;
-    int64_t ties, at;
-} sebp_block;
+/** The k elements of largest magnitude of a matrix that comes in panels: a device's own. */
+typedef struct sebp_top sebp_top;
 
 typedef struct sebp_backend {
-    /** score: dy->rows results. */
-    void (*scan_rows)(void *device, const sebp_matrix *dy, sebp_measure measure, double limit,
-                      double *score);
+    const char *name; /* "cpu" */
+    /** Whether the device works on the host's memory: what the host has needs no copy. */
+    bool uses_host_memory;
 
-    /** Has the memory that product() will need, so that it cannot fail for want of it. */
-    sebp_status (*reserve_product)(void *device, const sebp_product *product);
+    /* Memory. */
 
-    /**
-     * m, n, k >= 0; k = 0 gives bias, or zero. Says in *path how it went and why:
-     * "native:gathers". May only fail with SEBP_ERROR_BACKEND; then *path says why:
-     * "oneDNN has no memory".
-     */
-    sebp_status (*product)(void *device, const sebp_product *product, const char **path);
+    /** At least one byte, aligned for any element. SEBP_ERROR_MEMORY. */
+    sebp_status (*alloc)(void *device, int64_t bytes, void **memory);
+    /** NULL: nothing. Any thread may call it, at any time. */
+    void (*free)(void *device, void *memory);
+    /** From the host's memory; returns when that may be changed. */
+    sebp_status (*upload)(void *device, void *to, const void *from, int64_t bytes);
+    /** To the host's memory; returns when all is there. */
+    sebp_status (*download)(void *device, void *to, const void *from, int64_t bytes);
+    /** Returns when all that was asked for is done; an error that comes to light is its status. */
+    sebp_status (*synchronize)(void *device);
 
+    /* Scratch memory reserved for a method, for what it has between its products. */
+
+    /** SEBP_ERROR_MEMORY over max_scratch(). 0 gives it back. Its address, scratch(), is settled, and
+     * what it holds is kept, once every product that will run is planned. */
+    sebp_status (*reserve_scratch)(void *device, int64_t bytes);
+    int64_t (*max_scratch)(const void *device);
+    void *(*scratch)(const void *device);
+
+    /* Products. */
+
+    /** Settles how a product is done, and has the memory for it: a run cannot fail for want of it.
+     * plan->product is filled in by the caller. SEBP_ERROR_MEMORY. */
+    sebp_status (*plan_product)(void *device, sebp_plan *plan);
+    /** May run any number of times, while the scratch memory reserved for the method is as it was. */
+    sebp_status (*run_product)(void *device, sebp_plan *plan);
+
+    /* Rows. */
+
+    /** score: dy->rows results, on the host. */
+    sebp_status (*scan_rows)(void *device, const sebp_matrix *dy, sebp_measure measure,
+                             double limit, double *score);
     /** Zeroes the rows of `to` that are not among the `count` rows listed. */
-    void (*zero_other_rows)(void *device, const sebp_matrix *to, const int64_t *rows,
-                            int64_t count);
-
+    sebp_status (*zero_other_rows)(void *device, const sebp_matrix *to, const int64_t *rows,
+                                   int64_t count);
     /** to (1 x n) (+)= the sum of the `count` rows of `from` listed; rows NULL: the first ones. */
-    void (*sum_rows)(void *device, const sebp_matrix *from, const int64_t *rows, int64_t count,
-                     const sebp_matrix *to, bool accumulate);
+    sebp_status (*sum_rows)(void *device, const sebp_matrix *from, const int64_t *rows,
+                            int64_t count, const sebp_matrix *to, bool accumulate);
+    /** to: f32, count x to->cols, = the rows of `from`, either dtype, that are listed; rows NULL:
+     * the first ones. */
+    sebp_status (*widen_rows)(void *device, const sebp_matrix *from, const int64_t *rows,
+                              int64_t count, const sebp_matrix *to);
+
+    /* Elements. */
 
     /**
      * One AdamW step of all elements (optim.h); with step_alone `w` is not read, becomes the step,
      * and may be `gradient` itself. All four are of one shape, the moments f32.
      */
-    void (*adamw)(void *device, const sebp_adamw_options *options, int64_t step,
-                  const sebp_matrix *gradient, const sebp_matrix *w, const sebp_matrix *moment1,
-                  const sebp_matrix *moment2, bool step_alone);
-
+    sebp_status (*adamw)(void *device, const sebp_adamw_options *options, int64_t step,
+                         const sebp_matrix *gradient, const sebp_matrix *w,
+                         const sebp_matrix *moment1, const sebp_matrix *moment2, bool step_alone);
     /** matrix *= factor, rounded once. */
-    void (*scale)(void *device, const sebp_matrix *matrix, double factor);
+    sebp_status (*scale)(void *device, const sebp_matrix *matrix, double factor);
+    /** Whether `count` indices ascend, each once, each in [0, end). */
+    sebp_status (*check_indices)(void *device, const int64_t *indices, int64_t count, int64_t end,
+                                 bool *valid);
+    /** The values of kept elements from f32; SEBP_ERROR_NONFINITE, and nothing written, where one is
+     * NaN or Inf. */
+    sebp_status (*take_elements)(void *device, const sebp_matrix *from, const sebp_sparse *kept);
+    /** to += s, each element rounded once. */
+    sebp_status (*add_elements)(void *device, const sebp_sparse *s, const sebp_matrix *to);
+
+    /* Top-k: exactly k, ties by the lowest index; NaN and Inf rank above all others. */
+
+    /** k >= 1. SEBP_ERROR_OVERFLOW, SEBP_ERROR_MEMORY. */
+    sebp_status (*top_begin)(void *device, int64_t k, sebp_top **top);
+    /** The next rows, f32; `first` is the index of their first element, row * cols. Panels come in
+     * order, each element once. */
+    sebp_status (*top_feed)(void *device, sebp_top *top, const sebp_matrix *panel, int64_t first);
+    /** Writes the k elements, of at least k fed, into `to`; SEBP_ERROR_NONFINITE, and nothing
+     * written, where one is NaN or Inf. */
+    sebp_status (*top_finish)(void *device, const sebp_top *top, const sebp_sparse *to);
+    void (*top_end)(void *device, sebp_top *top);
+
+    /* The update of SparseGrad. */
+
+    /** W += out^T S in, either dtype, with out: p x N, in: q x K, both f32, S: p x q of at least one
+     * element, W: N x K. SEBP_ERROR_MEMORY. */
+    sebp_status (*sparse_update)(void *device, const sebp_sparse *s, const sebp_matrix *out,
+                                 const sebp_matrix *in, const sebp_matrix *w);
+
+    /* Eigenvectors, of matrices in the host's memory. */
 
     /**
-     * Keeps products off the first `bytes` of scratch memory, for what a method has between them; 0
-     * gives them back. SEBP_ERROR_MEMORY over set_aside_max(). Its address, aside(), is settled, and what it holds
-     * is kept, once every product that will run is reserved.
+     * The eigenvectors of the largest eigenvalues of a symmetric matrix, as many as `vectors` has
+     * rows, n of n elements, by ascending eigenvalue; values: n floats of room, of which the first
+     * vectors->rows are set. sum: n x n, f32 without gaps, its upper triangle; the lower one is
+     * overwritten. What fails says why: "LAPACK's ssyevd finds no eigenvectors: 3".
+     * SEBP_ERROR_NONFINITE where what comes out of finite numbers is not;
+     * SEBP_ERROR_UNSUPPORTED where the device, or the build, cannot.
      */
-    sebp_status (*set_aside)(void *device, int64_t bytes);
-    int64_t (*set_aside_max)(const void *device);
-    void *(*aside)(const void *device);
+    sebp_status (*eigenvectors)(void *device, const sebp_matrix *sum, const sebp_matrix *vectors,
+                                float *values, char why[SEBP_WHY_BYTES]);
 
-    /** to: f32, count x to->cols, = the rows of `from`, either dtype, that are listed; rows NULL: the
-     * first ones. */
-    void (*widen_rows)(void *device, const sebp_matrix *from, const int64_t *rows, int64_t count,
-                       const sebp_matrix *to);
+    /* What there is to know. */
 
-    /** to (f32, lines->count x n) = lines times from (f32, n columns). */
-    void (*sparse_product)(void *device, const sebp_sparse_lines *lines, const sebp_matrix *from,
-                           const sebp_matrix *to);
-
-    /*
-     * Magnitudes of `from` (f32) by their bits, without the sign, so that NaN and Inf are above all
-     * others. min < 2^31.
-     */
-
-    /** counts[d] = how many of those whose bits under `mask` are `found` have the digit d of
-     * SEBP_DIGIT_BITS bits from bit `shift` on. counts: SEBP_DIGITS for each of threads(), the result
-     * being in the first. */
-    void (*count_digits)(void *device, const sebp_matrix *from, uint32_t mask, uint32_t found,
-                         int shift, int64_t *counts);
-
-    /** Counts in each block, of `size` elements as they follow each other, those with bits of at
-     * least `min` and of more. */
-    void (*count_at_least)(void *device, const sebp_matrix *from, uint32_t min, int64_t size,
-                           sebp_block *blocks);
-
-    /** Lists, in order, from list[blocks[i].at] on, the elements of each block with bits above
-     * `min`, and of those that have just these the first blocks[i].ties. An element's index is
-     * `first` more than its place in `from`. */
-    void (*list_at_least)(void *device, const sebp_matrix *from, uint32_t min, int64_t first,
-                          int64_t size, const sebp_block *blocks, const sebp_sparse *list);
-
-    /** The values of kept elements from f32; false, and nothing written, where one is NaN or Inf. */
-    bool (*take_elements)(void *device, const sebp_matrix *from, const sebp_sparse *kept);
-
-    /** to += s, each element rounded once. */
-    void (*add_elements)(void *device, const sebp_sparse *s, const sebp_matrix *to);
-
-    int64_t (*scratch_bytes)(const void *device); /* the most held so far */
-    int (*threads)(const void *device);
-    /** The most of OpenMP's threads that a library called by a method may use: one where the device
-     * uses none of them itself, be it that a fork has left them behind. */
-    int (*openmp_threads)(const void *device);
-    void (*info)(const void *device, sebp_info *info); /* placement, gemm, refusal */
+    int64_t (*scratch_bytes)(const void *device);      /* the most held so far */
+    void (*info)(const void *device, sebp_info *info); /* the machine; placement, gemm, refusal */
     void (*destroy)(void *device);
 } sebp_backend;
 

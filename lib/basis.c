@@ -45,7 +45,11 @@ sebp_status sebp_basis_make(int64_t rank_out, int64_t out_features, int64_t rank
     sebp_basis *made = calloc(1, sizeof *made);
     if (!made)
         return SEBP_ERROR_MEMORY;
-    sebp_status status = make_vectors(rank_out, out_features, &made->out);
+    made->out_copies = sebp_copies_make();
+    made->in_copies = sebp_copies_make();
+    sebp_status status = made->out_copies != NULL && made->in_copies != NULL
+                             ? make_vectors(rank_out, out_features, &made->out)
+                             : SEBP_ERROR_MEMORY;
     if (status == SEBP_SUCCESS)
         status = make_vectors(rank_in, in_features, &made->in);
     if (status != SEBP_SUCCESS) {
@@ -108,10 +112,32 @@ sebp_status sebp_basis_from_vectors(const sebp_matrix *u_out, const sebp_matrix 
 void sebp_basis_destroy(sebp_basis *basis)
 {
     if (basis) {
+        sebp_copies_destroy(basis->out_copies);
+        sebp_copies_destroy(basis->in_copies);
         free(basis->out.data);
         free(basis->in.data);
         free(basis);
     }
+}
+
+static void side_on_device(sebp_call *call, sebp_copies *copies, const sebp_matrix *side,
+                           sebp_matrix *copy)
+{
+    const void *data = NULL;
+    *copy = *side;
+    if (!sebp_call_goes_on(call))
+        return;
+    sebp_status status = sebp_copies_get(copies, call->context->device, side->data,
+                                         side->rows * side->stride * (int64_t)sizeof(float), &data);
+    sebp_call_keep(call, status, "copying the basis to the device");
+    copy->data = (void *)(uintptr_t)data; /* a view of what is only read, as all inputs are */
+}
+
+void sebp_basis_on_device(sebp_call *call, const sebp_basis *basis, sebp_matrix *out,
+                          sebp_matrix *in)
+{
+    side_on_device(call, basis->out_copies, &basis->out, out);
+    side_on_device(call, basis->in_copies, &basis->in, in);
 }
 
 sebp_matrix sebp_basis_out(const sebp_basis *basis)
@@ -272,11 +298,11 @@ static bool may_replace(const char *path)
 
 sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, const char *path)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_basis_save");
-    if (!basis || !path)
-        return sebp_missing(&call, !basis ? "basis" : "path");
+    if (!sebp_require(&call, "basis", basis) || !sebp_require(&call, "path", path))
+        return call.status;
     if (!may_replace(path))
         return sebp_fail_about(context, SEBP_ERROR_FILE, call.function, path,
                                " is not a regular file");
@@ -407,11 +433,11 @@ static FILE *open_regular(const char *path, const char **reason)
 
 sebp_status sebp_basis_load(sebp_context *context, const char *path, sebp_basis **basis)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_basis_load");
-    if (!path || !basis)
-        return sebp_missing(&call, !path ? "path" : "basis");
+    if (!sebp_require(&call, "path", path) || !sebp_require(&call, "basis", basis))
+        return call.status;
     const char *reason;
     FILE *file = open_regular(path, &reason);
     sebp_status status = errno == ENOMEM ? SEBP_ERROR_MEMORY : SEBP_ERROR_FILE;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file call.c
- * A call on a layer's rows, from its arguments to its products.
+ * A call, from its arguments to its products.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -9,177 +9,275 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 
 #include "call.h"
+#include "integers.h"
 
 sebp_call sebp_call_begin(sebp_context *context, const char *function)
 {
     return (sebp_call){.context = context,
+                       .backend = context->device->backend,
+                       .device = context->device->state,
                        .function = function,
                        .options = SEBP_LINEAR_OPTIONS_INIT,
                        .start = context->verbose ? sebp_milliseconds() : 0};
 }
 
-sebp_status sebp_missing(const sebp_call *call, const char *name)
+sebp_status sebp_call_end(sebp_call *call)
 {
-    return sebp_fail(call->context, SEBP_ERROR_NULL, "%s: %s is NULL", call->function, name);
+    sebp_rows_destroy(call->found);
+    return call->status;
 }
 
-sebp_status sebp_take_any_options(const sebp_call *call, const void *given, size_t first_bytes,
-                                  void *taken, size_t bytes)
+bool sebp_call_goes_on(const sebp_call *call)
+{
+    return call->status == SEBP_SUCCESS;
+}
+
+void sebp_call_fail(sebp_call *call, sebp_status status, const char *format, ...)
+{
+    if (call->status != SEBP_SUCCESS)
+        return;
+    char text[sizeof call->context->message];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    call->status = sebp_fail(call->context, status, "%s: %s", call->function, text);
+}
+
+void sebp_call_keep(sebp_call *call, sebp_status status, const char *what)
+{
+    if (status != SEBP_SUCCESS)
+        sebp_call_fail(call, status, "%s: %s", what, sebp_status_string(status));
+}
+
+/* ---- checks ---- */
+
+bool sebp_require(sebp_call *call, const char *name, const void *argument)
+{
+    if (argument == NULL)
+        sebp_call_fail(call, SEBP_ERROR_NULL, "%s is NULL", name);
+    return sebp_call_goes_on(call);
+}
+
+bool sebp_require_views(sebp_call *call, const sebp_argument *arguments, int count)
+{
+    for (int i = 0; i < count; i++)
+        sebp_require(call, arguments[i].name, arguments[i].view);
+    return sebp_call_goes_on(call);
+}
+
+void sebp_take_any_options(sebp_call *call, const void *given, size_t first_bytes, void *taken,
+                           size_t bytes)
 {
     char why[SEBP_WHY_BYTES];
-    sebp_status status =
-        given ? sebp_take_struct(given, first_bytes, taken, bytes, why) : SEBP_SUCCESS;
+    if (given == NULL || !sebp_call_goes_on(call))
+        return;
+    sebp_status status = sebp_take_struct(given, first_bytes, taken, bytes, why);
     if (status != SEBP_SUCCESS)
-        sebp_fail(call->context, status, "%s: options->%s", call->function, why);
-    return status;
+        sebp_call_fail(call, status, "options->%s", why);
 }
 
-sebp_status sebp_take_options(sebp_call *call, const sebp_linear_options *options)
+void sebp_take_options(sebp_call *call, const sebp_linear_options *options)
 {
     enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_linear_options, db_write) };
-    return sebp_take_any_options(call, options, BYTES_0_1_0, &call->options, sizeof *options);
+    sebp_take_any_options(call, options, BYTES_0_1_0, &call->options, sizeof *options);
 }
 
-sebp_status sebp_check_views(const sebp_call *call, const sebp_argument *arguments, int count)
+static void check_view(sebp_call *call, const char *name, const sebp_matrix *view)
 {
-    for (int i = 0; i < count; i++) {
-        if (!arguments[i].view)
-            continue;
-        sebp_status status =
-            sebp_check_view(call->context, call->function, arguments[i].name, arguments[i].view);
-        if (status != SEBP_SUCCESS)
-            return status;
+    sebp_status status = sebp_matrix_check(view);
+    switch (status) {
+    case SEBP_SUCCESS:
+        break;
+    case SEBP_ERROR_NULL:
+        sebp_call_fail(call, status, "%s is %" PRId64 "x%" PRId64 " but its data is NULL", name,
+                       view->rows, view->cols);
+        break;
+    case SEBP_ERROR_DTYPE:
+        sebp_call_fail(call, status, "%s has the unknown dtype %d", name, (int)view->dtype);
+        break;
+    case SEBP_ERROR_STRIDE:
+        sebp_call_fail(call, status, "%s has %" PRId64 " columns but a stride of %" PRId64, name,
+                       view->cols, view->stride);
+        break;
+    case SEBP_ERROR_OVERFLOW:
+        sebp_call_fail(call, status,
+                       "%s has %" PRId64 " rows a stride of %" PRId64 " apart: too large", name,
+                       view->rows, view->stride);
+        break;
+    case SEBP_ERROR_VALUE:
+        sebp_call_fail(call, status, "the data of %s is not aligned to its element", name);
+        break;
+    default:
+        sebp_call_fail(call, status, "%s is %" PRId64 "x%" PRId64, name, view->rows, view->cols);
     }
-    return SEBP_SUCCESS;
 }
 
-sebp_status sebp_check_same_dtype(const sebp_call *call, const sebp_argument *one,
-                                  const sebp_argument *other)
+void sebp_check_views(sebp_call *call, const sebp_argument *arguments, int count)
 {
-    if (!one->view || !other->view || one->view->dtype == other->view->dtype)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_DTYPE, "%s: %s is %s but %s is %s", call->function,
-                     one->name, sebp_dtype_name(one->view->dtype), other->name,
-                     sebp_dtype_name(other->view->dtype));
+    for (int i = 0; i < count && sebp_call_goes_on(call); i++) {
+        if (arguments[i].view != NULL)
+            check_view(call, arguments[i].name, arguments[i].view);
+    }
 }
 
-sebp_status sebp_check_write(const sebp_call *call, const char *name, sebp_write write)
+void sebp_check_same_dtype(sebp_call *call, const sebp_argument *one, const sebp_argument *other)
 {
-    if (write == SEBP_OVERWRITE || write == SEBP_ACCUMULATE)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_VALUE, "%s: options->%s is %d", call->function, name,
-                     (int)write);
+    if (one->view != NULL && other->view != NULL && one->view->dtype != other->view->dtype) {
+        sebp_call_fail(call, SEBP_ERROR_DTYPE, "%s is %s but %s is %s", one->name,
+                       sebp_dtype_name(one->view->dtype), other->name,
+                       sebp_dtype_name(other->view->dtype));
+    }
 }
 
-sebp_status sebp_check_inactive(const sebp_call *call)
+void sebp_check_f32(sebp_call *call, const sebp_argument *argument)
 {
-    if (call->options.inactive == SEBP_INACTIVE_ZERO ||
-        call->options.inactive == SEBP_INACTIVE_LEAVE)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_VALUE, "%s: options->inactive is %d", call->function,
-                     (int)call->options.inactive);
+    if (argument->view != NULL && argument->view->dtype != SEBP_F32) {
+        sebp_call_fail(call, SEBP_ERROR_DTYPE, "%s is %s, not f32", argument->name,
+                       sebp_dtype_name(argument->view->dtype));
+    }
 }
 
-sebp_status sebp_check_rows(const sebp_call *call, const sebp_rows *rows, const char *of,
-                            int64_t total)
+void sebp_check_write(sebp_call *call, const char *name, sebp_write write)
 {
-    if (!rows && call->options.x_is_compact)
-        return sebp_fail(call->context, SEBP_ERROR_ROWS, "%s: x_is_compact needs a row set",
-                         call->function);
-    if (rows && rows->total != total)
-        return sebp_fail(call->context, SEBP_ERROR_ROWS,
-                         "%s: the row set is for %" PRId64 " rows but %s has %" PRId64,
-                         call->function, rows->total, of, total);
-    return SEBP_SUCCESS;
+    if (write != SEBP_OVERWRITE && write != SEBP_ACCUMULATE)
+        sebp_call_fail(call, SEBP_ERROR_VALUE, "options->%s is %d", name, (int)write);
 }
 
-sebp_status sebp_check_shape(const sebp_call *call, const sebp_argument *argument, int64_t rows,
-                             int64_t cols)
+void sebp_check_inactive(sebp_call *call)
+{
+    sebp_inactive inactive = call->options.inactive;
+    if (inactive != SEBP_INACTIVE_ZERO && inactive != SEBP_INACTIVE_LEAVE)
+        sebp_call_fail(call, SEBP_ERROR_VALUE, "options->inactive is %d", (int)inactive);
+}
+
+void sebp_check_rows(sebp_call *call, const sebp_rows *rows, const char *of, int64_t total)
+{
+    if (rows == NULL && call->options.x_is_compact)
+        sebp_call_fail(call, SEBP_ERROR_ROWS, "x_is_compact needs a row set");
+    if (rows != NULL && rows->total != total) {
+        sebp_call_fail(call, SEBP_ERROR_ROWS,
+                       "the row set is for %" PRId64 " rows but %s has %" PRId64, rows->total, of,
+                       total);
+    }
+}
+
+void sebp_check_shape(sebp_call *call, const sebp_argument *argument, int64_t rows, int64_t cols)
 {
     const sebp_matrix *view = argument->view;
-    if (!view || (view->rows == rows && view->cols == cols))
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_SHAPE,
-                     "%s: %s is %" PRId64 "x%" PRId64 " but should be %" PRId64 "x%" PRId64,
-                     call->function, argument->name, view->rows, view->cols, rows, cols);
+    if (view != NULL && (view->rows != rows || view->cols != cols)) {
+        sebp_call_fail(call, SEBP_ERROR_SHAPE,
+                       "%s is %" PRId64 "x%" PRId64 " but should be %" PRId64 "x%" PRId64,
+                       argument->name, view->rows, view->cols, rows, cols);
+    }
 }
 
-sebp_status sebp_check_aliases(const sebp_call *call, const sebp_argument *arguments, int count)
+void sebp_check_aliases(sebp_call *call, const sebp_argument *arguments, int count)
 {
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count && sebp_call_goes_on(call); i++) {
         for (int j = 0; j < count; j++) {
             const sebp_argument *output = &arguments[i], *other = &arguments[j];
-            if (i == j || !output->is_output || !output->view || !other->view)
+            if (i == j || !output->is_output || output->view == NULL || other->view == NULL)
                 continue;
             if (sebp_views_overlap(output->view, other->view))
-                return sebp_fail(call->context, SEBP_ERROR_ALIAS, "%s: %s overlaps %s",
-                                 call->function, output->name, other->name);
+                sebp_call_fail(call, SEBP_ERROR_ALIAS, "%s overlaps %s", output->name, other->name);
         }
     }
-    return SEBP_SUCCESS;
 }
 
-static const void *element(const sebp_matrix *view, int64_t row)
+static void *row_of(const sebp_matrix *view, int64_t row)
 {
-    if (row == 0 || !view->data)
+    if (row == 0 || view->data == NULL)
         return view->data;
-    return (const char *)view->data + row * view->stride * (int64_t)sebp_dtype_bytes(view->dtype);
+    return (char *)view->data + row * view->stride * (int64_t)sebp_dtype_bytes(view->dtype);
 }
 
-sebp_status sebp_check_finite(const sebp_call *call, const char *name, const sebp_matrix *view)
+void sebp_check_finite(sebp_call *call, const char *name, const sebp_matrix *view)
 {
     enum { CHUNK_ROWS = 1024 };
-    sebp_context *context = call->context;
     double above[CHUNK_ROWS];
     sebp_matrix chunk = *view;
     int64_t total = view->cols > 0 ? view->rows : 0;
-    for (int64_t first = 0; first < total; first += CHUNK_ROWS) {
-        chunk.data = (void *)(uintptr_t)element(view, first);
-        chunk.rows = total - first < CHUNK_ROWS ? total - first : CHUNK_ROWS;
-        context->backend->scan_rows(context->device, &chunk, SEBP_MEASURE_ABOVE, INFINITY, above);
-        for (int64_t i = 0; i < chunk.rows; i++)
-            if (above[i] != 0)
-                return sebp_fail(context, SEBP_ERROR_NONFINITE,
-                                 "%s: row %" PRId64 " of %s holds a NaN or an Inf", call->function,
-                                 first + i, name);
+    for (int64_t first = 0; first < total && sebp_call_goes_on(call); first += CHUNK_ROWS) {
+        chunk.data = row_of(view, first);
+        chunk.rows = sebp_min(CHUNK_ROWS, total - first);
+        sebp_status status =
+            call->backend->scan_rows(call->device, &chunk, SEBP_MEASURE_ABOVE, INFINITY, above);
+        sebp_call_keep(call, status, "looking for NaN and Inf");
+        for (int64_t i = 0; i < chunk.rows && sebp_call_goes_on(call); i++) {
+            if (above[i] != 0) {
+                sebp_call_fail(call, SEBP_ERROR_NONFINITE,
+                               "row %" PRId64 " of %s holds a NaN or an Inf", first + i, name);
+            }
+        }
     }
-    return SEBP_SUCCESS;
 }
 
-sebp_status sebp_settle_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows)
+void sebp_check_host_memory(sebp_call *call)
 {
-    if (!rows) {
-        sebp_status status = sebp_rows_find(call->context, dy, &call->options.rule, &call->found);
-        if (status != SEBP_SUCCESS)
-            return status;
+    if (!call->backend->uses_host_memory) {
+        sebp_call_fail(call, SEBP_ERROR_UNSUPPORTED,
+                       "works on the host's memory alone, not on that of device %s",
+                       call->backend->name);
+    }
+}
+
+/* ---- active rows ---- */
+
+void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total)
+{
+    call->rows = rows;
+    call->m = rows != NULL ? rows->count : total;
+    if (rows == NULL || !sebp_call_goes_on(call))
+        return;
+    const void *list = NULL;
+    sebp_status status = sebp_copies_get(rows->copies, call->context->device, rows->indices,
+                                         rows->count * (int64_t)sizeof *rows->indices, &list);
+    call->list = list;
+    sebp_call_keep(call, status, "copying the row set to the device");
+}
+
+void sebp_find_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows)
+{
+    if (rows == NULL && sebp_call_goes_on(call)) {
+        /* The message is that of sebp_rows_find(). */
+        call->status = sebp_rows_find(call->context, dy, &call->options.rule, &call->found);
         rows = call->found;
     }
-    call->rows = rows;
-    call->m = rows->count;
-    return SEBP_SUCCESS;
+    if (sebp_call_goes_on(call))
+        sebp_use_rows(call, rows, dy->rows);
 }
 
-void sebp_call_end(sebp_call *call)
-{
-    sebp_rows_destroy(call->found);
-}
-
-void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, const void **data,
+void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, void **data,
                     const int64_t **list)
 {
     const sebp_rows *rows = call->rows;
     *data = view->data;
     *list = NULL;
-    if (!rows || rows->count == 0)
+    if (rows == NULL || rows->count == 0)
         return;
     if (rows->is_run)
-        *data = element(view, rows->indices[0]);
+        *data = row_of(view, rows->indices[0]);
     else
-        *list = rows->indices;
+        *list = call->list;
 }
+
+void sebp_zero_inactive(sebp_call *call, const sebp_matrix *view)
+{
+    const sebp_rows *rows = call->rows;
+    if (rows == NULL || rows->count == rows->total ||
+        call->options.inactive != SEBP_INACTIVE_ZERO || !sebp_call_goes_on(call))
+        return;
+    sebp_status status =
+        call->backend->zero_other_rows(call->device, view, call->list, rows->count);
+    sebp_call_keep(call, status, "zeroing inactive rows");
+}
+
+/* ---- products ---- */
 
 sebp_operand sebp_whole_operand(const sebp_matrix *view, bool transposed)
 {
@@ -188,8 +286,10 @@ sebp_operand sebp_whole_operand(const sebp_matrix *view, bool transposed)
 
 sebp_operand sebp_active_operand(const sebp_call *call, const sebp_matrix *view, bool transposed)
 {
+    void *data;
     sebp_operand operand = {NULL, view->stride, NULL, transposed};
-    sebp_pick_rows(call, view, &operand.data, &operand.rows);
+    sebp_pick_rows(call, view, &data, &operand.rows);
+    operand.data = data;
     return operand;
 }
 
@@ -208,57 +308,57 @@ void sebp_to_whole(const sebp_matrix *view, sebp_product *product)
 
 void sebp_to_active_rows(const sebp_call *call, const sebp_matrix *view, sebp_product *product)
 {
-    const void *data;
-    sebp_pick_rows(call, view, &data, &product->c_rows);
-    product->c = (void *)(uintptr_t)data;
+    sebp_pick_rows(call, view, &product->c, &product->c_rows);
     product->c_stride = view->stride;
     product->c_dtype = view->dtype;
     product->other_rows_are_free =
         !product->accumulate && call->options.inactive == SEBP_INACTIVE_ZERO;
 }
 
-sebp_status sebp_reserve(const sebp_call *call, const sebp_product *product)
+void sebp_plan_product(sebp_call *call, sebp_plan *plan)
 {
-    sebp_context *context = call->context;
-    sebp_status status = context->backend->reserve_product(context->device, product);
-    if (status != SEBP_SUCCESS)
-        return sebp_fail(context, status,
-                         "%s: no scratch memory for a product of %" PRId64 "x%" PRId64 "x%" PRId64,
-                         call->function, product->m, product->n, product->k);
-    return SEBP_SUCCESS;
+    if (!sebp_call_goes_on(call))
+        return;
+    sebp_status status = call->backend->plan_product(call->device, plan);
+    if (status != SEBP_SUCCESS) {
+        sebp_call_fail(call, status,
+                       "no scratch memory for a product of %" PRId64 "x%" PRId64 "x%" PRId64,
+                       plan->product.m, plan->product.n, plan->product.k);
+    }
 }
 
-sebp_status sebp_run(const sebp_call *call, const sebp_product *product, const char **path)
+void sebp_run_product(sebp_call *call, sebp_plan *plan)
 {
-    sebp_context *context = call->context;
-    sebp_status status = context->backend->product(context->device, product, path);
+    if (!sebp_call_goes_on(call))
+        return;
+    sebp_status status = call->backend->run_product(call->device, plan);
     if (status != SEBP_SUCCESS)
-        return sebp_fail(context, status, "%s: %s", call->function, *path);
-    return SEBP_SUCCESS;
+        sebp_call_fail(call, status, "%s", plan->path);
 }
 
-void sebp_zero_inactive(const sebp_call *call, const sebp_matrix *view)
+void sebp_reserve_scratch(sebp_call *call, int64_t bytes, const char *what)
 {
-    const sebp_rows *rows = call->rows;
-    if (rows && rows->count < rows->total && call->options.inactive == SEBP_INACTIVE_ZERO)
-        call->context->backend->zero_other_rows(call->context->device, view, rows->indices,
-                                                rows->count);
+    if (bytes > 0 && !sebp_call_goes_on(call))
+        return;
+    sebp_status status = call->backend->reserve_scratch(call->device, bytes);
+    if (status != SEBP_SUCCESS)
+        sebp_call_fail(call, status, "no scratch memory for %s", what);
 }
 
 void sebp_report(const sebp_call *call, int64_t rows, int64_t in_features, int64_t out_features,
                  sebp_dtype dtype, const char *const *paths)
 {
-    if (!call->context->verbose)
+    if (!call->context->verbose || !sebp_call_goes_on(call))
         return;
     char joined[160] = "none";
-    for (size_t used = 0; *paths && used < sizeof joined; paths++)
+    for (size_t used = 0; *paths != NULL && used < sizeof joined; paths++)
         used +=
             (size_t)snprintf(joined + used, sizeof joined - used, "%s%s", used ? "+" : "", *paths);
-    const char *why = !call->rows          ? "all rows"
+    const char *why = call->rows == NULL   ? "all rows"
                       : call->m == 0       ? "no rows"
                       : call->rows->is_run ? "one run"
                                            : "scattered rows";
     fprintf(stderr, "sebp,%s,%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%s,%s,%s%s,%.3f\n",
             call->function, rows, in_features, out_features, call->m, sebp_dtype_name(dtype),
-            joined, why, call->found ? " found" : "", sebp_milliseconds() - call->start);
+            joined, why, call->found != NULL ? " found" : "", sebp_milliseconds() - call->start);
 }

@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file call.h
- * What the methods on a layer's rows share: a call in progress, checks of its arguments in the
- * order that sebp.h promises, and products whose operands carry the active rows.
+ * What the methods share: a call in progress, checks of its arguments in the order that sebp.h
+ * promises, its active rows, and products whose operands carry them.
+ *
+ * A call keeps its first failure, for which a line is left in the context. What comes after a failure
+ * does nothing, so that a method reads as a list of what it checks, reserves and computes.
  */
 #ifndef SEBP_CALL_H
 #define SEBP_CALL_H
@@ -13,12 +16,15 @@
 
 #include "internal.h"
 
-/** What a call works with, once its arguments are checked. */
 typedef struct sebp_call {
     sebp_context *context;
+    const sebp_backend *backend; /* the context's */
+    void *device;
     const char *function; /* its name in messages */
+    sebp_status status;   /* the first failure */
     sebp_linear_options options;
     const sebp_rows *rows; /* NULL: all of them */
+    const int64_t *list;   /* `rows` where the device reads them; NULL: all rows, or none */
     sebp_rows *found;      /* rows found by the call itself; else NULL */
     int64_t m;             /* active rows, of M */
     double start;          /* milliseconds */
@@ -31,55 +37,72 @@ typedef struct sebp_argument {
     bool is_output;
 } sebp_argument;
 
+/** context: not NULL. */
 sebp_call sebp_call_begin(sebp_context *context, const char *function);
 
-/* Checks; on error each leaves a line. Absent arguments pass. */
+/** Frees what the call has found, and returns its status. */
+sebp_status sebp_call_end(sebp_call *call);
 
-sebp_status sebp_missing(const sebp_call *call, const char *name);
+/** Whether nothing has failed yet. */
+bool sebp_call_goes_on(const sebp_call *call);
+
+/** Keeps a failure and leaves the line "function: text", unless there was one before. */
+void sebp_call_fail(sebp_call *call, sebp_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/** Keeps the status of an operation, where it failed; `what` says what was being done. */
+void sebp_call_keep(sebp_call *call, sebp_status status, const char *what);
+
+/* Checks. Absent arguments pass. */
+
+/** That an argument, which may be of any type, is not NULL; whether nothing has failed yet. */
+bool sebp_require(sebp_call *call, const char *name, const void *argument);
+/** The same of views. */
+bool sebp_require_views(sebp_call *call, const sebp_argument *arguments, int count);
 /** Puts a caller's options over the defaults in `taken`, as sebp_take_struct(); NULL leaves them. */
-sebp_status sebp_take_any_options(const sebp_call *call, const void *given, size_t first_bytes,
-                                  void *taken, size_t bytes);
+void sebp_take_any_options(sebp_call *call, const void *given, size_t first_bytes, void *taken,
+                           size_t bytes);
 /** NULL leaves the defaults. */
-sebp_status sebp_take_options(sebp_call *call, const sebp_linear_options *options);
-sebp_status sebp_check_views(const sebp_call *call, const sebp_argument *arguments, int count);
-sebp_status sebp_check_same_dtype(const sebp_call *call, const sebp_argument *one,
-                                  const sebp_argument *other);
-sebp_status sebp_check_write(const sebp_call *call, const char *name, sebp_write write);
-sebp_status sebp_check_inactive(const sebp_call *call);
+void sebp_take_options(sebp_call *call, const sebp_linear_options *options);
+void sebp_check_views(sebp_call *call, const sebp_argument *arguments, int count);
+void sebp_check_same_dtype(sebp_call *call, const sebp_argument *one, const sebp_argument *other);
+void sebp_check_f32(sebp_call *call, const sebp_argument *argument);
+void sebp_check_write(sebp_call *call, const char *name, sebp_write write);
+void sebp_check_inactive(sebp_call *call);
 /** `total`: the rows of the matrix `of`. */
-sebp_status sebp_check_rows(const sebp_call *call, const sebp_rows *rows, const char *of,
-                            int64_t total);
-sebp_status sebp_check_shape(const sebp_call *call, const sebp_argument *argument, int64_t rows,
-                             int64_t cols);
+void sebp_check_rows(sebp_call *call, const sebp_rows *rows, const char *of, int64_t total);
+void sebp_check_shape(sebp_call *call, const sebp_argument *argument, int64_t rows, int64_t cols);
 /** No output overlaps anything. */
-sebp_status sebp_check_aliases(const sebp_call *call, const sebp_argument *arguments, int count);
-
+void sebp_check_aliases(sebp_call *call, const sebp_argument *arguments, int count);
 /** No element is NaN or Inf: reads all of them. */
-sebp_status sebp_check_finite(const sebp_call *call, const char *name, const sebp_matrix *view);
+void sebp_check_finite(sebp_call *call, const char *name, const sebp_matrix *view);
+/** A rule for rows that the call is to find (rows.c). */
+void sebp_check_rule(sebp_call *call, const sebp_rule *rule);
+/** That the device works on the host's memory, as a method does that keeps its state there. */
+void sebp_check_host_memory(sebp_call *call);
 
 /** A view of kept elements by itself; its shape; that its values are finite (sparse.c). */
-sebp_status sebp_check_sparse(const sebp_call *call, const char *name, const sebp_sparse *view);
+void sebp_check_sparse(sebp_call *call, const char *name, const sebp_sparse *view);
 /** Room for the k elements to be chosen: k from 1 on. */
-sebp_status sebp_check_sparse_room(const sebp_call *call, const char *name,
-                                   const sebp_sparse *view);
-sebp_status sebp_check_sparse_shape(const sebp_call *call, const char *name,
-                                    const sebp_sparse *view, int64_t rows, int64_t cols);
-sebp_status sebp_check_sparse_finite(const sebp_call *call, const char *name,
-                                     const sebp_sparse *view);
-sebp_status sebp_check_f32(const sebp_call *call, const sebp_argument *argument);
+void sebp_check_sparse_room(sebp_call *call, const char *name, const sebp_sparse *view);
+void sebp_check_sparse_shape(sebp_call *call, const char *name, const sebp_sparse *view,
+                             int64_t rows, int64_t cols);
+void sebp_check_sparse_finite(sebp_call *call, const char *name, const sebp_sparse *view);
 
-/** Settles call->rows and call->m: the rows given, or found in dy by the options' rule. */
-sebp_status sebp_settle_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows);
+/* Active rows. */
 
-/** Frees what the call has found. */
-void sebp_call_end(sebp_call *call);
-
-/* Parts of products. */
-
-/** The active rows of a matrix of M rows: in place if they follow each other, else by their list.
- */
-void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, const void **data,
+/** Settles the call's rows, NULL being all `total` of them. */
+void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total);
+/** The same, NULL being those that the options' rule finds in dy. */
+void sebp_find_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows);
+/** The active rows of a matrix of M rows: in place if they follow each other, else by their list. */
+void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, void **data,
                     const int64_t **list);
+/** Zeroes the inactive rows of an output, unless the options leave them. */
+void sebp_zero_inactive(sebp_call *call, const sebp_matrix *view);
+
+/* Products. */
+
 /** A whole matrix. */
 sebp_operand sebp_whole_operand(const sebp_matrix *view, bool transposed);
 /** The active rows of a matrix of M rows. */
@@ -90,12 +113,12 @@ sebp_operand sebp_x_operand(const sebp_call *call, const sebp_matrix *x, bool tr
 void sebp_to_whole(const sebp_matrix *view, sebp_product *product);
 void sebp_to_active_rows(const sebp_call *call, const sebp_matrix *view, sebp_product *product);
 
-/** All that can fail for want of memory; then run. On error each leaves a line. */
-sebp_status sebp_reserve(const sebp_call *call, const sebp_product *product);
-sebp_status sebp_run(const sebp_call *call, const sebp_product *product, const char **path);
+/** Of plan->product: all that can fail for want of memory. Then run. */
+void sebp_plan_product(sebp_call *call, sebp_plan *plan);
+void sebp_run_product(sebp_call *call, sebp_plan *plan);
 
-/** Zeroes the inactive rows of an output, unless the options leave them. */
-void sebp_zero_inactive(const sebp_call *call, const sebp_matrix *view);
+/** Scratch memory for what a method has between its products, as the table's; 0 gives it back. */
+void sebp_reserve_scratch(sebp_call *call, int64_t bytes, const char *what);
 
 /** The line of SEBP_VERBOSE: `paths`, NULL at the end, are those of the call's products. */
 void sebp_report(const sebp_call *call, int64_t rows, int64_t in_features, int64_t out_features,

@@ -259,16 +259,32 @@ sebp_status sebp_context_create(const sebp_context_options *given, sebp_context 
         return status;
     if (options.workspace_bytes == 0)
         options.workspace_bytes = DEFAULT_WORKSPACE;
-    sebp_context *made = calloc(1, sizeof *made);
-    sebp_cpu *cpu = NULL;
-    status = made != NULL ? sebp_cpu_create(&options, &environment, &cpu) : SEBP_ERROR_MEMORY;
-    if (status != SEBP_SUCCESS) {
-        free(made);
-        return refuse(&options, status, "sebp_context_create: %s",
-                      status == SEBP_ERROR_BACKEND ? "hwloc failed" : sebp_status_string(status));
+    sebp_cpu *cpu;
+    status = sebp_cpu_create(&options, &environment, &cpu);
+    if (status == SEBP_SUCCESS) {
+        status = sebp_context_make(&sebp_cpu_backend, cpu, verbose, context);
+        if (status != SEBP_SUCCESS)
+            sebp_cpu_backend.destroy(cpu);
     }
-    made->backend = &sebp_cpu_backend;
-    made->device = cpu;
+    if (status != SEBP_SUCCESS) {
+        refuse(&options, status, "sebp_context_create: %s",
+               status == SEBP_ERROR_BACKEND ? "hwloc failed" : sebp_status_string(status));
+    }
+    return status;
+}
+
+sebp_status sebp_context_make(const sebp_backend *backend, void *state, bool verbose,
+                              sebp_context **context)
+{
+    sebp_context *made = calloc(1, sizeof *made);
+    sebp_device *device = calloc(1, sizeof *device);
+    if (made == NULL || device == NULL) {
+        free(made);
+        free(device);
+        return SEBP_ERROR_MEMORY;
+    }
+    *device = (sebp_device){.backend = backend, .state = state, .holders = 1};
+    made->device = device;
     made->verbose = verbose;
     *context = made;
     return SEBP_SUCCESS;
@@ -277,19 +293,21 @@ sebp_status sebp_context_create(const sebp_context_options *given, sebp_context 
 void sebp_context_destroy(sebp_context *context)
 {
     if (context != NULL) {
-        context->backend->destroy(context->device);
+        sebp_device_release(context->device);
         free(context);
     }
 }
 
 int sebp_context_threads(const sebp_context *context)
 {
-    return context != NULL ? context->backend->threads(context->device) : 0;
+    /* Threads are a matter of CPUs, and no table's. */
+    bool is_cpu = context != NULL && context->device->backend == &sebp_cpu_backend;
+    return is_cpu ? sebp_cpu_threads(context->device->state) : context != NULL;
 }
 
 int64_t sebp_context_scratch_bytes(const sebp_context *context)
 {
-    return context != NULL ? context->backend->scratch_bytes(context->device) : 0;
+    return context != NULL ? context->device->backend->scratch_bytes(context->device->state) : 0;
 }
 
 const char *sebp_context_message(const sebp_context *context)

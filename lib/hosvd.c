@@ -13,20 +13,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef SEBP_HAVE_LAPACK
-#include <lapacke.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#endif
-
 #include "basis.h"
-#include "call.h"
+#include "integers.h"
 
 enum {
-    PANEL = 256,       /* rows of a sum to a product: what of it lies below the diagonal is waste */
-    CHUNK_ROWS = 4096, /* of a gradient, measured at a time */
-    WORK_FLOATS = 66 /* for each of n, to LAPACK's ssyevr: 26 and a block of its reduction of 40 */
+    PANEL = 256,      /* rows of a sum to a product: what of it lies below the diagonal is waste */
+    CHUNK_ROWS = 4096 /* of a gradient, measured at a time */
 };
 
 /* No element of a sum is larger than the energy, so that below this none overflows. */
@@ -96,95 +88,94 @@ static bool is_too_many(const sebp_basis_sums *sums, int64_t count, double energ
 }
 
 /* ||G||^2 in double; Inf where G holds a NaN or Inf. */
-static double energy_of(sebp_context *context, const sebp_matrix *gradient)
+static double energy_of(sebp_call *call, const sebp_matrix *gradient)
 {
     double score[CHUNK_ROWS], energy = 0;
     sebp_matrix chunk = *gradient;
-    for (int64_t first = 0; first < gradient->rows; first += CHUNK_ROWS) {
+    for (int64_t first = 0; first < gradient->rows && sebp_call_goes_on(call);
+         first += CHUNK_ROWS) {
         chunk.data = (char *)gradient->data +
                      first * gradient->stride * (int64_t)sebp_dtype_bytes(gradient->dtype);
-        chunk.rows = gradient->rows - first < CHUNK_ROWS ? gradient->rows - first : CHUNK_ROWS;
-        context->backend->scan_rows(context->device, &chunk, SEBP_MEASURE_SQUARE_SUM, 0, score);
-        for (int64_t i = 0; i < chunk.rows; i++)
+        chunk.rows = sebp_min(CHUNK_ROWS, gradient->rows - first);
+        sebp_status status =
+            call->backend->scan_rows(call->device, &chunk, SEBP_MEASURE_SQUARE_SUM, 0, score);
+        sebp_call_keep(call, status, "looking at the gradient");
+        for (int64_t i = 0; i < chunk.rows && sebp_call_goes_on(call); i++)
             energy += score[i];
     }
     return energy;
 }
 
 /* The upper triangle of sum += G G^T, or G^T G where `transposed`, in panels of its rows. */
-static sebp_status add_square(const sebp_call *call, const sebp_matrix *gradient, bool transposed,
-                              const sebp_matrix *sum, bool runs)
+static void add_square(sebp_call *call, const sebp_matrix *gradient, bool transposed,
+                       const sebp_matrix *sum, bool runs)
 {
     int64_t size = sum->rows;
-    sebp_status status = SEBP_SUCCESS;
-    for (int64_t i = 0; i < size && status == SEBP_SUCCESS; i += PANEL) {
+    for (int64_t i = 0; i < size && sebp_call_goes_on(call); i += PANEL) {
         int64_t step = (transposed ? 1 : gradient->stride) * i;
         const char *from =
             (const char *)gradient->data + step * (int64_t)sebp_dtype_bytes(gradient->dtype);
-        sebp_product product = {.m = size - i < PANEL ? size - i : PANEL, .n = size - i};
-        product.k = transposed ? gradient->rows : gradient->cols;
-        product.dtype = gradient->dtype;
-        product.a = (sebp_operand){from, gradient->stride, NULL, transposed};
-        product.b = (sebp_operand){from, gradient->stride, NULL, !transposed};
-        product.c = (float *)sum->data + i * size + i;
-        product.c_stride = size;
-        product.accumulate = true;
-        const char *path;
-        status = runs ? sebp_run(call, &product, &path) : sebp_reserve(call, &product);
+        sebp_plan plan = {
+            .product = {.m = sebp_min(PANEL, size - i),
+                        .n = size - i,
+                        .k = transposed ? gradient->rows : gradient->cols,
+                        .dtype = gradient->dtype,
+                        .a = {from, gradient->stride, NULL, transposed},
+                        .b = {from, gradient->stride, NULL, !transposed},
+                        .c = (float *)sum->data + i * size + i,
+                        .c_stride = size,
+                        .accumulate = true},
+        };
+        sebp_plan_product(call, &plan);
+        if (runs)
+            sebp_run_product(call, &plan);
     }
-    return status;
 }
 
 sebp_status sebp_basis_sums_add(sebp_context *context, sebp_basis_sums *sums,
                                 const sebp_matrix *gradient)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_basis_sums_add");
     const sebp_argument of_gradient = {"gradient", gradient, false};
-    if (!sums || !gradient)
-        return sebp_missing(&call, !sums ? "sums" : "gradient");
-    sebp_status status = sebp_check_views(&call, &of_gradient, 1);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_shape(&call, &of_gradient, sums->out.rows, sums->in.rows);
-    if (status != SEBP_SUCCESS)
-        return status;
-    double energy = sums->energy + energy_of(context, gradient);
-    if (!(energy < MAX_ENERGY))
-        return sebp_fail(context, SEBP_ERROR_NONFINITE,
-                         "%s: gradient %" PRId64 " holds a NaN, an Inf or too large numbers",
-                         call.function, sums->count);
-    if (sums->count == INT64_MAX || is_too_many(sums, sums->count + 1, energy))
-        return sebp_fail(context, SEBP_ERROR_OVERFLOW,
-                         "%s: with %" PRId64 " gradients of %" PRId64 "x%" PRId64
-                         " the sums are full",
-                         call.function, sums->count, sums->out.rows, sums->in.rows);
-    for (int runs = 0; runs < 2 && status == SEBP_SUCCESS; runs++) {
-        status = add_square(&call, gradient, false, &sums->out, runs);
-        if (status == SEBP_SUCCESS)
-            status = add_square(&call, gradient, true, &sums->in, runs);
+    if (!sebp_require(&call, "sums", sums) || !sebp_require(&call, "gradient", gradient))
+        return call.status;
+    sebp_check_host_memory(&call); /* the sums lie there */
+    sebp_check_views(&call, &of_gradient, 1);
+    sebp_check_shape(&call, &of_gradient, sums->out.rows, sums->in.rows);
+    if (!sebp_call_goes_on(&call))
+        return call.status;
+    double energy = sums->energy + energy_of(&call, gradient);
+    if (!(energy < MAX_ENERGY)) {
+        sebp_call_fail(&call, SEBP_ERROR_NONFINITE,
+                       "gradient %" PRId64 " holds a NaN, an Inf or too large numbers",
+                       sums->count);
+    } else if (sums->count == INT64_MAX || is_too_many(sums, sums->count + 1, energy)) {
+        sebp_call_fail(&call, SEBP_ERROR_OVERFLOW,
+                       "with %" PRId64 " gradients of %" PRId64 "x%" PRId64 " the sums are full",
+                       sums->count, sums->out.rows, sums->in.rows);
     }
-    if (status == SEBP_SUCCESS) {
+    for (int runs = 0; runs < 2; runs++) {
+        add_square(&call, gradient, false, &sums->out, runs);
+        add_square(&call, gradient, true, &sums->in, runs);
+    }
+    if (sebp_call_goes_on(&call)) {
         sums->energy = energy;
         sums->count++;
     }
-    return status;
+    return sebp_call_end(&call);
 }
 
 /* ---- copies ---- */
 
-/* Copies the strict upper triangle into the lower one, or back. */
-static void mirror(const sebp_matrix *sum, bool to_lower)
+/* Copies the strict upper triangle into the lower one. */
+static void fill_lower(const sebp_matrix *sum)
 {
     float *data = sum->data;
     for (int64_t i = 0; i < sum->rows; i++) {
-        for (int64_t j = i + 1; j < sum->rows; j++) {
-            float *upper = data + i * sum->stride + j, *lower = data + j * sum->stride + i;
-            if (to_lower)
-                *lower = *upper;
-            else
-                *upper = *lower;
-        }
+        for (int64_t j = i + 1; j < sum->rows; j++)
+            data[j * sum->stride + i] = data[i * sum->stride + j];
     }
 }
 
@@ -222,8 +213,8 @@ sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double *energy,
         return SEBP_ERROR_ALIAS;
     sebp_matrix_convert(&sums->out, out);
     sebp_matrix_convert(&sums->in, in);
-    mirror(out, true);
-    mirror(in, true);
+    fill_lower(out);
+    fill_lower(in);
     *energy = sums->energy;
     return SEBP_SUCCESS;
 }
@@ -316,24 +307,21 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
 /* ---- solving ---- */
 
 /* That a rank is in range and that the gradients can span it. */
-static sebp_status check_rank(const sebp_call *call, const sebp_basis_sums *sums, const char *name,
-                              int64_t rank, int64_t size)
+static void check_rank(sebp_call *call, const sebp_basis_sums *sums, const char *name, int64_t rank,
+                       int64_t size)
 {
-    int64_t other = sums->out.rows < sums->in.rows ? sums->out.rows : sums->in.rows;
-    if (rank < 1 || rank > size)
-        return sebp_fail(call->context, SEBP_ERROR_VALUE,
-                         "%s: %s is %" PRId64 ", not 1 to %" PRId64, call->function, name, rank,
-                         size);
-    if ((rank + other - 1) / other > sums->count || sums->energy == 0)
-        return sebp_fail(call->context, SEBP_ERROR_VALUE,
-                         "%s: %" PRId64 " gradients of %" PRId64 "x%" PRId64 "%s do not span %s of "
-                         "%" PRId64,
-                         call->function, sums->count, sums->out.rows, sums->in.rows,
-                         sums->energy == 0 ? ", all zero," : "", name, rank);
-    return SEBP_SUCCESS;
+    int64_t other = sebp_min(sums->out.rows, sums->in.rows);
+    if (rank < 1 || rank > size) {
+        sebp_call_fail(call, SEBP_ERROR_VALUE, "%s is %" PRId64 ", not 1 to %" PRId64, name, rank,
+                       size);
+    } else if (sebp_div_ceil(rank, other) > sums->count || sums->energy == 0) {
+        sebp_call_fail(call, SEBP_ERROR_VALUE,
+                       "%" PRId64 " gradients of %" PRId64 "x%" PRId64
+                       "%s do not span %s of %" PRId64,
+                       sums->count, sums->out.rows, sums->in.rows,
+                       sums->energy == 0 ? ", all zero," : "", name, rank);
+    }
 }
-
-#ifdef SEBP_HAVE_LAPACK
 
 static float *row_of(const sebp_matrix *vectors, int64_t i)
 {
@@ -367,200 +355,64 @@ static void fix_signs(const sebp_matrix *vectors)
     }
 }
 
-static sebp_status no_workspace(const sebp_call *call)
-{
-    return sebp_fail(call->context, SEBP_ERROR_MEMORY, "%s: no memory for LAPACK's workspace",
-                     call->function);
-}
-
-/*
- * Lets LAPACK have no more threads than the context works on. Most of all where that is one: after a
- * fork a BLAS on OpenMP would wait for ever for threads that are gone. Gives the number that there
- * was, for restore_threads().
- */
-static int limit_threads(const sebp_context *context)
-{
-    int before = 1;
-#ifdef _OPENMP
-    int max = context->backend->openmp_threads(context->device);
-    before = omp_get_max_threads();
-    if (max < before)
-        omp_set_num_threads(max);
-#else
-    (void)context;
-#endif
-    return before;
-}
-
-static void restore_threads(int before)
-{
-#ifdef _OPENMP
-    omp_set_num_threads(before);
-#else
-    (void)before;
-#endif
-}
-
-static sebp_status check_lapack(const sebp_call *call, const char *routine, lapack_int info)
-{
-    if (info == 0)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_BACKEND, "%s: LAPACK's %s %s: %d", call->function,
-                     routine, info < 0 ? "refuses an argument" : "finds no eigenvectors",
-                     (int)info);
-}
-
-/* What is the upper triangle row by row is the lower one column by column; eigenvectors come as
- * columns, so as memory rows. Eigenvalues come in ascending order. */
-enum { LAYOUT = LAPACK_COL_MAJOR };
-static const char TRIANGLE = 'L';
-
-/*
- * All eigenvectors of a sum, by divide and conquer, in place: ssyevr would do with less memory, but
- * gives f32 vectors that are not orthogonal where many eigenvalues are near zero, as those of few
- * gradients are.
- */
-static sebp_status solve_all(const sebp_call *call, const sebp_matrix *sum,
-                             const sebp_matrix *vectors, float *values)
-{
-    int64_t n = sum->rows, work_count = 1 + 6 * n + 2 * n * n, iwork_count = 3 + 5 * n;
-    if (work_count > INT32_MAX)
-        return sebp_fail(call->context, SEBP_ERROR_OVERFLOW,
-                         "%s: LAPACK has no workspace for all vectors of %" PRId64
-                         ": ask for fewer",
-                         call->function, n);
-    float *work = malloc((size_t)work_count * sizeof *work);
-    lapack_int *iwork = malloc((size_t)iwork_count * sizeof *iwork);
-    sebp_status status;
-    if (work && iwork) {
-        sebp_matrix_convert(sum, vectors);
-        lapack_int info = LAPACKE_ssyevd_work(
-            LAYOUT, 'V', TRIANGLE, (lapack_int)n, vectors->data, (lapack_int)vectors->stride,
-            values, work, (lapack_int)work_count, iwork, (lapack_int)iwork_count);
-        status = check_lapack(call, "ssyevd", info);
-    } else {
-        status = no_workspace(call);
-    }
-    free(work);
-    free(iwork);
-    return status;
-}
-
-/*
- * The eigenvectors of the largest eigenvalues, fewer than all: for a part ssyevr does bisection and
- * inverse iteration. It destroys a triangle and the diagonal, so the other triangle keeps the sum.
- */
-static sebp_status solve_leading(const sebp_call *call, const sebp_matrix *sum,
-                                 const sebp_matrix *vectors, float *values)
-{
-    lapack_int n = (lapack_int)sum->rows, rank = (lapack_int)vectors->rows, found = 0;
-    lapack_int stride = (lapack_int)vectors->stride;
-    float *data = sum->data;
-    lapack_int work_count = WORK_FLOATS * n, iwork_count = 10 * n;
-    float *diagonal = malloc((size_t)n * sizeof *diagonal);
-    lapack_int *support = malloc(2 * (size_t)n * sizeof *support);
-    float *work = malloc((size_t)work_count * sizeof *work);
-    lapack_int *iwork = malloc((size_t)iwork_count * sizeof *iwork);
-    sebp_status status;
-    if (diagonal && support && work && iwork) {
-        for (int64_t i = 0; i < n; i++)
-            diagonal[i] = data[i * n + i];
-        mirror(sum, true);
-        lapack_int info = LAPACKE_ssyevr_work(
-            LAYOUT, 'V', 'I', TRIANGLE, n, data, n, 0, 0, n - rank + 1, n, 0, &found, values,
-            vectors->data, stride, support, work, work_count, iwork, iwork_count);
-        mirror(sum, false);
-        for (int64_t i = 0; i < n; i++)
-            data[i * n + i] = diagonal[i];
-        status = check_lapack(call, "ssyevr", info != 0 ? info : rank - found);
-    } else {
-        status = no_workspace(call);
-    }
-    free(diagonal);
-    free(support);
-    free(work);
-    free(iwork);
-    return status;
-}
-
-/* Whether what LAPACK has found is numbers. */
-static bool are_numbers(const float *values, const sebp_matrix *vectors)
-{
-    for (int64_t i = 0; i < vectors->rows; i++) {
-        if (!isfinite(values[i]))
-            return false;
-    }
-    return sebp_basis_all_finite(vectors);
-}
-
 /* The leading eigenvectors of a sum, as many as there is room for, and their share of the energy. */
-static sebp_status solve(const sebp_call *call, const sebp_matrix *sum, double energy,
-                         const sebp_matrix *vectors, double *share)
+static void solve(sebp_call *call, const sebp_matrix *sum, double energy,
+                  const sebp_matrix *vectors, double *share)
 {
-    int64_t rank = vectors->rows;
-    if (!is_finite(sum)) /* with which LAPACK may not even come to an end */
-        return sebp_fail(call->context, SEBP_ERROR_NONFINITE, "%s: the sums hold a NaN or an Inf",
-                         call->function);
+    char why[SEBP_WHY_BYTES];
+    if (!sebp_call_goes_on(call))
+        return;
+    if (!is_finite(sum)) { /* with which LAPACK may not even come to an end */
+        sebp_call_fail(call, SEBP_ERROR_NONFINITE, "the sums hold a NaN or an Inf");
+        return;
+    }
     float *values = malloc((size_t)sum->rows * sizeof *values);
-    if (!values)
-        return no_workspace(call);
-    sebp_status status = rank == sum->rows ? solve_all(call, sum, vectors, values)
-                                           : solve_leading(call, sum, vectors, values);
-    if (status == SEBP_SUCCESS && !are_numbers(values, vectors))
-        status = sebp_fail(call->context, SEBP_ERROR_NONFINITE,
-                           "%s: LAPACK's %s gives a NaN or an Inf for sums that hold none",
-                           call->function, rank == sum->rows ? "ssyevd" : "ssyevr");
-    if (status == SEBP_SUCCESS) {
+    if (values == NULL) {
+        sebp_call_fail(call, SEBP_ERROR_MEMORY, "no memory for eigenvalues");
+        return;
+    }
+    sebp_status status = call->backend->eigenvectors(call->device, sum, vectors, values, why);
+    if (status != SEBP_SUCCESS)
+        sebp_call_fail(call, status, "%s", why);
+    if (sebp_call_goes_on(call)) {
         reverse_rows(vectors);
         fix_signs(vectors);
         double sum_of_values = 0;
-        for (int64_t i = 0; i < rank; i++)
+        for (int64_t i = 0; i < vectors->rows; i++)
             sum_of_values += (double)values[i];
         *share = sum_of_values / energy;
-        if (!(sum_of_values > 0))
-            status = sebp_fail(call->context, SEBP_ERROR_VALUE,
-                               "%s: the sums hold nothing that f32 can tell: gradients are too "
-                               "small, or the sums were not from here",
-                               call->function);
+        if (!(sum_of_values > 0)) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE,
+                           "the sums hold nothing that f32 can tell: gradients are too small, or "
+                           "the sums were not from here");
+        }
     }
     free(values);
-    return status;
 }
-
-#endif
 
 sebp_status sebp_basis_solve(sebp_context *context, sebp_basis_sums *sums, int64_t rank_out,
                              int64_t rank_in, sebp_basis **basis)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_basis_solve");
-    if (!sums || !basis)
-        return sebp_missing(&call, !sums ? "sums" : "basis");
-    sebp_status status = check_rank(&call, sums, "rank_out", rank_out, sums->out.rows);
-    if (status == SEBP_SUCCESS)
-        status = check_rank(&call, sums, "rank_in", rank_in, sums->in.rows);
-    if (status != SEBP_SUCCESS)
-        return status;
-#ifdef SEBP_HAVE_LAPACK
+    if (!sebp_require(&call, "sums", sums) || !sebp_require(&call, "basis", basis))
+        return call.status;
+    check_rank(&call, sums, "rank_out", rank_out, sums->out.rows);
+    check_rank(&call, sums, "rank_in", rank_in, sums->in.rows);
+    if (!sebp_call_goes_on(&call))
+        return call.status;
     sebp_basis *made;
-    status = sebp_basis_make(rank_out, sums->out.rows, rank_in, sums->in.rows, &made);
-    if (status != SEBP_SUCCESS)
-        return sebp_fail(context, status, "%s: no memory for the basis", call.function);
-    int threads = limit_threads(context);
-    status = solve(&call, &sums->out, sums->energy, &made->out, &made->share_out);
-    if (status == SEBP_SUCCESS)
-        status = solve(&call, &sums->in, sums->energy, &made->in, &made->share_in);
-    restore_threads(threads);
-    if (status == SEBP_SUCCESS)
+    sebp_status status = sebp_basis_make(rank_out, sums->out.rows, rank_in, sums->in.rows, &made);
+    if (status != SEBP_SUCCESS) {
+        sebp_call_fail(&call, status, "no memory for the basis");
+        return call.status;
+    }
+    solve(&call, &sums->out, sums->energy, &made->out, &made->share_out);
+    solve(&call, &sums->in, sums->energy, &made->in, &made->share_in);
+    if (sebp_call_goes_on(&call))
         *basis = made;
     else
         sebp_basis_destroy(made);
-    return status;
-#else
-    return sebp_fail(context, SEBP_ERROR_UNSUPPORTED,
-                     "%s: this build has no LAPACK; install LAPACKE (Debian and Ubuntu: "
-                     "liblapacke-dev libopenblas-openmp-dev) and build again",
-                     call.function);
-#endif
+    return sebp_call_end(&call);
 }

@@ -47,7 +47,7 @@ sebp_status sebp_info_get(const sebp_context *context, sebp_info *info)
     found.openmp = _OPENMP;
 #endif
     if (context != NULL)
-        context->backend->info(context->device, &found);
+        context->device->backend->info(context->device->state, &found);
     else
         sebp_cpu_backend.info(NULL, &found);
     return sebp_give_struct(&found, sizeof found, BYTES_0_1_0, info);

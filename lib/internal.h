@@ -13,10 +13,10 @@
 #include <sebp/sebp.h>
 
 #include "backend.h"
+#include "copies.h"
 
 struct sebp_context {
-    const sebp_backend *backend;
-    void *device; /* what the table's operations work on */
+    sebp_device *device;
     bool verbose;
     char message[256];
 };
@@ -24,8 +24,9 @@ struct sebp_context {
 struct sebp_rows {
     int64_t total;
     int64_t count;
-    bool is_run;      /* the rows follow each other, so that they can be used in place */
-    int64_t *indices; /* count of them */
+    bool is_run;         /* the rows follow each other, so that they can be used in place */
+    int64_t *indices;    /* count of them */
+    sebp_copies *copies; /* of the indices, on devices */
 };
 
 /** Writes the line that sebp_context_message() gives, and returns `status`. For what is the
@@ -46,8 +47,6 @@ sebp_status sebp_fail_about(sebp_context *context, sebp_status status, const cha
     ((offsetof(type, field) + sizeof(((type *)NULL)->field) + _Alignof(type) - 1) /                \
      _Alignof(type) * _Alignof(type))
 
-enum { SEBP_WHY_BYTES = 112 };
-
 /**
  * Copies a caller's struct over the defaults in `taken`, of `bytes`: a shorter one as far as it
  * goes, a longer one if there are only zeros beyond. On SEBP_ERROR_SIZE `why` says what is wrong;
@@ -62,13 +61,6 @@ sebp_status sebp_take_struct(const void *given, size_t first_bytes, void *taken,
  * of a longer one with zeros. Its size stays; SEBP_ERROR_SIZE leaves it as it was. */
 sebp_status sebp_give_struct(const void *made, size_t bytes, size_t first_bytes, void *given);
 
-/** Checks a view that is not NULL; on error leaves a line "function: name: what". */
-sebp_status sebp_check_view(sebp_context *context, const char *function, const char *name,
-                            const sebp_matrix *view);
-
-/** Checks a rule; on error leaves a line. */
-sebp_status sebp_check_rule(sebp_context *context, const char *function, const sebp_rule *rule);
-
 /** Whether one view holds bytes of the other. Views of different strides in bytes are taken to hold
  * all between their first and last element. */
 bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other);
@@ -76,6 +68,11 @@ bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other);
 /** More elements of 8 bytes than this are in no array, so that a count over it is wrong before any of
  * them is read. */
 static const int64_t SEBP_MAX_IN_ARRAY = PTRDIFF_MAX / (int64_t)sizeof(int64_t);
+
+/** Makes a context on a device, which it takes over, in which nothing else has a part. The message of
+ * a failure is SEBP_ERROR_MEMORY's; the device is then the caller's still. */
+sebp_status sebp_context_make(const sebp_backend *backend, void *device, bool verbose,
+                              sebp_context **context);
 
 /** Milliseconds on a monotonic clock. */
 double sebp_milliseconds(void);

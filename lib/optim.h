@@ -5,14 +5,11 @@
 
 #include "call.h"
 
-/* On error each leaves a line. */
-
 /** Puts the options, or the defaults for NULL, into *taken. */
-sebp_status sebp_take_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
-                                    sebp_adamw_options *taken);
+void sebp_take_adamw_options(sebp_call *call, const sebp_adamw_options *options,
+                             sebp_adamw_options *taken);
 
 /** Checks their values, and what step number `step` makes of them; step 0: what the decay does. */
-sebp_status sebp_check_adamw_options(const sebp_call *call, const sebp_adamw_options *options,
-                                     int64_t step);
+void sebp_check_adamw_options(sebp_call *call, const sebp_adamw_options *options, int64_t step);
 
 #endif

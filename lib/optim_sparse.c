@@ -188,21 +188,17 @@ static bool is_support(const sebp_sparse_adamw *state, const int64_t *indices, i
             memcmp(indices, state->support, (size_t)count * sizeof *indices) == 0);
 }
 
-/* `n` values beside each other, as the backend takes them. */
-static sebp_matrix row_of(float *values, int64_t n)
-{
-    return sebp_matrix_f32(values, 1, n);
-}
-
-static void step_values(sebp_context *context, const sebp_adamw_options *options, int64_t step,
+static void step_values(sebp_call *call, const sebp_adamw_options *options, int64_t step,
                         float *values, float *moment1, float *moment2, int64_t n)
 {
-    sebp_matrix s = row_of(values, n), m = row_of(moment1, n), v = row_of(moment2, n);
-    context->backend->adamw(context->device, options, step, &s, &s, &m, &v, true);
+    sebp_matrix s = sebp_matrix_f32(values, 1, n);
+    sebp_matrix m = sebp_matrix_f32(moment1, 1, n), v = sebp_matrix_f32(moment2, 1, n);
+    sebp_status status = call->backend->adamw(call->device, options, step, &s, &s, &m, &v, true);
+    sebp_call_keep(call, status, "stepping");
 }
 
 /* The table has room for all of them. */
-static void step_places(sebp_context *context, const sebp_adamw_options *options,
+static void step_places(sebp_call *call, const sebp_adamw_options *options,
                         sebp_sparse_adamw *state, const sebp_sparse *gradient)
 {
     float moment1[BLOCK], moment2[BLOCK];
@@ -220,7 +216,7 @@ static void step_places(sebp_context *context, const sebp_adamw_options *options
             moment1[i] = block[i]->moment1;
             moment2[i] = block[i]->moment2;
         }
-        step_values(context, options, state->steps, gradient->values + first, moment1, moment2, n);
+        step_values(call, options, state->steps, gradient->values + first, moment1, moment2, n);
         for (int64_t i = 0; i < n; i++) {
             block[i]->moment1 = moment1[i];
             block[i]->moment2 = moment2[i];
@@ -228,53 +224,49 @@ static void step_places(sebp_context *context, const sebp_adamw_options *options
     }
 }
 
-static sebp_status check_gradient(const sebp_call *call, const sebp_sparse_adamw *state,
-                                  const sebp_sparse *gradient)
+static void check_gradient(sebp_call *call, const sebp_sparse_adamw *state,
+                           const sebp_sparse *gradient)
 {
-    sebp_status status = sebp_check_sparse(call, "gradient", gradient);
-    if (status == SEBP_SUCCESS && state->support &&
+    sebp_check_sparse(call, "gradient", gradient);
+    if (sebp_call_goes_on(call) && state->support != NULL &&
         !is_support(state, gradient->indices, gradient->count))
-        status = sebp_fail(call->context, SEBP_ERROR_ROWS,
-                           "%s: gradient is not on the state's fixed support", call->function);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_shape(call, "gradient", gradient, state->rows, state->cols);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_finite(call, "gradient", gradient);
-    return status;
+        sebp_call_fail(call, SEBP_ERROR_ROWS, "gradient is not on the state's fixed support");
+    sebp_check_sparse_shape(call, "gradient", gradient, state->rows, state->cols);
+    sebp_check_sparse_finite(call, "gradient", gradient);
 }
 
 sebp_status sebp_sparse_adamw_step(sebp_context *context, sebp_sparse_adamw *state,
                                    const sebp_adamw_options *given, const sebp_sparse *gradient)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_sparse_adamw_step");
     sebp_adamw_options options;
-    if (!state || !gradient)
-        return sebp_missing(&call, !state ? "state" : "gradient");
-    sebp_status status = sebp_take_adamw_options(&call, given, &options);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_adamw_options(&call, &options, state->steps + 1);
-    if (status == SEBP_SUCCESS)
-        status = check_gradient(&call, state, gradient);
-    if (status != SEBP_SUCCESS)
-        return status;
-    if (!state->support) {
-        status = make_room(state, gradient->indices, gradient->count);
-        if (status != SEBP_SUCCESS)
-            return sebp_fail(context, status,
-                             "%s: no memory for the moments of %" PRId64 " elements and more",
-                             call.function, state->count);
+    if (!sebp_require(&call, "state", state) || !sebp_require(&call, "gradient", gradient))
+        return call.status;
+    sebp_check_host_memory(&call); /* the state's moments lie there */
+    sebp_take_adamw_options(&call, given, &options);
+    sebp_check_adamw_options(&call, &options, state->steps + 1);
+    check_gradient(&call, state, gradient);
+    if (sebp_call_goes_on(&call) && state->support == NULL) {
+        sebp_status status = make_room(state, gradient->indices, gradient->count);
+        if (status != SEBP_SUCCESS) {
+            sebp_call_fail(&call, status,
+                           "no memory for the moments of %" PRId64 " elements and more",
+                           state->count);
+        }
     }
+    if (!sebp_call_goes_on(&call))
+        return call.status;
     state->steps++;
-    if (state->support)
-        step_values(context, &options, state->steps, gradient->values, state->moment1,
-                    state->moment2, state->count);
-    else
-        step_places(context, &options, state, gradient);
-    return SEBP_SUCCESS;
+    if (state->support != NULL) {
+        step_values(&call, &options, state->steps, gradient->values, state->moment1, state->moment2,
+                    state->count);
+    } else {
+        step_places(&call, &options, state, gradient);
+    }
+    return sebp_call_end(&call);
 }
-
 /* ---- what it holds ---- */
 
 int64_t sebp_sparse_adamw_count(const sebp_sparse_adamw *state)

@@ -7,11 +7,13 @@
 #include "config.h"
 #endif
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "internal.h"
+#include "call.h"
+#include "integers.h"
 
 enum { CHUNK_ROWS = 4096 }; /* of dY, measured at a time where their scores are not kept */
 
@@ -26,12 +28,12 @@ static sebp_status make_rows(int64_t total, int64_t room, sebp_rows **made)
     if (rows == NULL)
         return SEBP_ERROR_MEMORY;
     rows->total = total;
-    if (room > 0) {
+    rows->copies = sebp_copies_make();
+    if (room > 0)
         rows->indices = malloc((size_t)room * sizeof *rows->indices);
-        if (rows->indices == NULL) {
-            free(rows);
-            return SEBP_ERROR_MEMORY;
-        }
+    if (rows->copies == NULL || (room > 0 && rows->indices == NULL)) {
+        sebp_rows_destroy(rows);
+        return SEBP_ERROR_MEMORY;
     }
     *made = rows;
     return SEBP_SUCCESS;
@@ -135,6 +137,7 @@ sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t count, int64_
 void sebp_rows_destroy(sebp_rows *rows)
 {
     if (rows != NULL) {
+        sebp_copies_destroy(rows->copies);
         free(rows->indices);
         free(rows);
     }
@@ -162,29 +165,31 @@ const int64_t *sebp_rows_indices(const sebp_rows *rows)
 
 /* ---- rules ---- */
 
-sebp_status sebp_check_rule(sebp_context *context, const char *function, const sebp_rule *rule)
+void sebp_check_rule(sebp_call *call, const sebp_rule *rule)
 {
     switch (rule->kind) {
     case SEBP_RULE_NONZERO:
-        return SEBP_SUCCESS;
+        return;
     case SEBP_RULE_THRESHOLD:
-        if (rule->threshold >= 0)
-            return SEBP_SUCCESS;
-        return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's threshold is %g, not >= 0",
-                         function, rule->threshold);
+        if (!(rule->threshold >= 0)) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE, "the rule's threshold is %g, not >= 0",
+                           rule->threshold);
+        }
+        return;
     case SEBP_RULE_TOP:
-        if (rule->count >= 1)
-            return SEBP_SUCCESS;
-        return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's count is %lld, not >= 1",
-                         function, (long long)rule->count);
+        if (rule->count < 1) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE, "the rule's count is %" PRId64 ", not >= 1",
+                           rule->count);
+        }
+        return;
     case SEBP_RULE_ENERGY:
-        if (rule->delta >= 0 && rule->delta < 1)
-            return SEBP_SUCCESS;
-        return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's delta is %g, not in [0, 1)",
-                         function, rule->delta);
+        if (!(rule->delta >= 0 && rule->delta < 1)) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE, "the rule's delta is %g, not in [0, 1)",
+                           rule->delta);
+        }
+        return;
     }
-    return sebp_fail(context, SEBP_ERROR_VALUE, "%s: the rule's kind %d is unknown", function,
-                     (int)rule->kind);
+    sebp_call_fail(call, SEBP_ERROR_VALUE, "the rule's kind %d is unknown", (int)rule->kind);
 }
 
 /* Which rows are kept: those with a score above `score`, and the first `ties` of those with it. */
@@ -297,54 +302,58 @@ static int64_t keep_rows(void *memory, int64_t total, cut cut)
     return count;
 }
 
+/* Scores of all rows, and which of them the rule keeps. */
+static cut score_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rule *rule, double *score)
+{
+    sebp_measure measure = rule->kind == SEBP_RULE_NONZERO     ? SEBP_MEASURE_NONZERO
+                           : rule->kind == SEBP_RULE_THRESHOLD ? SEBP_MEASURE_ABOVE
+                                                               : SEBP_MEASURE_SQUARE_SUM;
+    double limit = rule->kind == SEBP_RULE_THRESHOLD ? rule->threshold : 0;
+    sebp_status status = call->backend->scan_rows(call->device, dy, measure, limit, score);
+    sebp_call_keep(call, status, "looking at rows");
+    if (!sebp_call_goes_on(call))
+        return (cut){0, 0};
+    if (rule->kind == SEBP_RULE_TOP)
+        return cut_top(score, dy->rows, rule->count);
+    if (rule->kind == SEBP_RULE_ENERGY)
+        return cut_energy(score, dy->rows, rule->delta);
+    return (cut){0, 0};
+}
+
 sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const sebp_rule *rule,
                            sebp_rows **rows)
 {
-    static const char function[] = "sebp_rows_find";
     const sebp_rule nonzero = sebp_rule_nonzero();
+    const sebp_argument of_dy = {"dy", dy, false};
     if (context == NULL)
         return SEBP_ERROR_NULL;
-    if (dy == NULL || rows == NULL)
-        return sebp_fail(context, SEBP_ERROR_NULL, "%s: %s is NULL", function,
-                         dy == NULL ? "dy" : "rows");
+    sebp_call call = sebp_call_begin(context, "sebp_rows_find");
+    if (!sebp_require(&call, "dy", dy) || !sebp_require(&call, "rows", rows))
+        return call.status;
     if (rule == NULL)
         rule = &nonzero;
-    sebp_status status = sebp_check_view(context, function, "dy", dy);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_rule(context, function, rule);
-    if (status != SEBP_SUCCESS)
-        return status;
+    sebp_check_views(&call, &of_dy, 1);
+    sebp_check_rule(&call, rule);
+    if (!sebp_call_goes_on(&call))
+        return call.status;
 
-    int64_t total = dy->rows, room = dy->cols > 0 ? total : 0;
+    int64_t total = dy->rows, room = dy->cols > 0 ? total : 0, count = 0;
     sebp_rows *made;
-    status = make_rows(total, room, &made);
-    if (status != SEBP_SUCCESS)
-        return sebp_fail(context, status, "%s: %lld rows: %s", function, (long long)total,
-                         sebp_status_string(status));
-    if (room == 0)
-        return finish_rows(made, 0, rows);
-
-    /* The set's own memory holds the scores first. */
-    double *score = (double *)(void *)made->indices;
-    cut cut = {0, 0};
-    switch (rule->kind) {
-    case SEBP_RULE_NONZERO:
-        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_NONZERO, 0, score);
-        break;
-    case SEBP_RULE_THRESHOLD:
-        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_ABOVE, rule->threshold,
-                                    score);
-        break;
-    case SEBP_RULE_TOP:
-        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_SQUARE_SUM, 0, score);
-        cut = cut_top(score, total, rule->count);
-        break;
-    case SEBP_RULE_ENERGY:
-        context->backend->scan_rows(context->device, dy, SEBP_MEASURE_SQUARE_SUM, 0, score);
-        cut = cut_energy(score, total, rule->delta);
-        break;
+    sebp_status status = make_rows(total, room, &made);
+    if (status != SEBP_SUCCESS) {
+        sebp_call_fail(&call, status, "%" PRId64 " rows: %s", total, sebp_status_string(status));
+        return call.status;
     }
-    return finish_rows(made, keep_rows(made->indices, total, cut), rows);
+    if (room > 0) {
+        /* The set's own memory holds the scores first. */
+        cut cut = score_rows(&call, dy, rule, (double *)(void *)made->indices);
+        if (!sebp_call_goes_on(&call)) {
+            sebp_rows_destroy(made);
+            return call.status;
+        }
+        count = keep_rows(made->indices, total, cut);
+    }
+    return finish_rows(made, count, rows);
 }
 
 /* ---- what is dropped ---- */
@@ -352,31 +361,31 @@ sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const s
 sebp_status sebp_rows_dropped(sebp_context *context, const sebp_matrix *dy, const sebp_rows *rows,
                               sebp_dropped *dropped)
 {
-    static const char function[] = "sebp_rows_dropped";
+    const sebp_argument of_dy = {"dy", dy, false};
     if (context == NULL)
         return SEBP_ERROR_NULL;
-    if (dy == NULL || rows == NULL || dropped == NULL)
-        return sebp_fail(context, SEBP_ERROR_NULL, "%s: %s is NULL", function,
-                         dy == NULL     ? "dy"
-                         : rows == NULL ? "rows"
-                                        : "dropped");
-    sebp_status status = sebp_check_view(context, function, "dy", dy);
-    if (status != SEBP_SUCCESS)
-        return status;
-    if (rows->total != dy->rows)
-        return sebp_fail(context, SEBP_ERROR_ROWS,
-                         "%s: the set was made for %lld rows but dy has %lld", function,
-                         (long long)rows->total, (long long)dy->rows);
+    sebp_call call = sebp_call_begin(context, "sebp_rows_dropped");
+    if (!sebp_require(&call, "dy", dy) || !sebp_require(&call, "rows", rows) ||
+        !sebp_require(&call, "dropped", dropped))
+        return call.status;
+    sebp_check_views(&call, &of_dy, 1);
+    if (rows->total != dy->rows) {
+        sebp_call_fail(&call, SEBP_ERROR_ROWS,
+                       "the set was made for %" PRId64 " rows but dy has %" PRId64, rows->total,
+                       dy->rows);
+    }
 
     double score[CHUNK_ROWS], kept_energy = 0, dropped_energy = 0;
     int64_t dropped_rows = 0, listed = 0;
     sebp_matrix chunk = *dy;
     int64_t total = dy->cols > 0 ? dy->rows : 0;
-    for (int64_t first = 0; first < total; first += CHUNK_ROWS) {
+    for (int64_t first = 0; first < total && sebp_call_goes_on(&call); first += CHUNK_ROWS) {
         chunk.data = (char *)dy->data + first * dy->stride * (int64_t)sebp_dtype_bytes(dy->dtype);
-        chunk.rows = total - first < CHUNK_ROWS ? total - first : CHUNK_ROWS;
-        context->backend->scan_rows(context->device, &chunk, SEBP_MEASURE_SQUARE_SUM, 0, score);
-        for (int64_t i = 0; i < chunk.rows; i++) {
+        chunk.rows = sebp_min(CHUNK_ROWS, total - first);
+        sebp_status status =
+            call.backend->scan_rows(call.device, &chunk, SEBP_MEASURE_SQUARE_SUM, 0, score);
+        sebp_call_keep(&call, status, "looking at rows");
+        for (int64_t i = 0; i < chunk.rows && sebp_call_goes_on(&call); i++) {
             if (listed < rows->count && rows->indices[listed] == first + i) {
                 listed++;
                 kept_energy += score[i];
@@ -386,6 +395,8 @@ sebp_status sebp_rows_dropped(sebp_context *context, const sebp_matrix *dy, cons
             }
         }
     }
+    if (!sebp_call_goes_on(&call))
+        return call.status;
     double energy = kept_energy + dropped_energy;
     dropped->rows = dropped_rows;
     dropped->energy = isinf(energy) ? NAN : energy > 0 ? dropped_energy / energy : 0;

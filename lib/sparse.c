@@ -11,13 +11,13 @@
 #include <math.h>
 
 #include "call.h"
-#include "select.h"
+#include "integers.h"
 
 /* All but the indices. */
 static sebp_status check_counts(const sebp_sparse *view)
 {
     int64_t elements;
-    if (view->count > 0 && (!view->indices || !view->values))
+    if (view->count > 0 && (view->indices == NULL || view->values == NULL))
         return SEBP_ERROR_NULL;
     if (view->rows < 0 || view->cols < 0 || view->count < 0)
         return SEBP_ERROR_SIZE;
@@ -30,7 +30,7 @@ static sebp_status check_counts(const sebp_sparse *view)
 
 sebp_status sebp_sparse_check(const sebp_sparse *view)
 {
-    if (!view)
+    if (view == NULL)
         return SEBP_ERROR_NULL;
     sebp_status status = check_counts(view);
     if (status != SEBP_SUCCESS)
@@ -44,129 +44,144 @@ sebp_status sebp_sparse_check(const sebp_sparse *view)
     return SEBP_SUCCESS;
 }
 
-sebp_status sebp_check_sparse(const sebp_call *call, const char *name, const sebp_sparse *view)
+/* Reads the indices where the device has them. */
+void sebp_check_sparse(sebp_call *call, const char *name, const sebp_sparse *view)
 {
-    sebp_status status = sebp_sparse_check(view);
-    if (status == SEBP_SUCCESS)
-        return status;
-    return sebp_fail(call->context, status,
-                     "%s: %s, %" PRId64 " elements of %" PRId64 "x%" PRId64 ": %s", call->function,
-                     name, view->count, view->rows, view->cols, sebp_status_string(status));
+    if (!sebp_call_goes_on(call))
+        return;
+    sebp_status status = check_counts(view);
+    if (status == SEBP_SUCCESS && view->count > 0) {
+        bool valid = false;
+        status = call->backend->check_indices(call->device, view->indices, view->count,
+                                              view->rows * view->cols, &valid);
+        if (status == SEBP_SUCCESS && !valid)
+            status = SEBP_ERROR_ROWS;
+    }
+    if (status != SEBP_SUCCESS) {
+        sebp_call_fail(call, status, "%s, %" PRId64 " elements of %" PRId64 "x%" PRId64 ": %s",
+                       name, view->count, view->rows, view->cols, sebp_status_string(status));
+    }
 }
 
-sebp_status sebp_check_sparse_room(const sebp_call *call, const char *name, const sebp_sparse *view)
+void sebp_check_sparse_room(sebp_call *call, const char *name, const sebp_sparse *view)
 {
     sebp_status status = check_counts(view);
     if (status == SEBP_SUCCESS && view->count == 0)
         status = SEBP_ERROR_VALUE;
-    if (status == SEBP_SUCCESS)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, status,
-                     "%s: %s: k is %" PRId64 " of %" PRId64 "x%" PRId64 ": %s", call->function,
-                     name, view->count, view->rows, view->cols, sebp_status_string(status));
-}
-
-sebp_status sebp_check_sparse_shape(const sebp_call *call, const char *name,
-                                    const sebp_sparse *view, int64_t rows, int64_t cols)
-{
-    if (view->rows == rows && view->cols == cols)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_SHAPE,
-                     "%s: %s is %" PRId64 "x%" PRId64 " but should be %" PRId64 "x%" PRId64,
-                     call->function, name, view->rows, view->cols, rows, cols);
-}
-
-sebp_status sebp_check_sparse_finite(const sebp_call *call, const char *name,
-                                     const sebp_sparse *view)
-{
-    for (int64_t i = 0; i < view->count; i++) {
-        if (!isfinite(view->values[i]))
-            return sebp_fail(call->context, SEBP_ERROR_NONFINITE,
-                             "%s: element %" PRId64 " of %s is %g", call->function, i, name,
-                             (double)view->values[i]);
+    if (status != SEBP_SUCCESS) {
+        sebp_call_fail(call, status, "%s: k is %" PRId64 " of %" PRId64 "x%" PRId64 ": %s", name,
+                       view->count, view->rows, view->cols, sebp_status_string(status));
     }
-    return SEBP_SUCCESS;
 }
 
-sebp_status sebp_check_f32(const sebp_call *call, const sebp_argument *argument)
+void sebp_check_sparse_shape(sebp_call *call, const char *name, const sebp_sparse *view,
+                             int64_t rows, int64_t cols)
 {
-    if (argument->view->dtype == SEBP_F32)
-        return SEBP_SUCCESS;
-    return sebp_fail(call->context, SEBP_ERROR_DTYPE, "%s: %s is %s, not f32", call->function,
-                     argument->name, sebp_dtype_name(argument->view->dtype));
+    if (view->rows != rows || view->cols != cols) {
+        sebp_call_fail(call, SEBP_ERROR_SHAPE,
+                       "%s is %" PRId64 "x%" PRId64 " but should be %" PRId64 "x%" PRId64, name,
+                       view->rows, view->cols, rows, cols);
+    }
+}
+
+/* The first element that is NaN or Inf, once it is known that there is one. */
+static void name_nonfinite(sebp_call *call, const char *name, const sebp_sparse *view)
+{
+    enum { CHUNK = 256 };
+    float values[CHUNK];
+    for (int64_t first = 0; first < view->count && sebp_call_goes_on(call); first += CHUNK) {
+        int64_t count = sebp_min(CHUNK, view->count - first);
+        sebp_status status = call->backend->download(call->device, values, view->values + first,
+                                                     count * (int64_t)sizeof *values);
+        sebp_call_keep(call, status, "looking for NaN and Inf");
+        for (int64_t i = 0; i < count && sebp_call_goes_on(call); i++) {
+            if (!isfinite(values[i])) {
+                sebp_call_fail(call, SEBP_ERROR_NONFINITE, "element %" PRId64 " of %s is %g",
+                               first + i, name, (double)values[i]);
+            }
+        }
+    }
+}
+
+void sebp_check_sparse_finite(sebp_call *call, const char *name, const sebp_sparse *view)
+{
+    if (view->count == 0 || !sebp_call_goes_on(call))
+        return;
+    double above;
+    sebp_matrix values = sebp_matrix_f32(view->values, 1, view->count);
+    sebp_status status =
+        call->backend->scan_rows(call->device, &values, SEBP_MEASURE_ABOVE, INFINITY, &above);
+    sebp_call_keep(call, status, "looking for NaN and Inf");
+    if (sebp_call_goes_on(call) && above != 0)
+        name_nonfinite(call, name, view);
 }
 
 sebp_status sebp_sparse_top(sebp_context *context, const sebp_matrix *r, const sebp_sparse *top)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_sparse_top");
     const sebp_argument of_r = {"r", r, false};
-    if (!r || !top)
-        return sebp_missing(&call, !r ? "r" : "top");
-    sebp_status status = sebp_check_views(&call, &of_r, 1);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_f32(&call, &of_r);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_room(&call, "top", top);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_shape(&call, "top", top, r->rows, r->cols);
-    if (status != SEBP_SUCCESS)
-        return status;
+    if (!sebp_require(&call, "r", r) || !sebp_require(&call, "top", top))
+        return call.status;
+    sebp_check_views(&call, &of_r, 1);
+    sebp_check_f32(&call, &of_r);
+    sebp_check_sparse_room(&call, "top", top);
+    sebp_check_sparse_shape(&call, "top", top, r->rows, r->cols);
+    if (!sebp_call_goes_on(&call))
+        return call.status;
 
-    sebp_selection selection;
-    status = sebp_selection_begin(context, &selection, top->count);
+    sebp_top *chosen;
+    sebp_status status = call.backend->top_begin(call.device, top->count, &chosen);
     if (status == SEBP_SUCCESS) {
-        sebp_selection_feed(context, &selection, r, 0);
-        status = sebp_selection_finish(context, &selection, top);
-        sebp_selection_end(&selection);
+        status = call.backend->top_feed(call.device, chosen, r, 0);
+        if (status == SEBP_SUCCESS)
+            status = call.backend->top_finish(call.device, chosen, top);
+        call.backend->top_end(call.device, chosen);
     }
-    if (status != SEBP_SUCCESS)
-        return sebp_fail(context, status, "%s: %s", call.function,
-                         status == SEBP_ERROR_NONFINITE ? "r holds a NaN or Inf"
-                                                        : sebp_status_string(status));
-    return SEBP_SUCCESS;
+    if (status != SEBP_SUCCESS) {
+        sebp_call_fail(&call, status, "%s",
+                       status == SEBP_ERROR_NONFINITE ? "r holds a NaN or Inf"
+                                                      : sebp_status_string(status));
+    }
+    return sebp_call_end(&call);
 }
 
 sebp_status sebp_sparse_take(sebp_context *context, const sebp_matrix *r, const sebp_sparse *kept)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_sparse_take");
     const sebp_argument of_r = {"r", r, false};
-    if (!r || !kept)
-        return sebp_missing(&call, !r ? "r" : "kept");
-    sebp_status status = sebp_check_views(&call, &of_r, 1);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_f32(&call, &of_r);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse(&call, "kept", kept);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_shape(&call, "kept", kept, r->rows, r->cols);
-    if (status != SEBP_SUCCESS)
-        return status;
+    if (!sebp_require(&call, "r", r) || !sebp_require(&call, "kept", kept))
+        return call.status;
+    sebp_check_views(&call, &of_r, 1);
+    sebp_check_f32(&call, &of_r);
+    sebp_check_sparse(&call, "kept", kept);
+    sebp_check_sparse_shape(&call, "kept", kept, r->rows, r->cols);
+    if (!sebp_call_goes_on(&call))
+        return call.status;
 
-    if (context->backend->take_elements(context->device, r, kept))
-        return SEBP_SUCCESS;
-    return sebp_fail(context, SEBP_ERROR_NONFINITE, "%s: r holds a NaN or Inf", call.function);
+    sebp_status status = call.backend->take_elements(call.device, r, kept);
+    if (status == SEBP_ERROR_NONFINITE)
+        sebp_call_fail(&call, status, "r holds a NaN or Inf");
+    sebp_call_keep(&call, status, "reading elements");
+    return sebp_call_end(&call);
 }
 
 sebp_status sebp_sparse_add(sebp_context *context, const sebp_sparse *s, const sebp_matrix *w)
 {
-    if (!context)
+    if (context == NULL)
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_sparse_add");
     const sebp_argument of_w = {"w", w, true};
-    if (!s || !w)
-        return sebp_missing(&call, !s ? "s" : "w");
-    sebp_status status = sebp_check_views(&call, &of_w, 1);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse(&call, "s", s);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_finite(&call, "s", s);
-    if (status == SEBP_SUCCESS)
-        status = sebp_check_sparse_shape(&call, "s", s, w->rows, w->cols);
-    if (status == SEBP_SUCCESS)
-        context->backend->add_elements(context->device, s, w);
-    return status;
+    if (!sebp_require(&call, "s", s) || !sebp_require(&call, "w", w))
+        return call.status;
+    sebp_check_views(&call, &of_w, 1);
+    sebp_check_sparse(&call, "s", s);
+    sebp_check_sparse_finite(&call, "s", s);
+    sebp_check_sparse_shape(&call, "s", s, w->rows, w->cols);
+    if (sebp_call_goes_on(&call))
+        sebp_call_keep(&call, call.backend->add_elements(call.device, s, w), "adding elements");
+    return sebp_call_end(&call);
 }

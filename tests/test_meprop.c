@@ -156,7 +156,7 @@ END_TEST
  * then what is more. The second is all 5 but for 48 elements of 100, which lie where a sample of it
  * is taken, so that they seem to be many more, and 40 of the number after 5. They are fewer than k,
  * so that the k-th magnitude of the panel is found to be 5: what is kept for certain are all that are
- * more, not some of 5. The places are those of guess_min() in lib/select.c; with others the result
+ * more, not some of 5. The places are those of guess_min() in lib/cpu/top.c; with others the result
  * is the same, but proves less.
  */
 START_TEST(a_sample_of_the_few)

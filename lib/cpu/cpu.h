@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file cpu.h
- * The backend table on CPUs: kernels, GEMM, threads, placement.
+ * CPUs as a device: kernels, threads, placement, scratch memory.
  */
 #ifndef SEBP_CPU_H
 #define SEBP_CPU_H
@@ -75,7 +75,7 @@ typedef struct sebp_cpu {
     unsigned forks;          /* sebp_cpu_forks() as it was made: a copy of it works alone */
     sebp_topology topology;  /* as it was found when the context was made */
     int64_t workspace_bytes; /* the bound */
-    int64_t aside_bytes;     /* of scratch, its first: a method's own */
+    int64_t reserved_bytes;  /* of scratch, its first: reserved for a method */
     char *scratch;
     int64_t scratch_bytes;
     int64_t scratch_max; /* the most it has been */
@@ -113,6 +113,8 @@ bool sebp_cpu_openmp_is_lost(void);
 
 extern const sebp_backend sebp_cpu_backend;
 
+/* device.c */
+
 /** What the environment says about a context on CPUs, read when it is made. */
 typedef struct sebp_cpu_environment {
     const char *max_isa; /* no kernels above this tier; NULL: any */
@@ -128,28 +130,16 @@ sebp_status sebp_cpu_create(const sebp_context_options *options,
  * reads them. */
 bool sebp_cpu_streams(const sebp_cpu *cpu, int64_t bytes);
 
-/** The bound of scratch memory less what is set aside. */
+/** The bound of scratch memory less what is reserved for a method. */
 int64_t sebp_cpu_workspace(const sebp_cpu *cpu);
 
-/** Scratch memory of at least `bytes` beside what is set aside, 64-byte aligned; NULL: none, or over
- * the bound. Where there must be more than before, what it held is lost, and what is set aside too.
- * Asked for again with no more bytes it cannot fail. */
+/** Scratch memory of at least `bytes` beside what is reserved for a method, 64-byte aligned; NULL:
+ * none, or over the bound. Where there must be more than before, what it held is lost, and what is
+ * reserved too. Asked for again with no more bytes it cannot fail. */
 void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes);
 
-/* gemm.c: the library's own product. */
+/* onednn.c, in a build with it. */
 
-/** Scratch bytes that it needs for a product; within the workspace bound. */
-int64_t sebp_native_scratch(const sebp_cpu *cpu, const sebp_product *product);
-void sebp_native_product(sebp_cpu *cpu, const sebp_product *product, void *scratch);
-
-/* onednn.c: oneDNN's; only in a build with it. */
-
-/** NULL if oneDNN can do the product, else the path taken instead and why: "native:workspace". */
-const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product);
-int64_t sebp_onednn_scratch(const sebp_cpu *cpu, const sebp_product *product);
-/** On error *why says what it was. */
-sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch,
-                                const char **why);
 void sebp_onednn_version(char *text, size_t bytes);
 
 #endif

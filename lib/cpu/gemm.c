@@ -24,7 +24,7 @@
 
 #include <string.h>
 
-#include "cpu.h"
+#include "product.h"
 
 enum {
     K_BLOCK = 512, /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
@@ -39,26 +39,13 @@ enum {
     ROUNDS = 2         /* chunks to a worker at most */
 };
 
-/* A product being worked on: what is the same for every chunk. */
-typedef struct job {
-    const sebp_cpu *cpu;
-    const sebp_product *product;
-    const sebp_kernels *kernels;
-    sebp_pack *pack_a, *pack_b;
-    sebp_tile *tile;
-    sebp_slab a, b;
-    int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
-    int64_t units;         /* max. units to a block of the depth */
-    bool in_blocks;        /* C is summed in f32 blocks of scratch memory */
-    bool stream;           /* C is written past the caches */
-    int64_t grid_m, grid_n;
-    int64_t panel;   /* rows of A to a packed panel */
-    int64_t block_m; /* rows to a block of C */
-    int64_t block_n; /* columns to a block of B and of C */
-    int64_t workers;
-    int64_t worker_bytes;
+typedef sebp_native_plan job;
+
+/* A job being done. */
+typedef struct run {
+    const job *job;
     char *scratch;
-} job;
+} run;
 
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
 static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple)
@@ -154,21 +141,10 @@ static bool can_stream(const sebp_cpu *cpu, const sebp_product *product)
 }
 
 /* Sizes the blocks: first by the caches, then down to the workspace's bound. */
-static void plan(job *job, const sebp_cpu *cpu, const sebp_product *product)
+static void size_blocks(job *job, const sebp_cpu *cpu)
 {
-    const sebp_kernels *kernels = cpu->kernels;
-    bool pairs = product->dtype == SEBP_BF16 && kernels->bf16_dots;
-    *job = (struct job){
-        .cpu = cpu,
-        .product = product,
-        .kernels = kernels,
-        .pack_a = product->dtype == SEBP_BF16 ? kernels->pack_a_bf16 : kernels->pack_a_f32,
-        .pack_b = product->dtype == SEBP_BF16 ? kernels->pack_b_bf16 : kernels->pack_b_f32,
-        .tile = product->dtype == SEBP_BF16 ? kernels->tile_bf16 : kernels->tile_f32,
-        .a = {product->a.data, product->a.stride, product->a.rows, !product->a.transposed},
-        .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
-        .unit_elements = pairs ? 2 : 1,
-    };
+    const sebp_product *product = job->product;
+    const sebp_kernels *kernels = job->kernels;
     int64_t units = sebp_div_ceil(product->k, job->unit_elements);
     bool narrow = kernels->tile_cols <= NARROW;
     job->units = units;
@@ -391,7 +367,8 @@ static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_
 
 static void run_worker(void *work, int64_t worker)
 {
-    const job *job = work;
+    const run *run = work;
+    const job *job = run->job;
     const sebp_product *product = job->product;
     for (int64_t chunk = worker; chunk < job->grid_m * job->grid_n; chunk += job->workers) {
         int64_t i = chunk / job->grid_n, j = chunk % job->grid_n;
@@ -399,7 +376,7 @@ static void run_worker(void *work, int64_t worker)
                   cut(product->m, job->grid_m, i + 1, job->kernels->tile_rows),
                   cut(product->n, job->grid_n, j, job->kernels->tile_cols),
                   cut(product->n, job->grid_n, j + 1, job->kernels->tile_cols),
-                  job->scratch + worker * job->worker_bytes);
+                  run->scratch + worker * job->worker_bytes);
     }
     if (job->stream)
         job->kernels->stream_fence();
@@ -425,25 +402,35 @@ static void fill_rows(const sebp_cpu *cpu, const sebp_product *product)
     }
 }
 
-int64_t sebp_native_scratch(const sebp_cpu *cpu, const sebp_product *product)
+void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
+                              sebp_native_plan *plan)
 {
-    if (product->m == 0 || product->n == 0 || product->k == 0)
-        return 0;
-    job job;
-    plan(&job, cpu, product);
-    return job.workers * job.worker_bytes;
+    const sebp_kernels *kernels = cpu->kernels;
+    bool pairs = product->dtype == SEBP_BF16 && kernels->bf16_dots;
+    *plan = (sebp_native_plan){
+        .product = product,
+        .kernels = kernels,
+        .pack_a = product->dtype == SEBP_BF16 ? kernels->pack_a_bf16 : kernels->pack_a_f32,
+        .pack_b = product->dtype == SEBP_BF16 ? kernels->pack_b_bf16 : kernels->pack_b_f32,
+        .tile = product->dtype == SEBP_BF16 ? kernels->tile_bf16 : kernels->tile_f32,
+        .a = {product->a.data, product->a.stride, product->a.rows, !product->a.transposed},
+        .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
+        .unit_elements = pairs ? 2 : 1,
+    };
+    if (product->k > 0)
+        size_blocks(plan, cpu);
 }
 
-void sebp_native_product(sebp_cpu *cpu, const sebp_product *product, void *scratch)
+int64_t sebp_native_scratch(const sebp_native_plan *plan)
 {
-    if (product->m == 0 || product->n == 0)
-        return;
-    if (product->k == 0) {
-        fill_rows(cpu, product);
-        return;
-    }
-    job job;
-    plan(&job, cpu, product);
-    job.scratch = scratch;
-    sebp_cpu_parallel(cpu, job.workers, run_worker, &job);
+    return plan->workers * plan->worker_bytes;
+}
+
+void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
+{
+    run run = {plan, scratch};
+    if (plan->product->k == 0)
+        fill_rows(cpu, plan->product);
+    else
+        sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
 }

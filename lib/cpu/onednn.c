@@ -19,18 +19,11 @@
 #include <omp.h>
 #endif
 
-#include "cpu.h"
+#include "product.h"
 
 enum { PANEL_ROWS = 1024 }; /* rows gathered at a time, at most */
 
-/* How a product is cut to fit the scratch memory. */
-typedef struct plan {
-    int64_t rows;      /* gathered rows to a panel */
-    int64_t row_bytes; /* scratch for one of them: of A, of B and of C */
-    bool panels_of_k;  /* the gathered rows are steps of the depth; else rows of A and C */
-    bool expand;       /* C is made compact in its own first rows, then expanded */
-    bool scatter;      /* C is made in scratch memory, then moved */
-} plan;
+typedef sebp_onednn_plan plan;
 
 static int64_t element_bytes(const sebp_product *product)
 {
@@ -58,7 +51,8 @@ static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
     return plan;
 }
 
-const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product)
+const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *product,
+                                     sebp_onednn_plan *plan)
 {
     if (sebp_cpu_is_forked(cpu))
         return "native:forked";
@@ -70,8 +64,8 @@ const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product
         return "native:gathered-depth";
     if (product->a.transposed && product->c_rows)
         return "native:scattered-transpose";
-    plan plan = make_plan(cpu, product);
-    if (plan.rows == 0)
+    *plan = make_plan(cpu, product);
+    if (plan->rows == 0)
         return "native:workspace";
     if (product->dtype == SEBP_F32)
         return product->c_dtype == SEBP_F32 ? NULL : "native:mixed-dtypes";
@@ -80,15 +74,14 @@ const char *sebp_onednn_refusal(const sebp_cpu *cpu, const sebp_product *product
     if (product->k % 2)
         return "native:odd-depth"; /* seen to be many times slower */
     if (product->c_dtype == SEBP_BF16 &&
-        (product->accumulate || product->bias || (plan.panels_of_k && plan.rows < product->k)))
+        (product->accumulate || product->bias || (plan->panels_of_k && plan->rows < product->k)))
         return "native:rounds-once"; /* it would round a sum that goes on */
     return NULL;
 }
 
-int64_t sebp_onednn_scratch(const sebp_cpu *cpu, const sebp_product *product)
+int64_t sebp_onednn_scratch(const sebp_onednn_plan *plan)
 {
-    plan plan = make_plan(cpu, product);
-    return plan.rows * plan.row_bytes;
+    return plan->rows * plan->row_bytes;
 }
 
 /* One dense product, row-major: C (+)= op(A) op(B). */
@@ -403,16 +396,15 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
     return status;
 }
 
-sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product, void *scratch,
-                                const char **why)
+sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product,
+                                const sebp_onednn_plan *plan, void *scratch, const char **why)
 {
-    plan plan = make_plan(cpu, product);
 #ifdef _OPENMP
     int threads = omp_get_max_threads(); /* of this thread; oneDNN runs with as many */
     omp_set_num_threads(cpu->threads);
 #endif
-    dnnl_status_t status = plan.panels_of_k ? product_over_depth(cpu, product, plan.rows, scratch)
-                                            : product_over_rows(cpu, product, &plan, scratch);
+    dnnl_status_t status = plan->panels_of_k ? product_over_depth(cpu, product, plan->rows, scratch)
+                                             : product_over_rows(cpu, product, plan, scratch);
 #ifdef _OPENMP
     omp_set_num_threads(threads);
 #endif

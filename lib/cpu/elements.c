@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file elements.c
+ * Operations on elements: AdamW, scaling, and the few elements that are kept.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <math.h>
+
+#include "operations.h"
+
+enum { WALK_PART = 16 << 10 /* elements worth a thread of their own */ };
+
+/* ---- element by element ---- */
+
+/* Matrices of one shape that are walked together. */
+typedef struct walk {
+    const sebp_kernels *kernels;
+    const sebp_matrix *matrices[4];
+    int64_t rows, cols; /* one row where no matrix has gaps */
+    int64_t parts;
+    sebp_adamw_work step;
+    float factor;
+} walk;
+
+static walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int count)
+{
+    walk walk = {.kernels = cpu->kernels, .rows = matrices[0]->rows, .cols = matrices[0]->cols};
+    bool has_gaps = false;
+    for (int i = 0; i < count; i++) {
+        walk.matrices[i] = matrices[i];
+        has_gaps = has_gaps || matrices[i]->stride != walk.cols;
+    }
+    int64_t elements = walk.rows * walk.cols;
+    if (!has_gaps) {
+        walk.rows = elements > 0;
+        walk.cols = elements;
+    }
+    walk.parts = sebp_min(sebp_div_ceil(elements, WALK_PART), sebp_cpu_threads(cpu));
+    return walk;
+}
+
+/* Where part `part` starts among all elements: at a line of each matrix, where they start at one. */
+static int64_t part_start(const walk *walk, int64_t part)
+{
+    enum { LINE_ELEMENTS = 32 };
+    int64_t lines = sebp_div_ceil(walk->rows * walk->cols, LINE_ELEMENTS);
+    return sebp_min(lines * part / walk->parts * LINE_ELEMENTS, walk->rows * walk->cols);
+}
+
+/* Element `at` of all of the walk's i-th matrix. */
+static void *element_of(const walk *walk, int i, int64_t at)
+{
+    const sebp_matrix *matrix = walk->matrices[i];
+    int64_t element = at / walk->cols * matrix->stride + at % walk->cols;
+    return (char *)matrix->data + element * (int64_t)sebp_dtype_bytes(matrix->dtype);
+}
+
+/* How many elements from `at` on lie in one row and before `end`. */
+static int64_t run_length(const walk *walk, int64_t at, int64_t end)
+{
+    return sebp_min(end - at, walk->cols - at % walk->cols);
+}
+
+static void adamw_part(void *work, int64_t part)
+{
+    const walk *walk = work;
+    sebp_adamw_work step = walk->step;
+    int64_t end = part_start(walk, part + 1);
+    for (int64_t at = part_start(walk, part); at < end; at += step.n) {
+        step.g = element_of(walk, 0, at);
+        step.w = element_of(walk, 1, at);
+        step.moment1 = element_of(walk, 2, at);
+        step.moment2 = element_of(walk, 3, at);
+        step.n = run_length(walk, at, end);
+        walk->kernels->adamw(&step);
+    }
+}
+
+sebp_status sebp_cpu_adamw(void *device, const sebp_adamw_options *options, int64_t step,
+                           const sebp_matrix *gradient, const sebp_matrix *w,
+                           const sebp_matrix *moment1, const sebp_matrix *moment2, bool step_alone)
+{
+    sebp_cpu *cpu = device;
+    const sebp_matrix *matrices[] = {gradient, w, moment1, moment2};
+    walk walk = start_walk(cpu, matrices, 4);
+    double t = (double)step;
+    walk.step = (sebp_adamw_work){
+        .beta1 = (float)options->beta1,
+        .gain1 = (float)(1 - options->beta1),
+        .beta2 = (float)options->beta2,
+        .gain2 = (float)(1 - options->beta2),
+        .root2 = (float)(1 / sqrt(1 - pow(options->beta2, t))),
+        .epsilon = (float)options->epsilon,
+        .rate = (float)(-options->learning_rate / (1 - pow(options->beta1, t))),
+        .keep = (float)(1 - options->learning_rate * options->weight_decay),
+        .g_is_bf16 = gradient->dtype == SEBP_BF16,
+        .w_is_bf16 = w->dtype == SEBP_BF16,
+        .step_alone = step_alone,
+    };
+    sebp_cpu_parallel(cpu, walk.parts, adamw_part, &walk);
+    return SEBP_SUCCESS;
+}
+
+static void scale_part(void *work, int64_t part)
+{
+    const walk *walk = work;
+    int64_t end = part_start(walk, part + 1);
+    for (int64_t n, at = part_start(walk, part); at < end; at += n) {
+        n = run_length(walk, at, end);
+        if (walk->matrices[0]->dtype == SEBP_F32)
+            walk->kernels->scale_f32(element_of(walk, 0, at), n, walk->factor);
+        else
+            walk->kernels->scale_bf16(element_of(walk, 0, at), n, walk->factor);
+    }
+}
+
+sebp_status sebp_cpu_scale(void *device, const sebp_matrix *matrix, double factor)
+{
+    sebp_cpu *cpu = device;
+    walk walk = start_walk(cpu, &matrix, 1);
+    walk.factor = (float)factor;
+    sebp_cpu_parallel(cpu, walk.parts, scale_part, &walk);
+    return SEBP_SUCCESS;
+}
+
+/* ---- kept elements ---- */
+
+sebp_status sebp_cpu_check_indices(void *device, const int64_t *indices, int64_t count, int64_t end,
+                                   bool *valid)
+{
+    (void)device;
+    int64_t min = 0, i = 0;
+    while (i < count && indices[i] >= min && indices[i] < end)
+        min = indices[i++] + 1;
+    *valid = i == count;
+    return SEBP_SUCCESS;
+}
+
+static int64_t place_of(const sebp_matrix *matrix, int64_t index)
+{
+    return index / matrix->cols * matrix->stride + index % matrix->cols;
+}
+
+sebp_status sebp_cpu_take_elements(void *device, const sebp_matrix *from, const sebp_sparse *kept)
+{
+    (void)device;
+    const float *data = from->data;
+    for (int64_t i = 0; i < kept->count; i++) {
+        if (!isfinite(data[place_of(from, kept->indices[i])]))
+            return SEBP_ERROR_NONFINITE;
+    }
+    for (int64_t i = 0; i < kept->count; i++)
+        kept->values[i] = data[place_of(from, kept->indices[i])];
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_cpu_add_elements(void *device, const sebp_sparse *s, const sebp_matrix *to)
+{
+    const sebp_kernels *kernels = ((const sebp_cpu *)device)->kernels;
+    for (int64_t i = 0; i < s->count; i++) {
+        int64_t place = place_of(to, s->indices[i]);
+        if (to->dtype == SEBP_F32) {
+            ((float *)to->data)[place] += s->values[i];
+        } else {
+            uint16_t *element = (uint16_t *)to->data + place;
+            float sum;
+            kernels->f32_from_bf16(&sum, element, 1);
+            sum += s->values[i];
+            kernels->bf16_from_f32(element, &sum, 1);
+        }
+    }
+    return SEBP_SUCCESS;
+}

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file product.c
+ * Products: who does each, the library's own GEMM or oneDNN, settled once and then run.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include "operations.h"
+#include "product.h"
+
+enum { LARGE = 512 /* of a product's sizes */ };
+
+/* What a plan holds for a CPU. */
+typedef struct cpu_plan {
+    enum { BY_NOBODY, BY_NATIVE, BY_ONEDNN } by; /* nobody: C has no elements */
+    int64_t scratch_bytes;
+    union {
+        sebp_native_plan native;
+        sebp_onednn_plan onednn;
+    } how;
+} cpu_plan;
+
+_Static_assert(sizeof(cpu_plan) <= SEBP_PLAN_BYTES, "a plan has no room for that of a CPU");
+
+static cpu_plan *plan_of(sebp_plan *plan)
+{
+    return (cpu_plan *)(void *)plan->device;
+}
+
+/* Whether oneDNN is to do a product if it can. Left to choose, it has the large products of f32 that
+ * it takes as they lie, where it measures a few percent faster. Where rows must be gathered for it,
+ * where few are left, with B transposed (the forward) and with bf16, our own does. */
+static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product)
+{
+    bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
+                    !product->b.transposed;
+    bool is_large = sebp_min(product->m, sebp_min(product->n, product->k)) >= LARGE;
+    bool suits = product->dtype == SEBP_F32 && is_dense && is_large;
+    return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
+}
+
+sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
+{
+    sebp_cpu *cpu = device;
+    const sebp_product *product = &plan->product;
+    cpu_plan *made = plan_of(plan);
+    made->by = BY_NATIVE;
+    plan->path = cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
+    if (product->m == 0 || product->n == 0) {
+        made->by = BY_NOBODY;
+        plan->path = "none:empty";
+        return SEBP_SUCCESS;
+    }
+#ifdef SEBP_HAVE_ONEDNN
+    if (prefers_onednn(cpu, product)) {
+        plan->path = sebp_onednn_plan_product(cpu, product, &made->how.onednn);
+        if (plan->path == NULL) {
+            made->by = BY_ONEDNN;
+            made->scratch_bytes = sebp_onednn_scratch(&made->how.onednn);
+            plan->path = cpu->gemm == SEBP_GEMM_ONEDNN ? "onednn:asked" : "onednn:auto";
+        }
+    }
+#else
+    (void)prefers_onednn;
+#endif
+    if (made->by == BY_NATIVE) {
+        sebp_native_plan_product(cpu, product, &made->how.native);
+        made->scratch_bytes = sebp_native_scratch(&made->how.native);
+    }
+    return sebp_cpu_scratch(cpu, made->scratch_bytes) != NULL ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
+}
+
+sebp_status sebp_cpu_run_product(void *device, sebp_plan *plan)
+{
+    sebp_cpu *cpu = device;
+    const cpu_plan *made = plan_of(plan);
+    if (made->by == BY_NOBODY)
+        return SEBP_SUCCESS;
+    if (made->scratch_bytes + cpu->reserved_bytes > cpu->scratch_bytes) {
+        plan->path = "a product was not planned"; /* what a method has in scratch would be lost */
+        return SEBP_ERROR_BACKEND;
+    }
+    void *scratch = sebp_cpu_scratch(cpu, made->scratch_bytes);
+#ifdef SEBP_HAVE_ONEDNN
+    if (made->by == BY_ONEDNN) {
+        sebp_cpu_bind_now(cpu);
+        return sebp_onednn_product(cpu, &plan->product, &made->how.onednn, scratch, &plan->path);
+    }
+#endif
+    sebp_native_product(cpu, &made->how.native, scratch);
+    return SEBP_SUCCESS;
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file product.h The two that do products on a CPU: each plans one, then runs it. */
+#ifndef SEBP_CPU_PRODUCT_H
+#define SEBP_CPU_PRODUCT_H
+
+#include "cpu.h"
+
+/* gemm.c: the library's own. */
+
+/** A product, and how it is cut. */
+typedef struct sebp_native_plan {
+    const sebp_product *product;
+    const sebp_kernels *kernels;
+    sebp_pack *pack_a, *pack_b;
+    sebp_tile *tile;
+    sebp_slab a, b;
+    int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
+    int64_t units;         /* at most, to a block of the depth */
+    bool in_blocks;        /* C is summed in f32 blocks of scratch memory */
+    bool stream;           /* C is written past the caches */
+    int64_t grid_m, grid_n;
+    int64_t panel;   /* rows of A to a packed panel */
+    int64_t block_m; /* rows to a block of C */
+    int64_t block_n; /* columns to a block of B and of C */
+    int64_t workers;
+    int64_t worker_bytes;
+} sebp_native_plan;
+
+/** m, n >= 1. `product` is to stay where it is as long as the plan. What it needs is within the bound
+ * of the workspace. */
+void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
+                              sebp_native_plan *plan);
+/** Scratch bytes. */
+int64_t sebp_native_scratch(const sebp_native_plan *plan);
+void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
+
+/* onednn.c: oneDNN's; only in a build with it. */
+
+/** How a product is cut to fit the scratch memory. */
+typedef struct sebp_onednn_plan {
+    int64_t rows;      /* gathered rows to a panel */
+    int64_t row_bytes; /* scratch for one of them: of A, of B and of C */
+    bool panels_of_k;  /* the gathered rows are steps of the depth; else rows of A and C */
+    bool expand;       /* C is made compact in its own first rows, then expanded */
+    bool scatter;      /* C is made in scratch memory, then moved */
+} sebp_onednn_plan;
+
+/** NULL if oneDNN can do the product, else the path taken instead and why: "native:workspace". */
+const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *product,
+                                     sebp_onednn_plan *plan);
+/** Scratch bytes. */
+int64_t sebp_onednn_scratch(const sebp_onednn_plan *plan);
+/** On error *why says what it was. */
+sebp_status sebp_onednn_product(sebp_cpu *cpu, const sebp_product *product,
+                                const sebp_onednn_plan *plan, void *scratch, const char **why);
+
+#endif

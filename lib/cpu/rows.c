@@ -1,0 +1,277 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file rows.c
+ * Operations on rows: finding them, zeroing, summing and widening them.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <math.h>
+#include <string.h>
+
+#include "operations.h"
+
+enum {
+    LINE_BYTES = 64,
+    SCAN_BLOCK_BYTES = 64 << 10, /* of dY, to one block of rows */
+    SCAN_BLOCK_ROWS = 16,        /* at least, so that threads do not share lines of scores */
+    ZERO_PART_BYTES = 128 << 10, /* worth a thread of its own */
+    SUM_COLS = 512               /* sums held at a time: 2 KiB */
+};
+
+/* ---- finding rows ---- */
+
+typedef struct scan {
+    const sebp_kernels *kernels;
+    const sebp_matrix *dy;
+    sebp_measure measure;
+    float limit;
+    double *score;
+    int64_t block_rows, blocks, workers;
+} scan;
+
+static double measure_row(const scan *scan, int64_t i)
+{
+    const sebp_kernels *kernels = scan->kernels;
+    int64_t at = i * scan->dy->stride, n = scan->dy->cols;
+    const float *f32 = scan->dy->dtype == SEBP_F32 ? (const float *)scan->dy->data + at : NULL;
+    const uint16_t *bf16 = f32 == NULL ? (const uint16_t *)scan->dy->data + at : NULL;
+    switch (scan->measure) {
+    case SEBP_MEASURE_NONZERO:
+        return f32 ? kernels->any_nonzero_f32(f32, n) : kernels->any_nonzero_bf16(bf16, n);
+    case SEBP_MEASURE_ABOVE:
+        return f32 ? kernels->any_above_f32(f32, n, scan->limit)
+                   : kernels->any_above_bf16(bf16, n, scan->limit);
+    case SEBP_MEASURE_SQUARE_SUM:
+        break;
+    }
+    double sum = f32 ? kernels->square_sum_f32(f32, n) : kernels->square_sum_bf16(bf16, n);
+    return isfinite(sum) ? sum : INFINITY;
+}
+
+/* Blocks in turn: padding, which is read to its end, lies in runs that one thread would get whole.
+ */
+static void scan_blocks(void *work, int64_t worker)
+{
+    const scan *scan = work;
+    for (int64_t block = worker; block < scan->blocks; block += scan->workers) {
+        int64_t first = block * scan->block_rows;
+        int64_t end = sebp_min(first + scan->block_rows, scan->dy->rows);
+        for (int64_t i = first; i < end; i++)
+            scan->score[i] = measure_row(scan, i);
+    }
+}
+
+/* The largest float that is not above `limit`: for a float v, |v| > limit is |v| > that. */
+static float float_below(double limit)
+{
+    float nearest = (float)limit;
+    return (double)nearest > limit || isinf(nearest) ? nextafterf(nearest, 0.0f) : nearest;
+}
+
+sebp_status sebp_cpu_scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
+                               double limit, double *score)
+{
+    sebp_cpu *cpu = device;
+    int64_t row_bytes = sebp_max(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
+    int64_t block_rows = sebp_max(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
+    int64_t blocks = sebp_div_ceil(dy->rows, block_rows);
+    scan scan = {.kernels = cpu->kernels,
+                 .dy = dy,
+                 .measure = measure,
+                 .limit = float_below(limit),
+                 .score = score,
+                 .block_rows = block_rows,
+                 .blocks = blocks,
+                 .workers = sebp_min(blocks, sebp_cpu_threads(cpu))};
+    sebp_cpu_parallel(cpu, scan.workers, scan_blocks, &scan);
+    return SEBP_SUCCESS;
+}
+
+/* ---- filling the other rows with zeros ---- */
+
+typedef struct zeroing {
+    const sebp_kernels *kernels;
+    char *data;
+    int64_t row_bytes, stride_bytes;
+    const int64_t *rows; /* `count` rows that are left as they are */
+    int64_t count;
+    int64_t others; /* the number of rows to zero */
+    int64_t parts;
+    bool stream;
+} zeroing;
+
+static void zero_rows(const zeroing *zeroing, int64_t first, int64_t rows)
+{
+    char *at = zeroing->data + first * zeroing->stride_bytes;
+    if (zeroing->stride_bytes == zeroing->row_bytes) {
+        zeroing->kernels->zero(at, rows * zeroing->row_bytes, zeroing->stream);
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++)
+        zeroing->kernels->zero(at + i * zeroing->stride_bytes, zeroing->row_bytes, zeroing->stream);
+}
+
+/* How many listed rows lie before the other row number `other`: the i-th listed row has
+ * rows[i] - i other rows before it. */
+static int64_t listed_before(const zeroing *zeroing, int64_t other)
+{
+    int64_t low = 0, high = zeroing->count;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (zeroing->rows[middle] - middle <= other)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void zero_part(void *work, int64_t part)
+{
+    const zeroing *zeroing = work;
+    int64_t other = zeroing->others * part / zeroing->parts;
+    int64_t end = zeroing->others * (part + 1) / zeroing->parts;
+    for (int64_t listed = listed_before(zeroing, other); other < end; listed++) {
+        /* the others from here up to the next listed row */
+        int64_t until = listed < zeroing->count ? zeroing->rows[listed] - listed : zeroing->others;
+        int64_t run = sebp_min(until, end) - other;
+        if (run > 0)
+            zero_rows(zeroing, other + listed, run);
+        other += run;
+    }
+    if (zeroing->stream)
+        zeroing->kernels->stream_fence();
+}
+
+sebp_status sebp_cpu_zero_other_rows(void *device, const sebp_matrix *to, const int64_t *rows,
+                                     int64_t count)
+{
+    sebp_cpu *cpu = device;
+    int64_t element = (int64_t)sebp_dtype_bytes(to->dtype);
+    int64_t row_bytes = to->cols * element, others = to->rows - count;
+    int64_t bytes = others * row_bytes;
+    zeroing zeroing = {.kernels = cpu->kernels,
+                       .data = to->data,
+                       .row_bytes = row_bytes,
+                       .stride_bytes = to->stride * element,
+                       .rows = rows,
+                       .count = count,
+                       .others = others,
+                       .parts =
+                           sebp_min(sebp_div_ceil(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
+                       .stream = sebp_cpu_streams(cpu, bytes)};
+    sebp_cpu_parallel(cpu, zeroing.parts, zero_part, &zeroing);
+    return SEBP_SUCCESS;
+}
+
+/* ---- sums of columns ---- */
+
+typedef struct column_sums {
+    const sebp_kernels *kernels;
+    const sebp_matrix *from;
+    const int64_t *rows;
+    int64_t count;
+    const sebp_matrix *to;
+    bool accumulate;
+    int64_t part_cols;
+} column_sums;
+
+/* The sums are taken apart from `to`, so that a bf16 result is rounded once. */
+static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
+{
+    const sebp_kernels *kernels = sums->kernels;
+    const sebp_matrix *from = sums->from;
+    float sum[SUM_COLS] = {0}, held[SUM_COLS];
+    /* With no rows `from` may have no data, and any stride. */
+    if (sums->count > 0 && from->dtype == SEBP_F32)
+        kernels->add_rows_f32(sum, (const float *)from->data + first, from->stride, sums->rows,
+                              sums->count, cols);
+    else if (sums->count > 0)
+        kernels->add_rows_bf16(sum, (const uint16_t *)from->data + first, from->stride, sums->rows,
+                               sums->count, cols);
+    void *to = (char *)sums->to->data + first * (int64_t)sebp_dtype_bytes(sums->to->dtype);
+    if (sums->accumulate) {
+        if (sums->to->dtype == SEBP_F32)
+            memcpy(held, to, (size_t)cols * sizeof *held);
+        else
+            kernels->f32_from_bf16(held, to, cols);
+        for (int64_t j = 0; j < cols; j++)
+            sum[j] += held[j];
+    }
+    if (sums->to->dtype == SEBP_F32)
+        memcpy(to, sum, (size_t)cols * sizeof *sum);
+    else
+        kernels->bf16_from_f32(to, sum, cols);
+}
+
+static void sum_part(void *work, int64_t part)
+{
+    const column_sums *sums = work;
+    int64_t first = part * sums->part_cols;
+    int64_t end = sebp_min(first + sums->part_cols, sums->to->cols);
+    for (; first < end; first += SUM_COLS)
+        sum_chunk(sums, first, sebp_min(SUM_COLS, end - first));
+}
+
+/* Each column is summed by one thread, in the order of its rows: the bits do not depend on how many
+ * threads there are. */
+sebp_status sebp_cpu_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
+                              int64_t count, const sebp_matrix *to, bool accumulate)
+{
+    sebp_cpu *cpu = device;
+    const int64_t line = LINE_BYTES / (int64_t)sizeof(float);
+    int64_t cols = to->cols;
+    int64_t part_cols = sebp_div_ceil(sebp_div_ceil(cols, sebp_cpu_threads(cpu)), line) * line;
+    column_sums sums = {.kernels = cpu->kernels,
+                        .from = from,
+                        .rows = rows,
+                        .count = count,
+                        .to = to,
+                        .accumulate = accumulate,
+                        .part_cols = part_cols};
+    if (cols > 0)
+        sebp_cpu_parallel(cpu, sebp_div_ceil(cols, part_cols), sum_part, &sums);
+    return SEBP_SUCCESS;
+}
+
+/* ---- rows widened ---- */
+
+typedef struct widening {
+    const sebp_kernels *kernels;
+    const sebp_matrix *from;
+    const int64_t *rows;
+    int64_t count;
+    const sebp_matrix *to;
+    int64_t parts;
+} widening;
+
+static void widen_part(void *work, int64_t part)
+{
+    const widening *widening = work;
+    const sebp_matrix *from = widening->from, *to = widening->to;
+    int64_t end = widening->count * (part + 1) / widening->parts;
+    for (int64_t i = widening->count * part / widening->parts; i < end; i++) {
+        int64_t at = (widening->rows != NULL ? widening->rows[i] : i) * from->stride;
+        float *row = (float *)to->data + i * to->stride;
+        if (from->dtype == SEBP_F32)
+            memcpy(row, (const float *)from->data + at, (size_t)to->cols * sizeof *row);
+        else
+            widening->kernels->f32_from_bf16(row, (const uint16_t *)from->data + at, to->cols);
+    }
+}
+
+sebp_status sebp_cpu_widen_rows(void *device, const sebp_matrix *from, const int64_t *rows,
+                                int64_t count, const sebp_matrix *to)
+{
+    sebp_cpu *cpu = device;
+    widening widening = {.kernels = cpu->kernels,
+                         .from = from,
+                         .rows = rows,
+                         .count = count,
+                         .to = to,
+                         .parts = sebp_min(count, sebp_cpu_threads(cpu))};
+    sebp_cpu_parallel(cpu, widening.parts, widen_part, &widening);
+    return SEBP_SUCCESS;
+}
