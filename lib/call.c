@@ -241,17 +241,6 @@ void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total)
     sebp_call_keep(call, status, "copying the row set to the device");
 }
 
-void sebp_find_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows)
-{
-    if (rows == NULL && sebp_call_goes_on(call)) {
-        /* The message is that of sebp_rows_find(). */
-        call->status = sebp_rows_find(call->context, dy, &call->options.rule, &call->found);
-        rows = call->found;
-    }
-    if (sebp_call_goes_on(call))
-        sebp_use_rows(call, rows, dy->rows);
-}
-
 void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, void **data,
                     const int64_t **list)
 {

@@ -76,8 +76,6 @@ void sebp_check_shape(sebp_call *call, const sebp_argument *argument, int64_t ro
 void sebp_check_aliases(sebp_call *call, const sebp_argument *arguments, int count);
 /** No element is NaN or Inf: reads all of them. */
 void sebp_check_finite(sebp_call *call, const char *name, const sebp_matrix *view);
-/** A rule for rows that the call is to find (rows.c). */
-void sebp_check_rule(sebp_call *call, const sebp_rule *rule);
 /** That the device works on the host's memory, as a method does that keeps its state there. */
 void sebp_check_host_memory(sebp_call *call);
 
@@ -93,8 +91,6 @@ void sebp_check_sparse_finite(sebp_call *call, const char *name, const sebp_spar
 
 /** Settles the call's rows, NULL being all `total` of them. */
 void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total);
-/** The same, NULL being those that the options' rule finds in dy. */
-void sebp_find_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows);
 /** The active rows of a matrix of M rows: in place if they follow each other, else by their list. */
 void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, void **data,
                     const int64_t **list);

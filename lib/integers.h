@@ -3,7 +3,12 @@
 #ifndef SEBP_INTEGERS_H
 #define SEBP_INTEGERS_H
 
+#include <stddef.h>
 #include <stdint.h>
+
+/** More elements of 8 bytes than this are in no array, so that a count over it is wrong before any of
+ * them is read. */
+static const int64_t SEBP_MAX_IN_ARRAY = PTRDIFF_MAX / (int64_t)sizeof(int64_t);
 
 static inline int64_t sebp_min(int64_t a, int64_t b)
 {

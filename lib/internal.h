@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file internal.h
- * What the methods share: the insides of a context and a row set, and the checks of arguments.
+ * What the methods share: the insides of a context, and the checks of arguments.
  */
 #ifndef SEBP_INTERNAL_H
 #define SEBP_INTERNAL_H
@@ -14,19 +14,12 @@
 
 #include "backend.h"
 #include "copies.h"
+#include "row_set.h"
 
 struct sebp_context {
     sebp_device *device;
     bool verbose;
     char message[256];
-};
-
-struct sebp_rows {
-    int64_t total;
-    int64_t count;
-    bool is_run;         /* the rows follow each other, so that they can be used in place */
-    int64_t *indices;    /* count of them */
-    sebp_copies *copies; /* of the indices, on devices */
 };
 
 /** Writes the line that sebp_context_message() gives, and returns `status`. For what is the
@@ -64,10 +57,6 @@ sebp_status sebp_give_struct(const void *made, size_t bytes, size_t first_bytes,
 /** Whether one view holds bytes of the other. Views of different strides in bytes are taken to hold
  * all between their first and last element. */
 bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other);
-
-/** More elements of 8 bytes than this are in no array, so that a count over it is wrong before any of
- * them is read. */
-static const int64_t SEBP_MAX_IN_ARRAY = PTRDIFF_MAX / (int64_t)sizeof(int64_t);
 
 /** Makes a context on a device, which it takes over, in which nothing else has a part. The message of
  * a failure is SEBP_ERROR_MEMORY's; the device is then the caller's still. */

@@ -7,7 +7,7 @@
 #include "config.h"
 #endif
 
-#include "call.h"
+#include "find.h"
 
 sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, const sebp_matrix *w,
                                 const sebp_matrix *bias, const sebp_rows *rows,

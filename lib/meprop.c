@@ -7,7 +7,7 @@
 #include "config.h"
 #endif
 
-#include "call.h"
+#include "find.h"
 #include "integers.h"
 
 /* dW in panels of its rows, which lie in the scratch memory reserved for the method, each handed to

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "integers.h"
 #include "optim.h"
 
 enum {

@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "basis.h"
+#include "find.h"
 #include "integers.h"
 
 /* ---- the order of products ---- */

@@ -7,7 +7,7 @@
 #include "config.h"
 #endif
 
-#include <sebp/status.h>
+#include <sebp/sebp.h>
 
 const char *sebp_status_string(sebp_status status)
 {

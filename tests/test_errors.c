@@ -597,6 +597,9 @@ START_TEST(context_create)
     CREATE(SEBP_ERROR_VALUE, "threads", options.threads = -1);
     CREATE(SEBP_ERROR_VALUE, "threads", options.threads = 1025);
     CREATE(SEBP_ERROR_VALUE, "threads", options.threads = INT_MIN);
+    CREATE(SEBP_ERROR_VALUE, "device", options.device = (sebp_device_kind)2);
+    CREATE(SEBP_ERROR_VALUE, "device", options.device = (sebp_device_kind)-1);
+    CREATE(SEBP_ERROR_UNSUPPORTED, "CUDA", options.device = SEBP_DEVICE_CUDA);
     CREATE(SEBP_ERROR_VALUE, "placement", options.placement = (sebp_placement)3);
     CREATE(SEBP_ERROR_VALUE, "placement", options.placement = (sebp_placement)-1);
     CREATE(SEBP_ERROR_VALUE, "gemm", options.gemm = (sebp_gemm)3);
@@ -605,7 +608,7 @@ START_TEST(context_create)
     CREATE(SEBP_ERROR_VALUE, "workspace_bytes", options.workspace_bytes = (1 << 20) - 1);
 
     /* A struct of unknown size has no place for a message that could be trusted. */
-    const size_t sizes[] = {0, sizeof(sebp_context_options) - 1, 4097};
+    const size_t sizes[] = {0, offsetof(sebp_context_options, device) - 1, 4097};
     for (int i = 0; i < 3; i++) {
         sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
         options.size_bytes = sizes[i];

@@ -199,6 +199,20 @@ START_TEST(a_later_programs_context)
 }
 END_TEST
 
+/* Of 0.1.0: without the device, which is then the CPU whatever lies behind the struct. */
+START_TEST(an_older_programs_context)
+{
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.size_bytes = SEBP_SIZE_THROUGH(sebp_context_options, message_bytes);
+    options.threads = 2;
+    options.device = SEBP_DEVICE_CUDA;
+    sebp_context *made = NULL;
+    ck_assert_int_eq(sebp_context_create(&options, &made), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_context_threads(made), 2);
+    sebp_context_destroy(made);
+}
+END_TEST
+
 START_TEST(a_later_programs_info)
 {
     later_info info;
@@ -398,6 +412,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, structs_are_given);
     tcase_add_test(tests, sizes_of_0_1_0);
     tcase_add_test(tests, a_later_programs_context);
+    tcase_add_test(tests, an_older_programs_context);
     tcase_add_test(tests, a_later_programs_info);
     tcase_add_loop_test(tests, a_later_programs_linear_options, 0, CALLS(linear_calls));
     tcase_add_loop_test(tests, a_later_programs_adamw_options, 0, CALLS(adamw_calls));

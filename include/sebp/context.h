@@ -56,6 +56,12 @@ typedef enum sebp_placement {
     SEBP_PLACEMENT_SPREAD = 2 /**< bound: physical cores over all NUMA nodes in turn */
 } sebp_placement;
 
+/** What computes. Matrices, kept elements and all else that calls read and write lie in its memory. */
+typedef enum sebp_device_kind {
+    SEBP_DEVICE_CPU = 0, /**< the processors of this machine, and its memory */
+    SEBP_DEVICE_CUDA = 1 /**< an NVIDIA GPU; SEBP_ERROR_UNSUPPORTED in a build without it */
+} sebp_device_kind;
+
 /** One piece of work: called once for each index, from any thread, in any order. */
 typedef void (*sebp_task)(void *work, int64_t index);
 
@@ -75,13 +81,14 @@ typedef struct sebp_context_options {
     void *pool;                     /**< handed to parallel_for */
     char *message;        /**< where one line about a failed creation is written; NULL: nowhere */
     size_t message_bytes; /**< room there, the closing NUL included; the line is cut to fit */
+    sebp_device_kind device; /**< default SEBP_DEVICE_CPU */
 } sebp_context_options;
 
 /** Options as they are by default, with size_bytes set. */
 #define SEBP_CONTEXT_OPTIONS_INIT                                                                  \
     {                                                                                              \
         sizeof(sebp_context_options), 0, SEBP_PLACEMENT_NONE, SEBP_GEMM_AUTO, 0, NULL, NULL, NULL, \
-            0                                                                                      \
+            0, SEBP_DEVICE_CPU                                                                     \
     }
 
 /**
@@ -126,7 +133,7 @@ typedef struct sebp_context_options {
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
  *         [1, 1 MiB)); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED (oneDNN asked for in a build
- *         without it, placement in a build without hwloc); SEBP_ERROR_BACKEND (hwloc finds no cores);
+ *         without it, placement in a build without hwloc, a device that the build does not have); SEBP_ERROR_BACKEND (hwloc finds no cores);
  *         SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_context_create(const sebp_context_options *options,

@@ -23,16 +23,15 @@
 
 enum { PANEL_ROWS = 1024 }; /* rows gathered at a time, at most */
 
-typedef sebp_onednn_plan plan;
-
 static int64_t element_bytes(const sebp_product *product)
 {
     return (int64_t)sebp_dtype_bytes(product->dtype);
 }
 
-static plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
+static sebp_onednn_plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
 {
-    plan plan = {.panels_of_k = product->a.transposed && (product->a.rows || product->b.rows)};
+    sebp_onednn_plan plan = {.panels_of_k =
+                                 product->a.transposed && (product->a.rows || product->b.rows)};
     if (plan.panels_of_k) {
         plan.row_bytes = ((product->a.rows ? product->m : 0) + (product->b.rows ? product->n : 0)) *
                          element_bytes(product);
@@ -65,6 +64,8 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
     if (product->a.transposed && product->c_rows)
         return "native:scattered-transpose";
     *plan = make_plan(cpu, product);
+    if (plan->panels_of_k && (product->b.transposed || product->bias))
+        return "native:gathered-transpose";
     if (plan->rows == 0)
         return "native:workspace";
     if (product->dtype == SEBP_F32)
@@ -341,8 +342,8 @@ static dnnl_status_t product_over_depth(sebp_cpu *cpu, const sebp_product *produ
 }
 
 /* Y and dX: the gathered rows are rows of A and of C. */
-static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *product, const plan *plan,
-                                       char *scratch)
+static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *product,
+                                       const sebp_onednn_plan *plan, char *scratch)
 {
     dnnl_status_t status = dnnl_success;
     int64_t element = element_bytes(product);

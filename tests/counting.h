@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file counting.h
+ * A device for tests whose memory the host cannot touch: what a method may not do, it makes
+ * impossible.
+ *
+ * It computes as a CPU does, over the table of CPUs, but pointers into its memory are those of pages
+ * that nobody may read or write; a method that looks at an element by itself ends with SIGSEGV, and
+ * an operation that is handed the host's memory, or more than was allocated, fails the test. Every
+ * operation is counted, and the n-th can be made to fail.
+ *
+ * The library's tables are hidden in the shared library, so a test that uses it takes the library's
+ * parts.
+ */
+#ifndef SEBP_TESTS_COUNTING_H
+#define SEBP_TESTS_COUNTING_H
+
+#include <stdint.h>
+
+#include <sebp/sebp.h>
+
+#include "lib/backend.h"
+
+typedef struct counting counting;
+
+/** Its table. */
+extern const sebp_backend counting_backend;
+
+/** A device; one at a time, as its memory is one. It lives until its table's destroy(). */
+counting *counting_make(void);
+
+/** A context on a new device. */
+sebp_context *counting_context(counting **device);
+
+/** Lets the n-th operation from now on fail, and no other; 0: none. */
+void counting_fail_at(counting *device, int64_t n);
+/** Operations so far, failed ones included; bytes that went to the device; that came from it. */
+int64_t counting_operations(const counting *device);
+int64_t counting_uploaded(const counting *device);
+int64_t counting_downloaded(const counting *device);
+/** Pieces of memory that are allocated. */
+int64_t counting_live(const counting *device);
+/** Whether the last device that went away left any allocated. */
+int counting_has_leaked(void);
+
+/* Not counted, and never failing: */
+
+/** A copy of a matrix, gaps included, on the device, whose pointer the host cannot use. */
+sebp_matrix counting_put(counting *device, const sebp_matrix *matrix);
+/** Copies it back, gaps included. */
+void counting_get(counting *device, const sebp_matrix *from, const sebp_matrix *to);
+void counting_free(counting *device, void *memory);
+
+/** The same of kept elements. */
+sebp_sparse counting_put_sparse(counting *device, const sebp_sparse *sparse);
+void counting_get_sparse(counting *device, const sebp_sparse *from, const sebp_sparse *to);
+void counting_free_sparse(counting *device, sebp_sparse *sparse);
+
+#endif

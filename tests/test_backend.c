@@ -1,0 +1,715 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file test_backend.c
+ * Every operation of a table against the scalar kernels on one thread, on random inputs: integers,
+ * of which every order of a sum gives the same bits, and real numbers within a bound. A device gets
+ * its tests by its line in `devices`.
+ */
+#include "config.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "counting.h"
+#include "lib/cpu/operations.h"
+#include "testing.h"
+
+/* ---- devices ---- */
+
+typedef struct side {
+    const sebp_backend *backend;
+    void *device;
+} side;
+
+static side make_cpu(int threads, sebp_gemm gemm, int64_t workspace)
+{
+    const sebp_context_options options = {
+        .threads = threads, .gemm = gemm, .workspace_bytes = workspace};
+    const sebp_cpu_environment environment = {0};
+    sebp_cpu *cpu;
+    ck_assert_int_eq(sebp_cpu_create(&options, &environment, &cpu), SEBP_SUCCESS);
+    return (side){&sebp_cpu_backend, cpu};
+}
+
+static side make_scalar(void)
+{
+    side made = make_cpu(1, SEBP_GEMM_NATIVE, (int64_t)16 << 20);
+    ((sebp_cpu *)made.device)->kernels = &sebp_kernels_scalar;
+    return made;
+}
+
+static side make_threads(void)
+{
+    return make_cpu(3, SEBP_GEMM_AUTO, (int64_t)64 << 20);
+}
+
+static side make_small(void)
+{
+    return make_cpu(2, SEBP_GEMM_NATIVE, (int64_t)1 << 20);
+}
+
+#ifdef SEBP_HAVE_ONEDNN
+static side make_onednn(void)
+{
+    return make_cpu(2, SEBP_GEMM_ONEDNN, (int64_t)64 << 20);
+}
+#endif
+
+static side make_counting(void)
+{
+    return (side){&counting_backend, counting_make()};
+}
+
+static const struct {
+    const char *name;
+    side (*make)(void);
+} devices[] = {
+    {"cpu", make_threads},
+    {"cpu, little workspace", make_small},
+#ifdef SEBP_HAVE_ONEDNN
+    {"cpu, oneDNN", make_onednn},
+#endif
+    {"counting", make_counting},
+};
+enum { DEVICES = sizeof devices / sizeof *devices };
+
+/* The device under test, and the one that it is compared with. */
+static side tested, scalar;
+
+static void make_sides(int which)
+{
+    tested = devices[which].make();
+    scalar = make_scalar();
+}
+
+static void destroy_sides(void)
+{
+    tested.backend->destroy(tested.device);
+    scalar.backend->destroy(scalar.device);
+    ck_assert_msg(!counting_has_leaked(), "the test has left memory on the device");
+}
+
+static void succeed(sebp_status status)
+{
+    ck_assert_msg(status == SEBP_SUCCESS, "%s", sebp_status_string(status));
+}
+
+/* ---- memory on both ---- */
+
+static int64_t bytes_of(const sebp_matrix *matrix)
+{
+    return matrix->rows * matrix->stride * (int64_t)sebp_dtype_bytes(matrix->dtype);
+}
+
+static void *put_bytes(side to, const void *from, int64_t bytes)
+{
+    void *memory;
+    succeed(to.backend->alloc(to.device, bytes, &memory));
+    if (bytes > 0)
+        succeed(to.backend->upload(to.device, memory, from, bytes));
+    return memory;
+}
+
+static sebp_matrix put(side to, const sebp_matrix *matrix)
+{
+    sebp_matrix copy = *matrix;
+    copy.data = put_bytes(to, matrix->data, bytes_of(matrix));
+    return copy;
+}
+
+/* What a device has in the place of a matrix, which it then has no more. */
+static sebp_matrix take(side from, sebp_matrix *matrix)
+{
+    sebp_matrix host = testing_matrix(matrix->rows, matrix->cols, matrix->stride, matrix->dtype);
+    if (bytes_of(matrix) > 0)
+        succeed(from.backend->download(from.device, host.data, matrix->data, bytes_of(matrix)));
+    from.backend->free(from.device, matrix->data);
+    return host;
+}
+
+static void drop(side of, void *memory)
+{
+    of.backend->free(of.device, memory);
+}
+
+/* Compares what the two devices have: the same bits, or within a bound. */
+static void compare(sebp_matrix *got, sebp_matrix *want, double bound)
+{
+    sebp_matrix a = take(tested, got), b = take(scalar, want);
+    if (bound == 0) {
+        ck_assert_msg(testing_same_bits(&a, &b), "%lldx%lld: other bits", (long long)a.rows,
+                      (long long)a.cols);
+    }
+    for (int64_t i = 0; i < a.rows; i++) {
+        for (int64_t j = 0; j < a.cols; j++) {
+            double x = testing_get(&a, i, j), y = testing_get(&b, i, j);
+            double room = bound * (1 + fabs(y));
+            if (a.dtype == SEBP_BF16)
+                room += fabs(y) / 128;
+            ck_assert_msg(!(fabs(x - y) > room) && isnan(x) == isnan(y), "(%lld, %lld): %g, not %g",
+                          (long long)i, (long long)j, x, y);
+        }
+    }
+    testing_release(&a);
+    testing_release(&b);
+}
+
+/* A sorted choice of `count` rows of `total`. */
+static int64_t *choose_rows(int64_t total, int64_t count)
+{
+    int64_t *rows = testing_alloc((size_t)count * sizeof *rows, 0);
+    for (int64_t i = 0, taken = 0; i < total && taken < count; i++) {
+        if (testing_between(1, total - i) <= count - taken)
+            rows[taken++] = i;
+    }
+    return rows;
+}
+
+static testing_values some_values(void)
+{
+    return testing_chance(0.5) ? TESTING_INTEGER : TESTING_REAL;
+}
+
+/* ---- operations ---- */
+
+START_TEST(memory)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(50); round++) {
+        int64_t bytes = testing_between(0, 5000);
+        unsigned char *host = testing_alloc((size_t)bytes, 0);
+        unsigned char *back = testing_alloc((size_t)bytes, 0);
+        for (int64_t i = 0; i < bytes; i++)
+            host[i] = (unsigned char)testing_random();
+        void *memory = put_bytes(tested, host, bytes);
+        ck_assert_ptr_nonnull(memory);
+        ck_assert_uint_eq((uintptr_t)memory % sizeof(double), 0);
+        succeed(tested.backend->synchronize(tested.device));
+        if (bytes > 0)
+            succeed(tested.backend->download(tested.device, back, memory, bytes));
+        ck_assert(bytes == 0 || memcmp(host, back, (size_t)bytes) == 0);
+        drop(tested, memory);
+        drop(tested, NULL);
+        testing_free(host);
+        testing_free(back);
+    }
+    int64_t max = tested.backend->max_scratch(tested.device);
+    ck_assert_int_gt(max, 0);
+    succeed(tested.backend->reserve_scratch(tested.device, max));
+    ck_assert_ptr_nonnull(tested.backend->scratch(tested.device));
+    ck_assert_int_eq(tested.backend->reserve_scratch(tested.device, max + 1), SEBP_ERROR_MEMORY);
+    succeed(tested.backend->reserve_scratch(tested.device, 0));
+    destroy_sides();
+}
+END_TEST
+
+START_TEST(scan_rows)
+{
+    static const double limits[] = {0, 0.25, 0.99, INFINITY, FLT_MAX};
+    make_sides(_i);
+    int64_t found = 0;
+    for (int round = 0; round < testing_rounds(60); round++) {
+        int64_t rows = testing_between(0, 60), cols = testing_between(0, 90);
+        sebp_matrix dy = testing_random_matrix(rows, cols, testing_dtype(), TESTING_REAL);
+        testing_zero_rows(&dy, 0.5);
+        if (rows > 0 && cols > 0 && testing_chance(0.3)) {
+            testing_set(&dy, testing_between(0, rows - 1), testing_between(0, cols - 1),
+                        testing_chance(0.5) ? NAN : -INFINITY);
+        }
+        sebp_matrix on_tested = put(tested, &dy), on_scalar = put(scalar, &dy);
+        double *got = testing_alloc((size_t)rows * sizeof *got, 0);
+        double *want = testing_alloc((size_t)rows * sizeof *want, 0);
+        for (int measure = SEBP_MEASURE_NONZERO; measure <= SEBP_MEASURE_SQUARE_SUM; measure++) {
+            double limit = limits[testing_between(0, 4)];
+            succeed(tested.backend->scan_rows(tested.device, &on_tested, (sebp_measure)measure,
+                                              limit, got));
+            succeed(scalar.backend->scan_rows(scalar.device, &on_scalar, (sebp_measure)measure,
+                                              limit, want));
+            for (int64_t i = 0; i < rows; i++) {
+                ck_assert_msg(got[i] == want[i] || fabs(got[i] - want[i]) <= 1e-12 * want[i],
+                              "measure %d of row %lld: %g, not %g", measure, (long long)i, got[i],
+                              want[i]);
+                found += want[i] != 0;
+            }
+        }
+        drop(tested, on_tested.data);
+        drop(scalar, on_scalar.data);
+        testing_free(got);
+        testing_free(want);
+        testing_release(&dy);
+    }
+    ck_assert_int_gt(found, 0);
+    destroy_sides();
+}
+END_TEST
+
+/* An operand of a product on both devices: `own` of memory rows, `listed` of them where it has a
+ * list. */
+typedef struct factor {
+    sebp_operand tested, scalar;
+} factor;
+
+static factor make_factor(int64_t rows, int64_t cols, bool transposed, sebp_dtype dtype,
+                          testing_values values)
+{
+    bool is_listed = testing_chance(0.5);
+    int64_t memory_rows = transposed ? cols : rows, memory_cols = transposed ? rows : cols;
+    int64_t total = is_listed ? memory_rows + testing_between(0, 20) : memory_rows;
+    sebp_matrix matrix = testing_random_matrix(total, memory_cols, dtype, values);
+    factor made = {{.stride = matrix.stride, .transposed = transposed}, {.transposed = transposed}};
+    made.scalar.stride = matrix.stride;
+    made.tested.data = put(tested, &matrix).data;
+    made.scalar.data = put(scalar, &matrix).data;
+    if (is_listed) {
+        int64_t *list = choose_rows(total, memory_rows);
+        int64_t bytes = memory_rows * (int64_t)sizeof *list;
+        made.tested.rows = put_bytes(tested, list, bytes);
+        made.scalar.rows = put_bytes(scalar, list, bytes);
+        testing_free(list);
+    }
+    testing_release(&matrix);
+    return made;
+}
+
+static void drop_factor(factor *factor)
+{
+    drop(tested, (void *)(uintptr_t)factor->tested.data);
+    drop(scalar, (void *)(uintptr_t)factor->scalar.data);
+    drop(tested, (void *)(uintptr_t)factor->tested.rows);
+    drop(scalar, (void *)(uintptr_t)factor->scalar.rows);
+}
+
+static void run_product(side on, sebp_product *product)
+{
+    sebp_plan plan = {.product = *product};
+    succeed(on.backend->plan_product(on.device, &plan));
+    ck_assert_ptr_nonnull(plan.path);
+    sebp_status status = on.backend->run_product(on.device, &plan);
+    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", plan.path, sebp_status_string(status));
+}
+
+static void one_product(void)
+{
+    testing_values values = some_values();
+    sebp_dtype dtype = testing_dtype();
+    int64_t max = testing_chance(0.2) ? 300 : 40;
+    sebp_product on_tested = {.m = testing_between(0, max),
+                              .n = testing_between(0, max),
+                              .k = testing_between(0, max),
+                              .dtype = dtype};
+    int64_t m = on_tested.m, n = on_tested.n, k = on_tested.k;
+    bool is_scattered = testing_chance(0.5);
+    on_tested.accumulate = testing_chance(0.4);
+    on_tested.other_rows_are_free = is_scattered && !on_tested.accumulate && testing_chance(0.5);
+    factor a = make_factor(m, k, testing_chance(0.5), dtype, values);
+    factor b = make_factor(k, n, testing_chance(0.5), dtype, values);
+
+    int64_t total = is_scattered ? m + testing_between(0, 20) : m;
+    sebp_matrix c = testing_random_matrix(total, n, testing_dtype(), values);
+    on_tested.c_stride = c.stride;
+    on_tested.c_dtype = c.dtype;
+    sebp_product on_scalar = on_tested;
+    on_tested.a = a.tested;
+    on_tested.b = b.tested;
+    on_scalar.a = a.scalar;
+    on_scalar.b = b.scalar;
+    sebp_matrix c_tested = put(tested, &c), c_scalar = put(scalar, &c);
+    on_tested.c = c_tested.data;
+    on_scalar.c = c_scalar.data;
+    int64_t *list = choose_rows(total, m);
+    if (is_scattered) {
+        on_tested.c_rows = put_bytes(tested, list, m * (int64_t)sizeof *list);
+        on_scalar.c_rows = put_bytes(scalar, list, m * (int64_t)sizeof *list);
+    }
+    sebp_matrix bias = testing_random_matrix(1, n, testing_dtype(), values);
+    sebp_matrix bias_tested = put(tested, &bias), bias_scalar = put(scalar, &bias);
+    if (!on_tested.accumulate && testing_chance(0.5)) {
+        on_tested.bias = bias_tested.data;
+        on_scalar.bias = bias_scalar.data;
+        on_tested.bias_dtype = on_scalar.bias_dtype = bias.dtype;
+    }
+    run_product(tested, &on_tested);
+    run_product(scalar, &on_scalar);
+    if (on_tested.other_rows_are_free) { /* they may hold anything */
+        succeed(tested.backend->zero_other_rows(tested.device, &c_tested, on_tested.c_rows, m));
+        succeed(scalar.backend->zero_other_rows(scalar.device, &c_scalar, on_scalar.c_rows, m));
+    }
+    double bound = values == TESTING_INTEGER ? 0 : 4 * FLT_EPSILON * (double)(k + 2) * (double)k;
+    compare(&c_tested, &c_scalar, bound);
+
+    drop_factor(&a);
+    drop_factor(&b);
+    drop(tested, (void *)(uintptr_t)on_tested.c_rows);
+    drop(scalar, (void *)(uintptr_t)on_scalar.c_rows);
+    drop(tested, bias_tested.data);
+    drop(scalar, bias_scalar.data);
+    testing_free(list);
+    testing_release(&bias);
+    testing_release(&c);
+}
+
+START_TEST(products)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(200); round++)
+        one_product();
+    destroy_sides();
+}
+END_TEST
+
+/* A plan runs as often as asked, and what a method has in scratch memory stays. */
+START_TEST(plans_run_again)
+{
+    make_sides(_i);
+    const int64_t m = 50, n = 40, k = 30;
+    sebp_matrix a = testing_random_matrix(m, k, SEBP_F32, TESTING_INTEGER);
+    sebp_matrix b = testing_random_matrix(k, n, SEBP_F32, TESTING_INTEGER);
+    sebp_matrix c = testing_random_matrix(m, n, SEBP_F32, TESTING_INTEGER);
+    sebp_matrix on[3] = {put(tested, &a), put(tested, &b), put(tested, &c)};
+    sebp_matrix own[3] = {put(scalar, &a), put(scalar, &b), put(scalar, &c)};
+    float kept[64], back[64];
+    for (int i = 0; i < 64; i++)
+        kept[i] = (float)testing_uniform();
+
+    succeed(tested.backend->reserve_scratch(tested.device, sizeof kept));
+    sebp_plan plans[2];
+    for (int i = 0; i < 2; i++) {
+        sebp_matrix *of = i == 0 ? on : own;
+        plans[i].product = (sebp_product){.m = m,
+                                          .n = n,
+                                          .k = k,
+                                          .a = {of[0].data, of[0].stride, NULL, false},
+                                          .b = {of[1].data, of[1].stride, NULL, false},
+                                          .c = of[2].data,
+                                          .c_stride = of[2].stride,
+                                          .accumulate = true};
+        side by = i == 0 ? tested : scalar;
+        succeed(by.backend->plan_product(by.device, &plans[i]));
+    }
+    void *scratch = tested.backend->scratch(tested.device);
+    succeed(tested.backend->upload(tested.device, scratch, kept, sizeof kept));
+    for (int i = 0; i < 3; i++) {
+        succeed(tested.backend->run_product(tested.device, &plans[0]));
+        succeed(scalar.backend->run_product(scalar.device, &plans[1]));
+    }
+    succeed(tested.backend->download(tested.device, back, scratch, sizeof back));
+    ck_assert_int_eq(memcmp(kept, back, sizeof back), 0);
+    succeed(tested.backend->reserve_scratch(tested.device, 0));
+    compare(&on[2], &own[2], 0);
+    for (int i = 0; i < 2; i++) {
+        drop(tested, on[i].data);
+        drop(scalar, own[i].data);
+    }
+    testing_release(&a);
+    testing_release(&b);
+    testing_release(&c);
+    destroy_sides();
+}
+END_TEST
+
+START_TEST(listed_rows)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(60); round++) {
+        int64_t total = testing_between(1, 80), cols = testing_between(1, 700);
+        int64_t count = testing_between(0, total);
+        testing_values values = some_values();
+        int64_t *list = choose_rows(total, count);
+        void *on = put_bytes(tested, list, count * (int64_t)sizeof *list);
+        void *own = put_bytes(scalar, list, count * (int64_t)sizeof *list);
+        sebp_matrix from = testing_random_matrix(total, cols, testing_dtype(), values);
+        sebp_matrix f = put(tested, &from), g = put(scalar, &from);
+
+        sebp_matrix to = testing_random_matrix(1, cols, testing_dtype(), values);
+        sebp_matrix t = put(tested, &to), u = put(scalar, &to);
+        bool accumulate = testing_chance(0.5), all = testing_chance(0.3);
+        succeed(
+            tested.backend->sum_rows(tested.device, &f, all ? NULL : on, count, &t, accumulate));
+        succeed(
+            scalar.backend->sum_rows(scalar.device, &g, all ? NULL : own, count, &u, accumulate));
+        compare(&t, &u, values == TESTING_INTEGER ? 0 : 100 * FLT_EPSILON);
+        testing_release(&to);
+
+        to = testing_random_matrix(count, cols, SEBP_F32, values);
+        t = put(tested, &to);
+        u = put(scalar, &to);
+        succeed(tested.backend->widen_rows(tested.device, &f, all ? NULL : on, count, &t));
+        succeed(scalar.backend->widen_rows(scalar.device, &g, all ? NULL : own, count, &u));
+        compare(&t, &u, 0);
+        testing_release(&to);
+
+        succeed(tested.backend->zero_other_rows(tested.device, &f, on, count));
+        succeed(scalar.backend->zero_other_rows(scalar.device, &g, own, count));
+        compare(&f, &g, 0);
+        drop(tested, on);
+        drop(scalar, own);
+        testing_free(list);
+        testing_release(&from);
+    }
+    destroy_sides();
+}
+END_TEST
+
+START_TEST(steps)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(40); round++) {
+        int64_t rows = testing_between(1, 40), cols = testing_between(1, 60);
+        bool step_alone = testing_chance(0.5);
+        sebp_adamw_options options = SEBP_ADAMW_OPTIONS_INIT;
+        options.learning_rate = 0.1;
+        options.weight_decay = 0.1;
+        int64_t step = testing_between(1, 10);
+        sebp_matrix all[4], on[4], own[4];
+        for (int i = 0; i < 4; i++) {
+            sebp_dtype dtype = i < 2 ? testing_dtype() : SEBP_F32;
+            all[i] = testing_random_matrix(rows, cols, dtype, TESTING_REAL);
+            if (i == 3) { /* the second moments are not negative */
+                for (int64_t j = 0; j < rows * cols; j++)
+                    testing_set(&all[i], j / cols, j % cols, fabs(testing_uniform()));
+            }
+            on[i] = put(tested, &all[i]);
+            own[i] = put(scalar, &all[i]);
+        }
+        succeed(tested.backend->adamw(tested.device, &options, step, &on[0], &on[1], &on[2], &on[3],
+                                      step_alone));
+        succeed(scalar.backend->adamw(scalar.device, &options, step, &own[0], &own[1], &own[2],
+                                      &own[3], step_alone));
+        double factor = testing_uniform();
+        succeed(tested.backend->scale(tested.device, &on[0], factor));
+        succeed(scalar.backend->scale(scalar.device, &own[0], factor));
+        for (int i = 0; i < 4; i++) {
+            compare(&on[i], &own[i], i == 0 ? 0 : 1e-5);
+            testing_release(&all[i]);
+        }
+    }
+    destroy_sides();
+}
+END_TEST
+
+/* ---- kept elements ---- */
+
+static sebp_sparse put_sparse(side to, const sebp_sparse *sparse)
+{
+    sebp_sparse copy = *sparse;
+    copy.indices = put_bytes(to, sparse->indices, sparse->count * (int64_t)sizeof(int64_t));
+    copy.values = put_bytes(to, sparse->values, sparse->count * (int64_t)sizeof(float));
+    return copy;
+}
+
+static void drop_sparse(side of, sebp_sparse *sparse)
+{
+    drop(of, sparse->indices);
+    drop(of, sparse->values);
+}
+
+static sebp_sparse random_sparse(int64_t count, int64_t rows, int64_t cols)
+{
+    sebp_sparse made = testing_sparse(count, rows, cols);
+    int64_t *chosen = choose_rows(rows * cols, count);
+    memcpy(made.indices, chosen, (size_t)count * sizeof *chosen);
+    for (int64_t i = 0; i < count; i++)
+        made.values[i] = (float)testing_uniform();
+    testing_free(chosen);
+    return made;
+}
+
+/* The values of kept elements on both devices, which must be the same bits, and the indices. */
+static void compare_sparse(const sebp_sparse *got, const sebp_sparse *want)
+{
+    size_t count = (size_t)got->count;
+    int64_t *indices = testing_alloc(count * sizeof *indices, 0);
+    float *values = testing_alloc(count * sizeof *values, 0);
+    succeed(tested.backend->download(tested.device, indices, got->indices,
+                                     got->count * (int64_t)sizeof *indices));
+    succeed(tested.backend->download(tested.device, values, got->values,
+                                     got->count * (int64_t)sizeof *values));
+    ck_assert_int_eq(memcmp(indices, want->indices, count * sizeof *indices), 0);
+    ck_assert_int_eq(memcmp(values, want->values, count * sizeof *values), 0);
+    testing_free(indices);
+    testing_free(values);
+}
+
+START_TEST(kept_elements)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(60); round++) {
+        int64_t rows = testing_between(1, 30), cols = testing_between(1, 30);
+        int64_t count = testing_between(1, rows * cols);
+        sebp_sparse kept = random_sparse(count, rows, cols);
+        sebp_sparse on = put_sparse(tested, &kept), own = put_sparse(scalar, &kept);
+        bool valid = false;
+        succeed(
+            tested.backend->check_indices(tested.device, on.indices, count, rows * cols, &valid));
+        ck_assert(valid);
+        succeed(tested.backend->check_indices(tested.device, on.indices, count,
+                                              kept.indices[count - 1], &valid));
+        ck_assert(!valid);
+
+        sebp_matrix to = testing_random_matrix(rows, cols, testing_dtype(), TESTING_REAL);
+        sebp_matrix t = put(tested, &to), u = put(scalar, &to);
+        succeed(tested.backend->add_elements(tested.device, &on, &t));
+        succeed(scalar.backend->add_elements(scalar.device, &own, &u));
+        compare(&t, &u, 0);
+        testing_release(&to);
+
+        sebp_matrix from = testing_random_matrix(rows, cols, SEBP_F32, TESTING_REAL);
+        bool is_bad = testing_chance(0.2);
+        if (is_bad) {
+            int64_t at = kept.indices[testing_between(0, count - 1)];
+            testing_set(&from, at / cols, at % cols, NAN);
+        }
+        t = put(tested, &from);
+        u = put(scalar, &from);
+        sebp_status status = tested.backend->take_elements(tested.device, &t, &on);
+        ck_assert_int_eq(status, is_bad ? SEBP_ERROR_NONFINITE : SEBP_SUCCESS);
+        ck_assert_int_eq(scalar.backend->take_elements(scalar.device, &u, &own), status);
+        compare_sparse(&on, &own);
+
+        int64_t repeated = testing_between(0, count - 1);
+        if (count > 1 && repeated > 0) {
+            kept.indices[repeated] = kept.indices[repeated - 1];
+            sebp_sparse twice = put_sparse(tested, &kept);
+            succeed(tested.backend->check_indices(tested.device, twice.indices, count, rows * cols,
+                                                  &valid));
+            ck_assert(!valid);
+            drop_sparse(tested, &twice);
+        }
+        drop(tested, t.data);
+        drop(scalar, u.data);
+        drop_sparse(tested, &on);
+        drop_sparse(scalar, &own);
+        testing_release(&from);
+        testing_free_sparse(&kept);
+    }
+    destroy_sides();
+}
+END_TEST
+
+/* By panels of rows, as a method feeds them; values of few kinds, so that there are ties. */
+static sebp_status choose(side by, const sebp_matrix *matrix, int64_t panel, const sebp_sparse *to)
+{
+    sebp_top *top;
+    succeed(by.backend->top_begin(by.device, to->count, &top));
+    for (int64_t first = 0; first < matrix->rows; first += panel) {
+        sebp_matrix part = *matrix;
+        part.data = (char *)matrix->data + first * matrix->stride * (int64_t)sizeof(float);
+        part.rows = matrix->rows - first < panel ? matrix->rows - first : panel;
+        succeed(by.backend->top_feed(by.device, top, &part, first * matrix->cols));
+    }
+    sebp_status status = by.backend->top_finish(by.device, top, to);
+    by.backend->top_end(by.device, top);
+    return status;
+}
+
+START_TEST(top_k)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(40); round++) {
+        int64_t rows = testing_between(1, 200), cols = testing_between(1, 300);
+        int64_t k = testing_between(1, testing_chance(0.3) ? rows * cols : 1 + rows * cols / 50);
+        sebp_matrix matrix = testing_random_matrix(rows, cols, SEBP_F32, some_values());
+        bool is_bad = testing_chance(0.2);
+        if (is_bad)
+            testing_set(&matrix, testing_between(0, rows - 1), 0, INFINITY);
+        sebp_matrix on = put(tested, &matrix), own = put(scalar, &matrix);
+        sebp_sparse empty = testing_sparse(k, rows, cols);
+        sebp_sparse got = put_sparse(tested, &empty), want = put_sparse(scalar, &empty);
+        sebp_status status = choose(tested, &on, testing_between(1, rows), &got);
+        ck_assert_int_eq(status, is_bad ? SEBP_ERROR_NONFINITE : SEBP_SUCCESS);
+        ck_assert_int_eq(choose(scalar, &own, rows, &want), status);
+        compare_sparse(&got, &want);
+        drop_sparse(tested, &got);
+        drop_sparse(scalar, &want);
+        testing_free_sparse(&empty);
+        drop(tested, on.data);
+        drop(scalar, own.data);
+        testing_release(&matrix);
+    }
+    destroy_sides();
+}
+END_TEST
+
+START_TEST(sparse_updates)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(40); round++) {
+        int64_t n = testing_between(1, 60), k = testing_between(1, 60);
+        int64_t p = testing_between(1, n), q = testing_between(1, k);
+        sebp_sparse s = random_sparse(testing_between(1, p * q), p, q);
+        sebp_matrix out = testing_random_matrix(p, n, SEBP_F32, TESTING_REAL);
+        sebp_matrix in = testing_random_matrix(q, k, SEBP_F32, TESTING_REAL);
+        sebp_matrix w = testing_random_matrix(n, k, testing_dtype(), TESTING_REAL);
+        sebp_sparse s_on = put_sparse(tested, &s), s_own = put_sparse(scalar, &s);
+        sebp_matrix on[3] = {put(tested, &out), put(tested, &in), put(tested, &w)};
+        sebp_matrix own[3] = {put(scalar, &out), put(scalar, &in), put(scalar, &w)};
+        succeed(tested.backend->sparse_update(tested.device, &s_on, &on[0], &on[1], &on[2]));
+        succeed(scalar.backend->sparse_update(scalar.device, &s_own, &own[0], &own[1], &own[2]));
+        compare(&on[2], &own[2], FLT_EPSILON * (double)(s.count + 20));
+        for (int i = 0; i < 2; i++) {
+            drop(tested, on[i].data);
+            drop(scalar, own[i].data);
+        }
+        drop_sparse(tested, &s_on);
+        drop_sparse(scalar, &s_own);
+        testing_free_sparse(&s);
+        testing_release(&out);
+        testing_release(&in);
+        testing_release(&w);
+    }
+    destroy_sides();
+}
+END_TEST
+
+/* The two leading eigenvectors of a matrix that has known ones: those of a diagonal. */
+START_TEST(eigenvectors)
+{
+    make_sides(_i);
+    enum { N = 12 };
+    float sum[N * N] = {0}, found[2 * N], values[N];
+    for (int i = 0; i < N; i++)
+        sum[i * N + i] = (float)(1 + (i * 7) % N);
+    const int largest = 5, next = 10; /* 1 + 35 % 12 = 12, 1 + 70 % 12 = 11 */
+    sebp_matrix matrix = sebp_matrix_f32(sum, N, N), vectors = sebp_matrix_f32(found, 2, N);
+    char why[SEBP_WHY_BYTES] = "";
+    sebp_status status =
+        tested.backend->eigenvectors(tested.device, &matrix, &vectors, values, why);
+    if (status == SEBP_ERROR_UNSUPPORTED) {
+        ck_assert_str_ne(why, "");
+        testing_skip(devices[_i].name, why);
+    } else {
+        ck_assert_msg(status == SEBP_SUCCESS, "%s", why);
+        ck_assert(fabsf(values[1] - 12) < 1e-4f && fabsf(values[0] - 11) < 1e-4f);
+        ck_assert(fabsf(fabsf(found[N + largest]) - 1) < 1e-4f);
+        ck_assert(fabsf(fabsf(found[next]) - 1) < 1e-4f);
+    }
+    destroy_sides();
+}
+END_TEST
+
+static Suite *make_suite(void)
+{
+    Suite *suite = suite_create("backend");
+    TCase *tests = tcase_create("operations");
+    tcase_set_timeout(tests, 300);
+    tcase_add_loop_test(tests, memory, 0, DEVICES);
+    tcase_add_loop_test(tests, scan_rows, 0, DEVICES);
+    tcase_add_loop_test(tests, products, 0, DEVICES);
+    tcase_add_loop_test(tests, plans_run_again, 0, DEVICES);
+    tcase_add_loop_test(tests, listed_rows, 0, DEVICES);
+    tcase_add_loop_test(tests, steps, 0, DEVICES);
+    tcase_add_loop_test(tests, kept_elements, 0, DEVICES);
+    tcase_add_loop_test(tests, top_k, 0, DEVICES);
+    tcase_add_loop_test(tests, sparse_updates, 0, DEVICES);
+    tcase_add_loop_test(tests, eigenvectors, 0, DEVICES);
+    suite_add_tcase(suite, tests);
+    return suite;
+}
+
+int main(void)
+{
+    return testing_main(make_suite);
+}
