@@ -16,6 +16,7 @@ import torch
 from sebp import Context, SebpError
 from sebp._library import load
 from sebp._structs import F32, AdamWOptions, Matrix, SparseStruct
+from sebp.core.calls import call
 
 CASES = 20
 STEPS = 25
@@ -55,17 +56,8 @@ def train_dense(context: Context, shape: tuple[int, int], options: AdamWOptions)
     for step in range(1, STEPS + 1):
         want.grad = torch.randn(shape)
         torch_steps.step()
-        context.check(
-            load().sebp_adamw_step(
-                context._handle,
-                view(want.grad),
-                step,
-                options,
-                view(ours),
-                view(moments[0]),
-                view(moments[1]),
-            )
-        )
+        matrices = view(ours), view(moments[0]), view(moments[1])
+        context.call("sebp_adamw_step", view(want.grad), step, options, *matrices)
     compare("AdamW", ours, want.detach(), start, options.learning_rate)
     assert (ours != start).float().mean() > 0.5, "most weights have not moved"
 
@@ -86,7 +78,7 @@ def train_sparse(context: Context, shape: tuple[int, int], options: AdamWOptions
         eps=options.epsilon,
     )
     state = ctypes.c_void_p()
-    context.check(load().sebp_sparse_adamw_create(*shape, None, 0, ctypes.byref(state)))
+    call("sebp_sparse_adamw_create", *shape, None, 0, state)
     for _ in range(STEPS):
         chosen = torch.randperm(count)[: random.randint(1, count)].sort().values
         values = torch.randn(len(chosen))
@@ -95,7 +87,7 @@ def train_sparse(context: Context, shape: tuple[int, int], options: AdamWOptions
         )
         torch_steps.step()
         gradient = SparseStruct(chosen.data_ptr(), values.data_ptr(), len(chosen), *shape)
-        context.check(load().sebp_sparse_adamw_step(context._handle, state, options, gradient))
+        context.call("sebp_sparse_adamw_step", state, options, gradient)
         ours[chosen] += values
     load().sebp_sparse_adamw_destroy(state)
     compare("SparseAdam", ours, want.detach(), start, options.learning_rate)

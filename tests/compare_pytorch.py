@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from sebp import Context, Rows, SebpError
-from sebp._library import load
 from sebp._structs import BF16, F32, LinearOptions, Matrix
 
 CASES = 60
@@ -154,20 +153,14 @@ def run_case(context: Context, case: Case) -> None:
     want_y.backward(dy)
 
     rows = Rows.from_lengths(case.lengths, case.length) if case.given else None
-    handle = None if rows is None else rows._handle
     options = LinearOptions(ctypes.sizeof(LinearOptions))
     nan = float("nan")
     y, dx, dw, db = (torch.full_like(t, nan) for t in (want_y, x, w, bias))
-    library, own = load(), context._handle
     with torch.no_grad():
-        context.check(
-            library.sebp_linear_forward(own, view(x), view(w), view(bias), handle, options, view(y))
-        )
-        context.check(
-            library.sebp_linear_backward(
-                own, view(dy), view(x), view(w), handle, options, view(dx), view(dw), view(db)
-            )
-        )
+        vx, vw, vb, vdy = view(x), view(w), view(bias), view(dy)
+        context.call("sebp_linear_forward", vx, vw, vb, rows, options, view(y))
+        outputs = view(dx), view(dw), view(db)
+        context.call("sebp_linear_backward", vdy, vx, vw, rows, options, *outputs)
 
         a, b, g = x.double().abs(), w.double().abs(), dy.double().abs()
         count = int(active.sum())

@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         if options.measure == "two pools":
-            _library._share_openmp = lambda: None
+            _library.share_openmp = lambda: None
         print(*measure(options.measure, options.rows, options.runs))
         return
 

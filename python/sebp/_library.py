@@ -164,7 +164,7 @@ def _places() -> Iterator[tuple[str, str]]:
     yield NAME, "the system's loader"
 
 
-def _share_openmp() -> bool:
+def share_openmp() -> bool:
     """Load the OpenMP runtime that PyTorch brings along, before anything asks for another.
 
     PyTorch's wheels carry a libgomp of their own, some under a name of its own. Loaded first, and
@@ -239,7 +239,7 @@ def load() -> ctypes.CDLL:
         if "/" in path and not Path(path).exists():
             tried.append(f"{path} ({where}): no such file")
             continue
-        torch_is_gnu = _share_openmp()
+        torch_is_gnu = share_openmp()
         try:
             library = ctypes.CDLL(path)
         except OSError as error:

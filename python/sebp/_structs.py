@@ -15,7 +15,18 @@ RULE_ENERGY = 3
 
 
 class Matrix(ctypes.Structure):
-    """``sebp_matrix`` of matrix.h."""
+    """``sebp_matrix`` of matrix.h.
+
+    Attributes
+    ----------
+    memory : object
+        The array or tensor that the matrix is in, kept alive by it; None: memory of the library's.
+    is_copy : bool
+        Whether `memory` is a copy of what the matrix was made of. What is written to it is lost.
+    """
+
+    memory: object = None
+    is_copy: bool = False
 
     _fields_ = [
         ("data", ctypes.c_void_p),

@@ -175,7 +175,7 @@ torch.nn.functional.gelu(t).sum()
 alone = threads()
 y = torch.ops.sebp.linear(t, w)
 y.backward(torch.ones_like(y))
-assert sebp.torch.tensors.thread_context().threads == 3
+assert sebp.torch.context.thread_context().threads == 3
 assert len(sebp.openmp_runtimes()) == 1, sebp.openmp_runtimes()
 assert threads() == alone, (alone, threads())
 """
@@ -187,7 +187,7 @@ assert threads() == alone, (alone, threads())
 @pytest.mark.parametrize("is_llvm", [False, True])
 def test_two_pools_are_told_of(monkeypatch, recwarn, torch_is_gnu, is_llvm):
     """Loading warns where the library's OpenMP is LLVM's and PyTorch's is GNU's, and only there."""
-    monkeypatch.setattr(_library, "_share_openmp", lambda: torch_is_gnu)
+    monkeypatch.setattr(_library, "share_openmp", lambda: torch_is_gnu)
     monkeypatch.setattr(_library, "brings_llvm_openmp", lambda library: is_llvm)
     _library.load.__wrapped__()
     assert [warning.category for warning in recwarn] == [RuntimeWarning] * (

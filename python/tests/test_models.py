@@ -142,12 +142,12 @@ def test_mask_is_used_and_released():
 @pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 def test_rows_are_sparse(name, capfd, monkeypatch):
     """The layers do see the padding: in all of them fewer rows than there are tokens."""
-    import sebp.torch.ops as ops
+    import sebp.torch.products as products
 
     counts = []
-    find = ops.find_rows
+    find = products.find_rows
     monkeypatch.setattr(
-        ops, "find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
+        products, "find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
     )
     model = make_model(name)
     sebp.apply_sebp_to_model(model)

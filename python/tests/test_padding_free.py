@@ -16,6 +16,7 @@ from models import make_batch, make_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
+from sebp.torch.padding_free import proofs_of  # noqa: E402
 
 ENCODERS = ["bert", "roberta", "distilbert"]
 DECODERS = ["llama", "qwen2", "mistral"]
@@ -282,12 +283,12 @@ def test_ten_steps_with_both(name):
 
 def test_rows_of_the_last_block(monkeypatch):
     """Of the real tokens only [CLS] is active in the last block's feed-forward layers."""
-    import sebp.torch.ops as ops
+    import sebp.torch.products as products
 
     counts = []
-    find = ops.find_rows
+    find = products.find_rows
     monkeypatch.setattr(
-        ops, "find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
+        products, "find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
     )
     model = make_model("bert").train()
     sebp.padding_free(model)
@@ -425,7 +426,7 @@ def test_sliding_window(left):
         batch["labels"] = batch["input_ids"].masked_fill(mask.cumsum(1) * mask <= 1, -100)
         same(plain, ours, batch, packed=seed != 2)  # as the first of its kind
     same(plain, ours, batch)
-    assert len(ours._sebp_proofs.proved) == 2
+    assert len(proofs_of(ours).proved) == 2
 
 
 @pytest.mark.filterwarnings("ignore:sebp")
@@ -464,7 +465,8 @@ def test_in_another_process(tmp_path):
         "import sys, torch\n"
         "model, batch, loss = torch.load(sys.argv[1], weights_only=False)\n"
         "torch.testing.assert_close(model(**batch).loss.detach(), loss)\n"
-        "assert model._sebp_proofs.calls[''] == 1, model._sebp_proofs\n"
+        "from sebp.torch.padding_free import proofs_of\n"
+        "assert proofs_of(model).calls[''] == 1, proofs_of(model)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
     done = subprocess.run(command, capture_output=True)

@@ -203,7 +203,7 @@ def test_step_in_evaluation_mode(method):
         optimizer.step()
     torch.testing.assert_close(values(net), before, rtol=0, atol=0)
     assert optimizer.steps == 0
-    assert all(sums.count == 0 for sums in optimizer._sums.values())
+    assert all(sums.count == 0 for sums in optimizer.sums.values())
     optimizer.train()
     optimizer.step()
     assert optimizer.steps == 1

@@ -443,14 +443,14 @@ def test_backward_that_raises_keeps_the_sum():
     """Without ``zero_grad()`` what was summed before is kept, as that of other parameters is."""
     net, optimizer = meprop_net(accumulate=True)
     backward(net, 1)
-    before = optimizer._layers["0"].whole.clone()
+    before = optimizer.layers["0"].whole.clone()
     y = net(torch.ones(9, 12))
     hidden = net[0](torch.ones(9, 12))
     hidden.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         net[2](hidden).sum().backward()
     (0 * y).sum().backward()
-    assert torch.equal(optimizer._layers["0"].whole, before)
+    assert torch.equal(optimizer.layers["0"].whole, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -548,7 +548,7 @@ def test_layer_that_runs_twice(options):
         x = torch.full((9, 12), 0.5)
         (model(x).square().sum() + model(x + 1).square().sum()).backward()
     for name in ("0", "2"):
-        layer = optimizer._layers[name]
+        layer = optimizer.layers[name]
         assert layer.finish_gradient(sebp.sparse.AdamW())
         want = twin.get_submodule(name).weight.grad.flatten()[layer.gradient.indices.copy()]
         assert want.any()
@@ -610,7 +610,7 @@ def test_other_hooks(order):
         net[0].register_forward_hook(lambda module, args, y: 3 * y)
     for model in (net, twin):
         backward(model, 0)
-    gradient = optimizer._layers["0"].gradient.values.reshape(20, 12)
+    gradient = optimizer.layers["0"].gradient.values.reshape(20, 12)
     np.testing.assert_allclose(gradient, twin[0].weight.grad, rtol=1e-4, atol=1e-4)
 
 
@@ -863,11 +863,11 @@ def test_broken_checkpoints(stop, breaks, at):
     saved = copy.deepcopy(run(stop)[1].state_dict())
     breaks(saved["sebp"])
     net, optimizer = run(at)
-    before = copy.deepcopy(held(optimizer)), repr(optimizer), optimizer._settings
+    before = copy.deepcopy(held(optimizer)), repr(optimizer), optimizer.settings
     with pytest.raises((ValueError, sebp.SebpError)):
         optimizer.load_state_dict(saved)
     torch.testing.assert_close(held(optimizer), before[0], rtol=0, atol=0)
-    assert (repr(optimizer), optimizer._settings) == before[1:]
+    assert (repr(optimizer), optimizer.settings) == before[1:]
     backward(net, 0)
     optimizer.step()
 
@@ -1102,10 +1102,10 @@ def test_support_of_squares_that_overflow(method):
     for step, scale in enumerate((1.0, 1e25, 1.0)):
         optimizer.zero_grad()
         (scale * net(torch.ones(9, 12) * torch.arange(1, 13)).sum()).backward()
-        large = {n: layer.gradient.indices for n, layer in optimizer._layers.items() if step == 1}
+        large = {n: layer.gradient.indices for n, layer in optimizer.layers.items() if step == 1}
         optimizer.step()
         for name, indices in large.items():
-            np.testing.assert_array_equal(optimizer._layers[name].moments.support, indices)
+            np.testing.assert_array_equal(optimizer.layers[name].moments.support, indices)
     assert optimizer.steps == 3
     assert all(value.isfinite().all() for value in net.state_dict().values())
 
@@ -1120,12 +1120,12 @@ def test_step_that_overflows(history):
         optimizer.zero_grad()
     optimizer.param_groups[0]["lr"] = 1e12
     before = copy.deepcopy(net.state_dict())
-    moments = [layer.moments.moments() for layer in optimizer._layers.values()]
+    moments = [layer.moments.moments() for layer in optimizer.layers.values()]
     ((1 if history else 1e30) * net(torch.randn(9, 12)).sum()).backward()
     with pytest.raises(sebp.SebpError, match="step .: the gradient of 0, 2 holds .*too large"):
         optimizer.step()
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    for layer, old in zip(optimizer._layers.values(), moments, strict=True):
+    for layer, old in zip(optimizer.layers.values(), moments, strict=True):
         np.testing.assert_equal(layer.moments.moments(), old)
     # Neither gradients nor rates are too large by themselves.
     optimizer.param_groups[0]["lr"] = 1.0
@@ -1167,7 +1167,7 @@ def test_bad_numbers(numbers, kind, message):
     with pytest.raises(kind, match=f"^2: .*({message})"):
         optimizer.step()
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    assert (optimizer.steps, optimizer._layers["0"].moments.steps) == (0, 0)
+    assert (optimizer.steps, optimizer.layers["0"].moments.steps) == (0, 0)
     assert not base.state
     # The gradients are kept.
     base.param_groups[1].update(good)
@@ -1189,7 +1189,7 @@ def test_base_that_fails():
     with pytest.raises(RuntimeError, match="no step"):
         optimizer.step()
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    assert optimizer._layers["0"].moments.steps == 0
+    assert optimizer.layers["0"].moments.steps == 0
 
 
 @pytest.mark.parametrize("phase", ["basis", "sparse"])
@@ -1251,7 +1251,7 @@ def test_weights_that_are_others(phase, change, message):
         optimizer.step()
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert optimizer.steps == 0
-    assert all(not sums.count for sums in optimizer._sums.values())
+    assert all(not sums.count for sums in optimizer.sums.values())
 
 
 def test_state_of_the_base_loaded():
@@ -1437,7 +1437,7 @@ def test_no_lapack(monkeypatch):
     net = make_net()
     with monkeypatch.context() as patch:
         # As if it had one, where there is none.
-        patch.setattr("sebp.torch.sparsegrad._check_lapack", lambda: None)
+        patch.setattr("sebp.torch.sparsegrad.check_lapack", lambda: None)
         optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*")
     saved = optimizer.state_dict()
     optimizer.release()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .._rules import Rule
 from ..sparse import lora_merge
 from .apply import Layers
+from .context import thread_context
 from .feed_forward import choose_layers, refusal
 from .layers import sparse_linear
-from .tensors import array_of, thread_context
+from .tensors import matrix_of
 
 _ATTRIBUTES = ("lora_a", "lora_b", "lora_scale", "lora_hook", "lora_weight_trains")
 _NARROW = (torch.bfloat16, torch.float16)
@@ -132,7 +133,7 @@ def _merge(module: nn.Module) -> None:
     a, b = a.float(), b.float()
     if not isinstance(module, nn.Linear):
         a, b = b.t().contiguous(), a.t().contiguous()
-    lora_merge(array_of(a), array_of(b), module.lora_scale, array_of(weight), thread_context())
+    lora_merge(matrix_of(a), matrix_of(b), module.lora_scale, matrix_of(weight), thread_context())
     torch.autograd.graph.increment_version(weight)
 
 

@@ -168,7 +168,7 @@ def _prove(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> o
         given = _given(module, args, kwargs)
     except TypeError:  # whoever replaced the forward takes other arguments than the class
         given = dict(kwargs)
-    proofs = vars(module).get("_sebp_proofs") or module._sebp_tellers[0]
+    proofs = proofs_of(module) or module._sebp_tellers[0]
     return Call(module, proofs, given).run(forward, args, kwargs)
 
 
@@ -360,7 +360,7 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
         owner `changed`.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's
-    proofs = vars(model).get("_sebp_proofs") or Proofs(check)
+    proofs = proofs_of(model) or Proofs(check)
     proofs.check = check
     is_again = owner in proofs.owners
     proofs.owners.add(owner)
@@ -410,9 +410,14 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
         put_in(module.pooler, _pooler_forward)
 
 
+def proofs_of(model: nn.Module) -> Proofs | None:
+    """Give what is known of a model's calls; None if :func:`padding_free` was not called for it."""
+    return vars(model).get("_sebp_proofs")
+
+
 def has_asked(model: nn.Module, owner: str) -> bool:
     """Tell whether :func:`leave_padding_out` was called for a model by one owner."""
-    proofs = vars(model).get("_sebp_proofs")
+    proofs = proofs_of(model)
     return proofs is not None and owner in proofs.owners
 
 
@@ -453,7 +458,7 @@ def put_padding_back(model: nn.Module, owner: str) -> list[str]:
         The names of the encoders and decoders put back.
     """
     model = getattr(model, "_orig_mod", model)
-    proofs = vars(model).get("_sebp_proofs")
+    proofs = proofs_of(model)
     if proofs is None:
         return []
     proofs.owners.discard(owner)

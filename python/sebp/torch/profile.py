@@ -19,7 +19,8 @@ from .._rules import RowRule, Rule, parse_rule
 from .apply import linear_layers
 from .heat_map import draw
 from .padding_free import runs_padding_free
-from .tensors import DTYPES, find_rows, flat, indices_of
+from .rows import find_rows
+from .tensors import DTYPES, matrix_of
 
 Batch = Mapping[str, object] | Sequence[object] | Tensor
 
@@ -272,9 +273,10 @@ def profile(
     flops = dict.fromkeys(found, 0)
 
     def look(name: str, flops_per_row: int, dy: Tensor) -> None:
-        dy2 = flat(dy.detach() if dy.dtype in DTYPES else dy.detach().float()).cpu()
-        is_active = np.zeros(dy2.shape[0], bool)
-        is_active[indices_of(find_rows(dy2, rule)).numpy()] = True
+        dy = dy.detach().cpu()
+        rows = find_rows(matrix_of(dy if dy.dtype in DTYPES else dy.float()), rule)
+        is_active = np.zeros(rows.total, bool)
+        is_active[rows.indices] = True
         found[name].append(is_active.reshape(dy.shape[:-1]))
         flops[name] += flops_per_row * is_active.size
 

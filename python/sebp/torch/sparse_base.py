@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import SebpError
 from ..sparse import AdamW, check_adamw
-from .tensors import thread_context
+from .context import thread_context
 
 # Options of a group that change an optimizer's step: some of schedule-free ones, which warm up
 # within it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sparse import Basis, BasisSums, Moments, SparseAdamW, Sums
-from .sparse_settings import Kind, _check_k, _check_rank, _Settings
+from .sparse_settings import Kind, Settings, check_k, check_rank
 
 
 def tensors_of(copy: tuple) -> dict[str, object]:
@@ -26,11 +26,11 @@ def arrays_of(saved: dict[str, object]) -> dict[str, object]:
     }
 
 
-def load_sums(kind: Kind, saved: Mapping[str, dict], settings: _Settings) -> BasisSums:
+def load_sums(kind: Kind, saved: Mapping[str, dict], settings: Settings) -> BasisSums:
     """Make a kind's sums of a checkpoint's, from which bases can be had."""
     rank = settings.rank or kind.shape
-    _check_rank(kind, rank, settings.basis_steps)
-    _check_k(settings.k, kind, rank)
+    check_rank(kind, rank, settings.basis_steps)
+    check_k(settings.k, kind, rank)
     sums = BasisSums(*kind.shape)
     sums.set_sums(Sums(**arrays_of(saved[kind.name])))
     return sums
@@ -48,11 +48,11 @@ def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[floa
 
 
 def load_moments(
-    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: _Settings
+    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: Settings
 ) -> dict[str, SparseAdamW]:
     """Make the moments of a kind's layers of a checkpoint's, with which k elements can train."""
     shape = kind.shape if basis is None else basis.rank
-    _check_k(settings.k, kind, shape)
+    check_k(settings.k, kind, shape)
     moments = {}
     for name in kind.layers:
         arrays = arrays_of(saved[name])

@@ -7,7 +7,7 @@ elements that are kept. :mod:`.sparse_optimizer` moves them.
 
 The kept elements are not the weight's ``grad``, which has the shape of the weight. They follow what
 happens to the ``grad`` of others: a leaf in the graph has them collected by ``backward()`` and not
-by ``torch.autograd.grad()``, and :class:`_Backwards` notices a ``zero_grad()`` of the model.
+by ``torch.autograd.grad()``, and :class:`Backwards` notices a ``zero_grad()`` of the model.
 """
 
 import weakref
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .._rules import Rule
+from .._structs import Matrix
 from ..core import Rows, SebpError
 from ..sparse import (
     NONFINITE,
@@ -36,11 +37,13 @@ from ..sparse import (
     top_elements,
     weight_decay,
 )
-from .ops import run_backward
-from .sparse_settings import _Settings
-from .tensors import DTYPES, array_of, find_rows, flat, thread_context
+from .context import thread_context
+from .products import library_backward
+from .rows import find_rows
+from .sparse_settings import Settings
+from .tensors import DTYPES, matrix_of
 
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def _is_finite(matrix: Tensor) -> bool:
@@ -48,13 +51,14 @@ def _is_finite(matrix: Tensor) -> bool:
     return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
 
 
-class _Scratch:
+class Scratch:
     """Room for one gradient in the space where elements are chosen."""
 
     def __init__(self) -> None:
         self.floats = torch.empty(0)
 
     def matrix(self, shape: tuple[int, int]) -> Tensor:
+        """Give the room as a matrix; what it held is lost."""
         size = shape[0] * shape[1]
         if self.floats.numel() < size:
             self.floats = torch.empty(size)
@@ -65,7 +69,7 @@ class _Scratch:
 # A layer
 
 
-class _Layer:
+class SparseLayer:
     """One layer: the elements of its gradient since the last step, and their moments.
 
     During the basis phase it has neither: its weight's gradient is whole, and its hook notices a
@@ -73,22 +77,24 @@ class _Layer:
     dY and X change places.
     """
 
-    def __init__(self, name: str, module: nn.Module, settings: _Settings) -> None:
+    def __init__(self, name: str, module: nn.Module, settings: Settings) -> None:
         self.name = name
         self.module = module
         self.settings = settings
         self.basis: Basis | None = None
         self.moments: SparseAdamW | None = None
-        self.scratch = _Scratch()
-        self.backwards: _Backwards | None = None
+        self.scratch = Scratch()
+        self.backwards: Backwards | None = None
         self.hook: torch.utils.hooks.RemovableHandle | None = None
         self.drop_gradient()
 
     @property
     def weight(self) -> nn.Parameter:
+        """The module's weight, whichever it is now."""
         return self.module.weight
 
     def drop_gradient(self) -> None:
+        """Forget what backwards have computed since the last step."""
         self.has_gradient = False
         self.gradient: Sparse | None = None
         self.whole: Tensor | None = None  # with `accumulate`, while the support is not fixed
@@ -110,51 +116,41 @@ class _Layer:
         self.has_gradient = True
         if x is None:
             return
-        dy = flat(dy if dy.dtype in DTYPES else dy.float())
-        active = find_rows(dy, getattr(self.module, "sebp_rule", Rule()))
-        x = flat(x).to(dy.dtype)
+        dy = dy if dy.dtype in DTYPES else dy.float()
+        left, right = matrix_of(dy), matrix_of(x.to(dy.dtype))
+        active = find_rows(left, getattr(self.module, "sebp_rule", Rule()))
         if not isinstance(self.module, nn.Linear):
-            dy, x = x, dy
+            left, right = right, left
         try:
-            self._keep(dy, x, active)
+            self._keep(left, right, active)
         except SebpError as error:
             if error.status != NONFINITE:
                 raise
             self.is_finite = False
 
-    def _keep(self, dy: Tensor, x: Tensor, active: Rows) -> None:
+    def _keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
+        """Keep elements of left^T right: dY^T X, or X^T dY for a ``Conv1D``."""
         context = thread_context()
         is_fixed = self.moments.is_fixed
         if self.basis is None and not is_fixed and not self.settings.accumulate:
-            self.gradient = meprop_gradient(
-                array_of(dy),
-                array_of(x),
-                self.settings.k,
-                active,
-                context=context,
-            )
+            k = self.settings.k
+            self.gradient = meprop_gradient(left, right, k, active, context=context)
             return
         r = self.scratch.matrix(self.moments.shape)
         if self.basis is None:
-            run_backward(dy, x, None, active, None, r, None)
+            library_backward(left, right, None, active, None, matrix_of(r), None)
         else:
-            sparsegrad_gradient(
-                self.basis,
-                array_of(dy),
-                array_of(x),
-                active,
-                out=r.numpy(),
-                context=context,
-            )
+            out = matrix_of(r)
+            sparsegrad_gradient(self.basis, left, right, active, out=out, context=context)
         if is_fixed:
             # What lies beside the support tells of a gradient gone wrong all the same.
             self.is_finite = self.is_finite and _is_finite(r)
-            taken = take_elements(r.numpy(), self.moments.support, context)
+            taken = take_elements(matrix_of(r), self.moments.support, context)
             if self.gradient is not None:
                 taken.values[:] += self.gradient.values
             self.gradient = taken
         elif not self.settings.accumulate:
-            self.gradient = top_elements(r.numpy(), self.settings.k, context)
+            self.gradient = top_elements(matrix_of(r), self.settings.k, context)
         elif self.whole is None:
             self.whole = r.clone()
         else:
@@ -167,7 +163,7 @@ class _Layer:
         if self.whole is not None:
             if not _is_finite(self.whole):
                 return False
-            self.gradient = top_elements(self.whole.numpy(), self.settings.k, thread_context())
+            self.gradient = top_elements(matrix_of(self.whole), self.settings.k, thread_context())
         if self.gradient is None:
             return self.is_finite
         sound = self.is_finite and bool(np.isfinite(self.gradient.values).all())
@@ -182,13 +178,13 @@ class _Layer:
         if rate < 0.5:
             return True
         values = self.gradient.values, self.moments.moments().moment1
-        return rate * max(float(np.abs(one).max(initial=0)) for one in values) < _LARGEST / 2
+        return rate * max(float(np.abs(one).max(initial=0)) for one in values) < LARGEST_FLOAT / 2
 
     def step(self, adamw: AdamW) -> None:
         """Move the weight, if there is a gradient, which is then used up."""
         if self.gradient is None:
             return
-        context, weight = thread_context(), array_of(self.weight)
+        context, weight = thread_context(), matrix_of(self.weight)
         self.moments.step(self.gradient, adamw, context)
         weight_decay(weight, adamw, context)
         if self.basis is None:
@@ -208,7 +204,7 @@ class _Layer:
         number to choose by, and its element would never move again.
         """
         old = self.moments.moments()
-        squares = np.minimum(old.moment2, _LARGEST)
+        squares = np.minimum(old.moment2, LARGEST_FLOAT)
         chosen = top_elements(squares[None, :], self.settings.k, thread_context()).indices
         kept = (array[chosen] for array in (old.indices, old.moment1, squares))
         moments = SparseAdamW(self.moments.shape, old.indices[chosen])
@@ -217,7 +213,7 @@ class _Layer:
 
     # ---- in and out of the model ----
 
-    def watch(self, backwards: "_Backwards") -> None:
+    def watch(self, backwards: "Backwards") -> None:
         """Let the weight train as usual."""
         self.detach()
         self._attach(backwards)
@@ -226,8 +222,8 @@ class _Layer:
         self,
         basis: Basis | None,
         moments: SparseAdamW,
-        scratch: _Scratch,
-        backwards: "_Backwards",
+        scratch: Scratch,
+        backwards: "Backwards",
     ) -> None:
         """Train the elements alone."""
         self.basis, self.moments, self.scratch = basis, moments, scratch
@@ -235,7 +231,7 @@ class _Layer:
         self.weight.grad = None
         self._attach(backwards)
 
-    def _attach(self, backwards: "_Backwards") -> None:
+    def _attach(self, backwards: "Backwards") -> None:
         self.backwards = backwards
         self.drop_gradient()
         if self.hook is None:
@@ -255,7 +251,7 @@ class _Layer:
         self.drop_gradient()
 
 
-class _Backwards:
+class Backwards:
     """Tells whether the gradients that were there after the last backward are still wanted.
 
     ``zero_grad()`` of the model, or of the user's optimizer, leaves no ``grad`` to the parameters
@@ -265,7 +261,7 @@ class _Backwards:
 
     def __init__(
         self,
-        layers: Sequence[_Layer],
+        layers: Sequence[SparseLayer],
         base: torch.optim.Optimizer,
         parameters: Iterable[nn.Parameter],
     ) -> None:
@@ -275,7 +271,7 @@ class _Backwards:
         self._with_grad: list[Tensor] = []
         # Backwards that have not come to their end; what is referred to lives as long as they do.
         self._tasks: dict[int, weakref.ref] = {}
-        self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
+        self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
         self._watch()
 
     def _watched(self) -> list[Tensor]:
@@ -286,8 +282,8 @@ class _Backwards:
     def _watch(self) -> None:
         """Have each parameter that trains tell before it is given a gradient."""
         for parameter in self._watched():
-            if parameter.requires_grad and parameter not in self._hooks:
-                self._hooks[parameter] = parameter.register_hook(self._before_grad)
+            if parameter.requires_grad and parameter not in self._handles:
+                self._handles[parameter] = parameter.register_hook(self._before_grad)
 
     def _before_grad(self, grad: Tensor) -> None:
         self.note()
@@ -329,9 +325,9 @@ class _Backwards:
 
     def release(self) -> None:
         """Take no notice any more."""
-        for hook in self._hooks.values():
+        for hook in self._handles.values():
             hook.remove()
-        self._hooks = {}
+        self._handles = {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,7 +346,7 @@ class _Collect(torch.autograd.Function):
         ctx: FunctionCtx,
         leaf: Tensor,
         y: Tensor,
-        layer: _Layer,
+        layer: SparseLayer,
         x: Tensor | None,
     ) -> Tensor:
         ctx.layer = layer
@@ -380,7 +376,7 @@ class _Tap(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _tap(layer: _Layer, x: Tensor, y: Tensor) -> Tensor:
+def _tap(layer: SparseLayer, x: Tensor, y: Tensor) -> Tensor:
     x = None if layer.moments is None else x.detach()
     # The output has a gradient even where neither input nor bias has one.
     leaf = torch.empty(0, requires_grad=True)
@@ -394,7 +390,7 @@ class _Hook:
     ``torch.func.functional_call`` and so :func:`~sebp.profile` have it.
     """
 
-    def __init__(self, layer: _Layer | None) -> None:
+    def __init__(self, layer: SparseLayer | None) -> None:
         self.layer = layer
         self.weight = None if layer is None else layer.weight
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core import SebpError
 from ..sparse import NONFINITE, BasisSums, SparseAdamW
+from .context import thread_context
 from .feed_forward import refusal
 from .sparse_base import (
     StepGuard,
@@ -22,20 +23,20 @@ from .sparse_base import (
     refuse_processes,
 )
 from .sparse_checkpoint import load_basis, load_moments, load_sums, tensors_of
-from .sparse_layer import _LARGEST, _Backwards, _Layer, _Scratch
+from .sparse_layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer
 from .sparse_settings import (
-    _UNKNOWN,
+    UNKNOWN_SHARES,
     Kind,
-    _check_after,
-    _check_lapack,
-    _check_pair,
-    _integer,
-    _Settings,
+    Settings,
+    as_integer,
+    check_after,
+    check_lapack,
+    check_pair,
 )
-from .tensors import array_of, thread_context
+from .tensors import matrix_of
 
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
-_MOST_ENERGY = _LARGEST / 4
+_MOST_ENERGY = LARGEST_FLOAT / 4
 # What torch.optim.Optimizer itself has, and does for the user's optimizer.
 _OF_BASE = (
     "add_param_group",
@@ -107,6 +108,12 @@ class SparseOptimizer(torch.optim.Optimizer):
     method : "SparseGrad" or "MeProp"
     steps : int
         How many steps were taken, those of the basis phase among them.
+    layers : dict of str to SparseLayer
+        What trains each layer, by its name.
+    settings : Settings
+        What the run was made with.
+    sums : dict of str to BasisSums
+        During the basis phase, by kind; then empty.
     """
 
     def __init__(
@@ -114,8 +121,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         method: str,
         base: torch.optim.Optimizer,
         kinds: list[Kind],
-        layers: list[_Layer],
-        settings: _Settings,
+        layers: list[SparseLayer],
+        settings: Settings,
         parameters: Iterable[nn.Parameter],
     ) -> None:
         super().__init__(base.param_groups, base.defaults)
@@ -125,16 +132,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.base = base
         self.kinds = kinds
         self.steps = 0
-        self._layers = {layer.name: layer for layer in layers}
-        self._settings = settings
-        self._sums: dict[str, BasisSums] = {}
+        self.layers = {layer.name: layer for layer in layers}
+        self.settings = settings
+        self.sums: dict[str, BasisSums] = {}
         self._energies: dict[str, float] = {}
         self._share_groups()
         # What there may be no memory for, before anything is done to the model.
         has_phase = settings.basis_steps > 0
         sums = {kind.name: BasisSums(*kind.shape) for kind in kinds if has_phase}
         moments = {} if has_phase else self._new_moments()
-        self._backwards = _Backwards(layers, base, parameters)
+        self._backwards = Backwards(layers, base, parameters)
         if has_phase:
             self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
         else:
@@ -163,13 +170,13 @@ class SparseOptimizer(torch.optim.Optimizer):
     @property
     def in_basis_phase(self) -> bool:
         """Whether gradients are still collected, and all weights train as usual."""
-        return bool(self._sums)
+        return bool(self.sums)
 
     def _begin_basis_phase(self, sums: dict[str, BasisSums], energies: dict[str, float]) -> None:
-        self._sums, self._energies = sums, energies
+        self.sums, self._energies = sums, energies
         for kind in self.kinds:
             kind.basis = None
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.watch(self._backwards)
 
     def _new_moments(self) -> dict[str, SparseAdamW]:
@@ -180,17 +187,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         }
 
     def _begin_sparse_phase(self, moments: dict[str, SparseAdamW]) -> None:
-        self._sums = {}
-        scratch = _Scratch()
+        self.sums = {}
+        scratch = Scratch()
         for kind in self.kinds:
             for name in kind.layers:
-                layer = self._layers[name]
+                layer = self.layers[name]
                 layer.attach(kind.basis, moments[name], scratch, self._backwards)
-        drop_state(self.base, [layer.weight for layer in self._layers.values()])
+        drop_state(self.base, [layer.weight for layer in self.layers.values()])
 
     def _solve(self) -> None:
         bases = [
-            self._sums[kind.name].solve(*(self._settings.rank or kind.shape), thread_context())
+            self.sums[kind.name].solve(*(self.settings.rank or kind.shape), thread_context())
             for kind in self.kinds
         ]
         for kind, basis in zip(self.kinds, bases, strict=True):
@@ -256,7 +263,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             )
         for kind in self.kinds:
             for name in kind.layers:
-                weight = self._layers[name].weight
+                weight = self.layers[name].weight
                 reason = refusal(weight)
                 if not reason and weight.shape != kind.shape:
                     reason = f"is of {tuple(weight.shape)}, not {kind.shape}"
@@ -264,7 +271,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"{name}: its weight {reason}")
         if self.in_basis_phase:
             return
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             if layer.weight.requires_grad:
                 raise RuntimeError(
                     f"{name}: its weight asks for a gradient, but its elements are trained here;"
@@ -286,27 +293,27 @@ class SparseOptimizer(torch.optim.Optimizer):
         grads, refused, energies = [], [], dict(self._energies)
         for kind in self.kinds:
             for name in kind.layers:
-                grad = self._layers[name].weight.grad
+                grad = self.layers[name].weight.grad
                 if grad is None:
                     continue
                 energy = energies[kind.name] + _energy(grad)
                 if energy < _MOST_ENERGY:
                     energies[kind.name] = energy
-                    grads.append((self._sums[kind.name], grad))
+                    grads.append((self.sums[kind.name], grad))
                 else:
                     refused.append(name)
         self._refuse(refused)
         for sums, grad in grads:
-            sums.add(array_of(grad), thread_context())
+            sums.add(matrix_of(grad), thread_context())
         self._energies = energies
         self._guard.step(self.base)
         self.steps += 1
         self._backwards.drop()
-        if self.steps >= self._settings.basis_steps:
+        if self.steps >= self.settings.basis_steps:
             self._solve()
 
     def _step_sparse(self) -> None:
-        layers = self._layers.values()
+        layers = self.layers.values()
         numbers = numbers_of_steps(
             self, [(one.name, one.weight, one.moments.steps) for one in layers]
         )
@@ -342,10 +349,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         ours = {
             "method": self.method,
-            "settings": self._settings._asdict(),
+            "settings": self.settings._asdict(),
             "kinds": {kind.name: list(kind.layers) for kind in self.kinds},
             "steps": self.steps,
-            "sums": {kind: tensors_of(sums.sums()) for kind, sums in self._sums.items()},
+            "sums": {kind: tensors_of(sums.sums()) for kind, sums in self.sums.items()},
             "bases": {},
             "moments": {},
         }
@@ -356,7 +363,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     "u_in": torch.from_numpy(kind.basis.u_in),
                     "shares": kind.shares,
                 }
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             if layer.moments is not None:
                 ours["moments"][name] = {
                     "is_fixed": layer.moments.is_fixed,
@@ -386,7 +393,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise ValueError("the checkpoint is of an optimizer without sparse layers")
         sums, bases, moments = {}, {}, {}
         try:
-            settings, steps = self._check_checkpoint(ours), _integer("steps", ours["steps"])
+            settings, steps = self._check_checkpoint(ours), as_integer("steps", ours["steps"])
             for kind in self.kinds:
                 if ours["sums"]:
                     sums[kind.name] = load_sums(kind, ours["sums"], settings)
@@ -398,34 +405,34 @@ class SparseOptimizer(torch.optim.Optimizer):
         except KeyError as error:
             raise ValueError(f"the checkpoint is incomplete or too old: no {error}") from None
         if sums:
-            _check_lapack()
+            check_lapack()
         self.base.load_state_dict(theirs)
         self._share_groups()
-        self.steps, self._settings = steps, settings
-        for layer in self._layers.values():
+        self.steps, self.settings = steps, settings
+        for layer in self.layers.values():
             layer.settings = settings
         for kind in self.kinds:
-            kind.basis, kind.shares = bases.get(kind.name, (None, _UNKNOWN))
+            kind.basis, kind.shares = bases.get(kind.name, (None, UNKNOWN_SHARES))
         if sums:
             energies = {name: ours["sums"][name]["energy"] for name in sums}
             self._begin_basis_phase(sums, energies)
         else:
             self._begin_sparse_phase(moments)
 
-    def _check_checkpoint(self, ours: Mapping[str, object]) -> _Settings:
+    def _check_checkpoint(self, ours: Mapping[str, object]) -> Settings:
         """Give the settings to go on with, or raise if the run was another."""
         kinds = {kind.name: list(kind.layers) for kind in self.kinds}
-        saved = _Settings(**{name: ours["settings"][name] for name in _Settings._fields})
-        if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self._settings.k):
+        saved = Settings(**{name: ours["settings"][name] for name in Settings._fields})
+        if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self.settings.k):
             raise ValueError(
                 f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
-                f" {self.method} with {len(self._layers)} layers and k={self._settings.k}"
+                f" {self.method} with {len(self.layers)} layers and k={self.settings.k}"
             )
         return saved._replace(
-            basis_steps=_integer("basis_steps", saved.basis_steps),
-            rank=_check_pair(saved.rank),
-            fix_support_after=_check_after(saved.fix_support_after),
-            accumulate=bool(saved.accumulate or self._settings.accumulate),
+            basis_steps=as_integer("basis_steps", saved.basis_steps),
+            rank=check_pair(saved.rank),
+            fix_support_after=check_after(saved.fix_support_after),
+            accumulate=bool(saved.accumulate or self.settings.accumulate),
         )
 
     # ---- what it is and what it takes ----
@@ -433,7 +440,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def bytes(self) -> SparseBytes:
         """Count the memory that the training of the sparse layers' weights takes now."""
         gradient = state = scratch = 0
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             weight = layer.weight
             if self.in_basis_phase:
                 gradient += weight.numel() * weight.element_size()
@@ -459,8 +466,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Say it in a few lines."""
         phase = f"in step {self.steps}"
         if self.in_basis_phase:
-            phase = f"basis phase, {self.steps} of {self._settings.basis_steps} steps"
-        lines = [f"{self.method} on {len(self._layers)} layers, {phase}"]
+            phase = f"basis phase, {self.steps} of {self.settings.basis_steps} steps"
+        lines = [f"{self.method} on {len(self.layers)} layers, {phase}"]
         for kind in self.kinds:
             line = f"{kind.name}: {len(kind.layers)} layers"
             if kind.basis is not None:
@@ -475,7 +482,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Afterwards this object is not to be used.
         """
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.detach()
         self._backwards.release()
         self._guard.release()

@@ -10,10 +10,10 @@ import numpy as np
 
 from ..sparse import Basis, BasisSums
 
-_UNKNOWN = (float("nan"), float("nan"))
+UNKNOWN_SHARES = (float("nan"), float("nan"))
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What a run is made with: all but the layers and bases. A checkpoint brings its own."""
 
     k: int
@@ -46,47 +46,51 @@ class Kind:
     shape: tuple[int, int]
     layers: list[str] = field(default_factory=list)
     basis: Basis | None = None
-    shares: tuple[float, float] = _UNKNOWN
+    shares: tuple[float, float] = UNKNOWN_SHARES
 
 
-def _integer(name: str, value: object) -> int:
+def as_integer(name: str, value: object) -> int:
     """Take what counts as an integer, now and not after the basis phase."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}, not an integer")
     return operator.index(value)
 
 
-def _check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
+def check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless there are k elements to choose among."""
     if not 1 <= k <= shape[0] * shape[1]:
         raise ValueError(f"k is {k}, but {kind.name} has 1 to {shape[0] * shape[1]} elements")
 
 
-def _check_after(fix_support_after: int | None) -> int | None:
+def check_after(fix_support_after: int | None) -> int | None:
+    """Take a number of steps, 1 or more, or None; raise TypeError or ValueError for another."""
     if fix_support_after is None:
         return None
-    after = _integer("fix_support_after", fix_support_after)
+    after = as_integer("fix_support_after", fix_support_after)
     if after < 1:
         raise ValueError(f"fix_support_after is {after}, not 1 or more")
     return after
 
 
-def _check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Take one rank or two as two, or None; raise TypeError or ValueError for anything else."""
     if rank is None:
         return None
     pair = tuple(rank) if isinstance(rank, Sequence) else (rank, rank)
     if len(pair) != 2:
         raise ValueError(f"rank is {rank!r}, not one number or two")
-    return tuple(_integer("rank", r) for r in pair)
+    return tuple(as_integer("rank", r) for r in pair)
 
 
-def _check_lapack() -> None:
+def check_lapack() -> None:
     """Raise now, not after the basis phase, if the library has no LAPACK."""
     sums = BasisSums(1, 1)
     sums.add(np.ones((1, 1), np.float32))
     sums.solve(1, 1)
 
 
-def _check_rank(kind: Kind, rank: tuple[int, int], basis_steps: int) -> None:
+def check_rank(kind: Kind, rank: tuple[int, int], basis_steps: int) -> None:
+    """Raise ValueError unless the gradients of the basis phase span so many directions."""
     for size, r in zip(kind.shape, rank, strict=True):
         if not 1 <= r <= size:
             raise ValueError(f"rank is {r}, but {kind.name} has 1 to {size} directions")

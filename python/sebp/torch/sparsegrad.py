@@ -10,17 +10,17 @@ from ..sparse import Basis
 from .apply import Layers
 from .feed_forward import choose_layers, place_of
 from .sparse_base import check_base, numbers_of_steps, refuse_processes
-from .sparse_layer import _Layer
+from .sparse_layer import SparseLayer
 from .sparse_optimizer import SparseOptimizer
 from .sparse_settings import (
     Kind,
-    _check_after,
-    _check_k,
-    _check_lapack,
-    _check_pair,
-    _check_rank,
-    _integer,
-    _Settings,
+    Settings,
+    as_integer,
+    check_after,
+    check_k,
+    check_lapack,
+    check_pair,
+    check_rank,
 )
 
 
@@ -107,8 +107,8 @@ def apply_sparsegrad_to_model(
     RuntimeError
         Under ``torch.distributed``.
     """
-    k, basis_steps = _integer("k", k), _integer("basis_steps", basis_steps)
-    after, pair = _check_after(fix_support_after), _check_pair(rank)
+    k, basis_steps = as_integer("k", k), as_integer("basis_steps", basis_steps)
+    after, pair = check_after(fix_support_after), check_pair(rank)
     chosen = choose_layers(model, layers)
     _check(optimizer, chosen)
     kinds = _make_kinds(chosen)
@@ -116,8 +116,8 @@ def apply_sparsegrad_to_model(
         raise ValueError(f"basis_steps is {basis_steps}, not 1 or more")
     for kind in kinds:
         if bases is None:
-            _check_rank(kind, pair or kind.shape, basis_steps)
-            _check_k(k, kind, pair or kind.shape)
+            check_rank(kind, pair or kind.shape, basis_steps)
+            check_k(k, kind, pair or kind.shape)
             continue
         if kind.name not in bases:
             raise ValueError(f"there is no basis for {kind.name}")
@@ -129,11 +129,11 @@ def apply_sparsegrad_to_model(
             raise ValueError(f"{kind.name} is of {kind.shape}, its basis of {kind.basis.shape}")
         if pair is not None and kind.basis.rank != pair:
             raise ValueError(f"rank is {pair}, but the basis of {kind.name} has {kind.basis.rank}")
-        _check_k(k, kind, kind.basis.rank)
+        check_k(k, kind, kind.basis.rank)
     if bases is None:
-        _check_lapack()
-    settings = _Settings(k, basis_steps if bases is None else 0, pair, after, bool(accumulate))
-    made = [_Layer(name, module, settings) for name, module in chosen]
+        check_lapack()
+    settings = Settings(k, basis_steps if bases is None else 0, pair, after, bool(accumulate))
+    made = [SparseLayer(name, module, settings) for name, module in chosen]
     return SparseOptimizer("SparseGrad", optimizer, kinds, made, settings, model.parameters())
 
 
@@ -161,12 +161,12 @@ def apply_meprop_to_model(
     TypeError, ValueError, SebpError, RuntimeError
         As :func:`apply_sparsegrad_to_model`.
     """
-    k, after = _integer("k", k), _check_after(fix_support_after)
+    k, after = as_integer("k", k), check_after(fix_support_after)
     chosen = choose_layers(model, layers)
     _check(optimizer, chosen)
     kinds = _make_kinds(chosen)
     for kind in kinds:
-        _check_k(k, kind, kind.shape)
-    settings = _Settings(k, 0, None, after, bool(accumulate))
-    made = [_Layer(name, module, settings) for name, module in chosen]
+        check_k(k, kind, kind.shape)
+    settings = Settings(k, 0, None, after, bool(accumulate))
+    made = [SparseLayer(name, module, settings) for name, module in chosen]
     return SparseOptimizer("MeProp", optimizer, kinds, made, settings, model.parameters())

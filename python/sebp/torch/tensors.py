@@ -1,108 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors as the library's matrices, and the calling thread's context."""
+"""Tensors as the library's matrices."""
 
 import math
-import threading
 
 import torch
 from torch import Tensor
 
-from .._rules import Rule
 from .._structs import BF16, F32, Matrix
-from ..core import Array, Context, Rows
 
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 
 
-# --------------------------------------------------------------------------------------------------
-# The calling thread's context
+def matrix_of(tensor: Tensor) -> Matrix:
+    """Describe a tensor to the library, all its dimensions but the last in one.
 
-
-class _OfThread(threading.local):
-    """The context that all calls from one thread share."""
-
-    context: Context | None = None
-    threads = 0
-
-
-_of_thread = _OfThread()
-
-
-def thread_context() -> Context:
-    """Give this thread's context, with as many threads as PyTorch works with.
-
-    In a forked child it works on one thread, as the library knows that OpenMP's are gone.
-
-    Returns
-    -------
-    Context
-        The same at each call, until PyTorch's number of threads changes.
-    """
-    here = _of_thread
-    threads = torch.get_num_threads()
-    if here.context is None or here.threads != threads:
-        here.context = Context(threads=threads)
-        here.threads = threads
-    return here.context
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors as matrices
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """Make a tensor 2-D, all but its last dimension in one, copied only where it must be.
+    The matrix is the tensor's own memory. Only where the library could not read that row by row
+    (elements of a row lie apart, rows overlap or do not lie a constant stride apart, values are
+    stored negated) it is a copy, and ``is_copy`` of the matrix says so.
 
     Parameters
     ----------
     tensor : Tensor, ... x K
-        Of any strides.
+        float32 or bfloat16, on the CPU, of any strides.
 
     Returns
     -------
-    Tensor, M x K
-        Its rows are contiguous and do not overlap; there may be gaps between them.
+    Matrix, M x K
+        It keeps the memory alive.
+
+    Raises
+    ------
+    TypeError
+        If the tensor is of another dtype, on another device, or has no memory that can be read:
+        sparse and fake tensors, for example.
     """
-    cols = tensor.shape[-1]
-    result = tensor.reshape(math.prod(tensor.shape[:-1]), cols)
-    if (result.shape[0] > 1 and result.stride(0) < cols) or (cols > 1 and result.stride(1) != 1):
-        result = result.contiguous()
-    return result
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None or not tensor.is_cpu or tensor.layout != torch.strided:
+        raise TypeError(
+            f"a tensor is of {tensor.dtype} on {tensor.device}, {tensor.layout}; not of float32 or"
+            " bfloat16 on the CPU with strides"
+        )
+    *lead, cols = tensor.shape
+    rows = math.prod(lead)
+    stride = cols if tensor.is_contiguous() else _row_stride(tensor, rows, cols)
+    is_copy = stride is None or tensor.is_neg()
+    if is_copy:
+        tensor, stride = tensor.resolve_neg().contiguous(), cols
+    address = tensor.data_ptr()
+    if address == 0 and rows * cols > 0:
+        raise TypeError(f"a {type(tensor).__name__} has no memory of its own")
+    matrix = Matrix(address, rows, cols, stride, dtype)
+    matrix.memory, matrix.is_copy = tensor, is_copy
+    return matrix
 
 
-def array_of(tensor: Tensor) -> Array:
-    """Give a tensor's memory as the library takes it from NumPy.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        float32 or bfloat16, on the CPU.
-
-    Returns
-    -------
-    array
-        A view, float32, or uint16 for bfloat16.
-    """
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def matrix_of(tensor: Tensor) -> Matrix:
-    """Describe a tensor made by :func:`flat`, or a vector, to the library.
-
-    Parameters
-    ----------
-    tensor : Tensor, M x K or K
-        float32 or bfloat16, on the CPU. It must outlive what is returned.
-
-    Returns
-    -------
-    Matrix
-        A view of its memory.
-    """
-    rows, cols = tensor.shape if tensor.dim() == 2 else (1, tensor.shape[0])
-    stride = max(tensor.stride(0), cols) if rows > 1 else cols
-    return Matrix(tensor.data_ptr(), rows, cols, stride, DTYPES[tensor.dtype])
+def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
+    """Give the stride between a tensor's rows, or None where there is none that serves."""
+    *strides, step = tensor.stride()
+    if cols > 1 and step != 1:
+        return None
+    if rows == 1:
+        return cols
+    stride = following = None
+    for size, step in zip(reversed(tensor.shape[:-1]), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != following:
+            return None
+        following = size * step
+    return stride if stride >= cols else None
 
 
 def is_ours(*tensors: Tensor | None) -> bool:
@@ -111,30 +79,3 @@ def is_ours(*tensors: Tensor | None) -> bool:
     return first.dtype in DTYPES and all(
         t is None or (t.dtype == first.dtype and t.device.type == "cpu") for t in tensors
     )
-
-
-def find_rows(dy: Tensor, rule: Rule) -> Rows:
-    """Find the active rows of dY.
-
-    They are found in each call, from what the memory holds then. An address, a shape and a version
-    counter do not tell whether it has changed: NumPy, ``.data`` and what other processes send leave
-    all three as they were.
-
-    Parameters
-    ----------
-    dy : Tensor, M x N
-        Made by :func:`flat`.
-    rule : Rule
-        Which rows are active.
-
-    Returns
-    -------
-    Rows
-        Of M.
-    """
-    return Rows.find_at(matrix_of(dy), rule.struct(), thread_context())
-
-
-def indices_of(rows: Rows) -> Tensor:
-    """Give the indices of active rows as a tensor of int64, ascending."""
-    return torch.from_numpy(rows.indices)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contexts: the threads and the scratch memory that calls work with."""
+
+import ctypes
+import threading
+from types import TracebackType
+
+from .._library import load
+from .._structs import ContextOptions
+from .calls import Handle, check
+
+_PLACEMENTS = ("none", "compact", "spread")
+_GEMMS = ("auto", "native", "onednn")
+
+
+class Context(Handle):
+    """Threads and scratch memory. Used by one thread at a time.
+
+    A forked child may use those it has inherited, and make its own: both work on one thread,
+    whatever is asked for, as OpenMP's threads have stayed behind. The fork is seen if ``sebp`` was
+    imported before. Where PyTorch has worked on threads, and ``sebp`` is imported in the child
+    alone, ask for ``threads=1``, and call ``torch.set_num_threads(1)``, without which PyTorch's own
+    operators hang there, too.
+
+    Parameters
+    ----------
+    threads : int, default 0
+        0: one for each physical core this process may use.
+    placement : {"none", "compact", "spread"}
+        Where threads are bound.
+    gemm : {"auto", "native", "onednn"}
+        Which matrix product does the work.
+    workspace_bytes : int, default 0
+        Bound on scratch memory; 0: 64 MiB.
+
+    Raises
+    ------
+    SebpError
+        If an option or an environment variable has a value that it may not have, or the build lacks
+        what was asked for.
+    ValueError
+        If `placement` or `gemm` is not in its list.
+    """
+
+    def __init__(
+        self,
+        threads: int = 0,
+        placement: str = "none",
+        gemm: str = "auto",
+        workspace_bytes: int = 0,
+    ) -> None:
+        pointer = ctypes.c_void_p()
+        message = ctypes.create_string_buffer(256)
+        options = ContextOptions(
+            size_bytes=ctypes.sizeof(ContextOptions),
+            threads=threads,
+            placement=_PLACEMENTS.index(placement),
+            gemm=_GEMMS.index(gemm),
+            workspace_bytes=workspace_bytes,
+            message=ctypes.cast(message, ctypes.c_char_p),
+            message_bytes=len(message),
+        )
+        check(load().sebp_context_create(options, pointer), message.value.decode())
+        super().__init__(pointer, "sebp_context_destroy")
+
+    @property
+    def threads(self) -> int:
+        """The number of threads it works with."""
+        return load().sebp_context_threads(self)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The most scratch memory it has held so far."""
+        return load().sebp_context_scratch_bytes(self)
+
+    def call(self, function: str, *arguments: object) -> None:
+        """Call a function of the library with this context.
+
+        Parameters
+        ----------
+        function : str
+            Its name in the library.
+        arguments
+            Its arguments after the context. A :class:`Handle` is passed as the pointer it holds,
+            None as NULL.
+
+        Raises
+        ------
+        SebpError, MemoryError
+            If the call fails.
+        """
+        status = getattr(load(), function)(self, *arguments)
+        if status:
+            check(status, load().sebp_context_message(self).decode())
+
+    def close(self) -> None:
+        """Free it. Afterwards it is not to be used; closing twice does nothing."""
+        self.__del__()
+
+    def __enter__(self) -> "Context":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+_of_thread = threading.local()
+
+
+def default_context() -> Context:
+    """Give the calling thread's own context, made with defaults on first use.
+
+    Returns
+    -------
+    Context
+        The same one for each call from this thread.
+    """
+    if not hasattr(_of_thread, "context"):
+        _of_thread.context = Context()
+    return _of_thread.context

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autograd formulas of the operators of :mod:`.ops`: first and second derivatives."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .._structs import RULE_NONZERO
+from .products import sizes
+
+# --------------------------------------------------------------------------------------------------
+# Of sebp::linear
+
+
+def save_for_backward(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    """Save what :func:`backward` needs."""
+    x, weight, _, mask, ctx.transposed, ctx.kind, ctx.value = inputs
+    # Not the mask itself: what checkpointing computes again has none, and has to save as much.
+    ctx.total = math.prod(x.shape[:-1]) if mask is None else mask.numel()
+    need_x, need_w, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_w else None, weight if need_x else None)
+
+
+def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+    """Compute the gradients of the arguments of ``sebp::linear``, by ``sebp::linear_backward``."""
+    x, weight = ctx.saved_tensors
+    # An argument left at its default is not among the inputs.
+    needs = (*ctx.needs_input_grad, False)[:3]
+    dx, dw, db = torch.ops.sebp.linear_backward(
+        dy, x, weight, ctx.total, ctx.transposed, ctx.kind, ctx.value, *needs
+    )
+    return (
+        dx if needs[0] else None,
+        dw if needs[1] else None,
+        db if needs[2] else None,
+        *(None,) * 4,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Of sebp::linear_backward, in PyTorch's own operators. With A the diagonal matrix that keeps the
+# active rows, dX = A dY W, dW = (A dY)^T X and db = 1^T A dY.
+
+
+def save_for_double_backward(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    """Save what :func:`double_backward` needs."""
+    dy, x, weight, _, ctx.transposed, ctx.kind, ctx.value, *ctx.needs = inputs
+    ctx.save_for_backward(dy, x, weight)
+
+
+def double_backward(ctx: FunctionCtx, g_dx: Tensor, g_dw: Tensor, g_db: Tensor) -> tuple:
+    """Compute the gradients of the arguments of ``sebp::linear_backward``."""
+    dy, x, weight = ctx.saved_tensors
+    need_dx, need_dw, need_db = ctx.needs
+    n, k = sizes(dy, x, weight, ctx.transposed)
+    total = math.prod(dy.shape[:-1])
+    dy2 = dy.reshape(total, n)
+    active = None
+    if ctx.kind != RULE_NONZERO:
+        active = torch.ops.sebp.active_rows(dy.detach(), ctx.kind, ctx.value)
+    kept_dy = dy2 if active is None else dy2 * active
+    g_dy = dy2.new_zeros((total, n))
+    g_x = g_w = None
+    if need_dx:
+        g_dx = g_dx.reshape(total, k)
+        w = weight.t() if ctx.transposed else weight
+        g_dy = g_dy + g_dx @ w.t()
+        g_w = g_dx.t() @ kept_dy if ctx.transposed else kept_dy.t() @ g_dx
+    if need_dw:
+        g_dw = g_dw.t() if ctx.transposed else g_dw
+        g_dy = g_dy + x.reshape(total, k) @ g_dw.t()
+        g_x = (kept_dy @ g_dw).view((*dy.shape[:-1], k))
+    if need_db:
+        g_dy = g_dy + g_db
+    if active is not None:
+        g_dy = g_dy * active
+    return (g_dy.view(dy.shape), g_x, g_w, *(None,) * 7)

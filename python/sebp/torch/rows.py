@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The active rows of gradients."""
+
+
+from .._rules import Rule
+from .._structs import Matrix
+from ..core import Rows
+from .context import thread_context
+
+
+def find_rows(dy: Matrix, rule: Rule) -> Rows:
+    """Find the active rows of dY.
+
+    They are found in each call, from what the memory holds then. An address, a shape and a version
+    counter do not tell whether it has changed: NumPy, ``.data`` and what other processes send leave
+    all three as they were.
+
+    Parameters
+    ----------
+    dy : Matrix, M x N
+        Made by :func:`~.tensors.matrix_of`.
+    rule : Rule
+        Which rows are active.
+
+    Returns
+    -------
+    Rows
+        Of M.
+    """
+    return Rows.find(dy, rule, thread_context())
