@@ -369,7 +369,8 @@ def _names(words: str, known: dict, what: str) -> list[str]:
     return names
 
 
-def _rate(words: str) -> float:
+def parse_rate(words: str) -> float:
+    """Read a learning rate; raise ValueError unless it is between 0 and 1."""
     rate = float(words)
     if not 0 < rate < 1:
         raise ValueError
@@ -377,7 +378,7 @@ def _rate(words: str) -> float:
 
 
 def _rates(words: str) -> list[float]:
-    return [_rate(word) for word in words.split(",")]
+    return [parse_rate(word) for word in words.split(",")]
 
 
 def _count(words: str) -> int:
@@ -434,7 +435,7 @@ def parse() -> argparse.Namespace:
     given = [word.partition("=") for word in options.rate]
     _names(",".join(method for method, _, _ in given) or "full", METHODS, "method")
     try:
-        options.rate = {method: _rate(x) for method, _, x in given}
+        options.rate = {method: parse_rate(x) for method, _, x in given}
     except ValueError:
         parser.error(f"--rate: not METHOD=X with X between 0 and 1: {' '.join(options.rate)}")
     costs_only = options.time or options.memory or options.basis or options.memory_of

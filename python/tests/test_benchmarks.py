@@ -267,7 +267,7 @@ def test_shootout_run_that_diverges(shootout, data, trainings, capsys, monkeypat
     module = importlib.import_module("peft_shootout")
     plot = data / "plot.svg"
     options = f"{QUALITY} --corpus sst2 --steps 6 --basis-steps 2 --plot {plot}"
-    monkeypatch.setattr(module, "_rate", float)
+    monkeypatch.setattr(module, "parse_rate", float)
 
     def line_of(method):
         """Give the cells of a method's last line in the tables printed, after an empty one."""

@@ -225,12 +225,12 @@ def test_estimate(monkeypatch):
     done = {first: Work(100, 30, 2.0), other: Work(10, 1, 0.5), new: Work(50, 50, 4.0)}
     monkeypatch.setattr(ours, "work_done", lambda: done)
     monkeypatch.setattr(
-        ours, "_dense_seconds_per_row", lambda kind: {4: 0.1, 7: 0.02}[kind.in_features]
+        ours, "dense_seconds_per_row", lambda kind: {4: 0.1, 7: 0.02}[kind.in_features]
     )
-    activity, saved = sebp.SebpCallback()._since({first: Work(60, 20, 1.5), other: done[other]})
+    activity, saved = sebp.SebpCallback().since({first: Work(60, 20, 1.5), other: done[other]})
     assert activity == pytest.approx((10 + 50) / (40 + 50))
     assert saved == pytest.approx(40 * 0.1 - 0.5 + 50 * 0.02 - 4.0)
-    assert sebp.SebpCallback()._since(done) == (None, 0.0)
+    assert sebp.SebpCallback().since(done) == (None, 0.0)
 
 
 def test_estimate_is_near(monkeypatch):
@@ -250,7 +250,7 @@ def test_estimate_is_near(monkeypatch):
             for y in ys:
                 y.backward(dy)
             taken[function] = time.thread_time() - start
-        activity, saved = callback._since(before)
+        activity, saved = callback.since(before)
     finally:
         torch.set_num_threads(threads)
     dense, sparse = taken.values()
@@ -264,8 +264,8 @@ def test_rate_of_pytorch(monkeypatch):
     monkeypatch.setattr(ours.time, "perf_counter", lambda: next(clock))
     state = torch.get_rng_state()
     kind = LayerKind(2048, 3, torch.bfloat16, True, False)
-    assert ours._dense_seconds_per_row(kind) == pytest.approx(1 / 512 * 4)
-    assert ours._dense_seconds_per_row(kind._replace(out_features=8)) == pytest.approx(1 / 512)
+    assert ours.dense_seconds_per_row(kind) == pytest.approx(1 / 512 * 4)
+    assert ours.dense_seconds_per_row(kind._replace(out_features=8)) == pytest.approx(1 / 512)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -17,7 +17,7 @@ from .work import LayerKind, Work, work_done
 _MOST = 512  # rows and outputs of the product that is timed
 
 
-def _dense_seconds_per_row(kind: LayerKind) -> float:
+def dense_seconds_per_row(kind: LayerKind) -> float:
     """Time PyTorch's own products of a layer's backward, on a part of it."""
     n = min(kind.out_features, _MOST)
     dy = torch.ones(_MOST, n, dtype=kind.dtype)
@@ -131,8 +131,8 @@ class SebpCallback(TrainerCallback):
         """Write on the progress bar, which its own callback draws again."""
         if self._model is None or not state.is_world_process_zero:
             return
-        activity, _ = self._since(self._step)
-        _, saved = self._since(self._begin)
+        activity, _ = self.since(self._step)
+        _, saved = self.since(self._begin)
         self._step = work_done()
         if activity is not None:
             for bar in list(getattr(tqdm, "_instances", ())):
@@ -152,7 +152,7 @@ class SebpCallback(TrainerCallback):
             return
         if not logs or not {"loss", "train_runtime"} & logs.keys():
             return
-        activity, saved = self._since(self._begin if "train_runtime" in logs else self._log)
+        activity, saved = self.since(self._begin if "train_runtime" in logs else self._log)
         self._log = work_done()
         if activity is not None:
             ours = {"sebp_activity": round(activity, 4), "sebp_seconds_saved": round(saved, 3)}
@@ -180,8 +180,21 @@ class SebpCallback(TrainerCallback):
             put_padding_back(self._model, OWNER)
         self._model = None
 
-    def _since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:
-        """Give the activity, None without any work, and the seconds saved since a time."""
+    def since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:
+        """Sum up the work since a time.
+
+        Parameters
+        ----------
+        before : dict of LayerKind to Work
+            What :func:`~.work.work_done` gave then.
+
+        Returns
+        -------
+        activity : float or None
+            Active rows / rows; None if no layer has worked since.
+        saved : float
+            Seconds.
+        """
         rows = active = 0
         saved = 0.0
         for kind, now in work_done().items():
@@ -189,7 +202,7 @@ class SebpCallback(TrainerCallback):
             if now.rows == then.rows:
                 continue
             if kind not in self._dense:
-                self._dense[kind] = _dense_seconds_per_row(kind)
+                self._dense[kind] = dense_seconds_per_row(kind)
             rows += now.rows - then.rows
             active += now.active - then.active
             saved += self._dense[kind] * (now.rows - then.rows) - (now.seconds - then.seconds)
