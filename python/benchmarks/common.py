@@ -217,7 +217,7 @@ def report_times(modes: list[Mode], times: dict[str, Times], path: Path | None) 
 
 
 def peak_memory() -> float:
-    """Give the most memory this process has held so far, in MiB.
+    """Return the most memory this process has held so far, in MiB.
 
     That is not ``getrusage``'s: there a process begins with the peak of the one that started it.
     """
@@ -315,7 +315,7 @@ def choose_modes(modes: list[Mode], names: str | None) -> list[Mode]:
 def run_benchmark(
     options: argparse.Namespace, title: str, modes: list[Mode], model: nn.Module
 ) -> None:
-    """Do what the options ask for."""
+    """Run what the options ask for."""
     if options.threads:
         torch.set_num_threads(options.threads)
     model.train()

@@ -36,7 +36,7 @@ _PHASES = {
 
 
 def full_bytes(model: nn.Module) -> int:
-    """Give the bytes of gradient and state when all feed-forward elements are trained."""
+    """Return the bytes of gradient and state when all feed-forward elements are trained."""
     return sum(3 * module.weight.nbytes for _, module in choose_layers(model, None))
 
 
@@ -240,7 +240,7 @@ def report_basis(options: argparse.Namespace, make_model: Callable[[], nn.Module
 
 
 def run(options: argparse.Namespace, make_model: Callable[[], nn.Module]) -> None:
-    """Do what the options ask for."""
+    """Run what the options ask for."""
     if options.memory_of:
         measure_memory(options, make_model)
         return

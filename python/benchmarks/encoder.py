@@ -60,7 +60,7 @@ def load_model(folder: str | Path | None, seed: int = 1) -> nn.Module:
 
 
 def order_texts(texts: Texts, count: int, seed: int) -> Texts:
-    """Give `count` texts in random order, all of them once before one comes again."""
+    """Return `count` texts in random order, all of them once before one comes again."""
     draw = random.Random(seed)
     order: Texts = []
     while len(order) < count:
@@ -70,7 +70,7 @@ def order_texts(texts: Texts, count: int, seed: int) -> Texts:
 
 @torch.no_grad()
 def judge(model: nn.Module, texts: Texts) -> Tensor:
-    """Give the labels that a model gives to texts, 32 at once, of like lengths."""
+    """Return the labels that a model gives to texts, 32 at once, of like lengths."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
     guesses = torch.empty(len(texts), dtype=torch.long)
     model.eval()
@@ -81,12 +81,12 @@ def judge(model: nn.Module, texts: Texts) -> Tensor:
 
 
 def accuracy(guesses: Tensor, labels: Tensor) -> float:
-    """Give the share of right guesses."""
+    """Return the share of right guesses."""
     return float((guesses == labels).float().mean())
 
 
 def matthews(guesses: Tensor, labels: Tensor) -> float:
-    """Give Matthews' correlation of two lists of 0 and 1; 0 where one of them is constant."""
+    """Return Matthews' correlation of two lists of 0 and 1; 0 where one of them is constant."""
     x, y = guesses.double() - guesses.double().mean(), labels.double() - labels.double().mean()
     norm = float(x.norm() * y.norm())
     return float(x @ y) / norm if norm > 0 else 0.0

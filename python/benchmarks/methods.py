@@ -106,7 +106,7 @@ class Share:
 
 
 def elements_of_layer(model: nn.Module, rank: int) -> int:
-    """Give the number of elements that are trained of each layer, r (K + N)."""
+    """Return the number of elements that are trained of each layer, r (K + N)."""
     counts = {rank * sum(module.weight.shape) for _, module in choose_layers(model, None)}
     if len(counts) > 1:
         raise SystemExit(f"layers of different sizes would have {sorted(counts)} elements trained")
@@ -194,7 +194,7 @@ class Training:
         )
 
     def finish(self) -> nn.Module:
-        """Give the trained model as an ordinary one."""
+        """Return the trained model as an ordinary one."""
         if isinstance(self.optimizer, SparseOptimizer):
             self.optimizer.release()
         if self._method.kind == "lora":

@@ -62,7 +62,7 @@ class Run:
         self.losses.append(loss)
 
     def medians(self) -> list[float]:
-        """Give the median milliseconds of forward, backward and optimizer."""
+        """Return the median milliseconds of forward, backward and optimizer."""
         return [statistics.median(getattr(self.times, part)) for part, _ in _PARTS]
 
 

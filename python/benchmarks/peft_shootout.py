@@ -97,7 +97,7 @@ class Runs:
                     raise SystemExit(f"{path} is not a table of such runs")
 
     def get(self, corpus: str, method: str, rate: float, seed: int) -> Row:
-        """Give a run's row, after the run if there is none."""
+        """Return a run's row, after the run if there is none."""
         key = self._key(corpus, method, rate, seed)
         for row in self._rows:
             if all(row[name] == value for name, value in key.items()):
@@ -207,12 +207,12 @@ def choose_rate(runs: Runs, corpus: str, method: str, rates: list[float]) -> flo
 
 
 def mean_of(rows: list[Row], name: str) -> float:
-    """Give the mean of a column."""
+    """Return the mean of a column."""
     return statistics.mean(float(row[name]) for row in rows)
 
 
 def metrics_of(rows: list[Row]) -> list[float]:
-    """Give the metrics of the runs that did not diverge."""
+    """Return the metrics of the runs that did not diverge."""
     metrics = [float(row["metric"]) for row in rows]
     return [metric for metric in metrics if math.isfinite(metric)]
 
@@ -231,7 +231,7 @@ def against_full(rows: list[Row], full: list[Row]) -> str:
 
 
 def kept_bytes(row: Row) -> int:
-    """Give the bytes of gradient and state of the feed-forward weights."""
+    """Return the bytes of gradient and state of the feed-forward weights."""
     return int(row["gradient_bytes"]) + int(row["state_bytes"])
 
 
@@ -454,7 +454,7 @@ def make_model(options: argparse.Namespace) -> nn.Module:
 
 
 def main() -> None:
-    """Do what the options ask for."""
+    """Run what the options ask for."""
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -28,7 +28,7 @@ def _print_library() -> None:
 
 
 def _shares_pool() -> bool | None:
-    """Tell whether the library brings no threads of its own after PyTorch has worked on as many.
+    """Return whether the library brings no threads of its own after PyTorch has worked on as many.
 
     Returns
     -------

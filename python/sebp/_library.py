@@ -34,7 +34,7 @@ or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libse
 
 
 def _is_fork_server() -> bool:
-    """Tell whether this process is the server of multiprocessing, and not a child of it.
+    """Return whether this process is the server of multiprocessing, and not a child of it.
 
     It imports the main module, and so this one, but does no work: its children may use threads.
     """
@@ -188,7 +188,7 @@ def share_openmp() -> bool:
 
 
 def brings_llvm_openmp(library: ctypes.CDLL) -> bool:
-    """Tell whether the library is linked with LLVM's OpenMP runtime, or Intel's, which is the same.
+    """Return whether the library is linked with LLVM's OpenMP runtime, which is also Intel's.
 
     Its code then calls what GNU's does not have, and cannot share PyTorch's pool of threads.
 

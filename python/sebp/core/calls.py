@@ -64,15 +64,14 @@ def call(function: str, *arguments: object) -> None:
 
 
 def within_int64(count: int) -> int:
-    """Give the nearest 64-bit number, for the library to refuse: ctypes would take the low bits."""
+    """Return the nearest 64-bit number, as ctypes would pass on the low bits of a larger one."""
     return max(-(2**63), min(count, 2**63 - 1))
 
 
 class Handle:
     """An object of the library, which is destroyed along with this one.
 
-    It is an argument of the library's functions as it is: ctypes takes ``_as_parameter_`` of what
-    is passed.
+    It is passed to the library's functions as it is: ctypes reads its ``_as_parameter_``.
 
     Parameters
     ----------

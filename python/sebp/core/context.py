@@ -16,11 +16,11 @@ _GEMMS = ("auto", "native", "onednn")
 class Context(Handle):
     """Threads and scratch memory. Used by one thread at a time.
 
-    A forked child may use those it has inherited, and make its own: both work on one thread,
-    whatever is asked for, as OpenMP's threads have stayed behind. The fork is seen if ``sebp`` was
-    imported before. Where PyTorch has worked on threads, and ``sebp`` is imported in the child
-    alone, ask for ``threads=1``, and call ``torch.set_num_threads(1)``, without which PyTorch's own
-    operators hang there, too.
+    In a forked child, contexts work on one thread, whatever is asked for, as the child has none of
+    OpenMP's threads. That holds for inherited contexts and for new ones, if ``sebp`` was imported
+    before the fork. Where PyTorch has used threads and ``sebp`` is imported only in the child, ask
+    for ``threads=1``. Also call ``torch.set_num_threads(1)``, without which PyTorch's own operators
+    hang there.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class Context(Handle):
 
     @property
     def scratch_bytes(self) -> int:
-        """The most scratch memory it has held so far."""
+        """The maximum of scratch memory it has held so far."""
         return load().sebp_context_scratch_bytes(self)
 
     def call(self, function: str, *arguments: object) -> None:
@@ -94,7 +94,7 @@ class Context(Handle):
             check(status, load().sebp_context_message(self).decode())
 
     def close(self) -> None:
-        """Free it. Afterwards it is not to be used; closing twice does nothing."""
+        """Free it. Do not use it afterwards; closing twice does nothing."""
         self.__del__()
 
     def __enter__(self) -> "Context":
@@ -113,7 +113,7 @@ _of_thread = threading.local()
 
 
 def default_context() -> Context:
-    """Give the calling thread's own context, made with defaults on first use.
+    """Return the calling thread's own context, made with defaults on first use.
 
     Returns
     -------

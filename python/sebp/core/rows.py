@@ -16,14 +16,14 @@ from .matrices import ArrayOrMatrix, as_matrix
 
 
 def whole_numbers(values: ArrayLike, name: str) -> NDArray[np.int64]:
-    """Take integers as the library does.
+    """Return integers as the library takes them.
 
     Parameters
     ----------
     values : array-like, n
         Of any type of integers; empty, of any type.
     name : str
-        Theirs, for messages.
+        The values' name, for messages.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def whole_numbers(values: ArrayLike, name: str) -> NDArray[np.int64]:
     Raises
     ------
     TypeError
-        If they are of another type: numbers with fractions would lose them, and a mask is no list.
+        If they are of another type: fractions would be lost, and a mask is not a list of numbers.
     ValueError
         If they have other than one dimension.
     """

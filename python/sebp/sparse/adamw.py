@@ -108,7 +108,7 @@ class SparseAdamW(Handle):
 
     @property
     def support(self) -> NDArray[np.int64]:
-        """The fixed support: no copy, to be read alone."""
+        """The fixed support: no copy, read-only."""
         if not self.is_fixed or self.count == 0:
             return np.empty(0, np.int64)
         address = load().sebp_sparse_adamw_support(self)
@@ -119,14 +119,14 @@ class SparseAdamW(Handle):
         return listed
 
     def step(self, gradient: Sparse, adamw: AdamW, context: Context | None = None) -> None:
-        """Take a step: the gradient's values become what is to be added to the weights.
+        """Take a step: the gradient's values are replaced by what is to be added to the weights.
 
         Parameters
         ----------
         gradient : Sparse
-            With a fixed support on exactly that. Its values are written to.
+            With a fixed support, on exactly that support. Its values are written to.
         adamw : AdamW
-            `weight_decay` is not looked at: see :func:`weight_decay`.
+            `weight_decay` is ignored: see :func:`weight_decay`.
         context : Context, optional
             Default: the calling thread's own.
 
@@ -155,15 +155,15 @@ class SparseAdamW(Handle):
         return copy
 
     def set_moments(self, moments: Moments) -> None:
-        """Put a copied state in the place of this one.
+        """Replace the state by a copied one.
 
         Raises
         ------
         TypeError, ValueError
             If its indices are not integers, or its arrays not of one length.
         SebpError
-            If it does not go with the shape or the support, or is not valid. Nothing has changed
-            in any case.
+            If it does not match the shape or the support, or is not valid. Nothing has changed in
+            any case.
         """
         indices = whole_numbers(moments.indices, "indices")
         m, v = (np.ascontiguousarray(array, np.float32) for array in moments[1:3])

@@ -25,7 +25,7 @@ class Basis(Handle):
 
     @classmethod
     def from_vectors(cls, u_out: Array, u_in: Array) -> "Basis":
-        """Take vectors at hand, as copies; that they are orthonormal is not checked.
+        """Make one from copies of given vectors; that they are orthonormal is not checked.
 
         Parameters
         ----------
@@ -56,7 +56,7 @@ class Basis(Handle):
         return cls(pointer)
 
     def save(self, path: str | PathLike, context: Context | None = None) -> None:
-        """Write it to a file; what that held is kept if this fails.
+        """Write it to a file. If this fails, the file is not changed.
 
         Raises
         ------
@@ -175,7 +175,7 @@ class BasisSums(Handle):
         return Sums(out, into, energy.value, self.count)
 
     def set_sums(self, sums: Sums) -> None:
-        """Put copied sums in the place of these.
+        """Replace these sums by copied ones.
 
         Raises
         ------
@@ -187,7 +187,7 @@ class BasisSums(Handle):
         call("sebp_basis_sums_import", self, count, sums.energy, v_out, v_into)
 
     def solve(self, rank_out: int, rank_in: int, context: Context | None = None) -> Basis:
-        """Give the leading eigenvectors of both sums.
+        """Return the leading eigenvectors of both sums.
 
         Parameters
         ----------

@@ -33,7 +33,7 @@ class Sparse(NamedTuple):
         Parameters
         ----------
         is_written : bool, default False
-            Whether it writes the values, too.
+            Whether the library writes the values, too.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class Sparse(NamedTuple):
 
 
 def room_for(k: int, shape: tuple[int, int]) -> Sparse:
-    """Make room for k elements, but not for more than there are, as the library looks first."""
+    """Make room for k elements, for the library to refuse a k that is out of range."""
     room = min(max(k, 0), shape[0] * shape[1] + 1)
     return Sparse(np.empty(room, np.int64), np.empty(room, np.float32), shape)
 

@@ -20,7 +20,7 @@ _ROTATIONS = ("auto", "factors", "dy", "x", "out_in", "in_out")
 def _options(
     rows: Rows | RowRule, x_is_compact: bool, accumulate: bool = False
 ) -> tuple[Rows | None, LinearOptions]:
-    """Give the rows, if they are given, and the options, with the rule if they are not."""
+    """Return the rows if they are given, and the options, which hold the rule if they are not."""
     options = LinearOptions(ctypes.sizeof(LinearOptions), x_is_compact=x_is_compact)
     options.dw_write = ACCUMULATE if accumulate else 0
     if isinstance(rows, Rows):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the linear layer of libsebp into a model, and takes it out again."""
+"""Applies SEBP to the linear layers of a model, and removes it."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from .forward import is_replaced
 from .layers import give_rule, has_rule, linear_classes, take_rule
 from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
 
-OWNER = "apply_sebp_to_model"  # of what leaves padding out
+OWNER = "apply_sebp_to_model"  # for leave_padding_out()
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -31,9 +31,9 @@ class Report:
     already : list of str
         Layers that had it before, and are as they were.
     skipped : dict of str to str
-        Linear layers left alone, and why.
+        Linear layers not changed, and why.
     padding : PaddingFreeReport or None
-        What leaves padding out in the forward too, where that was asked for.
+        What was changed to leave padding out in the forward, if that was asked for.
     """
 
     rule: Rule
@@ -43,7 +43,7 @@ class Report:
     padding: PaddingFreeReport | None = None
 
     def __str__(self) -> str:
-        """Say it in a few lines."""
+        """Describe it in a few lines."""
         lines = [f"SEBP: {len(self.replaced)} linear layers replaced, rows={self.rule}"]
         if self.padding is not None:
             lines.append(str(self.padding))
@@ -54,7 +54,7 @@ class Report:
 
 
 def _refusal(module: nn.Module) -> str:
-    """Say why a linear layer is left alone; "": it is not."""
+    """Return why a linear layer is not changed, or "" if it is."""
     if type(module) not in linear_classes():
         return f"its class is {type(module).__name__}"
     return "its forward has been replaced" if is_replaced(module) else ""
@@ -77,7 +77,7 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
-    """Make a function of name and module of an argument `layers`."""
+    """Turn an argument `layers` into a function of name and module."""
     if layers is None:
         return lambda name, module: True
     if callable(layers):
@@ -96,17 +96,17 @@ def apply_sebp_to_model(
     padding: bool = False,
     check: bool = True,
 ) -> Report:
-    """Give a model's linear layers a backward on active rows alone, in place.
+    """Give a model's linear layers a backward on active rows only, in place.
 
     Layers stay the same objects with the same parameters, hooks and names, so that optimizers,
-    checkpoints and tied weights are not touched. A layer that has SEBP already is left as it is,
-    with a warning; so is a model none of whose layers is chosen.
+    checkpoints and tied weights are not touched. A layer that has SEBP already is not changed, and
+    a warning says so. A warning also says if no layer is chosen.
 
     Parameters
     ----------
     model : nn.Module
-        Any model. Its ``nn.Linear`` and transformers ``Conv1D`` are concerned; classes derived from
-        them are left alone.
+        Any model. Its ``nn.Linear`` and transformers ``Conv1D`` are changed, classes derived from
+        them are not.
     rows : "nonzero", int, ("threshold", float) or ("energy", float)
         Which rows of dY to keep: those not all zero (exact), the k of largest norm, those with a
         magnitude over a threshold, or the fewest that hold a share 1 - delta of the energy.
@@ -121,7 +121,7 @@ def apply_sebp_to_model(
     Returns
     -------
     Report
-        The layers replaced, those that had SEBP already, and those left alone, with the reason.
+        The layers replaced, those that had SEBP already, and those not changed, with the reason.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def apply_sebp_to_model(
 
 
 def remove_sebp_from_model(model: nn.Module) -> list[str]:
-    """Make a model's layers what they were before :func:`apply_sebp_to_model`.
+    """Undo :func:`apply_sebp_to_model`.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
     Returns
     -------
     list of str
-        The names of the layers put back; empty if none had SEBP.
+        The names of the layers restored; empty if none had SEBP.
     """
     put_padding_back(model, OWNER)
     return [name for name, module in model.named_modules() if take_rule(module)]

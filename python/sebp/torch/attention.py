@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention within texts that lie end to end.
+"""Attention within each text of a packed batch.
 
-It is put in the place of "sdpa" in transformers' table of attentions, so that every model which
-goes through that table has it. A mask that is not a :class:`~sebp.torch.packing.Packing`'s goes on
-to transformers' own. Configurations stay as they are.
+It replaces "sdpa" in transformers' table of attention functions, so that every model which uses
+that table has it. Calls whose mask is not a :class:`~sebp.torch.packing.Packing`'s go on to
+transformers' own. Configurations are not changed.
 """
 
 import torch
@@ -26,7 +26,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> Tensor:
-    """Let tokens attend within their texts. Texts of one length that lie together go together.
+    """Compute attention within each text; adjacent texts of one length are computed together.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def attend(
     lengths : list of int
         Of the texts, T in all.
     is_causal : bool
-        Whether a token attends to those before it alone.
+        Whether a token attends only to itself and those before it.
     window : int, optional
         A token attends to those less than so many tokens away.
     bias : Tensor, 1 x heads x L x L, optional
@@ -60,7 +60,7 @@ def attend(
     groups = list(zip(texts, sizes, strict=True))
 
     def split(x: Tensor) -> list[Tensor]:
-        """Make texts x heads x length x D of each group."""
+        """Return each group as texts x heads x length x D."""
         parts = x[0].transpose(0, 1).split([count * length for count, length in groups])
         return [
             part.unflatten(0, group).transpose(1, 2)
@@ -87,7 +87,7 @@ def attend(
 def _mask(
     length: int, is_causal: bool, window: int | None, bias: Tensor | None, query: Tensor
 ) -> Tensor | None:
-    """Make a text's mask, length x length or heads x length x length; None: it needs none."""
+    """Return a text's mask, length x length or heads x length x length, or None."""
     is_cut = window is not None and length > window
     if not is_cut and bias is None:
         return None
@@ -116,7 +116,7 @@ def _sdpa(
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stand in the place of transformers' "sdpa"."""
+    """Replace transformers' "sdpa"."""
     lengths = None if torch.compiler.is_compiling() else lengths_of(attention_mask)
     if lengths is None:
         return _of_transformers["sdpa"](
@@ -146,7 +146,7 @@ _of_transformers: dict[str, object] = {}
 
 
 def register() -> None:
-    """Put the attention into transformers' table; nothing if it is there."""
+    """Put this attention into transformers' table, if it is not there."""
     from transformers import AttentionInterface
 
     if AttentionInterface()[SDPA] is not _sdpa:

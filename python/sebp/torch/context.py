@@ -19,7 +19,7 @@ _of_thread = _OfThread()
 
 
 def thread_context() -> Context:
-    """Give this thread's context, with as many threads as PyTorch works with.
+    """Return this thread's context, with as many threads as PyTorch works with.
 
     In a forked child it works on one thread, as the library knows that OpenMP's are gone.
 

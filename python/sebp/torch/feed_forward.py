@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers of a model SparseGrad, MeProp and LoRA are about."""
+"""Which layers of a model SparseGrad, MeProp and LoRA train."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ _FROZEN = (*_TRAINED, torch.float16, torch.float64)
 def choose_layers(
     model: nn.Module, layers: Layers, *, frozen: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """List the layers that are to be trained in another way.
+    """List the layers that one of these methods is to train.
 
     Parameters
     ----------
@@ -31,15 +31,15 @@ def choose_layers(
         Any model.
     layers : str, sequence of str, or callable, optional
         Shell patterns of names, or a function of name and module. Default: the feed-forward layers
-        of models of transformers, and of others that name theirs alike.
+        of models of transformers, and of others that use the same names.
     frozen : bool, default False
-        Whether their weights stay as they are meanwhile, and so may be frozen already.
+        Whether the method does not train the weights themselves, so that they may be frozen.
 
     Returns
     -------
     list of (str, nn.Module)
-        ``nn.Linear`` and ``Conv1D``, with SEBP or without, in the order of the model. Of other
-        linear layers among those chosen, whose class or forward is their own, a warning tells.
+        ``nn.Linear`` and ``Conv1D``, with SEBP or without, in the order of the model. A warning
+        names others among those chosen: layers of a derived class, or with another forward.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def _refuse_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> Non
 
 
 def _span(parameter: nn.Parameter) -> tuple[int, int]:
-    """Give the addresses that a parameter lies between; (0, 0) where it is not simply in memory."""
+    """Return the first address of a parameter and the one after its last; (0, 0) if unknown."""
     if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
         return 0, 0
     if parameter.numel() == 0:
@@ -123,7 +123,7 @@ def _span(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def refusal(weight: nn.Parameter, *, frozen: bool = False) -> str:
-    """Say why a weight cannot be trained by the library, or stay as it is; "": it can."""
+    """Return why the library cannot train a weight, or add to a `frozen` one; "" if it can."""
     if weight.device.type != "cpu":
         return f"is on {weight.device}"
     if weight.dtype not in (_FROZEN if frozen else _TRAINED):
@@ -132,5 +132,5 @@ def refusal(weight: nn.Parameter, *, frozen: bool = False) -> str:
 
 
 def place_of(name: str) -> str:
-    """Give what layers at the same place of each block have in common: "layer.*.output.dense"."""
+    """Return a layer's name without its numbers: "layer.*.output.dense"."""
     return _NUMBER.sub("*", name)

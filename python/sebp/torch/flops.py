@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What FLOP counters are told of the operators of :mod:`.ops`.
+"""Flop formulas of the operators of :mod:`.ops`, for PyTorch's flop counters.
 
-They are told the dense products, as of PyTorch's own linear.
+They count the dense products, as the formula of PyTorch's own linear does.
 """
 
 import math

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a function in the place of one module's forward, and takes it out again.
+"""Replaces one module's forward by a function, and restores it.
 
-The module keeps its class, so that tools which look layers up by class find them.
+The module keeps its class, so that tools which look up layers by class find them.
 """
 
 import functools
@@ -12,24 +12,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-# What tools read of a function: they are given the class's forward instead.
+# Attributes of functions that tools read. They get those of the class's forward.
 _OF_FUNCTIONS = ("__code__", "__globals__", "__closure__", "__defaults__", "__kwdefaults__")
 
 
 class Forward:
-    """What stands in a module's ``__dict__`` as its forward: a function of this package.
+    """A function of this package as the forward in a module's ``__dict__``.
 
-    Unlike a bound method it is pickled as what it is, and deep-copied along with its module.
+    Unlike a bound method it is pickled as such, and deep-copied along with its module.
 
     Attributes
     ----------
     module : nn.Module
-        Whose forward it is.
+        The module whose forward it is.
     function : callable
         A function of a module of this package. It gets this object, then what the forward is
         called with.
     is_out : bool
-        Whether it was taken out. Whoever still holds it gets what was there before.
+        Whether it was removed. Calls of it then go to what was there before.
     """
 
     def __init__(self, module: nn.Module, function: Callable) -> None:
@@ -46,7 +46,7 @@ class Forward:
 
     @property
     def original(self) -> Callable:
-        """What the module's forward was before, bound to the module."""
+        """The module's forward before this one, bound to the module."""
         if self.previous is not None:
             return self.previous
         return functools.partial(type(self.module).forward, self.module)
@@ -72,7 +72,7 @@ class Forward:
 
 
 class _Unbound:
-    """A :class:`Forward` as a function of its module, which tools bind to that again."""
+    """A :class:`Forward` as a function of its module, which tools can bind to the module again."""
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
@@ -82,19 +82,19 @@ class _Unbound:
 
 
 def _ours(forward: object) -> Forward | None:
-    """Give the :class:`Forward` that a forward is, or is bound to."""
+    """Return the :class:`Forward` that a forward is, or is bound to."""
     if isinstance(forward, types.MethodType) and isinstance(forward.__func__, _Unbound):
         forward = forward.__func__.forward
     return forward if isinstance(forward, Forward) else None
 
 
 def _all_of(module: nn.Module) -> list[Forward]:
-    """List what was put into a module, also where somebody has wrapped it since."""
+    """List what was put into a module, even if it has been wrapped since."""
     return vars(module).get("_sebp_forwards", [])
 
 
 def put_in(module: nn.Module, function: Callable) -> None:
-    """Make `function` a module's forward; nothing if it is already.
+    """Make `function` a module's forward, if it is not.
 
     Parameters
     ----------
@@ -109,12 +109,12 @@ def put_in(module: nn.Module, function: Callable) -> None:
 
 
 def has(module: nn.Module, function: Callable) -> bool:
-    """Tell whether :func:`put_in` was done, and not undone."""
+    """Return whether `function` was put in, and not taken out."""
     return any(one.function is function for one in _all_of(module))
 
 
 def take_out(module: nn.Module, function: Callable) -> None:
-    """Undo :func:`put_in`; nothing if it was not done."""
+    """Undo :func:`put_in`, if it was done."""
     for forward in _all_of(module):
         if forward.function is not function:
             continue
@@ -136,7 +136,7 @@ def take_out(module: nn.Module, function: Callable) -> None:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Tell whether somebody else has put a forward in a module's place."""
+    """Return whether other code has replaced a module's forward."""
     forward = vars(module).get("forward")
     while (ours := _ours(forward)) is not None:
         forward = ours.previous
@@ -144,15 +144,15 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def is_traced() -> bool:
-    """Tell whether a program is being made of what runs: by ``torch.jit.trace``, export or ONNX.
+    """Return whether calls are recorded by ``torch.jit.trace``, export or ONNX.
 
-    It has to be PyTorch's own, to run where this package is not.
+    Only PyTorch's own operators may be recorded, to run where this package is not installed.
     """
     return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:
-    """Tell whether ``torch.func`` or forward-mode differentiation is at work."""
+    """Return whether ``torch.func`` or forward-mode differentiation is active."""
     return (
         torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -22,7 +22,7 @@ _INK, _FAINT, _FRAME, _BAR, _TRACK = "#1f2933", "#697586", "#c9d1d9", "#ee9b4f",
 
 
 def _colour(level: int) -> str:
-    """Give the colour of a level, 0 (nothing) to _LEVELS (all)."""
+    """Return the colour of a level, 0 (nothing) to _LEVELS (all)."""
     if level == 0:
         return _NOTHING
     place = (level - 1) / (_LEVELS - 1) * (len(_STOPS) - 1)
@@ -36,7 +36,7 @@ def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start")
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Part a layer's name into its block, up to the last number, and its name there."""
+    """Split a layer's name into its block, up to the last number, and its name in the block."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
     cut = numbers[-1] + 1 if numbers else 0
@@ -44,7 +44,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _label_length(split: Sequence[tuple[str, str]], is_named: bool) -> int:
-    """Give the characters that the longest label needs: a block's name, then a layer's in it."""
+    """Return the characters that the longest label needs: a block's name, then a layer's in it."""
     if not is_named:
         return max([len(block or leaf) for block, leaf in split], default=0)
     alone = max([len(leaf) for block, leaf in split if not block], default=0)

@@ -19,7 +19,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> str:
-    """Say why PyTorch's own linear has to be used; "": it has not."""
+    """Return why PyTorch's own linear has to be used, or "" if it has not."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if is_traced():
         return "tracing or export"
@@ -66,7 +66,7 @@ def sparse_linear(
     Returns
     -------
     Tensor, ... x N, or None
-        Y; None where PyTorch's own linear has to be used.
+        Y, or None where PyTorch's own linear has to be used.
     """
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -87,9 +87,9 @@ def linear(
 ) -> Tensor:
     """Apply Y = X W^T + b, with a backward on the active rows of dY alone.
 
-    What the library does not do (other devices and dtypes, subclasses of tensors, tracing and
-    export, ``torch.func``) PyTorch's own linear does; with SEBP_VERBOSE=1 a line on standard error
-    says so.
+    PyTorch's own linear does what the library does not: other devices and dtypes, subclasses of
+    tensors, tracing and export, ``torch.func``. With SEBP_VERBOSE=1 a line on standard error says
+    so.
 
     Parameters
     ----------
@@ -143,18 +143,18 @@ class _Scriptable:
 
 
 def linear_classes() -> tuple[type, ...]:
-    """Give the classes of linear layers: ``nn.Linear``, and ``Conv1D`` where transformers is."""
+    """Return ``nn.Linear``, and ``Conv1D`` if transformers is loaded."""
     module = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear,) if module is None else (nn.Linear, module.Conv1D)
 
 
 def has_rule(layer: nn.Module) -> bool:
-    """Tell whether a layer has SEBP."""
+    """Return whether a layer has SEBP."""
     return "sebp_rule" in vars(layer)
 
 
 def give_rule(layer: nn.Module, rule: Rule) -> None:
-    """Give a layer a backward on active rows alone.
+    """Give a layer a backward on active rows only.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def give_rule(layer: nn.Module, rule: Rule) -> None:
 
 
 def take_rule(layer: nn.Module) -> bool:
-    """Make a layer what it was before :func:`give_rule`; False: it had no SEBP."""
+    """Undo :func:`give_rule`; False if the layer had no SEBP."""
     if not has_rule(layer):
         return False
     take_out(layer, _forward)

@@ -21,12 +21,12 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-    """Add scale (X A) B to a layer's output. Both factors lie as a ``Conv1D``'s weight does."""
+    """Add scale (X A) B to a layer's output. Both factors are transposed, as in ``Conv1D``."""
     x = args[0] if args else next(iter(kwargs.values()))
     a, b = module.lora_a, module.lora_b
     rule = getattr(module, "sebp_rule", Rule())
-    # Autocast says itself in what the products are computed. Without it they are in the factors'
-    # dtype, as the library takes one, and as the factors would be rounded otherwise.
+    # Autocast chooses the dtype of the products. Without it that is the factors': the library takes
+    # one dtype, and the factors should not be rounded.
     if not torch.is_autocast_enabled("cpu"):
         x = x.to(a.dtype)
     if a.dtype in _NARROW and a.requires_grad and not torch.compiler.is_compiling():
@@ -62,15 +62,15 @@ def apply_lora_to_model(
 ) -> list[str]:
     """Give a model's feed-forward layers Y = X W^T + b + (alpha / rank) (X A) B, in place.
 
-    W is frozen, if it was not yet; A: K x rank, which starts at random as ``nn.Linear``'s weight
-    does, and B: rank x N, which starts at zero, are the layer's parameters ``lora_a`` and
-    ``lora_b``, for any optimizer made afterwards. Biases and other layers are left as they are.
+    W is frozen. A: K x rank and B: rank x N are the layer's parameters ``lora_a`` and ``lora_b``.
+    A starts at random as ``nn.Linear``'s weight does, B at zero. Make the optimizer afterwards.
+    Biases and other layers are not changed.
 
-    A and B are of float32 where W is of bfloat16 or float16, whose steps are too coarse for most
-    learning rates, and of W's dtype else. Their products are computed in their dtype, or in that of
-    autocast, and Y has W's. They are parameters of the model like others: ``requires_grad_(False)``
-    of the model afterwards freezes them, so freeze what is to be frozen before; and the model's
-    ``to(torch.bfloat16)`` afterwards casts them, too, of which a forward warns.
+    Where W is bfloat16 or float16, A and B are float32, as those are too coarse for the steps of
+    most learning rates. Otherwise they have W's dtype. Products are computed in the dtype of A and
+    B, or in that of autocast; Y has W's. A and B are parameters of the model like others. So freeze
+    what is to be frozen before: ``requires_grad_(False)`` of the model would freeze them, too. And
+    ``to(torch.bfloat16)`` of the model would cast them, too, and a forward then warns.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def apply_lora_to_model(
     factors = [_new_factors(module, rank) for _, module in chosen]
     for (_, module), (a, b) in zip(chosen, factors, strict=True):
         module.lora_a, module.lora_b, module.lora_scale = a, b, scale
-        # First of all hooks, as others are to see the layer's whole output.
+        # Before all other hooks, as these should see the layer's whole output.
         module.lora_hook = module.register_forward_hook(
             _add_product, prepend=True, with_kwargs=True
         )
@@ -138,7 +138,7 @@ def _merge(module: nn.Module) -> None:
 
 
 def _merged(module: nn.Module) -> Tensor:
-    """Give what the weight is to be, computed by PyTorch, for what the library does not take."""
+    """Return the merged weight, computed by PyTorch where the library cannot."""
     dtype = torch.promote_types(module.weight.dtype, torch.float32)
     product = module.lora_scale * (module.lora_a.to(dtype) @ module.lora_b.to(dtype))
     if isinstance(module, nn.Linear):
@@ -148,10 +148,10 @@ def _merged(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> list[str]:
-    """Add each product to its weight, W += (alpha / rank) (A B)^T, and make layers what they were.
+    """Add each product to its weight, W += (alpha / rank) (A B)^T, and restore the layers.
 
     A weight trains again if it did before :func:`apply_lora_to_model`, and stays frozen if not. The
-    sum is computed in float32, or float64 where W is of that, and rounded once.
+    sum is computed in float32 (in float64 where W is float64) and rounded once.
 
     Parameters
     ----------
@@ -166,8 +166,8 @@ def merge_lora(model: nn.Module) -> list[str]:
     Raises
     ------
     ValueError
-        If one of the matrices holds a NaN or Inf, or a weight of float16 would: nothing has changed
-        then.
+        If one of the matrices holds a NaN or Inf, or a weight of float16 would after the sum.
+        Nothing has changed then.
     """
     layers = [(name, module) for name, module in model.named_modules() if _has_lora(module)]
     for name, module in layers:

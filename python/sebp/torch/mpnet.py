@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MPNet's attention, which does not go through transformers' table of attentions."""
+"""MPNet's attention, which does not use transformers' table of attention functions."""
 
 import math
 
@@ -11,13 +11,13 @@ from .packing import current_packing, lengths_of
 
 
 def is_mpnet(module: nn.Module) -> bool:
-    """Tell whether a module is an ``MPNetModel`` of transformers."""
+    """Return whether a module is an ``MPNetModel`` of transformers."""
     kind = type(module)
     return kind.__name__ == "MPNetModel" and kind.__module__.startswith("transformers.models.mpnet")
 
 
 class _PositionBias:
-    """Stands in the place of the encoder's method that makes one bias for all its layers."""
+    """Replaces the encoder's method that computes one bias for all its layers."""
 
     def __init__(self, encoder: nn.Module) -> None:
         self.encoder = encoder
@@ -62,7 +62,7 @@ def _attention_forward(
 
 
 def prepare(model: nn.Module) -> None:
-    """Give an ``MPNetModel`` an attention that knows texts which lie end to end."""
+    """Give an ``MPNetModel`` an attention that works on packed texts."""
     model.encoder.compute_position_bias = _PositionBias(model.encoder)
     for layer in model.encoder.layer:
         put_in(layer.attention.attn, _attention_forward)

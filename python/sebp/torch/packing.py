@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes padding out of a batch, and puts it back.
+"""Removes padding from a batch, and restores it.
 
 A batch of B texts padded to L tokens goes through a model as one text of its T real tokens. Layers
-that work token by token do not notice. Attention is told where texts end by the mask that it gets:
-a :class:`Packing` makes one of int64 that holds cumulative lengths, which nothing else takes for a
-mask. It travels as masks do: also to what checkpointing computes again after the model returned.
+that work token by token do not notice. The attention mask says where texts end: a :class:`Packing`
+makes one of int64 that holds cumulative lengths, which no other code takes for a mask. As a mask it
+also reaches what checkpointing computes again after the model has returned.
 """
 
 import threading
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 class Unfit(Exception):
-    """A model does what it cannot do without padding. It says what."""
+    """A model does what it cannot do without padding; the message says what."""
 
 
 class Packing:
     """Where the tokens of a packed batch come from.
 
-    Texts are in the order of their lengths, so that those of one length lie together.
+    Texts are sorted by length, so that those of one length are adjacent.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Packing:
     rows : Tensor of int64, T
         The tokens' indices in the padded batch, of B * L tokens.
     side : "right", "left" or "gaps"
-        Where the padding is: behind all texts, before all, or anywhere else.
+        Where the padding is: after all texts, before all, or anywhere else.
     attention_mask : Tensor of int64, 1 x 1 x 1 x (texts + 1)
         Cumulative lengths of the texts that have tokens.
     may_cut : bool
@@ -49,13 +49,13 @@ class Packing:
         self.may_cut = window is not None and int(lengths[-1]) > window
 
     def _side(self) -> str:
-        """Find out where the padding is."""
+        """Return where the padding is."""
         if bool((self.mask[:, :-1] >= self.mask[:, 1:]).all()):
             return "right"
         return "left" if bool((self.mask[:, :-1] <= self.mask[:, 1:]).all()) else "gaps"
 
     def counts(self, x: Tensor) -> bool:
-        """Tell whether x is 1 x T x ...: what a layer does is then counted for the whole batch."""
+        """Return whether x is 1 x T x ...; work is then counted for the whole batch."""
         return x.dim() == 3 and x.shape[0] == 1 and x.shape[1] == self.rows.numel()
 
     def pack(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Packing:
         return x.index_select(0, self.rows)[None]
 
     def pad(self, x: Tensor, fill: Tensor) -> Tensor:
-        """Make B x L x H of 1 x T x H, with `fill`, 1 x H or B * L x H, at padded tokens.
+        """Turn 1 x T x H into B x L x H, with `fill`, 1 x H or B * L x H, at padded tokens.
 
         Its backward raises a RuntimeError where a padded token has a gradient.
         """
@@ -85,7 +85,7 @@ remove_padding_free(model) trains the model as it is."""
 
 
 class _Pad(torch.autograd.Function):
-    """Makes B x L x H of 1 x T x H."""
+    """Turns 1 x T x H into B x L x H."""
 
     @staticmethod
     def forward(
@@ -105,7 +105,7 @@ class _Pad(torch.autograd.Function):
         dx = dy.index_select(0, packing.rows)
         padded = (~packing.mask).flatten().nonzero()[:, 0]
         wrong = padded[dy.detach().index_select(0, padded).ne(0).any(1)]
-        # Where training has diverged, NaN is everywhere, and tells nothing of what was read.
+        # Where training has diverged, NaN is everywhere and says nothing about what was read.
         if wrong.numel() > 0 and bool(dx.detach().isfinite().all()):
             text, token = divmod(int(wrong[0]), packing.mask.shape[1])
             raise RuntimeError(
@@ -116,7 +116,7 @@ class _Pad(torch.autograd.Function):
 
 
 def lengths_of(attention_mask: Tensor | None) -> list[int] | None:
-    """Read the lengths of texts that lie end to end from what attention gets as its mask.
+    """Read the lengths of packed texts from the mask that attention gets.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def lengths_of(attention_mask: Tensor | None) -> list[int] | None:
     Returns
     -------
     list of int or None
-        None: it is any other mask.
+        None if it is any other mask.
     """
     if (
         attention_mask is None
@@ -139,7 +139,7 @@ def lengths_of(attention_mask: Tensor | None) -> list[int] | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The packing that the calling thread's model is in
+# The packing that the calling thread computes on
 
 
 class _OfThread(threading.local):
@@ -151,7 +151,7 @@ _of_thread = _OfThread()
 
 @contextmanager
 def packed(packing: Packing) -> Iterator[None]:
-    """Say that what this thread computes is of a packed batch."""
+    """Note that this thread computes on a packed batch, within a ``with``."""
     outer, _of_thread.packing = _of_thread.packing, packing
     try:
         yield
@@ -160,5 +160,5 @@ def packed(packing: Packing) -> Iterator[None]:
 
 
 def current_packing() -> Packing | None:
-    """Give the packing that the calling thread is in."""
+    """Return the packing that the calling thread computes on, or None."""
     return _of_thread.packing

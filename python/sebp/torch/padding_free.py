@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs encoders and decoders of transformers on real tokens alone.
 
-Padding is taken out where a base model gets its mask, and put back where its last hidden state
-leaves it. Between the two no layer is asked what its rows are: they all are real tokens.
+Padding is removed where a base model gets its mask, and restored where it returns its last hidden
+state. Between the two all rows are real tokens, so no layer has to look for them.
 """
 
 import functools
@@ -33,11 +33,11 @@ class PaddingFreeReport:
     Attributes
     ----------
     changed : list of str
-        Those that run without padding now, in calls for which that is proved.
+        Those that now run without padding, in calls for which the result is proved the same.
     already : list of str
-        Those that did before.
+        Those that did so before.
     skipped : dict of str to str
-        Those left alone, and why.
+        Those not changed, and why.
     layers : int
         The number of linear layers in those changed.
     calls : Counter of str
@@ -52,7 +52,7 @@ class PaddingFreeReport:
     calls: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        """Say it in a few lines."""
+        """Describe it in a few lines."""
         lines = [f"{name} runs without padding" for name in self.changed]
         if self.changed:
             lines[-1] += f": {self.layers} linear layers in all"
@@ -96,7 +96,7 @@ _serial = itertools.count()
 
 @functools.lru_cache(maxsize=64)
 def _noise(width: int) -> Tensor:
-    """Give numbers for a padded token: 1 x H, between 2 and 4 in size, of either sign.
+    """Return numbers for a padded token: 1 x H, between 2 and 4 in size, of either sign.
 
     They are not zero, so that a loss which reads them has a gradient there, and not alike, so that
     a norm does not take them away.
@@ -111,9 +111,10 @@ def _signed(sizes: np.ndarray, numbers: np.random.Generator) -> Tensor:
 
 
 def _noise_like(x: Tensor, packing: Packing) -> Tensor:
-    """Give numbers for padded tokens that are larger than any of x, so that a maximum has them.
+    """Return numbers for padded tokens that are larger than any of x, so that a maximum has them.
 
-    They differ from token to token and call to call: what is flat at one is not at all of them.
+    They differ from token to token and call to call: a function that has derivative zero at one of
+    them does not at all.
     """
     largest = float(x.detach().abs().amax())
     texts, length = packing.mask.shape
@@ -124,7 +125,7 @@ def _noise_like(x: Tensor, packing: Packing) -> Tensor:
 
 
 def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
-    """Make B x L x H of the last hidden state, 1 x T x H."""
+    """Turn the last hidden state, 1 x T x H, into B x L x H."""
     if not call.proofs.check:
         fill = x.new_zeros(1, x.shape[2])
     elif call.has_backward:
@@ -151,10 +152,10 @@ def _pad_first(output: object, packing: Packing, call: Call) -> object:
 
 
 def _is_left_alone() -> bool:
-    """Tell whether this is no call to think about.
+    """Return whether a call runs as the model itself would run it.
 
-    A program is made of it, or it is computed again in a backward, which :func:`_unfit_gradients`
-    has foreseen.
+    That is so in tracing, export and ``torch.func``, and in a backward, which computes again what
+    ran with padding before.
     """
     if torch.compiler.is_compiling():  # first of all: dynamo does not know all of the others
         return True
@@ -163,24 +164,24 @@ def _is_left_alone() -> bool:
 
 
 def _prove(module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
-    """Make a call of a model one that is proved."""
+    """Run a call of a model as a :class:`Call`, which proves its result."""
     try:
         given = _given(module, args, kwargs)
     except TypeError:  # whoever replaced the forward takes other arguments than the class
         given = dict(kwargs)
-    proofs = proofs_of(module) or module._sebp_tellers[0]
+    proofs = proofs_of(module) or module._sebp_outer_proofs[0]
     return Call(module, proofs, given).run(forward, args, kwargs)
 
 
 def _whole_forward(forward: Forward, *args: object, **kwargs: object) -> object:
-    """Stand in the place of the forward of the model that was told of."""
+    """Replace the forward of the model that :func:`padding_free` was called for."""
     if _is_left_alone() or current_call() is not None:
         return forward.original(*args, **kwargs)
     return _prove(forward.module, forward.original, args, kwargs)
 
 
 def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
-    """Stand in the place of a base model's forward: take padding out, if that can be done."""
+    """Replace a base model's forward: remove padding, if that can be done."""
     module, call = forward.module, current_call()
     is_inside = current_packing() is not None or (call is not None and call.is_plain)
     if _is_left_alone() or is_inside:
@@ -189,7 +190,7 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         return _prove(module, forward, args, kwargs)
     given = _given(module, args, kwargs)
     if torch.is_grad_enabled() and not call.has_backward:
-        # Of a model that is called beside the one that was told of.
+        # Of another model than the one that padding_free() was called for.
         call.has_backward = any(p.requires_grad for p in module.parameters())
     kind, reason = None, refusal(module, given, call)
     if not reason:
@@ -213,7 +214,7 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
 
 
 def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict[str, object]:
-    """Take padding out of a model's arguments."""
+    """Remove padding from a model's arguments."""
     shape = packing.mask.shape
     result = dict(given)
     if given.get("position_ids") is None:
@@ -238,7 +239,7 @@ def _has_pooler(module: nn.Module) -> bool:
 
 
 def _pooler_forward(forward: Forward, x: Tensor, *args: object, **kwargs: object) -> object:
-    """Stand in the place of a pooler's forward: hand it the padded last hidden state."""
+    """Replace a pooler's forward: call it on the padded last hidden state."""
     packing, call = current_packing(), current_call()
     if packing is not None and call is not None and packing.counts(x):
         x = _pad(x, packing, call)
@@ -246,7 +247,7 @@ def _pooler_forward(forward: Forward, x: Tensor, *args: object, **kwargs: object
 
 
 def _exit_forward(forward: Forward, *args: object, **kwargs: object) -> object:
-    """Stand in the place of the forward of a base model's encoder: put padding back."""
+    """Replace the forward of a base model's encoder: restore padding in what it returns."""
     output = forward.original(*args, **kwargs)
     packing, call = current_packing(), current_call()
     if packing is None or call is None:
@@ -274,7 +275,7 @@ def _bases(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _reason_against(module: nn.Module) -> str:
-    """Say why an encoder or decoder cannot run without padding; "": it may."""
+    """Return why an encoder or decoder cannot run without padding, or "" if it can."""
     import transformers
 
     kind = type(module)
@@ -295,41 +296,40 @@ def _reason_against(module: nn.Module) -> str:
 
 
 def padding_free(model: nn.Module, check: bool = True) -> PaddingFreeReport:
-    """Let models of transformers compute real tokens alone, in place.
+    """Make models of transformers compute real tokens only, in place.
 
-    Padding is taken out where a base model (BertModel, LlamaModel, ...) gets its 2-D
-    ``attention_mask``, and put back at its last hidden state: heads work as before. Attention runs
+    Padding is removed where a base model (BertModel, LlamaModel, ...) gets its 2-D
+    ``attention_mask``, and restored at its last hidden state: heads work as before. Attention runs
     text by text, by ``scaled_dot_product_attention``. Parameters, names, configurations and
-    checkpoints stay as they are.
+    checkpoints are not changed.
 
-    What comes out is what the model itself gives, up to rounding, or a call runs with padding:
+    Results are the model's own up to rounding. Where they might not be, a call runs with padding:
 
     - The first call of each kind (training or evaluation, padding left or right, arguments given)
-      runs once more with padding and without dropout, leaving no trace, and what `model` returned
-      is compared. On a difference, calls of this kind run with padding from then on, and a warning
+      runs once more with padding and without dropout, without side effects, and the two results
+      are compared. If they differ, all later calls of this kind run with padding, and a warning
       says so.
-    - So does a call with labels at padded tokens (not -100), or predicted from them; a cache; an
-      argument that is not known; a hook within the layers; and, in encoders, a text whose first
-      token is padding.
-    - In training, a gradient at a padded token is a RuntimeError in ``backward()``.
-    - Where no backward can follow, padded tokens are NaN inside, and a call whose result holds
-      one runs again with padding. So a model that returns something of padded tokens (logits of
-      each token, the last hidden state) is evaluated with padding.
+    - Calls run with padding if labels are at padded tokens (not -100) or predicted from them, if
+      there is a cache, an unknown argument or a hook within the layers, and, in encoders, if the
+      first token of a text is padding.
+    - In training, a gradient at a padded token raises a RuntimeError in ``backward()``.
+    - Where no backward can follow, padded tokens hold NaN inside the model. A call whose result
+      holds NaN runs again with padding. So a model that returns something about padded tokens
+      (logits of each token, the last hidden state) is evaluated with padding.
 
     Parameters
     ----------
     model : nn.Module
-        Any model, the outermost that is called; the base models in it are found.
+        The outermost model that is called. The base models in it are found.
     check : bool, default True
-        Whether results are compared, as above. Without it, padded tokens are zeros at the exit of
-        a base model, in evaluation too, and that is all there is to know of them; the backward
-        still looks at their gradients.
+        Whether results are compared, as above. If not, padded tokens are zeros where a base model
+        returns them, in evaluation too. The backward still checks their gradients.
 
     Returns
     -------
     PaddingFreeReport
-        The base models changed, those that had been, and those left alone, with the reason. It
-        counts calls as they come.
+        The base models changed, those changed before, and those not changed, with the reason. It
+        counts calls while the model runs.
 
     Raises
     ------
@@ -343,7 +343,7 @@ def padding_free(model: nn.Module, check: bool = True) -> PaddingFreeReport:
 
 
 def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeReport:
-    """Do what :func:`padding_free` does, on behalf of one function of this package.
+    """Do what :func:`padding_free` does, for one owner.
 
     Parameters
     ----------
@@ -351,13 +351,14 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
     check : bool
         As there.
     owner : str
-        Who asks. It is undone when all who asked have called :func:`put_padding_back`.
+        A function of this package. It is undone when each owner has called
+        :func:`put_padding_back`.
 
     Returns
     -------
     PaddingFreeReport
-        Base models that this owner has changed before are `already` there, those of another
-        owner `changed`.
+        Base models that this owner has changed before are in `already`, those of another owner in
+        `changed`.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's
     proofs = proofs_of(model) or Proofs(check)
@@ -392,15 +393,15 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
 
 
 def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
-    """Let one base model run without padding."""
+    """Make one base model run without padding."""
     attention.register()
     if mpnet.is_mpnet(module):
         mpnet.prepare(module)
-    tellers = vars(module).get("_sebp_tellers", [])
-    if any(one is proofs for one in tellers):
+    outer = vars(module).get("_sebp_outer_proofs", [])
+    if any(one is proofs for one in outer):
         return
-    module._sebp_tellers = [*tellers, proofs]
-    if tellers:
+    module._sebp_outer_proofs = [*outer, proofs]
+    if outer:
         return
     module._sebp_name = f"{name} {next(_serial)}"
     put_in(module, _base_forward)
@@ -411,18 +412,18 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
 
 
 def proofs_of(model: nn.Module) -> Proofs | None:
-    """Give what is known of a model's calls; None if :func:`padding_free` was not called for it."""
+    """Return what is known of a model's calls, or None if its padding is not left out."""
     return vars(model).get("_sebp_proofs")
 
 
 def has_asked(model: nn.Module, owner: str) -> bool:
-    """Tell whether :func:`leave_padding_out` was called for a model by one owner."""
+    """Return whether :func:`leave_padding_out` was called for a model by one owner."""
     proofs = proofs_of(model)
     return proofs is not None and owner in proofs.owners
 
 
 def runs_padding_free(model: nn.Module) -> bool:
-    """Tell whether :func:`padding_free` has changed something in a model."""
+    """Return whether :func:`padding_free` has changed something in a model."""
     return any(has(module, _base_forward) for module in model.modules())
 
 
@@ -443,14 +444,14 @@ def remove_padding_free(model: nn.Module) -> list[str]:
 
 
 def put_padding_back(model: nn.Module, owner: str) -> list[str]:
-    """Undo :func:`leave_padding_out` for one owner, and where there is no other, in fact.
+    """Undo :func:`leave_padding_out` for one owner; the model changes when no owner is left.
 
     Parameters
     ----------
     model : nn.Module
         Any model.
     owner : str
-        Who had asked.
+        As there.
 
     Returns
     -------
@@ -474,9 +475,9 @@ def put_padding_back(model: nn.Module, owner: str) -> list[str]:
 
 
 def _restore(module: nn.Module, proofs: Proofs) -> bool:
-    """Make a base model what it was; False: another model was told of that holds it too."""
-    module._sebp_tellers = [one for one in module._sebp_tellers if one is not proofs]
-    if module._sebp_tellers:
+    """Restore a base model; False if another model holds it for which padding is left out, too."""
+    module._sebp_outer_proofs = [one for one in module._sebp_outer_proofs if one is not proofs]
+    if module._sebp_outer_proofs:
         return False
     take_out(module, _base_forward)
     take_out(_exit_of(module), _exit_forward)
@@ -484,5 +485,5 @@ def _restore(module: nn.Module, proofs: Proofs) -> bool:
         take_out(module.pooler, _pooler_forward)
     if mpnet.is_mpnet(module):
         mpnet.restore(module)
-    del module._sebp_name, module._sebp_tellers
+    del module._sebp_name, module._sebp_outer_proofs
     return True

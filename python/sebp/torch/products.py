@@ -151,7 +151,7 @@ def linear_backward(
 
 
 def sizes(dy: Tensor, x: Tensor | None, weight: Tensor | None, transposed: bool) -> tuple[int, int]:
-    """Give N and K; K is 0 where neither dX nor dW is wanted."""
+    """Return N and K; K is 0 where neither dX nor dW is wanted."""
     if weight is not None:
         return dy.shape[-1], weight.shape[0 if transposed else 1]
     return dy.shape[-1], 0 if x is None else x.shape[-1]

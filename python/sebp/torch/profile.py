@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows what SEBP would save on a model and a batch, before anything is changed."""
+"""Shows what SEBP would save on a model and a batch, without changing the model."""
 
 import random
 from collections import Counter
@@ -39,7 +39,7 @@ class LayerProfile:
         Which rows of dY are active. A layer that ran several times has its calls one after the
         other along the first dimension.
     flops : int
-        What the dense backward takes: 2 M N K for each of dX and dW that training needs.
+        Flops of the dense backward: 2 M N K for each of dX and dW that training needs.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Profile:
 
     @property
     def activity(self) -> float:
-        """The active rows of all layers together, as a share of their rows."""
+        """The share of active rows among the rows of all layers."""
         return sum(one.active for one in self.layers) / max(sum(one.rows for one in self.layers), 1)
 
     @property
@@ -196,7 +196,7 @@ def _loss_of(output: object) -> Tensor:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Put all random number generators back to where they were."""
+    """Restore the state of all random number generators."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -211,10 +211,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
-    """Make tensors to run a model with in the place of its parameters and buffers.
+    """Make tensors to run a model with instead of its parameters and buffers.
 
-    The parameters' have their memory, but gradients of their own, which are dropped at once, and
-    none of their hooks.
+    Those for parameters share their memory, but not their hooks. Their gradients are dropped at
+    once.
     """
     tensors = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
@@ -231,22 +231,23 @@ def profile(
     rows: RowRule = "nonzero",
     loss: Callable[[object], Tensor] | None = None,
 ) -> Profile:
-    """Run one forward and backward, and tell for each linear layer which rows of dY are active.
+    """Run one forward and backward, and find for each linear layer which rows of dY are active.
 
-    The model is left as it was: parameters, their gradients and hooks, buffers, training mode, and
-    random number generators. It may have SEBP or not; with SEBP and an inexact rule, the rows that
-    a layer leaves out are missing in those before it.
+    Nothing is changed: parameters, their gradients and hooks, buffers, training mode, and random
+    number generators stay as they are. The model may have SEBP. With an inexact rule, the rows that
+    a layer leaves out are then missing in the layers before it.
 
     Parameters
     ----------
     model : nn.Module
         Any model, in the mode it is to be profiled in.
     batch : mapping, sequence or Tensor
-        What the model is called with, with labels where the model makes its loss from them.
+        What the model is called with, including labels if the model computes its loss from them.
     rows : "nonzero", int, ("threshold", float) or ("energy", float)
         Which rows count as active, as for :func:`~sebp.apply_sebp_to_model`.
     loss : callable, optional
-        Gives a scalar loss from what the model returned. Default: its ``loss``, or a scalar.
+        Computes a scalar loss from what the model returned. Default: its ``loss``, or the scalar
+        that it is.
 
     Returns
     -------
@@ -313,7 +314,7 @@ def profile(
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Give the model itself, whatever it was handed to first: processes or a compiler."""
+    """Return the model itself, without what DistributedDataParallel or a compiler put around it."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -324,7 +325,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _join(calls: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-    """Put the rows of a layer's calls one after the other, flat where their shapes differ."""
+    """Concatenate the rows of a layer's calls, flattened where their shapes differ."""
     if len({(call.ndim, *call.shape[1:]) for call in calls}) > 1 or calls[0].ndim == 0:
         calls = [call.reshape(-1) for call in calls]
     return np.concatenate(calls)

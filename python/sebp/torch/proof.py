@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves that a call of a model comes out as it would with padding, or lets it run with padding.
+"""Proves that the result of a call is the same as with padding, or runs it with padding.
 
-A :class:`Call` is one call of the outermost model that :func:`~sebp.padding_free` was told of.
+A :class:`Call` is one call of the outermost model that :func:`~sebp.padding_free` was called for.
 
-- Its kind is new: the model runs again with padding and without dropout, and what both return, and
-  what they leave in buffers and attributes, is compared. On a difference no call of this kind
-  leaves padding out from then on.
-- No backward can follow: padded tokens held NaN, and what the model returns has to be free of it.
-- A backward can follow: padded tokens held numbers larger than any real one, and each must have a
-  gradient of zero, which :meth:`~sebp.torch.packing.Packing.pad` looks at. Where nobody may come to
-  look, in evaluation or as a part ran without gradients, the model runs once more with NaN.
+- If its kind is new, the model runs again with padding and without dropout. The results of both
+  runs, and what they leave in buffers and attributes, are compared. If they differ, all later calls
+  of this kind run with padding.
+- If no backward can follow, padded tokens hold NaN, and the result must not hold any.
+- If a backward can follow, padded tokens hold numbers larger than any real one, and each must have
+  a gradient of zero, which :meth:`~sebp.torch.packing.Packing.pad` checks. Where that backward may
+  not happen (in evaluation, or where a part ran without gradients) the model runs again with NaN.
 
 Where the result is not proved, the model runs with padding, from the state at the beginning.
 """
@@ -35,7 +35,7 @@ _TOLERANCE, _SHORT_TOLERANCE = 1e-4, 3e-2
 # The arguments and parts of results that are a decoder's memory of earlier calls.
 CACHES = ("past_key_values", "cache")
 _FIRST = "it came unexpectedly as the first of its kind"
-# Reasons that a script is not told of: nothing is lost, or it knows.
+# Reasons without a warning: nothing is lost, or the user knows.
 _QUIET = ("no padding", "a cache", "torch.compile", "not on the CPU", _FIRST)
 
 
@@ -46,22 +46,22 @@ class Proofs:
     Attributes
     ----------
     check : bool
-        Whether calls are proved. If not, padded tokens hold zeros, and the backward alone looks.
+        Whether calls are proved. If not, padded tokens hold zeros, and only the backward checks.
     proved : set of Kind
-        The kinds of calls that come out right.
+        The kinds of calls whose results are the same.
     refused : dict of Kind to str
         The kinds that run with padding, and why.
     unfit : str
-        Why no call of the model can leave padding out, where that has shown.
+        Why no call of the model can run without padding; "" if that is not so.
     calls : Counter of str
         How many calls ran without padding, under "", and with padding, by reason.
-    told : set of str
-        The reasons that there was a warning of.
+    warned : set of str
+        The reasons that a warning has told.
     owners : set of str
         Which functions of this package asked for it.
     settled : set of (bool, bool)
-        In which modes (training, with a backward) calls are of known kinds, as far as is known: in
-        others the state is taken before each call, which may have to be made again.
+        The modes (training, with a backward) in which new kinds are not expected. In the others
+        the state is saved before each call, which may have to be repeated.
     """
 
     check: bool
@@ -69,7 +69,7 @@ class Proofs:
     refused: dict[Kind, str] = field(default_factory=dict)
     unfit: str = ""
     calls: Counter[str] = field(default_factory=Counter)
-    told: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
     owners: set[str] = field(default_factory=set)
     settled: set[tuple[bool, bool]] = field(default_factory=set)
 
@@ -82,18 +82,18 @@ _of_thread = _OfThread()
 
 
 def current_call() -> "Call | None":
-    """Give the call that this thread is in."""
+    """Return the call that this thread is in."""
     return _of_thread.call
 
 
-def _short(text: object, most: int = 160) -> str:
-    """Give the first line of a text, or the beginning of that."""
+def _short(text: object, limit: int = 160) -> str:
+    """Return the first line of a text, shortened."""
     line = (str(text).splitlines() or [""])[0]
-    return line if len(line) <= most else line[: most - 3] + "..."
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _differs(name: str, ours: object, right: object, mask: Tensor, tolerance: float) -> str:
-    """Compare one part of two results; "": they are equal within rounding."""
+    """Return how one part of two results differs, or "" if it is equal within rounding."""
     if not isinstance(right, Tensor):
         if right is None or isinstance(right, str) or ours == right:
             return "" if ours == right else f"{name} differs"
@@ -114,7 +114,7 @@ def _differs(name: str, ours: object, right: object, mask: Tensor, tolerance: fl
 
 
 def _off(ours: Tensor, right: Tensor) -> float:
-    """Give the largest difference, as a share of the largest of the elements that differ."""
+    """Return the largest difference, as a share of the largest of the elements that differ."""
     if not right.is_floating_point():
         return 0.0 if torch.equal(ours, right) else float("inf")
     a, b = ours.double(), right.double()
@@ -144,7 +144,7 @@ class Call:
     Attributes
     ----------
     model : nn.Module
-        The outermost model that was told of.
+        The outermost model, for which :func:`~sebp.padding_free` was called.
     given : dict of str to object
         The arguments of the call.
     is_plain : bool
@@ -152,7 +152,7 @@ class Call:
     has_backward : bool
         Whether a backward can reach padded tokens and look at their gradients.
     is_again : bool
-        Whether this is a run to compare with, in which gradients are off.
+        Whether this is the run to compare with, in which gradients are off.
     """
 
     def __init__(self, model: nn.Module, proofs: Proofs, given: dict[str, object]) -> None:
@@ -167,7 +167,7 @@ class Call:
         )
         self.reasons: list[str] = []
         self._packings: list[tuple[Kind, Packing]] = []
-        # Without a backward any call may have to be made again.
+        # Without a backward any call may have to be repeated.
         self._mode = (model.training, self.has_backward)
         self._is_settled = self._mode in proofs.settled
         is_open = proofs.check and self._mode != (True, True)
@@ -178,12 +178,13 @@ class Call:
             torch.float64,
         }
 
-    # ---- what modules within it ask and tell ----
+    # ---- called by modules within it ----
 
     def kind_of(self, name: object, packing: Packing, arguments: dict[str, object]) -> Kind:
-        """Say of what kind a module's part in this call is.
+        """Return of what kind a module's part in this call is.
 
-        Calls of one kind are alike in all that decides whether tokens mix, but numbers.
+        Calls of one kind may differ in their numbers, but in nothing else that decides whether
+        tokens mix.
 
         Parameters
         ----------
@@ -216,7 +217,7 @@ class Call:
         )
 
     def is_unexpected(self, kind: Kind) -> bool:
-        """Tell whether a kind is new, but the state at the beginning was not taken."""
+        """Return whether a kind is new, but the state at the beginning was not saved."""
         needs_state = self.is_new(kind) or not torch.is_grad_enabled()
         is_so = self.proofs.check and needs_state and self._state is None
         if is_so:
@@ -230,22 +231,22 @@ class Call:
         self._packings.append((kind, packing))
 
     def is_new(self, kind: Kind) -> bool:
-        """Tell whether calls of a kind have neither been proved nor, without a check, been made."""
+        """Return whether no call of a kind was proved so far (without a check: made)."""
         return kind not in self.proofs.proved
 
     def leave_unwatched(self) -> None:
-        """Note that padded tokens were made where gradients are off."""
+        """Note that there are padded tokens whose gradients will not be checked."""
         self._is_unwatched = True
 
-    # ---- from beginning to end ----
+    # ---- the call ----
 
     def run(self, forward: Callable, args: tuple, kwargs: dict) -> object:
-        """Call the model, and prove what comes out or have it made with padding.
+        """Call the model, and prove the result or compute it with padding.
 
         Parameters
         ----------
         forward : callable
-            The model's own, within which modules leave padding out.
+            The model's own, in which modules remove padding.
         args, kwargs
             What it was called with.
         """
@@ -262,7 +263,7 @@ class Call:
             scout = Once(self.model, tensors) if check and not self._is_settled else nullcontext()
             output = self._within(forward, args, kwargs, scout)
         except Exception as error:
-            # What the model itself raises, it raises again.
+            # If the model itself raises this, it will raise it again.
             may_go_on = self._state is not None and (self._packings or isinstance(error, Unfit))
             if not may_go_on or _is_end_of_recomputation(error):
                 raise
@@ -289,7 +290,7 @@ class Call:
         return output
 
     def _problem(self, output: object, given: set[int], forward: Callable, before: tuple) -> str:
-        """Say what is not proved; "": nothing."""
+        """Return what is not proved, or ""."""
         ours = dict(leaves(output, CACHES))
         changes = self._state.changes()
         packings = list(self._packings)
@@ -316,7 +317,7 @@ class Call:
     def _unproved(
         self, parts: dict[str, object], changes: dict[str, object], given: set[int]
     ) -> str:
-        """Say what may depend on padded tokens, which hold NaN; "": nothing."""
+        """Return what may depend on padded tokens, which hold NaN, or ""."""
         for name, value in parts.items():
             if value is None or id(value) in given:
                 continue
@@ -332,7 +333,7 @@ class Call:
     def _again(
         self, is_plain: bool, forward: Callable, before: tuple
     ) -> tuple[dict[str, object], dict[str, object], bool]:
-        """Run once more from the same state, without dropout; leave no trace.
+        """Run once more from the same state, without dropout and without side effects.
 
         Returns
         -------
@@ -352,7 +353,7 @@ class Call:
             after.put_back()
 
     def _with_padding(self, reason: str, forward: Callable, given: tuple, before: tuple) -> object:
-        """Make the call again as the model does by itself, and all of its kind from now on."""
+        """Repeat the call with padding, and run all later ones of its kind so."""
         kinds = [kind for kind, _ in self._packings]
         self._state.put_back()
         put_containers_back(given, before)
@@ -373,14 +374,14 @@ class Call:
         finally:
             _of_thread.call = None
 
-    # ---- what a script is told ----
+    # ---- warnings and counts ----
 
     def _count(self, reason: str) -> None:
         """Count a call, and warn once for each reason to run with padding."""
         self.proofs.calls[reason] += 1
-        if not reason or reason in self.proofs.told or reason.startswith(_QUIET):
+        if not reason or reason in self.proofs.warned or reason.startswith(_QUIET):
             return
-        self.proofs.told.add(reason)
+        self.proofs.warned.add(reason)
         what = "such calls run" if self.model.training else "such calls, in evaluation, run"
         warnings.warn(
             f"sebp: {type(self.model).__name__}: {what} with padding, as the model does by itself:"
@@ -390,5 +391,5 @@ class Call:
 
 
 def _is_end_of_recomputation(error: Exception) -> bool:
-    """Tell whether checkpointing has computed again all that it needs, and stops there."""
+    """Return whether an error is how checkpointing ends a recomputation early."""
     return isinstance(error, torch.utils.checkpoint._StopRecomputationError)

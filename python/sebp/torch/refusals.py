@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What speaks against leaving padding out of one call of a base model."""
+"""Reasons for which one call of a base model runs with padding."""
 
 import functools
 import inspect
@@ -16,27 +16,27 @@ PACKED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _HARMLESS = ("attention_mask", "return_dict", "num_items_in_batch")
 # What may be False.
 _FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
-# Whose modules work token by token, but for what is known to be attention.
+# Packages whose modules work token by token, except those known to be attention.
 _PACKAGES = ("torch", "transformers", "peft", "sebp")
-# Hooks that do not care how many tokens there are: those of this package, those that look after
-# weights, and two of transformers.
+# Hooks that work on any number of tokens: those of this package, those that compute weights, and
+# two of transformers.
 _HOOKS = ("sebp.", "torch.nn.utils.")
 _HOOK_NAMES = ("make_inputs_require_grads", "output_capturing_hook")
 
 
 @functools.lru_cache(maxsize=256)
 def signature_of(forward: object) -> inspect.Signature:
-    """Give a function's signature, which is looked up once."""
+    """Return a function's signature, from a cache."""
     return inspect.signature(forward)
 
 
 def _is_causal(module: nn.Module) -> bool:
-    """Tell whether tokens attend to those before them alone."""
+    """Return whether tokens attend only to those before them."""
     return any(getattr(one, "is_causal", False) is True for one in module.modules())
 
 
 def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
-    """Say why a call has to be left to the model as it is; "": it has not.
+    """Return why a call has to run with padding, or "" if it does not.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     Returns
     -------
     str
-        The reason, in a user's words.
+        The reason, for a warning.
     """
     config, mask = module.config, given.get("attention_mask")
     if given.get("use_cache") or any(given.get(name) is not None for name in CACHES):
@@ -81,7 +81,7 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
 
 
 def _unfit_configuration(module: nn.Module, given: dict[str, object], call: Call) -> str:
-    """Say what of the configuration does not go with texts that lie end to end."""
+    """Return which option of the configuration does not work on packed texts, or ""."""
     config = module.config
     # In training nobody reads the cache that is there by default.
     is_default = given.get("use_cache") is None and getattr(config, "use_cache", False)
@@ -106,10 +106,10 @@ def _unknown_argument(given: dict[str, object]) -> str:
 
 
 def _unfit_gradients(module: nn.Module) -> str:
-    """Find out whether what is computed now may be computed again in a backward.
+    """Return why this call may be computed again in a backward, or "" if it is not.
 
-    That is so where checkpointing is around the model, which runs it without gradients, or with
-    hooks on what is saved. The padding would not be left out there, and dropout be another.
+    Checkpointing around the model does that: it runs the model without gradients, or with hooks on
+    saved tensors. The repetition would run with padding, and with another dropout.
     """
     if not module.training or not any(p.requires_grad for p in module.parameters()):
         return ""
@@ -121,7 +121,7 @@ def _unfit_gradients(module: nn.Module) -> str:
 
 
 def foreign_part(module: nn.Module) -> str:
-    """Find a part that was put in since, or compiled, and may look at other tokens."""
+    """Find a part that was added or compiled since, and may mix tokens."""
     for name, one in module.named_modules():
         if type(one).__module__.split(".")[0] not in _PACKAGES:
             return f"it holds a {type(one).__name__}, which may look at other tokens"
@@ -131,7 +131,7 @@ def foreign_part(module: nn.Module) -> str:
 
 
 def _foreign_hook(model: nn.Module) -> str:
-    """Find a hook that would see what it was not written for: real tokens alone, or padding."""
+    """Find a hook that would see real tokens only, or padding, and may not expect that."""
     for name, one in model.named_modules():
         if one is model:
             continue  # its hooks see the model from outside
@@ -148,14 +148,14 @@ def _foreign_hook(model: nn.Module) -> str:
 
 
 def _is_known_hook(hook: object) -> bool:
-    """Tell whether a hook does not care how many rows there are."""
+    """Return whether a hook works on any number of rows."""
     hook = hook.func if isinstance(hook, functools.partial) else hook
     origin = getattr(hook, "__module__", None) or type(hook).__module__
     return origin.startswith(_HOOKS) or getattr(hook, "__name__", "") in _HOOK_NAMES
 
 
 def _unfit_mask(module: nn.Module, mask: Tensor) -> str:
-    """Say why this mask does not go with the model."""
+    """Return why the model cannot run on the real tokens of this mask, or ""."""
     real = mask != 0
     if bool(real.all()):
         return "no padding"

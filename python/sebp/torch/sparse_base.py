@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SparseGrad and MeProp have to do with the user's optimizer."""
+"""How SparseGrad and MeProp work with the user's optimizer."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from ..core import SebpError
 from ..sparse import AdamW, check_adamw
 from .context import thread_context
 
-# Options of a group that change an optimizer's step: some of schedule-free ones, which warm up
-# within it.
+# Options of a group that change an optimizer's step, those of schedule-free ones included, whose
+# warm-up is part of the step.
 _NOT_DONE = ("maximize", "amsgrad", "warmup_steps")
 
 
@@ -61,7 +61,7 @@ class StepGuard:
             )
 
     def step(self, base: torch.optim.Optimizer) -> None:
-        """Let it take one."""
+        """Take a step of the user's optimizer."""
         self._is_open = True
         try:
             base.step()
@@ -69,13 +69,13 @@ class StepGuard:
             self._is_open = False
 
     def release(self) -> None:
-        """Refuse none any more."""
+        """Stop refusing steps."""
         if self._hook is not None:
             self._hook.remove()
 
 
 def _numbers_of(name: str, group: Mapping[str, object]) -> AdamW:
-    """Read the numbers of a layer's step from its weight's group, and refuse what is not done."""
+    """Read the numbers of a layer's step from its weight's group; refuse unsupported options."""
     for option in _NOT_DONE:
         if group.get(option):
             raise ValueError(f"{name}: {option} is not done by the step of sparse layers")
@@ -95,7 +95,7 @@ def _numbers_of(name: str, group: Mapping[str, object]) -> AdamW:
 def numbers_of_steps(
     optimizer: torch.optim.Optimizer, layers: Sequence[tuple[str, Tensor, int]]
 ) -> list[AdamW]:
-    """Read the numbers of steps, and have them checked before anything has moved.
+    """Read the numbers of steps, and check them before any parameter changes.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def _swaps_weights(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def refuse_evaluation(optimizer: torch.optim.Optimizer) -> None:
-    """Raise where such an optimizer could not take a step, before anything is done for it."""
+    """Raise if a schedule-free optimizer is in evaluation mode, where it takes no step."""
     if _swaps_weights(optimizer) and not optimizer.param_groups[0]["train_mode"]:
         name = type(optimizer).__name__
         raise RuntimeError(f"{name} is in evaluation mode: call train() before a step")
@@ -147,7 +147,7 @@ def refuse_evaluation(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def drop_state(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> None:
-    """Delete what an optimizer keeps for weights; they become their average where it is in that."""
+    """Delete an optimizer's state for weights; a schedule-free one leaves their average."""
     state, groups = optimizer.state, optimizer.param_groups
     swaps = _swaps_weights(optimizer) and groups[0]["train_mode"]
     if swaps and any(state.get(weight) for weight in weights):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a checkpoint of SparseGrad and MeProp, as PyTorch saves them and back."""
+"""The parts of a checkpoint of SparseGrad and MeProp, to and from what PyTorch saves."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from .sparse_settings import Kind, Settings, check_k, check_rank
 
 
 def tensors_of(copy: tuple) -> dict[str, object]:
-    """Give a copied state as PyTorch saves it: arrays as tensors, by name."""
+    """Return a copied state as PyTorch saves it: arrays as tensors, by name."""
     return {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in copy._asdict().items()
@@ -27,7 +27,7 @@ def arrays_of(saved: dict[str, object]) -> dict[str, object]:
 
 
 def load_sums(kind: Kind, saved: Mapping[str, dict], settings: Settings) -> BasisSums:
-    """Make a kind's sums of a checkpoint's, from which bases can be had."""
+    """Make a kind's sums from a checkpoint; raise unless its bases can be computed from them."""
     rank = settings.rank or kind.shape
     check_rank(kind, rank, settings.basis_steps)
     check_k(settings.k, kind, rank)
@@ -37,7 +37,7 @@ def load_sums(kind: Kind, saved: Mapping[str, dict], settings: Settings) -> Basi
 
 
 def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[float, float]]:
-    """Make a kind's basis of a checkpoint's, with the shares of energy."""
+    """Make a kind's basis from a checkpoint, with the shares of energy."""
     arrays = arrays_of(saved[kind.name])
     basis = Basis.from_vectors(arrays["u_out"], arrays["u_in"])
     if basis.shape != kind.shape:
@@ -50,7 +50,7 @@ def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[floa
 def load_moments(
     kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: Settings
 ) -> dict[str, SparseAdamW]:
-    """Make the moments of a kind's layers of a checkpoint's, with which k elements can train."""
+    """Make the moments of a kind's layers from a checkpoint; raise unless they suit k."""
     shape = kind.shape if basis is None else basis.rank
     check_k(settings.k, kind, shape)
     moments = {}

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of which a few elements of the weight's gradient are trained.
 
-A layer's forward and its gradients of inputs and bias stay its own. Its weight asks for no
-gradient; a hook on the forward lets the backward compute, from dY and X on the active rows, the k
-elements that are kept. :mod:`.sparse_optimizer` moves them.
+A layer's forward and its gradients of inputs and bias are not changed. Its weight requires no
+gradient. A hook on the forward makes the backward compute, from dY and X on the active rows, the k
+elements that are kept. :mod:`.sparse_optimizer` takes a step with them.
 
-The kept elements are not the weight's ``grad``, which has the shape of the weight. They follow what
-happens to the ``grad`` of others: a leaf in the graph has them collected by ``backward()`` and not
-by ``torch.autograd.grad()``, and :class:`Backwards` notices a ``zero_grad()`` of the model.
+The kept elements are not the weight's ``grad``, which has the shape of the weight, but they are
+treated as the ``grad`` of others is. ``backward()`` computes them and ``torch.autograd.grad()``
+does not, as their computation hangs on a leaf of the graph. :class:`Backwards` notices a
+``zero_grad()`` of the model.
 """
 
 import weakref
@@ -47,18 +48,18 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def _is_finite(matrix: Tensor) -> bool:
-    """Tell whether there is no NaN or Inf: then the sum is finite, unless it overflows."""
+    """Return whether there is no NaN or Inf, by the sum first, which is fast."""
     return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
 
 
 class Scratch:
-    """Room for one gradient in the space where elements are chosen."""
+    """Memory for one gradient in the space where elements are chosen, shared by all layers."""
 
     def __init__(self) -> None:
         self.floats = torch.empty(0)
 
     def matrix(self, shape: tuple[int, int]) -> Tensor:
-        """Give the room as a matrix; what it held is lost."""
+        """Return the memory as a matrix; what it held is lost."""
         size = shape[0] * shape[1]
         if self.floats.numel() < size:
             self.floats = torch.empty(size)
@@ -72,9 +73,9 @@ class Scratch:
 class SparseLayer:
     """One layer: the elements of its gradient since the last step, and their moments.
 
-    During the basis phase it has neither: its weight's gradient is whole, and its hook notices a
-    second one alone. Matrices are as the weight lies in memory: N x K, of a ``Conv1D`` K x N, where
-    dY and X change places.
+    During the basis phase it has neither: the weight has a whole gradient, and the hook only
+    notices a second backward. Matrices have the weight's shape: N x K, or K x N for a ``Conv1D``,
+    where dY and X change places.
     """
 
     def __init__(self, name: str, module: nn.Module, settings: Settings) -> None:
@@ -143,7 +144,7 @@ class SparseLayer:
             out = matrix_of(r)
             sparsegrad_gradient(self.basis, left, right, active, out=out, context=context)
         if is_fixed:
-            # What lies beside the support tells of a gradient gone wrong all the same.
+            # A NaN outside the support is an error in the gradient, too.
             self.is_finite = self.is_finite and _is_finite(r)
             taken = take_elements(matrix_of(r), self.moments.support, context)
             if self.gradient is not None:
@@ -159,7 +160,7 @@ class SparseLayer:
     # ---- in the step ----
 
     def finish_gradient(self, adamw: AdamW) -> bool:
-        """Choose the elements where backwards were summed; False: there is no step with them."""
+        """Choose the elements where backwards were summed; False if no step can be taken."""
         if self.whole is not None:
             if not _is_finite(self.whole):
                 return False
@@ -170,9 +171,9 @@ class SparseLayer:
         return sound and self._has_room(adamw)
 
     def _has_room(self, adamw: AdamW) -> bool:
-        """Tell whether rate times moment does not overflow.
+        """Return whether learning rate times moment does not overflow.
 
-        No moment is larger than the largest gradient: a rate that makes it smaller is safe.
+        No moment is larger than the largest gradient, so a factor below 1/2 is safe.
         """
         rate = adamw.lr / (1 - adamw.beta1 ** (self.moments.steps + 1))
         if rate < 0.5:
@@ -181,7 +182,7 @@ class SparseLayer:
         return rate * max(float(np.abs(one).max(initial=0)) for one in values) < LARGEST_FLOAT / 2
 
     def step(self, adamw: AdamW) -> None:
-        """Move the weight, if there is a gradient, which is then used up."""
+        """Take a step, if there is a gradient, and drop the gradient."""
         if self.gradient is None:
             return
         context, weight = thread_context(), matrix_of(self.weight)
@@ -198,10 +199,10 @@ class SparseLayer:
             self._fix_support()
 
     def _fix_support(self) -> None:
-        """Go on with the k elements of largest second moment alone.
+        """Keep only the k elements of largest second moment from now on.
 
-        One that overflowed goes on as the largest number, which decays: as Inf it would be no
-        number to choose by, and its element would never move again.
+        A moment that overflowed becomes the largest float, which decays. An Inf could not be
+        chosen by, and its element would never move again.
         """
         old = self.moments.moments()
         squares = np.minimum(old.moment2, LARGEST_FLOAT)
@@ -225,7 +226,7 @@ class SparseLayer:
         scratch: Scratch,
         backwards: "Backwards",
     ) -> None:
-        """Train the elements alone."""
+        """Train only the kept elements."""
         self.basis, self.moments, self.scratch = basis, moments, scratch
         self.weight.requires_grad_(False)
         self.weight.grad = None
@@ -235,13 +236,13 @@ class SparseLayer:
         self.backwards = backwards
         self.drop_gradient()
         if self.hook is None:
-            # First of all hooks, as others may give another Y.
+            # Before all other hooks, as these may return another Y.
             self.hook = self.module.register_forward_hook(
                 _Hook(self), prepend=True, with_kwargs=True
             )
 
     def detach(self) -> None:
-        """Make the layer what it was."""
+        """Restore the layer."""
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
@@ -252,11 +253,11 @@ class SparseLayer:
 
 
 class Backwards:
-    """Tells whether the gradients that were there after the last backward are still wanted.
+    """Knows whether ``zero_grad()`` was called since the last backward.
 
-    ``zero_grad()`` of the model, or of the user's optimizer, leaves no ``grad`` to the parameters
-    that they share. What layers keep is then dropped as well. A backward is noticed before it gives
-    any of these parameters a new ``grad``.
+    ``zero_grad()`` of the model, or of the user's optimizer, deletes the ``grad`` of the parameters
+    that both have. What layers keep is then dropped as well. For that a backward is noticed before
+    it gives any of these parameters a new ``grad``.
     """
 
     def __init__(
@@ -269,18 +270,18 @@ class Backwards:
         self.base = base
         self.parameters = set(parameters)
         self._with_grad: list[Tensor] = []
-        # Backwards that have not come to their end; what is referred to lives as long as they do.
+        # Backwards that have not ended. Each reference is dead once its backward is over.
         self._tasks: dict[int, weakref.ref] = {}
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
         self._watch()
 
     def _watched(self) -> list[Tensor]:
-        """Give the parameters that both ``zero_grad()`` reach."""
+        """Return the parameters that both the model and the user's optimizer have."""
         groups = self.base.param_groups
         return [p for group in groups for p in group["params"] if p in self.parameters]
 
     def _watch(self) -> None:
-        """Have each parameter that trains tell before it is given a gradient."""
+        """Put a hook on each parameter that trains, which runs before it gets a gradient."""
         for parameter in self._watched():
             if parameter.requires_grad and parameter not in self._handles:
                 self._handles[parameter] = parameter.register_hook(self._before_grad)
@@ -289,7 +290,7 @@ class Backwards:
         self.note()
 
     def note(self) -> None:
-        """Take notice of a backward, within it."""
+        """Note that a backward is running; called within it."""
         task = torch._C._current_graph_task_id()
         if task in self._tasks:
             return
@@ -311,7 +312,7 @@ class Backwards:
         ends = list(self._tasks.values())
         if any(end() for end in ends):
             return  # within another backward, which has looked
-        # What a backward that raised has left is not known: it never came to its end.
+        # A backward that raised an error has not ended, so what it left is not known.
         parameters = self._watched() if ends else self._with_grad
         if (ends or parameters) and all(p.grad is None for p in parameters):
             self.drop()
@@ -324,7 +325,7 @@ class Backwards:
             layer.drop_gradient()
 
     def release(self) -> None:
-        """Take no notice any more."""
+        """Remove the hooks."""
         for hook in self._handles.values():
             hook.remove()
         self._handles = {}
@@ -335,10 +336,10 @@ class Backwards:
 
 
 class _Collect(torch.autograd.Function):
-    """Gives a token in the place of Y, and in the backward dY to the layer.
+    """Returns a token of Y's shape; its backward hands dY to the layer.
 
-    Of its inputs a leaf alone has a gradient: so it runs in a ``backward()``, which is for all
-    leaves, and not in ``torch.autograd.grad()`` of others.
+    Its only input that requires a gradient is a leaf. So its backward runs in ``backward()``, which
+    computes the gradients of all leaves, and not in ``torch.autograd.grad()`` of other tensors.
     """
 
     @staticmethod
@@ -362,11 +363,11 @@ class _Collect(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
-    """Gives Y as it is, and in the backward dY to both it and the token."""
+    """Returns Y; its backward passes dY on to both Y and the token."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, token: Tensor) -> Tensor:
-        # The same memory, but to autograd no view of Y, which could not be changed in place.
+        # The same memory, but no view of Y for autograd: a view could not be changed in place.
         return y.data
 
     @staticmethod
@@ -386,8 +387,8 @@ def _tap(layer: SparseLayer, x: Tensor, y: Tensor) -> Tensor:
 class _Hook:
     """The forward hook of a layer.
 
-    It does nothing in a copy of the model, and where another weight stands in for the layer's, as
-    ``torch.func.functional_call`` and so :func:`~sebp.profile` have it.
+    It does nothing in a copy of the model, and where another weight replaces the layer's, as in
+    ``torch.func.functional_call`` and so in :func:`~sebp.profile`.
     """
 
     def __init__(self, layer: SparseLayer | None) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of SparseGrad and MeProp.
 
-It moves the elements that :mod:`.sparse_layer` collects, and hands the other parameters to the
-user's optimizer.
+It takes steps with the elements that :mod:`.sparse_layer` collects, and leaves the other parameters
+to the user's optimizer.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,30 +74,31 @@ def _energy(matrix: Tensor) -> float:
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """Trains the chosen layers' weights by SparseGrad or MeProp, all else by another optimizer.
+    """Trains the chosen layers' weights by SparseGrad or MeProp, the rest by another optimizer.
 
     Made by :func:`~sebp.apply_sparsegrad_to_model` and :func:`~sebp.apply_meprop_to_model`. It
-    shares ``param_groups`` and ``state`` with the user's optimizer, so that schedulers may be given
-    either. The sparse weights stay in their groups, from which their step takes ``lr``,
-    ``weight_decay`` (decoupled), ``betas`` and ``eps``; what a group lacks is as in
-    ``torch.optim.AdamW``, without decay; ``maximize`` and ``amsgrad`` are refused. As they have no
-    ``grad``, the user's optimizer passes them by, and what it kept for them is deleted: that memory
-    is free.
+    shares ``param_groups`` and ``state`` with the user's optimizer, so that schedulers work with
+    either. The sparse weights stay in their groups. Their step takes ``lr``, ``weight_decay``
+    (decoupled), ``betas`` and ``eps`` from there. Missing ``betas`` and ``eps`` are those of
+    ``torch.optim.AdamW``; without ``weight_decay`` there is none. ``maximize`` and ``amsgrad`` are
+    refused. As these weights have no ``grad``, the user's optimizer skips them. Its state for them
+    is deleted, which frees the memory.
 
     Their gradients come from ``backward()``, not from ``torch.autograd.grad()``. They are dropped
-    by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer, but not if
-    these are told to write zeros (``set_to_none=False``), nor where no other parameter has a
-    gradient. Clipping does not see them, nor does a ``GradScaler``, with which a step is refused.
+    by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer. The latter
+    two do not drop them with ``set_to_none=False``, nor where no other parameter has a gradient.
+    Clipping does not see them. A step with a ``GradScaler``, which does not see them either, is
+    refused.
 
-    Whatever else the user's optimizer has is found here too. But a step is to be this one's: one of
-    the user's optimizer alone is refused, as it would leave the sparse layers out.
+    All other attributes are those of the user's optimizer. A step of the user's optimizer alone is
+    refused, as it would leave the sparse layers out.
 
-    A schedule-free optimizer, whose weights are others in ``train()`` than in ``eval()``, is told
-    both as ever. The sparse weights are not averaged by it and so the same in both. Where it has
-    trained them before, in the basis phase, they go on from what ``eval()`` gives, their average.
-    Its own ``warmup_steps`` are refused.
+    ``train()`` and ``eval()`` of a schedule-free optimizer, which swap weights, work as before. The
+    sparse weights are not averaged by it and so the same in both. If it trained them in the basis
+    phase, they start from their average, which is what ``eval()`` puts in. Its ``warmup_steps`` are
+    refused.
 
-    It belongs to the model it was made for and is not copied or pickled: see :meth:`state_dict`.
+    It belongs to the model it was made for and cannot be copied or pickled: see :meth:`state_dict`.
 
     Attributes
     ----------
@@ -137,7 +138,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.sums: dict[str, BasisSums] = {}
         self._energies: dict[str, float] = {}
         self._share_groups()
-        # What there may be no memory for, before anything is done to the model.
+        # First what may run out of memory, before the model is changed.
         has_phase = settings.basis_steps > 0
         sums = {kind.name: BasisSums(*kind.shape) for kind in kinds if has_phase}
         moments = {} if has_phase else self._new_moments()
@@ -149,9 +150,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._guard = StepGuard(base)
 
     def __getattr__(self, name: str) -> object:
-        """Give what the user's optimizer has besides."""
+        """Return an attribute of the user's optimizer."""
         base = vars(self).get("base")
-        # Python's own protocols, such as copying, are not for another object.
+        # Python's own protocols, such as copying, are not passed on to another object.
         if base is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
@@ -222,17 +223,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         Raises
         ------
         SebpError
-            If a gradient of these layers holds a NaN or Inf, or numbers so large that a step or, in
-            the basis phase, the sum of their squares would be one: the message names step and
-            layers, and what these layers keep of it is dropped. If a number of a group is out of
-            range; gradients are then kept. No parameter has changed in either case, nor anything
-            that is summed. At the end of the basis phase also if a basis cannot be had: that step
-            was taken, and the next one adds its gradients and tries again.
+            If a gradient of these layers holds a NaN or Inf, or numbers so large that a step would
+            overflow, or in the basis phase the sum of their squares. The message names the step and
+            the layers, and the gradients of these layers are dropped. Also if a number of a group
+            is out of range; gradients are then kept. In both cases no parameter and no sum has
+            changed. At the end of the basis phase also if a basis cannot be computed. That step was
+            taken; the next one adds its gradients and tries again.
         ValueError, RuntimeError
-            For a group's option that is not done; under ``torch.distributed`` or a ``GradScaler``;
-            if a schedule-free optimizer is in evaluation mode; if a sparse weight asks for a
-            gradient again, or is of another dtype or shape, on another device or not row by row in
-            memory any more. No parameter has changed, and gradients are kept.
+            If a group has an option that is not supported; under ``torch.distributed`` or a
+            ``GradScaler``; if a schedule-free optimizer is in evaluation mode; if a sparse weight
+            requires a gradient again, has another dtype, shape or device, or is not contiguous any
+            more. No parameter has changed, and gradients are kept.
         """
         loss = None
         if closure is not None:
@@ -248,11 +249,11 @@ class SparseOptimizer(torch.optim.Optimizer):
                 self._step_sparse()
         return loss
 
-    # So that a GradScaler tells that it is there, instead of dividing what it sees by its scale.
+    # A GradScaler then announces itself instead of dividing the gradients that it sees.
     _step_supports_amp_scaling = True
 
     def _refuse_surroundings(self) -> None:
-        """Raise for what the gradients of sparse layers do not go through."""
+        """Raise where the gradients of sparse layers would be wrong or missing."""
         refuse_processes()
         refuse_evaluation(self.base)
         if vars(self).pop("found_inf", None) is not None:
@@ -279,7 +280,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 )
 
     def _refuse(self, names: Sequence[str]) -> None:
-        """Raise if the gradients of some layers cannot be stepped with."""
+        """Raise if there are layers with whose gradients no step can be taken."""
         if names:
             self._backwards.drop()
             raise SebpError(
@@ -289,7 +290,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             )
 
     def _step_basis_phase(self) -> None:
-        # All are looked at before the first is added.
+        # All are checked before the first is added.
         grads, refused, energies = [], [], dict(self._energies)
         for kind in self.kinds:
             for name in kind.layers:
@@ -326,7 +327,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._backwards.drop()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients; a step has used up those of the sparse layers anyway."""
+        """Drop all gradients; a step drops those of the sparse layers itself."""
         self.base.zero_grad(set_to_none)
         self._backwards.drop()
 
@@ -339,13 +340,13 @@ class SparseOptimizer(torch.optim.Optimizer):
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, object]:
-        """Give all that a resumed run needs besides the model's own: it goes on bit for bit.
+        """Return what a run needs besides the model's state to go on bit for bit.
 
         Returns
         -------
         dict
-            The user's optimizer's, and under "sebp" the rest: settings, steps, the sums of the
-            basis phase or bases, supports and moments.
+            That of the user's optimizer, and under "sebp" settings, steps, moments, supports, and
+            bases or the sums of the basis phase.
         """
         ours = {
             "method": self.method,
@@ -372,17 +373,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         return {**self.base.state_dict(), "sebp": ours}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Go on where a run stopped, whatever phase it was in and this one is.
+        """Go on where a run stopped, in whatever phase either of them is.
 
-        The checkpoint brings its settings, as it brings the rates of groups: `basis_steps`, `rank`
-        and `fix_support_after` are those of the run that stopped. `accumulate`, which allows and
-        changes nothing, holds if either was made with it.
+        `basis_steps`, `rank` and `fix_support_after` are those of the checkpoint, as the learning
+        rates of groups are. `accumulate`, which allows something and changes no result, is on if
+        either run has it.
 
         Raises
         ------
         ValueError
             If the checkpoint is not of such an optimizer, or of other layers or another k; if it is
-            incomplete, or its parts do not go together. Nothing has changed then.
+            incomplete, or its parts contradict each other. Nothing has changed then.
         SebpError
             If bases, sums or moments are not valid or of another shape; or if it is of the basis
             phase, and libsebp was built without LAPACK. Nothing has changed then.
@@ -420,7 +421,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._begin_sparse_phase(moments)
 
     def _check_checkpoint(self, ours: Mapping[str, object]) -> Settings:
-        """Give the settings to go on with, or raise if the run was another."""
+        """Return the settings to go on with; raise ValueError if the run was another."""
         kinds = {kind.name: list(kind.layers) for kind in self.kinds}
         saved = Settings(**{name: ours["settings"][name] for name in Settings._fields})
         if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self.settings.k):
@@ -438,7 +439,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     # ---- what it is and what it takes ----
 
     def bytes(self) -> SparseBytes:
-        """Count the memory that the training of the sparse layers' weights takes now."""
+        """Return the memory that training the sparse layers' weights takes now."""
         gradient = state = scratch = 0
         for layer in self.layers.values():
             weight = layer.weight
@@ -463,7 +464,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return SparseBytes(gradient, state, bases, scratch)
 
     def __repr__(self) -> str:
-        """Say it in a few lines."""
+        """Describe it in a few lines."""
         phase = f"in step {self.steps}"
         if self.in_basis_phase:
             phase = f"basis phase, {self.steps} of {self.settings.basis_steps} steps"
@@ -478,9 +479,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         return "\n".join([*lines, f"bytes: {memory}", f"all else: {type(self.base).__name__}"])
 
     def release(self) -> None:
-        """Make the model's layers what they were; their weights are ordinary at all times.
+        """Restore the model's layers; their weights keep their values.
 
-        Afterwards this object is not to be used.
+        Do not use this object afterwards.
         """
         for layer in self.layers.values():
             layer.detach()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SparseGrad and MeProp are asked for: kinds of layers, k, phases and ranks."""
+"""The settings of SparseGrad and MeProp: kinds of layers, k, phases and ranks."""
 
 import operator
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ UNKNOWN_SHARES = (float("nan"), float("nan"))
 
 
 class Settings(NamedTuple):
-    """What a run is made with: all but the layers and bases. A checkpoint brings its own."""
+    """The settings of a run, without layers and bases. A checkpoint has its own."""
 
     k: int
     basis_steps: int  # 0: there is no basis phase
@@ -50,7 +50,7 @@ class Kind:
 
 
 def as_integer(name: str, value: object) -> int:
-    """Take what counts as an integer, now and not after the basis phase."""
+    """Return an integer; raise TypeError for anything else."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}, not an integer")
     return operator.index(value)
@@ -63,7 +63,7 @@ def check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
 
 
 def check_after(fix_support_after: int | None) -> int | None:
-    """Take a number of steps, 1 or more, or None; raise TypeError or ValueError for another."""
+    """Return a number of steps, 1 or more, or None; raise TypeError or ValueError for others."""
     if fix_support_after is None:
         return None
     after = as_integer("fix_support_after", fix_support_after)
@@ -73,7 +73,7 @@ def check_after(fix_support_after: int | None) -> int | None:
 
 
 def check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Take one rank or two as two, or None; raise TypeError or ValueError for anything else."""
+    """Return one rank or two as two, or None; raise TypeError or ValueError for others."""
     if rank is None:
         return None
     pair = tuple(rank) if isinstance(rank, Sequence) else (rank, rank)
@@ -83,7 +83,7 @@ def check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def check_lapack() -> None:
-    """Raise now, not after the basis phase, if the library has no LAPACK."""
+    """Raise SebpError if the library has no LAPACK: now, not after the basis phase."""
     sums = BasisSums(1, 1)
     sums.add(np.ones((1, 1), np.float32))
     sums.solve(1, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting SparseGrad and MeProp into a model."""
+"""Applies SparseGrad and MeProp to a model."""
 
 from collections.abc import Mapping
 
@@ -54,40 +54,41 @@ def apply_sparsegrad_to_model(
     fix_support_after: int | None = None,
     accumulate: bool = False,
 ) -> SparseOptimizer:
-    """Train a model's feed-forward layers by SparseGrad, all else by the user's optimizer.
+    """Train a model's feed-forward layers by SparseGrad, the rest by the user's optimizer.
 
-    For `basis_steps` steps all weights train under the user's optimizer, and the gradients of these
-    layers are summed for the bases, one pair for the layers at the same place of each block. Then
-    only k elements of each gradient are computed and kept, in the bases' space, and AdamW's moments
-    of them alone. W stays an ordinary weight. Use what is returned in the place of `optimizer`.
+    For `basis_steps` steps the user's optimizer trains all weights, and the gradients of these
+    layers are summed for the bases. Layers at the same place of each block share a pair of bases.
+    Then only k elements of each gradient, in the bases' space, are computed and kept, and AdamW's
+    moments of these. W stays an ordinary weight. Use the returned optimizer instead of `optimizer`.
 
     Parameters
     ----------
     model : nn.Module
         Any model.
     optimizer : torch.optim.Optimizer
-        Of all its parameters that train, these weights among them.
+        The optimizer of all parameters that train, including these weights.
     k : int
         How many elements of each gradient are kept.
     basis_steps : int, default 30
-        Steps from whose gradients bases are made.
+        The number of steps from whose gradients the bases are made.
     rank : int or (int, int), optional
         How many leading vectors of u_out and u_in. Default: all, or those of `bases`.
     layers : str, sequence of str, or callable, optional
         Which layers: shell patterns of names, or a function of name and module. Default: the
         feed-forward layers of BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral and Qwen.
     bases : mapping of str to Basis, optional
-        Bases made before, by the names of :attr:`SparseOptimizer.kinds`: there is no basis phase.
+        Bases made before, by the names of :attr:`SparseOptimizer.kinds`. There is then no basis
+        phase.
     fix_support_after : int, optional
-        After so many steps in the bases' space go on with the k elements of largest second moment
-        alone: state and gradient then take 20 bytes for each, which at k = 1.2% of the elements is
-        2% of what full fine-tuning takes. Default: elements are chosen anew in each step, as in the
-        paper, and moments of all that ever were are kept, 21 to 43 bytes each: more than 2%, and it
-        grows with the steps.
+        After how many steps in the bases' space the elements are fixed: the k of largest second
+        moment. State and gradient then take 20 bytes for each, which at k = 1.2% of the elements is
+        2% of full fine-tuning's. Default: elements are chosen anew in each step, as in the paper.
+        Moments of all that were ever chosen are then kept, in 21 to 43 bytes each, which is more
+        than 2% and grows with the steps.
     accumulate : bool, default False
-        Allow more than one backward before a step while elements are chosen anew: each layer then
-        holds its whole rotated gradient between them. With a fixed support it is not needed, but
-        until there is one, and in the basis phase, a second backward is refused without it.
+        Allow more than one backward before a step in the basis phase and while elements are chosen
+        anew. In the latter case each layer holds its whole rotated gradient between them. With a
+        fixed support several backwards are always allowed.
 
     Returns
     -------
@@ -97,10 +98,10 @@ def apply_sparsegrad_to_model(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what it should be; if a layer cannot be trained so; if the optimizer
-        has sparse layers already, takes no step without a closure, or has ``maximize``,
-        ``amsgrad``, ``warmup_steps`` or numbers that AdamW does not take; or if the basis phase is
-        too short for the vectors asked for. The model is then as it was.
+        If an argument is not valid; if a layer cannot be trained so; if the optimizer has sparse
+        layers already, needs a closure, or has ``maximize``, ``amsgrad``, ``warmup_steps`` or
+        numbers that AdamW does not take; or if the basis phase is too short for `rank` vectors. The
+        model has not changed then.
     SebpError
         If libsebp was built without LAPACK and there are no `bases`; or if a number of a group is
         out of range.
@@ -148,13 +149,13 @@ def apply_meprop_to_model(
 ) -> SparseOptimizer:
     """Train a model's feed-forward layers by MeProp, as SparseGrad's paper runs it.
 
-    The k largest elements of each weight's gradient are kept, without any bases; gradients of
-    inputs and biases are whole. All arguments are those of :func:`apply_sparsegrad_to_model`.
+    The k largest elements of each weight's gradient are kept, without bases. Gradients of inputs
+    and biases are whole. The arguments are those of :func:`apply_sparsegrad_to_model`.
 
     Returns
     -------
     SparseOptimizer
-        The optimizer to use in the place of `optimizer`.
+        The optimizer to use instead of `optimizer`.
 
     Raises
     ------

@@ -55,7 +55,7 @@ def matrix_of(tensor: Tensor) -> Matrix:
 
 
 def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
-    """Give the stride between a tensor's rows, or None where there is none that serves."""
+    """Return the stride between a tensor's rows, or None where there is none that serves."""
     *strides, step = tensor.stride()
     if cols > 1 and step != 1:
         return None
@@ -74,7 +74,7 @@ def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
 
 
 def is_ours(*tensors: Tensor | None) -> bool:
-    """Tell whether the library can work with these: on the CPU, all float32 or all bfloat16."""
+    """Return whether the library can work with these: on the CPU, all float32 or all bfloat16."""
     first = tensors[0]
     return first.dtype in DTYPES and all(
         t is None or (t.dtype == first.dtype and t.device.type == "cpu") for t in tensors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model once more without leaving a trace, and finds out what a run changed."""
+"""Runs a model once more without side effects, and finds what a run changed."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ _PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
 
 
 def copy_containers(value: object) -> object:
-    """Copy dicts, lists and tuples, and those in them; all else is shared."""
+    """Copy dicts, lists and tuples, and those in them; everything else is shared."""
     if type(value) in (dict, UserDict) or (isinstance(value, UserDict)):
         result = copy.copy(value)
         for key, part in value.items():
@@ -95,8 +95,8 @@ def leaves(value: object, skipped: tuple[str, ...] = (), name: str = "") -> Iter
 class State:
     """Random states, buffers, and the numbers and tensors that modules hold as attributes.
 
-    It is taken when it is made. Buffers are compared by value: a norm's statistics change without
-    their version.
+    The state is saved when this object is made. Buffers are compared by value: a norm's statistics
+    change without a change of their version.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,7 +113,7 @@ class State:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make all of it what it was."""
+        """Restore all of it."""
         torch.set_rng_state(self._random[0])
         random.setstate(self._random[1])
         np.random.set_state(self._random[2])
@@ -131,7 +131,7 @@ class State:
                     now[key] = value
 
     def changes(self) -> dict[str, object]:
-        """Give copies of what has changed since, by name."""
+        """Return copies of what has changed since then, by name."""
         found: dict[str, object] = {}
         for name, module, key, _, value in self._buffers:
             now = module._buffers.get(key)
@@ -172,12 +172,12 @@ _DROPOUTS = (
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Leaves dropout out.
+    """Turns dropout off.
 
     Attributes
     ----------
     met : bool
-        Whether there was some.
+        Whether there was any.
     """
 
     met = False
@@ -185,7 +185,7 @@ class WithoutDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        """Give what dropout got, and call all else."""
+        """Return the input of dropout, and call all other functions."""
         kwargs = dict(kwargs or {})
         if func in _DROPOUTS:
             x, p, training = (*args, *(None,) * 3)[:3]
@@ -205,8 +205,8 @@ class WithoutDropout(TorchFunctionMode):
 class Once(TorchDispatchMode):
     """Raises :class:`Unfit` before anything that must not happen twice.
 
-    That is what talks to other processes, writes to parameters or arguments, or draws from a
-    generator of its own: none of it is undone.
+    That is talking to other processes, writing to parameters or arguments, and drawing from another
+    generator than the default one. None of these could be undone.
 
     Parameters
     ----------

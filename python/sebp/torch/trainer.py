@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SEBP in Hugging Face's Trainer. Imported only when its one name is used, as it imports theirs."""
+"""SEBP in Hugging Face's Trainer. Imported only when it is used, as it imports transformers."""
 
 import time
 
@@ -18,7 +18,7 @@ _MOST = 512  # rows and outputs of the product that is timed
 
 
 def dense_seconds_per_row(kind: LayerKind) -> float:
-    """Time PyTorch's own products of a layer's backward, on a part of it."""
+    """Time PyTorch's own products of a layer's backward, on a part of the layer."""
     n = min(kind.out_features, _MOST)
     dy = torch.ones(_MOST, n, dtype=kind.dtype)
     x = torch.ones(_MOST, kind.in_features, dtype=kind.dtype)
@@ -37,21 +37,21 @@ def dense_seconds_per_row(kind: LayerKind) -> float:
 class SebpCallback(TrainerCallback):
     """Trains with SEBP, and shows and logs what that saves.
 
-    SEBP is put into the model when training begins and taken out when it ends. With each loss the
+    SEBP is applied to the model when training begins and removed when it ends. With each loss the
     Trainer logs
 
     - ``sebp_activity``: active rows of dY / rows of dY, over all layers since the last log,
     - ``sebp_seconds_saved``: the time that PyTorch would have needed for the backward of these
-      layers, less the time they took, since the last log. An estimate: the time they took is
-      measured, that of PyTorch is its rate on 512 rows, measured once for each kind of layer in the
-      first step, times the rows. What a mask saves in the forward is not in it.
+      layers, minus the time they took, since the last log. This is an estimate. PyTorch's time per
+      row is measured on 512 rows, once for each kind of layer in the first step. Time saved in the
+      forward is not counted.
 
     With the summary at the end it logs both over the whole run. The progress bar shows the activity
     of the last step and the time saved so far. Each process counts its own work, and the first one
     logs.
 
-    Reporters that the Trainer makes from ``report_to`` run before other callbacks and so do not see
-    the two; to make them, put this callback first::
+    Reporters that the Trainer makes from ``report_to`` run before other callbacks, so they do not
+    see the two. Put this callback first to change that::
 
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, trainer.pop_callback(sebp.SebpCallback))
@@ -65,7 +65,7 @@ class SebpCallback(TrainerCallback):
     padding : bool, default False
         Leave padded tokens out in the forward too.
     check : bool, default True
-        Of `padding`: whether results are compared. All four as in
+        With `padding`, whether results are compared. All four parameters are those of
         :func:`~sebp.apply_sebp_to_model`.
 
     Attributes
@@ -99,7 +99,7 @@ class SebpCallback(TrainerCallback):
         self._model: nn.Module | None = None
         self._had_padding = False
         self._dense: dict[LayerKind, float] = {}
-        # What had been done when training began, at the last log and at the last step.
+        # The work done when training began, at the last log and at the last step.
         self._begin: dict[LayerKind, Work] = {}
         self._log: dict[LayerKind, Work] = {}
         self._step: dict[LayerKind, Work] = {}
@@ -112,7 +112,7 @@ class SebpCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Put SEBP into the model, once an interrupted run's is out of that one's."""
+        """Apply SEBP to the model, and remove it from that of an interrupted run."""
         self._leave()
         self._had_padding = has_asked(model, OWNER)
         self.report = apply_sebp_to_model(
@@ -128,7 +128,7 @@ class SebpCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Write on the progress bar, which its own callback draws again."""
+        """Set the text of the progress bar, which the Trainer draws again."""
         if self._model is None or not state.is_world_process_zero:
             return
         activity, _ = self.since(self._step)
@@ -167,11 +167,11 @@ class SebpCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        """Take SEBP out of the layers that it was put into."""
+        """Remove SEBP from the layers that it was applied to."""
         self._leave()
 
     def _leave(self) -> None:
-        """Make the model what it was; nothing if none was changed, or it has been undone."""
+        """Restore the model that was changed, if there is one."""
         if self._model is None:
             return
         for name in self.report.replaced:

@@ -46,12 +46,12 @@ def count_work(kind: LayerKind, rows: int, active: int, seconds: float) -> None:
 
 
 def work_done() -> dict[LayerKind, Work]:
-    """Give what all backwards of this process have done so far.
+    """Return what all backwards of this process have done so far.
 
     Returns
     -------
     dict of LayerKind to Work
-        A copy. What PyTorch did in the library's place is not in it.
+        A copy. Backwards that PyTorch computed instead of the library are not counted.
     """
     with _lock:
         return dict(_work)
