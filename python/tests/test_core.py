@@ -161,6 +161,8 @@ def test_context():
         np.testing.assert_array_equal(sebp.linear_forward(a, a, context=context), a @ a.T)
         assert context.scratch_bytes >= 0
     context.close()
+    with pytest.raises(sebp.SebpError, match="NULL"):
+        sebp.linear_forward(a, a, context=context)
     with pytest.raises(sebp.SebpError, match="threads is -1"):
         sebp.Context(threads=-1)
     with pytest.raises(ValueError):

@@ -89,4 +89,4 @@ class Handle:
     def __del__(self) -> None:
         if getattr(self, "_as_parameter_", None):
             self._destroy(self._as_parameter_)
-            self._as_parameter_ = ctypes.c_void_p()
+            self._as_parameter_ = None  # NULL
