@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Each public header compiles alone, twice over, as C11 and as C++17, without a warning; includes
-# go down only: simd < lib < include/sebp < bench, examples, tests; and no kernel compiles with flags
-# that let the compiler compute something else than what is written.
+# go down only: simd < lib < include/sebp < bench, examples, tests, and < models < programs; and no
+# kernel compiles with flags that let the compiler compute something else than what is written.
 #
 # Reads CC, CXX, top_srcdir, top_builddir.
 
@@ -70,7 +70,10 @@ for file in lib/*.[ch]; do
     *) forbids "$file uses the backend table, not a device" '(cpu/|simd/)' "$file" ;;
     esac
 done
-forbids 'programs use the public headers' "$inside" bench/*.c examples/*.c
+forbids 'programs use the public headers' "$inside" bench/*.[ch] models/*.[ch] programs/*.[ch] \
+    examples/*.c
+forbids 'models use no program' '(programs/)' models/*.[ch]
+forbids 'examples use the public headers alone' '(models/|programs/)' examples/*.c
 for file in tests/*.[ch]; do
     case $file in
     tests/counting.[ch] | tests/test_backend.c | tests/test_kernels.c | tests/test_structs.c)

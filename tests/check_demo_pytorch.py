@@ -132,8 +132,8 @@ def forward(
         context = nn.scaled_dot_product_attention(*qkv, attn_mask=mask[:, None, None, :])
         context = context.transpose(1, 2).reshape(count, length, -1)
         x = norm(x + linear(context, f"out.{i}"), f"after_out.{i}")
-        bent = nn.gelu(linear(x, f"up.{i}"))
-        x = norm(x + linear(bent, f"down.{i}"), f"after_down.{i}")
+        activated = nn.gelu(linear(x, f"up.{i}"))
+        x = norm(x + linear(activated, f"down.{i}"), f"after_down.{i}")
     return linear(torch.tanh(linear(x[:, 0], "pooler.0")), "classifier.0")
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Tests of the examples: that both modes train alike, that the gradients are right, and that bad
+# Tests of the examples and the demo: that all modes train alike, that the gradients are right, and that bad
 # input is refused in one line. Nothing here depends on time.
 #
 # Run in the build directory. SEBP_TEST_DATA: a folder with sst2/, cola/ and bert-base-uncased/;
@@ -13,12 +13,12 @@ set -u
 
 builddir=${top_builddir:-.}
 srcdir=${top_srcdir:-$builddir}
-demo=$builddir/examples/finetune_bert
-sentences=$srcdir/examples/sentences.tsv
+demo=$builddir/programs/finetune_bert
+sentences=$srcdir/programs/data/sentences.tsv
 here=$(cd "$(dirname "$0")" && pwd)
 
-# trains NAME ARGUMENTS...: a small run in all modes whose losses agree to a relative 1e-4. Leaves
-# losses.csv and plot.svg.
+# trains NAME ARGUMENTS...: a small run in all modes whose losses agree to a relative 1e-4, those of
+# skipped and packed rows to 1e-5. Leaves losses.csv and plot.svg.
 trains() {
     name=$1
     shift
@@ -32,10 +32,11 @@ trains() {
     fi
     check "$name: losses agree" awk -F, '
         function apart(a, b) { return a > b ? a - b : b - a }
-        NR == 1 { bad = $0 != "step,dense,sebp,sebp-forward" }
+        NR == 1 { bad = $0 != "step,dense,sebp,skipped,packed" }
         NR > 1 {
-            if (NF != 4 || $1 != NR - 1 || !($2 > 0.01 && $2 < 20) || apart($2, $3) > 1e-4 * $2 ||
-                apart($2, $4) > 1e-4 * $2) { print; bad = 1 }
+            if (NF != 5 || $1 != NR - 1 || !($2 > 0.01 && $2 < 20) || !($5 > 0) ||
+                apart($2, $3) > 1e-4 * $2 || apart($2, $4) > 1e-4 * $2 ||
+                apart($4, $5) > 1e-5 * $2) { print; bad = 1 }
             differs += $2 != last
             last = $2
         }
@@ -93,7 +94,7 @@ if command -v xmllint >/dev/null; then
 else
     check "the plot ends" grep -q '^</svg>$' "$work/plot.svg"
 fi
-check "the plot has three curves" test "$(grep -c '<polyline' "$work/plot.svg")" -eq 3
+check "the plot has four curves" test "$(grep -c '<polyline' "$work/plot.svg")" -eq 4
 check "the table has its rows" test "$(grep -c -E '^(speedup of|largest|held-out|activity)' \
     "$work/table")" -eq 5
 if python3 -c 'import torch' 2>/dev/null; then
@@ -107,6 +108,8 @@ trains "another seed" --max-length 40 --seed 2
 check "another seed gives other losses" sh -c '! cmp -s "$1" "$2"' - "$work/losses.csv" \
     "$work/first.csv"
 trains "sentences that are cut" --max-length 5
+trains "a feed-forward width of its own" --feed-forward 37 --max-length 24
+check "and it changes the losses" sh -c '! cmp -s "$1" "$2"' - "$work/losses.csv" "$work/first.csv"
 trains "one block" --layers 1 --max-length 24
 trains "one thread" --threads 1 --max-length 24
 trains "three threads" --threads 3 --max-length 24
@@ -162,7 +165,7 @@ refused "far out of range" 2 "--seed: 99999999999999999999 is not in [0, 1e+15]"
     --seed 99999999999999999999
 refused "NaN" 2 "--learning-rate: nan is not in [1e-09, 1]" --learning-rate nan
 refused "heads" 2 "--heads: 5 do not divide --hidden 64" --hidden 64 --heads 5
-refused "mode" 2 "--mode: 'fast' is not dense, sebp, sebp-forward, both or all" --mode fast
+refused "mode" 2 "--mode: there is no mode 'fast' (--help lists them)" --mode dense,fast
 
 # Bad data: the message names file and line.
 refused "no such file" 2 "$work/none.tsv: No such file or directory" --train "$work/none.tsv"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Tests of examples/peft_shootout on a tiny model: that methods which must agree do, that equal
+# Tests of programs/peft_shootout on a tiny model: that methods which must agree do, that equal
 # numbers of elements train and memory is what it should be, and that bad input is refused in one
 # line. Nothing here depends on time.
 #
@@ -13,8 +13,8 @@ set -u
 
 builddir=${top_builddir:-.}
 srcdir=${top_srcdir:-$builddir}
-program=$builddir/examples/peft_shootout
-gadgets=$srcdir/examples/gadgets.tsv
+program=$builddir/programs/peft_shootout
+gadgets=$srcdir/programs/data/gadgets.tsv
 
 # runs NAME ARGUMENTS...: a small run; leaves runs.csv, losses.csv, plot.svg, table and messages.
 runs() {
@@ -83,7 +83,7 @@ fi
 
 sed -n 1,200p "$gadgets" >"$work/train.tsv"
 sed -n 201,300p "$gadgets" >"$work/dev.tsv"
-sed -n 1,200p "$srcdir/examples/films_and_meals.tsv" >"$work/pretrain.tsv"
+sed -n 1,200p "$srcdir/programs/data/films_and_meals.tsv" >"$work/pretrain.tsv"
 
 check "--help" "$program" --help
 

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "arithmetic.h"
+#include "models/arithmetic.h"
 
 #ifdef _OPENMP
 #define DO_PRAGMA(text) _Pragma(#text)
@@ -159,9 +159,9 @@ WIDE void row_times_matrix(const float *a, int64_t step, const float *b, int64_t
 
 WIDE void softmax_row(float *scores, float scale, int64_t real, int64_t n)
 {
-    float top = scores[0];
+    float max = scores[0];
     for (int64_t j = 1; j < real; j++) {
-        top = scores[j] > top ? scores[j] : top;
+        max = scores[j] > max ? scores[j] : max;
     }
     for (int64_t j = real; j < n; j++) {
         scores[j] = -INFINITY;
@@ -169,7 +169,7 @@ WIDE void softmax_row(float *scores, float scale, int64_t real, int64_t n)
     float sum = 0.0f;
     SIMD_SUM(sum)
     for (int64_t j = 0; j < n; j++) {
-        scores[j] = fast_exp((scores[j] - top) * scale);
+        scores[j] = fast_exp((scores[j] - max) * scale);
         sum += scores[j];
     }
     float share = 1.0f / sum;
@@ -197,18 +197,5 @@ WIDE void add_row(float *to, const float *from, int64_t n)
     SIMD for (int64_t j = 0; j < n; j++)
     {
         to[j] += from[j];
-    }
-}
-
-WIDE void adamw_row(struct adamw step, float keep, float *value, const float *gradient,
-                    float *moment1, float *moment2, int64_t n)
-{
-    SIMD for (int64_t j = 0; j < n; j++)
-    {
-        float g = gradient[j];
-        moment1[j] = beta1 * moment1[j] + (1.0f - beta1) * g;
-        moment2[j] = beta2 * moment2[j] + (1.0f - beta2) * g * g;
-        value[j] = value[j] * keep -
-                   step.rate * moment1[j] / (sqrtf(moment2[j]) * step.bias2 + adamw_epsilon);
     }
 }

@@ -17,18 +17,16 @@
  *
  * After the first steps the last four hold neither a gradient nor moments of N x K for each weight.
  */
-#ifndef SEBP_EXAMPLES_METHODS_H
-#define SEBP_EXAMPLES_METHODS_H
+#ifndef SEBP_PROGRAMS_METHODS_H
+#define SEBP_PROGRAMS_METHODS_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "encoder.h"
+#include "models/bert.h"
+#include "programs/training.h"
 
 enum method { FROZEN, FULL, LORA, MEPROP, SPARSEGRAD, LEADING, FIXED, METHODS };
-
-/** Beside OK, FAILED and REFUSED: a loss or gradient is not finite, as of too high a rate. */
-enum { DIVERGED = 3 };
 
 extern const char *const method_names[METHODS];
 
@@ -45,7 +43,7 @@ struct settings {
 };
 
 /** Elements of the feed-forward weights that a method trains in one step, all layers together. */
-int64_t trained_elements(const struct settings *settings, const struct shape *shape);
+int64_t trained_elements(const struct settings *settings, const struct bert_shape *shape);
 
 /** Memory for the training of the feed-forward weights, in bytes. */
 struct bytes {
@@ -57,7 +55,7 @@ struct bytes {
 /** What trains a model by one method. */
 struct trainer {
     struct settings settings;
-    struct model *model;
+    struct bert *model;
     struct layer *layers; /* two of each block */
     int64_t layer_count;
     struct pool pool;            /* what is held for the feed-forward weights */
@@ -74,11 +72,11 @@ struct trainer {
  *
  * @param seed  of LoRA's factors.
  */
-int trainer_create(struct model *m, const struct settings *settings, uint64_t seed,
+int trainer_create(struct bert *m, const struct settings *settings, uint64_t seed,
                    struct trainer *trainer);
 
 /**
- * One step, after backward(). In the last step of the basis phase the bases are made.
+ * One step, after bert_backward(). In the last step of the basis phase the bases are made.
  *
  * @param step  from 1.
  */

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file arithmetic.h
- * The row kernels of the encoder: layer norm, GELU, softmax, AdamW.
+ * The row kernels of layers.c: layer norm, GELU, softmax.
  */
-#ifndef SEBP_EXAMPLES_ARITHMETIC_H
-#define SEBP_EXAMPLES_ARITHMETIC_H
+#ifndef SEBP_MODELS_ARITHMETIC_H
+#define SEBP_MODELS_ARITHMETIC_H
 
 #include <stdint.h>
 
@@ -38,17 +38,5 @@ void softmax_row(float *scores, float scale, int64_t real, int64_t n);
 void softmax_backward_row(const float *p, float *dp, float scale, int64_t n);
 
 void add_row(float *to, const float *from, int64_t n);
-
-struct adamw {
-    float rate, keep; /* the step's rate over the first moment's bias; 1 - rate * decay */
-    float bias2;      /* 1 / sqrt(bias of the second moment) */
-};
-
-/* BERT's. */
-static const float beta1 = 0.9f, beta2 = 0.999f, adamw_epsilon = 1e-6f, weight_decay = 0.01f;
-
-/** One AdamW step of n elements; `keep` is 1 for what does not decay. */
-void adamw_row(struct adamw step, float keep, float *value, const float *gradient, float *moment1,
-               float *moment2, int64_t n);
 
 #endif

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file bert.c
+ * The model and its memory, batches and their rows. What is computed is in bert_forward.c and
+ * bert_backward.c.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "models/bert.h"
+
+/* ---- the model ---- */
+
+static void add_parameters(struct bert *m)
+{
+    const struct bert_shape *shape = &m->shape;
+    const int64_t H = shape->hidden, F = shape->feed_forward;
+    struct parameters *p = &m->parameters;
+    m->token = add_tensor(p, "token", 0, "weight", shape->vocabulary, H, NAN);
+    m->position = add_tensor(p, "position", 0, "weight", shape->length, H, NAN);
+    m->after_embedding = add_norm(p, "embedding", 0, H);
+    for (int64_t i = 0; i < shape->layers; i++) {
+        struct bert_block *block = &m->blocks[i];
+        block->qkv = add_linear(p, "qkv", i, H, 3 * H);
+        block->out = add_linear(p, "out", i, H, H);
+        block->after_out = add_norm(p, "after_out", i, H);
+        block->up = add_linear(p, "up", i, H, F);
+        block->down = add_linear(p, "down", i, F, H);
+        block->after_down = add_norm(p, "after_down", i, H);
+        block->up.weight->bare = block->down.weight->bare = shape->bare_feed_forward;
+    }
+    m->pooler = add_linear(p, "pooler", 0, H, H);
+    m->classifier = add_linear(p, "classifier", 0, H, shape->classes);
+}
+
+/** What each step writes before it reads. */
+static void add_activations(struct pool *pool, struct bert *m)
+{
+    const struct bert_shape *shape = &m->shape;
+    const int64_t H = shape->hidden, F = shape->feed_forward, L = shape->length;
+    const int64_t B = shape->batch, C = shape->classes, M = B * L;
+    m->embedding_sum = floats(pool, M * H);
+    m->embedding_moments = allocate(pool, M, sizeof *m->embedding_moments);
+    float *input = floats(pool, M * H);
+    for (int64_t i = 0; i < shape->layers; i++) {
+        struct bert_block *block = &m->blocks[i];
+        block->input = input;
+        block->qkv_values = floats(pool, M * 3 * H);
+        block->weights = floats(pool, B * shape->heads * L * L);
+        block->context = floats(pool, M * H);
+        block->out_sum = floats(pool, M * H);
+        block->middle = floats(pool, M * H);
+        block->up_values = floats(pool, M * F);
+        block->activated = floats(pool, M * F);
+        block->down_sum = floats(pool, M * H);
+        block->output = input = floats(pool, M * H);
+        block->out_moments = allocate(pool, M, sizeof *block->out_moments);
+        block->down_moments = allocate(pool, M, sizeof *block->down_moments);
+    }
+    m->first = floats(pool, B * H);
+    m->pooled = floats(pool, B * H);
+    m->logits = floats(pool, B * C);
+    m->dlogits = floats(pool, B * C);
+    m->dpooled = floats(pool, B * H);
+    m->dfirst = floats(pool, B * H);
+    m->d = floats(pool, M * H);
+    m->dcontext = floats(pool, M * H);
+    m->dqkv = floats(pool, M * 3 * H);
+    m->dactivated = floats(pool, M * F);
+    m->engine.scratch_each = layer_scratch(shape->heads, H, L);
+    m->engine.scratch = floats(pool, m->engine.threads * m->engine.scratch_each);
+}
+
+static void add_batch(struct pool *pool, struct bert *m)
+{
+    const int64_t B = m->shape.batch, M = B * m->shape.length;
+    struct bert_batch *batch = &m->batch;
+    batch->ids = allocate(pool, M, sizeof *batch->ids);
+    batch->positions = allocate(pool, M, sizeof *batch->positions);
+    batch->starts = allocate(pool, B + 1, sizeof *batch->starts);
+    batch->lengths = allocate(pool, B, sizeof *batch->lengths);
+    batch->squares = allocate(pool, B, sizeof *batch->squares);
+    batch->labels = allocate(pool, B, sizeof *batch->labels);
+    batch->all.lengths = allocate(pool, B, sizeof(int64_t));
+    batch->tokens.lengths = batch->lengths;
+    batch->classifying.lengths = allocate(pool, B, sizeof(int64_t));
+    for (int64_t s = 0; s < B && !pool->failed; s++) {
+        batch->classifying.lengths[s] = 1;
+    }
+}
+
+int bert_create(struct pool *pool, struct pool *activations, sebp_context *context,
+                const struct bert_shape *shape, struct bert *m)
+{
+    enum { TENSORS_OUTSIDE_BLOCKS = 8, TENSORS_IN_BLOCK = 12 };
+    *m = (struct bert){.shape = *shape};
+    m->engine = (struct engine){.context = context, .threads = sebp_context_threads(context)};
+    m->blocks = allocate(pool, shape->layers, sizeof *m->blocks);
+    int status = parameters_create(pool, TENSORS_OUTSIDE_BLOCKS + TENSORS_IN_BLOCK * shape->layers,
+                                   &m->parameters);
+    if (status != OK) {
+        return status;
+    }
+    add_parameters(m);
+    parameters_lay_out(pool, &m->parameters);
+    add_activations(activations, m);
+    add_batch(pool, m);
+    return pool->failed || activations->failed ? complain(FAILED, "out of memory for the model")
+                                               : OK;
+}
+
+void bert_initialise(struct bert *m, uint64_t seed, float deviation)
+{
+    parameters_initialise(&m->parameters, seed, deviation);
+    m->engine.backward_flops = 0.0;
+}
+
+static void destroy_rows(struct bert_batch *batch)
+{
+    sebp_rows **const sets[] = {&batch->all.rows, &batch->tokens.rows, &batch->classifying.rows,
+                                &batch->texts};
+    for (int i = 0; i < 4; i++) {
+        sebp_rows_destroy(*sets[i]);
+        *sets[i] = NULL;
+    }
+}
+
+void bert_destroy(struct bert *m)
+{
+    destroy_rows(&m->batch);
+}
+
+int bert_status(const struct bert *m)
+{
+    return m->engine.status == SEBP_SUCCESS
+               ? OK
+               : complain(FAILED, "%s: %s", sebp_status_string(m->engine.status),
+                          sebp_context_message(m->engine.context));
+}
+
+/* ---- batches ---- */
+
+void bert_batch_begin(struct bert *m)
+{
+    m->batch.count = m->batch.rows = 0;
+    m->batch.starts[0] = 0;
+    destroy_rows(&m->batch);
+}
+
+void bert_batch_add(struct bert *m, const int32_t *ids, int64_t length, int label)
+{
+    struct bert_batch *batch = &m->batch;
+    const int64_t s = batch->count++, start = batch->rows;
+    const int64_t room = m->mode == BERT_PACKED ? length : m->shape.length;
+    const int64_t before = s > 0 ? batch->all.lengths[s - 1] : 0; /* the room of the last text */
+    for (int64_t l = 0; l < room; l++) {
+        batch->ids[start + l] = l < length ? ids[l] : m->shape.pad;
+        batch->positions[start + l] = (int32_t)l;
+    }
+    batch->rows += room;
+    batch->starts[s + 1] = batch->rows;
+    batch->lengths[s] = length;
+    batch->all.lengths[s] = room;
+    batch->squares[s] = s > 0 ? batch->squares[s - 1] + before * before : 0;
+    batch->labels[s] = label;
+}
+
+struct texts bert_texts(const struct bert *m)
+{
+    const struct bert_batch *batch = &m->batch;
+    return (struct texts){batch->count, batch->starts, batch->lengths, batch->squares};
+}
+
+const struct region *bert_keys(const struct bert *m, bool skip)
+{
+    return skip ? &m->batch.tokens : &m->batch.all;
+}
+
+const struct region *bert_queries(const struct bert *m, int64_t layer, bool skip)
+{
+    return skip && layer == m->shape.layers - 1 ? &m->batch.classifying : bert_keys(m, skip);
+}

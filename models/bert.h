@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file bert.h
+ * A BERT-shaped text classifier: parameters, batches, forward, backward.
+ *
+ * Shapes: B texts of up to L tokens lie in M rows; H hidden, A heads of D = H / A, F feed-forward,
+ * C classes, V vocabulary. Matrices are row-major. As in BERT: post-layer-norm blocks, exact GELU,
+ * [CLS] pooled through a dense layer and tanh. Left out: dropout, which would need equal masks in
+ * every mode, and segment embeddings, as each example is one sentence.
+ *
+ * The modes compute the same loss and gradients, up to rounding, on other rows:
+ *
+ *     mode            rows of a batch       forward       backward
+ *     dense           B L, padded           all           all
+ *     skip backward   B L, padded           all           those that can carry a gradient
+ *     skip            B L, padded           the same      the same
+ *     packed          the tokens alone      the same      the same
+ *
+ * Those rows are the tokens that are not padding; in the last block, after its attention, only those
+ * of [CLS]. Packed, the texts lie end to end, and there is no padding anywhere.
+ */
+#ifndef SEBP_MODELS_BERT_H
+#define SEBP_MODELS_BERT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <sebp/sebp.h>
+
+#include "models/engine.h"
+#include "models/layers.h"
+#include "models/parameters.h"
+#include "models/support.h"
+
+enum bert_mode { BERT_DENSE, BERT_SKIP_BACKWARD, BERT_SKIP, BERT_PACKED, BERT_MODES };
+
+struct bert_shape {
+    int64_t layers, hidden, heads, feed_forward, length, batch, vocabulary, classes;
+    int32_t pad;            /* the id that fills padded rows */
+    bool bare_feed_forward; /* the weights up and down have no gradients and moments of the model */
+};
+
+struct bert_block {
+    struct linear qkv;      /* H -> 3H: queries, keys, values */
+    struct linear out;      /* H -> H */
+    struct norm after_out;  /* on out + the block's input */
+    struct linear up;       /* H -> F */
+    struct linear down;     /* F -> H */
+    struct norm after_down; /* on down + what came after the first norm */
+
+    /* What the forward keeps for the backward. */
+    float *input;                               /* M x H: the previous block's output */
+    float *qkv_values;                          /* M x 3H */
+    float *weights;                             /* after softmax: see attention_forward() */
+    float *context;                             /* M x H */
+    float *out_sum, *middle;                    /* M x H: before and after the first norm */
+    float *up_values, *activated;               /* M x F: before and after GELU */
+    float *down_sum, *output;                   /* M x H: before and after the second norm */
+    struct moments *out_moments, *down_moments; /* M */
+};
+
+/** B texts in M rows. */
+struct bert_batch {
+    int64_t count;             /* B, or less in the last one of a data set */
+    int64_t rows;              /* M */
+    int32_t *ids;              /* M */
+    int32_t *positions;        /* M: places in their texts */
+    int64_t *starts;           /* B + 1: the first row of each, that of [CLS] */
+    int64_t *lengths;          /* B: tokens that are not padding */
+    int64_t *squares;          /* B: see struct texts */
+    int *labels;               /* B */
+    struct region all;         /* every row */
+    struct region tokens;      /* those that are not padding */
+    struct region classifying; /* [CLS] alone, whose rows alone carry a gradient where nothing mixes
+                                  tokens any more: in the last block after its attention */
+    sebp_rows *texts;          /* all B rows, for the two layers on top */
+};
+
+struct bert {
+    struct bert_shape shape;
+    struct engine engine;
+    enum bert_mode mode; /* set before a batch is begun */
+    struct bert_batch batch;
+
+    struct parameters parameters;
+    struct tensor *token, *position; /* V x H, L x H */
+    struct norm after_embedding;
+    struct bert_block *blocks;
+    struct linear pooler, classifier; /* H -> H, H -> C */
+
+    float *embedding_sum; /* M x H: before the norm; after it: the first block's input */
+    struct moments *embedding_moments;
+    float *first;      /* B x H: the last block's rows of [CLS] */
+    float *pooled;     /* B x H: after tanh */
+    float *logits;     /* B x C */
+    float *dlogits;    /* B x C */
+    float *dpooled;    /* B x H */
+    float *dfirst;     /* B x H */
+    float *d;          /* M x H: the gradient on its way down through the blocks */
+    float *dcontext;   /* M x H */
+    float *dqkv;       /* M x 3H */
+    float *dactivated; /* M x F */
+};
+
+/**
+ * Makes a model with room for batches of the shape. What each step writes before it reads comes
+ * from a pool of its own, which may be the same.
+ */
+int bert_create(struct pool *pool, struct pool *activations, sebp_context *context,
+                const struct bert_shape *shape, struct bert *m);
+
+/** Parameters, gradients and moments as they are before the first step. */
+void bert_initialise(struct bert *m, uint64_t seed, float deviation);
+
+/** Frees the row sets: the one thing a model has that lies in no pool. */
+void bert_destroy(struct bert *m);
+
+/** A message about a library call that failed; OK if none did. */
+int bert_status(const struct bert *m);
+
+/** Empties the batch; it is then filled for the mode. */
+void bert_batch_begin(struct bert *m);
+
+/** Adds a text to the batch. length: 1 to L; label: below C. */
+void bert_batch_add(struct bert *m, const int32_t *ids, int64_t length, int label);
+
+/** The loss: mean cross-entropy of the batch. Leaves dlogits behind; NaN after a failure. */
+double bert_forward(struct bert *m);
+
+/** Every gradient of the batch's loss, from the dlogits that bert_forward() left. */
+void bert_backward(struct bert *m);
+
+/** One AdamW step of all tensors that have gradients, after which bert_clear() is called. */
+void bert_step(struct bert *m, double rate, int64_t step);
+
+/** Zeroes the token gradients of the batch, so that the next one can add to them. */
+void bert_clear(struct bert *m);
+
+/* ---- shared by the forward and the backward ---- */
+
+/** The rows of the batch as attention takes them. */
+struct texts bert_texts(const struct bert *m);
+
+/** The rows that keys and values come from. skip: not the padding. */
+const struct region *bert_keys(const struct bert *m, bool skip);
+
+/** The rows of a block that serve as queries: in the last one only [CLS] is looked at. */
+const struct region *bert_queries(const struct bert *m, int64_t layer, bool skip);
+
+#endif

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file engine.h
+ * What the layers of a model compute with.
+ */
+#ifndef SEBP_MODELS_ENGINE_H
+#define SEBP_MODELS_ENGINE_H
+
+#include <stdint.h>
+
+#include <sebp/sebp.h>
+
+struct engine {
+    sebp_context *context;
+    sebp_status status; /* of the first library call that failed; nothing runs after it */
+    int threads;
+    float *scratch; /* for each thread: scratch_each */
+    int64_t scratch_each;
+    double backward_flops; /* of the linear layers, summed over the steps */
+};
+
+/** Keeps the first failure. */
+static inline void keep_status(struct engine *e, sebp_status status)
+{
+    if (e->status == SEBP_SUCCESS) {
+        e->status = status;
+    }
+}
+
+#endif
