@@ -79,7 +79,36 @@ fi
 
 # What a user sees first.
 check "--help" "$demo" --help
-check "linear" "$builddir/examples/linear"
+
+# Each example runs and says something; those that train learn.
+for source in "$srcdir"/examples/0*.c; do
+    example=$(basename "$source" .c)
+    "$builddir/examples/$example" >"$work/out" 2>"$work/log"
+    status=$?
+    if [ "$status" -eq 77 ]; then
+        skip "example $example: $(cat "$work/log")"
+    elif [ "$status" -eq 0 ] && [ -s "$work/out" ] && [ ! -s "$work/log" ] &&
+        ! grep -q -w -E 'nan|inf|NOT' "$work/out"; then
+        pass
+        cp "$work/out" "$work/$example.txt"
+    else
+        fail "example $example: exit status $status"
+        sed 's/^/    /' "$work/out" "$work/log"
+    fi
+done
+
+check "03_training: both ways learn the same" awk '
+    { for (i = 1; i < NF; i++) if ($i == "loss") last[NR] = $(i + 1) }
+    END {
+        apart = last[1] - last[2]
+        exit NR != 2 || !(last[1] < 0.01 && last[2] < 0.01 && apart < 1e-3 && apart > -1e-3)
+    }' "$work/03_training.txt"
+for example in 06_lora 07_sparsegrad; do
+    test -f "$work/$example.txt" || continue # skipped above
+    check "$example learns" awk '
+        /loss/ { last = $0; sub(/.*loss /, "", last); steps++; if (steps == 1) first = last + 0 }
+        END { exit steps < 4 || !(last + 0 < 0.01 * first) }' "$work/$example.txt"
+done
 
 # The gradients, in every mode, by finite differences.
 for seed in 1 2 3; do
