@@ -78,14 +78,13 @@ static int check_options(struct options *o)
         return complain(REFUSED,
                         "--lora-rank: %" PRId64 " means %" PRId64
                         " elements of weights that have %" PRId64,
-                        o->lora_rank, k, (H * F));
+                        o->lora_rank, k, H * F);
     }
     int64_t leading = min_int64(o->basis_rank, H) * min_int64(o->basis_rank, F);
     if ((o->wanted[LEADING] || o->wanted[FIXED]) && leading < k) {
         return complain(REFUSED,
                         "--basis-rank: %" PRId64 " vectors leave %" PRId64
-                        " elements, but --lora-rank %" PRId64 " "
-                        "means %" PRId64 " of them",
+                        " elements, but --lora-rank %" PRId64 " means %" PRId64 " of them",
                         o->basis_rank, leading, o->lora_rank, k);
     }
     /* Each gradient has min(H, F) directions. */
@@ -96,8 +95,7 @@ static int check_options(struct options *o)
     if (o->basis_steps * o->model.layers < (vectors + directions - 1) / directions) {
         return complain(REFUSED,
                         "--basis-steps: %" PRId64 " steps of %" PRId64
-                        " layers are too few for %" PRId64 " "
-                        "vectors",
+                        " layers are too few for %" PRId64 " vectors",
                         o->basis_steps, o->model.layers, vectors);
     }
     if (o->train != NULL && o->pretrain == NULL) {

@@ -122,13 +122,12 @@ void print_setting(const struct report *r)
     const struct data *data = r->data;
     const int64_t H = o->model.hidden, F = o->model.feed_forward, k = o->lora_rank * (H + F);
     printf("%" PRId64 " layers, hidden %" PRId64 ", %" PRId64 " heads, %" PRId64
-           " words; of each feed-forward weight %" PRId64 " of "
-           "%" PRId64 " elements (%.2f%%)\n",
-           o->model.layers, H, o->model.heads, data->vocabulary.count, k, (H * F),
+           " words; of each feed-forward weight %" PRId64 " of %" PRId64 " elements (%.2f%%)\n",
+           o->model.layers, H, o->model.heads, data->vocabulary.count, k, H * F,
            100.0 * (double)k / (double)(H * F));
     printf("%" PRId64 " sentences to train on, %" PRId64 " to choose rates by, %" PRId64
-           " of dev (%.1f%% of the "
-           "majority class); %" PRId64 " steps of %" PRId64 ", %" PRId64 " seeds\n",
+           " of dev (%.1f%% of the majority class); %" PRId64 " steps of %" PRId64 ", %" PRId64
+           " seeds\n",
            data->train.count, data->validation.count, data->dev.count, 100 * data->majority,
            r->steps, o->model.batch, o->seeds);
 }
@@ -159,8 +158,7 @@ void print_table(const struct report *r)
             snprintf(speed, sizeof speed, "%.1f", 1.0 / row->step_seconds);
         }
         printf("%-24s %7.3g%c %9" PRId64
-               " %7.1f ± %4.1f %7.1f ± %4.1f %7s %7.1f %7.1f %7.1f %8.1f %7s "
-               "%9.1f\n",
+               " %7.1f ± %4.1f %7.1f ± %4.1f %7s %7.1f %7.1f %7.1f %8.1f %7s %9.1f\n",
                method_names[method], row->rate, row->at_the_edge ? '*' : ' ', row->trained,
                100 * row->mean[0], 100 * row->deviation[0], 100 * row->mean[1],
                100 * row->deviation[1], speed, (double)r->steps / row->train_seconds,

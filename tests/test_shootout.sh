@@ -184,6 +184,15 @@ check "merged LoRA is LoRA" awk -F, '
     }
     END { exit bad || !seen }' "$work/merged.csv" "$work/runs.csv"
 
+# Feed-forward layers wider and narrower than usual: of 2 x 20 F elements 2 x 2 (20 + F) train.
+for width in 30 12; do
+    runs "feed-forward width $width" --feed-forward "$width" --rates 1e-3
+    check "width $width: elements" awk -F, -v F="$width" -v methods="$methods" '
+        $1 ~ /^(lora|meprop|sparsegrad)/ { bad = bad || $4 != 4 * (20 + F) }
+        $1 == "full" { bad = bad || $4 != 40 * F }
+        END { exit bad || NR != 2 + methods }' "$work/runs.csv"
+done
+
 # Data: other classes than in pretraining, no pretraining, no dev data.
 for i in 1 2 3 4; do
     printf 'fine\t0\nbad thing %d\t1\nthe lamp is odd\t2\n' "$i"
