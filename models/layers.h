@@ -39,9 +39,8 @@ void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int
                     const struct linear *linear, float *y);
 
 /**
- * The gradients of W and b, and dx written or added to.
- *
- * @param dy  M x N; and @param x  M x K, @param dx  M x K.
+ * The gradients of W and b, and dx written or added to. dy: M x N, x and dx: M x K. rows: not NULL,
+ * which the library would take for rows to be found.
  */
 void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
                      int64_t M, const struct linear *linear, float *dx, sebp_write write);

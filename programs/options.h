@@ -32,7 +32,8 @@ bool next_word(const char **list, char *word, size_t room);
 /**
  * Marks the names that a list of words holds; "all" stands for every one.
  *
- * @param flag    the option, and @param what its words are, for the message.
+ * @param flag    the option, for the message.
+ * @param what    what its words are: "mode".
  * @param wanted  `count` of them, false before.
  */
 int parse_names(const char *flag, const char *what, const char *list, const char *const *names,
