@@ -17,6 +17,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "layers.h"
+
 /**
  * Where a GEMM's packing reads: lanes x depth of a matrix, the lanes being rows of A or columns of
  * B.
