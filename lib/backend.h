@@ -20,6 +20,8 @@
 #include <sebp/sparse.h>
 #include <sebp/status.h>
 
+#include "layer_work.h"
+
 /** One factor of a product: memory rows picked out of a matrix, possibly transposed. */
 typedef struct sebp_operand {
     const void *data;
@@ -159,6 +161,20 @@ typedef struct sebp_backend {
     int (*openmp_threads)(const void *device);
     void (*info)(const void *device, sebp_info *info); /* placement, gemm, refusal */
     void (*destroy)(void *device);
+
+    /*
+     * Row-wise layers (layer_work.h). SEBP_ERROR_MEMORY where there is no scratch memory; then nothing
+     * is written.
+     */
+
+    sebp_status (*norm_forward)(void *device, const sebp_norm_work *work);
+    sebp_status (*norm_backward)(void *device, const sebp_norm_back_work *work);
+    sebp_status (*activation)(void *device, const sebp_activation_work *work);
+    sebp_status (*dropout)(void *device, const sebp_dropout_work *work);
+    sebp_status (*rotary)(void *device, const sebp_rotary_work *work);
+    sebp_status (*cross_entropy)(void *device, const sebp_cross_entropy_work *work);
+    sebp_status (*gather)(void *device, const sebp_gather_work *work);
+    sebp_status (*sum_groups)(void *device, const sebp_group_sums *sums);
 } sebp_backend;
 
 #endif

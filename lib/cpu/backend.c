@@ -17,6 +17,7 @@
 #endif
 
 #include "cpu.h"
+#include "layers.h"
 
 enum {
     ALIGNMENT = 64,
@@ -882,4 +883,12 @@ const sebp_backend sebp_cpu_backend = {
     .openmp_threads = openmp_threads,
     .info = fill_info,
     .destroy = destroy,
+    .norm_forward = sebp_cpu_norm_forward,
+    .norm_backward = sebp_cpu_norm_backward,
+    .activation = sebp_cpu_activation,
+    .dropout = sebp_cpu_dropout,
+    .rotary = sebp_cpu_rotary,
+    .cross_entropy = sebp_cpu_cross_entropy,
+    .gather = sebp_cpu_gather,
+    .sum_groups = sebp_cpu_sum_groups,
 };
