@@ -10,9 +10,9 @@
  *               -(1 - s) log p_t - s / V * sum over j of log p_j
  *     dlogits = scale * (p - (1 - s) [j = t] - s / V)      of labelled rows, else 0
  *
- * A row whose label is ignore_label counts for nothing, and its logits are not read. Exponentials are
- * computed in f32, within 2 ulp, and added up in blocks in f32 and double; all that is done once a row
- * is done in double. The loss is the same bits for every number of threads.
+ * A row whose label is ignore_label counts for nothing, and its logits are not read. Exponentials of
+ * x - max are computed in f32, within 2 ulp and the rounding of the difference, 0 below exp(-87), and
+ * added up in blocks in f32 and double; all that is done once a row is done in double. The loss is the same bits for every number of threads.
  *
  * A labelled row that holds NaN or +Inf, or only -Inf, makes the loss NaN and its gradient NaN. A logit
  * of -Inf has p = 0; as a row's label, or with smoothing, it makes the loss Inf.
