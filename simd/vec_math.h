@@ -21,8 +21,12 @@ static inline vec vec_pow2(vec n)
  * two factors leaves it normal. */
 static inline vec vec_scale_pow2(vec v, vec n)
 {
+#if VEC_HAS_LDEXP
+    return vec_ldexp(v, n);
+#else
     vec half = vec_round(vec_mul(n, vec_set1(0.5f)));
     return vec_mul(vec_mul(v, vec_pow2(half)), vec_pow2(vec_sub(n, half)));
+#endif
 }
 
 /* exp(r) for |r| <= log(2) / 2: r + r^2 p(r) + 1, p of least maximal error. */
@@ -144,14 +148,17 @@ static inline vec vec_slope_of_tail(vec x, vec_tail tail)
 /* The tail of the normal distribution, S(-u) = exp(-u^2 / 2) q(u), for |x| <= VEC_NORMAL_LIMIT. */
 static inline vec_tail vec_normal_tail(vec x)
 {
-    /* x^2 in two parts, of which the first is exact: an error of it is one of the exponent. */
+    /* x^2 in two parts, the first of them exact or nearly all of it: an error of it is one of the
+     * exponent. */
+#if VEC_FMA_IS_FUSED
+    vec main = vec_mul(x, x), rest = vec_fma(x, x, vec_sub(vec_zero(), main));
+#else
     vec high = veci_to_bits(veci_and(veci_from_bits(x), veci_set1(0xFFFFF000)));
-    vec low = vec_sub(x, high);
-    vec main = vec_mul(vec_mul(high, high), vec_set1(-0.5f));
-    vec rest = vec_mul(vec_mul(vec_add(x, high), low), vec_set1(-0.5f));
-    vec n = vec_round(vec_mul(vec_add(main, rest), vec_set1(1.44269504f)));
-    vec r = vec_fma(n, vec_set1(-0.693359375f), main);
-    r = vec_add(vec_fma(n, vec_set1(2.12194440e-4f), r), rest);
+    vec main = vec_mul(high, high), rest = vec_mul(vec_add(x, high), vec_sub(x, high));
+#endif
+    vec n = vec_round(vec_mul(vec_add(main, rest), vec_set1(-0.72134752f)));
+    vec r = vec_fma(n, vec_set1(-0.693359375f), vec_mul(main, vec_set1(-0.5f)));
+    r = vec_fma(rest, vec_set1(-0.5f), vec_fma(n, vec_set1(2.12194440e-4f), r));
     vec e = vec_exp_reduced(r);
     /* q(u) = t p(s), t = 1 / (1 + 0.3125 u), s = 1 - t, p of least maximal relative error, 2^-26.3:
      * near u = 0, where q falls fast, an error of s is small beside p. */
