@@ -29,7 +29,8 @@ typedef struct sebp_norm_row {
     uint64_t group;                     /* of the row's first element, as dropout counts them */
     void *h;                            /* NULL: x is h */
     void *y;
-    float *mean, *inverse; /* results */
+    float *mean, *inverse;              /* results */
+    const void *next_x, *next_residual; /* of the next row, fetched meanwhile; NULL: none */
 } sebp_norm_row;
 
 /**
@@ -47,7 +48,8 @@ typedef struct sebp_norm_back_row {
     void *dx; /* NULL: not wanted */
     const struct sebp_dropout *dropout;
     uint64_t group;
-    float *dgain, *dshift; /* n each, added to; NULL: not wanted */
+    float *dgain, *dshift;        /* n each, added to; NULL: not wanted */
+    const void *next_dy, *next_h; /* of the next row, fetched meanwhile; NULL: none */
 } sebp_norm_back_row;
 
 /** The order is that of sebp_activation in include/sebp/layers.h. */

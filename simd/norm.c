@@ -86,6 +86,8 @@ static inline void norm_forward(const sebp_norm_row *row, bool is_bf16)
         if (row->gain != NULL) {
             y = vec_mul(y, load_lanes(row->gain, false, at, lanes));
         }
+        fetch_lanes(row->next_x, is_bf16, at);
+        fetch_lanes(row->next_residual, is_bf16, at);
         if (row->shift != NULL) {
             y = vec_add(y, load_lanes(row->shift, false, at, lanes));
         }
@@ -158,6 +160,8 @@ static inline void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
         vec xh = normalized(row, &by, is_bf16, at, lanes);
         vec dh = vec_sub(vec_sub(g, g_mean), vec_mul(xh, along));
         dh = vec_mul(dh, by.inverse);
+        fetch_lanes(row->next_dy, is_bf16, at);
+        fetch_lanes(row->next_h, is_bf16, at);
         if (row->accumulate && row->dh != NULL) {
             dh = vec_add(dh, load_lanes(row->dh, is_bf16, at, lanes));
         }

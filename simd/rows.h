@@ -39,6 +39,14 @@ static inline void store_lanes(void *row, bool is_bf16, int64_t at, vec v, int64
     }
 }
 
+/** Has a vec that will be read soon brought to the caches; NULL: nothing. */
+static inline void fetch_lanes(const void *row, bool is_bf16, int64_t at)
+{
+    if (row != NULL) {
+        __builtin_prefetch((const char *)row + at * (is_bf16 ? 2 : 4));
+    }
+}
+
 /** v with zeros past its first `lanes`. */
 static inline vec first_lanes(vec v, int64_t lanes)
 {

@@ -21,8 +21,10 @@ static void gather_piece(void *data, int64_t piece)
     int64_t end = work->list.count * (piece + 1) / job->pieces;
     for (int64_t i = work->list.count * piece / job->pieces; i < end; i++) {
         int64_t at = sebp_listed_row(&work->list, i);
+        int64_t next = sebp_next_row(&work->list, i, end);
         const void *from[SEBP_MAX_TABLES];
         for (int t = 0; t < work->tables; t++) {
+            sebp_fetch_row(work->from[t], next >= 0 ? work->indices[t][next] : -1);
             from[t] = sebp_element(work->from[t], work->indices[t][at], 0);
         }
         job->kernels->sum_vectors(sebp_element(work->to, at, 0), from, work->tables,

@@ -31,10 +31,31 @@ static inline void *sebp_element(const sebp_matrix *matrix, int64_t row, int64_t
            (row * matrix->stride + col) * (int64_t)sebp_dtype_bytes(matrix->dtype);
 }
 
+/** Has a row that is soon wanted brought to the caches, while the one before it is computed; row -1 and a
+ * matrix that is NULL: nothing. */
+static inline void sebp_fetch_row(const sebp_matrix *matrix, int64_t row)
+{
+    enum { LINE = 64 };
+    if (matrix == NULL || row < 0) {
+        return;
+    }
+    const char *at = sebp_element(matrix, row, 0);
+    const char *end = at + matrix->cols * (int64_t)sebp_dtype_bytes(matrix->dtype);
+    for (; at < end; at += LINE) {
+        __builtin_prefetch(at, 0, 2);
+    }
+}
+
 /** The row that is worked on as the i-th. */
 static inline int64_t sebp_listed_row(const sebp_row_list *list, int64_t i)
 {
     return list->rows != NULL ? list->rows[i] : i;
+}
+
+/** The row after it; -1: there is none before `end`. */
+static inline int64_t sebp_next_row(const sebp_row_list *list, int64_t i, int64_t end)
+{
+    return i + 1 < end ? sebp_listed_row(list, i + 1) : -1;
 }
 
 /** How many pieces `count` rows of `cols` elements are worth, at most one a thread. */

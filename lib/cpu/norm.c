@@ -10,6 +10,9 @@
 #include "layers.h"
 
 enum {
+    WIDE_BYTES =
+        8 << 10,     /* of a row that leaves the nearest cache no room for what it meets: the next
+                             is fetched while it is computed; others are by the CPU itself */
     MAX_BLOCKS = 64, /* of rows whose sums are taken by themselves */
     BLOCK_ROWS = 16, /* of a block, at least */
     COLUMN_PART = 64 /* columns of sums that one thread adds up, at least */
@@ -53,6 +56,7 @@ static void forward_piece(void *data, int64_t piece)
     const sebp_norm_work *work = job->work;
     const sebp_norm_options *options = work->options;
     const int64_t n = work->x->cols;
+    const bool is_wide = n * (int64_t)sebp_dtype_bytes(work->x->dtype) >= WIDE_BYTES;
     float mean, inverse;
     sebp_norm_row row = {.n = n,
                          .is_bf16 = work->x->dtype == SEBP_BF16,
@@ -71,6 +75,13 @@ static void forward_piece(void *data, int64_t piece)
         row.h = sebp_element(work->h, at, 0);
         row.y = sebp_element(work->y, at, 0);
         row.group = (uint64_t)at * (uint64_t)sebp_div_ceil(n, SEBP_RANDOM_GROUP);
+        if (is_wide && i + 1 < end) {
+            int64_t next = sebp_listed_row(&work->list, i + 1);
+            row.next_x = sebp_element(work->x, next, 0);
+            row.next_residual = sebp_element(work->residual, next, 0);
+        } else {
+            row.next_x = row.next_residual = NULL;
+        }
         if (n > 0) {
             job->kernels->norm_forward(&row);
         } else {
@@ -122,6 +133,7 @@ static void backward_block(void *data, int64_t block)
     const sebp_norm_back_work *work = job->work;
     const sebp_norm_options *options = work->options;
     const int64_t n = work->dy->cols;
+    const bool is_wide = n * (int64_t)sebp_dtype_bytes(work->dy->dtype) >= WIDE_BYTES;
     sebp_norm_back_row row = {.n = n,
                               .is_bf16 = work->dy->dtype == SEBP_BF16,
                               .is_rms = options->norm == SEBP_RMS_NORM,
@@ -147,6 +159,13 @@ static void backward_block(void *data, int64_t block)
         row.dh = sebp_element(work->dh, at, 0);
         row.dx = sebp_element(work->dx, at, 0);
         row.group = (uint64_t)at * (uint64_t)sebp_div_ceil(n, SEBP_RANDOM_GROUP);
+        if (is_wide && i + 1 < end) {
+            int64_t next = sebp_listed_row(&work->list, i + 1);
+            row.next_dy = sebp_element(work->dy, next, 0);
+            row.next_h = sebp_element(work->h, next, 0);
+        } else {
+            row.next_dy = row.next_h = NULL;
+        }
         job->cpu->kernels->norm_backward(&row);
     }
 }
