@@ -26,6 +26,7 @@
 #include <time.h>
 
 #include "inputs.h"
+#include "layers.h"
 #include "machine.h"
 #include "methods.h"
 #include "options.h"
@@ -539,7 +540,9 @@ int main(int argc, char **argv)
     machine machine;
     parse_options(&o, argc, argv);
     open_machine(&machine, &o);
-    if (o.methods != 0)
+    if (o.layer)
+        measure_layers(&machine, &o);
+    else if (o.methods != 0)
         compare_methods(&machine, &o);
     else
         compare_rows(&machine, &o);

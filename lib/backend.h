@@ -28,6 +28,8 @@
 #include <sebp/sparse.h>
 #include <sebp/status.h>
 
+#include "layer_work.h"
+
 /** One factor of a product: memory rows picked out of a matrix, possibly transposed. */
 typedef struct sebp_operand {
     const void *data;
@@ -180,6 +182,20 @@ typedef struct sebp_backend {
      */
     sebp_status (*eigenvectors)(void *device, const sebp_matrix *sum, const sebp_matrix *vectors,
                                 float *values, char why[SEBP_WHY_BYTES]);
+
+    /*
+     * Row-wise layers (layer_work.h). SEBP_ERROR_MEMORY where there is no scratch memory; then nothing
+     * is written.
+     */
+
+    sebp_status (*norm_forward)(void *device, const sebp_norm_work *work);
+    sebp_status (*norm_backward)(void *device, const sebp_norm_back_work *work);
+    sebp_status (*activation)(void *device, const sebp_activation_work *work);
+    sebp_status (*dropout)(void *device, const sebp_dropout_work *work);
+    sebp_status (*rotary)(void *device, const sebp_rotary_work *work);
+    sebp_status (*cross_entropy)(void *device, const sebp_cross_entropy_work *work);
+    sebp_status (*gather)(void *device, const sebp_gather_work *work);
+    sebp_status (*sum_groups)(void *device, const sebp_group_sums *sums);
 
     /* What there is to know. */
 

@@ -70,6 +70,12 @@ KERNEL(void, adamw, (const sebp_adamw_work *work))
 KERNEL(void, scale_f32, (float *data, int64_t n, float factor))
 KERNEL(void, scale_bf16, (uint16_t * data, int64_t n, float factor))
 
+/* random.c */
+
+/* What dropout multiplies by, 0 or scale: of the SEBP_RANDOM_GROUP elements of each group. */
+KERNEL(void, dropout_scales,
+       (float *scales, int64_t groups, const sebp_dropout *dropout, uint64_t group))
+
 /* gemm.c */
 
 KERNEL(void, pack_a_f32, SEBP_PACK_ARGUMENTS)
@@ -78,3 +84,24 @@ KERNEL(void, pack_b_f32, SEBP_PACK_ARGUMENTS)
 KERNEL(void, pack_b_bf16, SEBP_PACK_ARGUMENTS)
 KERNEL(void, tile_f32, (const sebp_tile_work *work))
 KERNEL(void, tile_bf16, (const sebp_tile_work *work))
+
+/* norm.c, activation.c, softmax.c, rotary.c: rows of layers (layers.h) */
+
+KERNEL(void, norm_forward, (const sebp_norm_row *row))
+KERNEL(void, norm_backward, (const sebp_norm_back_row *row))
+KERNEL(void, activation_forward, (const sebp_activation_row *row))
+KERNEL(void, activation_backward, (const sebp_activation_back_row *row))
+/* y = x times what dropout multiplies by, from `group` on. y may be x. */
+KERNEL(void, dropout,
+       (void *y, const void *x, bool is_bf16, int64_t n, const sebp_dropout *how, uint64_t group))
+/* y = a function of layers.h, for tests. */
+KERNEL(void, elementary, (float *y, const float *x, int64_t n, int function))
+/* The max of n >= 1 elements and the sum of exp(x - max). Where an element is NaN or +Inf, or all
+ * are -Inf, the sum is NaN. */
+KERNEL(void, softmax_sum, (const void *x, bool is_bf16, int64_t n, float *max, double *sum))
+KERNEL(double, row_sum, (const void *x, bool is_bf16, int64_t n))
+KERNEL(void, softmax, (const sebp_softmax_row *row))
+KERNEL(void, rotary, (const sebp_rotary_row *row))
+/* to = the sum of `count` >= 1 rows of n elements, in their order, in f32. to may be any of them. */
+KERNEL(void, sum_vectors,
+       (void *to, const void *const *from, int count, bool is_bf16, int64_t n))

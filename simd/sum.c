@@ -89,3 +89,30 @@ void SEBP_NAME(sum_scaled_rows)(float *sum, const float *from, int64_t stride, c
         vec_store_first(sum + at, total, lanes);
     }
 }
+
+static inline void sum_vectors(void *to, const void *const *from, int count, bool is_bf16,
+                               int64_t n)
+{
+    int64_t at = 0;
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        vec total = vec_load_at(from[0], is_bf16, at);
+        for (int i = 1; i < count; i++) {
+            total = vec_add(total, vec_load_at(from[i], is_bf16, at));
+        }
+        vec_store_at(to, is_bf16, at, total);
+    }
+    vec total = vec_load_at_first(from[0], is_bf16, at, n - at);
+    for (int i = 1; i < count; i++) {
+        total = vec_add(total, vec_load_at_first(from[i], is_bf16, at, n - at));
+    }
+    vec_store_at_first(to, is_bf16, at, total, n - at);
+}
+
+void SEBP_NAME(sum_vectors)(void *to, const void *const *from, int count, bool is_bf16, int64_t n)
+{
+    if (is_bf16) {
+        sum_vectors(to, from, count, true, n);
+    } else {
+        sum_vectors(to, from, count, false, n);
+    }
+}

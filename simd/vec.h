@@ -56,6 +56,9 @@
  *     vec_load_pairs_first(p, n)        n elements as they lie, n <= 2 * VEC_LANES, the rest 0
  *     vec_dot_bf16(sum, a, b)           lane by lane sum + a.low * b.low + a.high * b.high
  *
+ * Where VEC_HAS_LDEXP is 1 there is vec_ldexp(v, n), v * 2^n rounded once for any integral n; NaN for
+ * NaN. VEC_FMA_IS_FUSED says whether vec_fma() rounds once.
+ *
  * A GEMM's tile is TILE_ROWS x TILE_VECS vecs of C, as many as the registers hold.
  */
 #ifndef SEBP_VEC_H

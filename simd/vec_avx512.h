@@ -5,7 +5,9 @@
 
 #include <immintrin.h>
 
-#define VEC_LANES 16
+#define VEC_LANES        16
+#define VEC_FMA_IS_FUSED 1
+#define VEC_HAS_LDEXP    1
 #ifdef SEBP_ISA_AVX512BF16
 #define VEC_HAS_BF16_DOT 1
 #else
@@ -146,6 +148,11 @@ static inline vec vec_min(vec a, vec b)
 static inline vec vec_round(vec a)
 {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline vec vec_ldexp(vec v, vec n)
+{
+    return _mm512_scalef_ps(v, n);
 }
 
 static inline float vec_sum(vec v)

@@ -6,6 +6,8 @@
 #include <math.h>
 
 #define VEC_LANES        1
+#define VEC_FMA_IS_FUSED 0
+#define VEC_HAS_LDEXP    0
 #define VEC_HAS_BF16_DOT 0
 #define TILE_ROWS        4
 #define TILE_VECS        4

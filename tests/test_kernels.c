@@ -16,210 +16,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
-#include <unistd.h>
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
 
-#include "lib/cpu/cpu.h"
-#include "simd/simd.h"
-#include "testing.h"
-
-/* The tiers that a CPU of this family can have. */
-static const struct tier {
-    const char *isa;
-    const sebp_kernels *kernels; /* NULL: not in this build */
-} tiers[] = {
-    {"scalar", &sebp_kernels_scalar},
-#ifdef __x86_64__
-#ifdef SEBP_HAVE_AVX2
-    {"avx2", &sebp_kernels_avx2},
-#else
-    {"avx2", NULL},
-#endif
-#ifdef SEBP_HAVE_AVX512
-    {"avx512", &sebp_kernels_avx512},
-#else
-    {"avx512", NULL},
-#endif
-#ifdef SEBP_HAVE_AVX512BF16
-    {"avx512bf16", &sebp_kernels_avx512bf16},
-#else
-    {"avx512bf16", NULL},
-#endif
-#endif
-#ifdef __aarch64__
-#ifdef SEBP_HAVE_NEON
-    {"neon", &sebp_kernels_neon},
-#else
-    {"neon", NULL},
-#endif
-#endif
-};
-
-enum { TIERS = sizeof tiers / sizeof tiers[0] };
-
-/* The kernels of a tier; NULL, and the test is counted as skipped, where they cannot run. */
-static const sebp_kernels *kernels_of(int tier, const char *test)
-{
-    char name[64];
-    snprintf(name, sizeof name, "%s/%s", test, tiers[tier].isa);
-    if (tiers[tier].kernels == NULL) {
-        testing_skip(name, "not in this build");
-        return NULL;
-    }
-    for (int i = 0; sebp_cpu_tier(i) != NULL; i++) {
-        if (sebp_cpu_tier(i) == tiers[tier].kernels) {
-            return tiers[tier].kernels;
-        }
-    }
-    testing_skip(name, "this machine cannot run it");
-    return NULL;
-}
-
-/* As ck_assert_msg(), but free where it holds: Check makes a note of every assertion in a file. */
-#define check(holds, ...)                                                                          \
-    do {                                                                                           \
-        if (!(holds)) {                                                                            \
-            ck_abort_msg(__VA_ARGS__);                                                             \
-        }                                                                                          \
-    } while (0)
-
-/* Some bytes between forbidden pages: at the front of the open pages, at their end or in between.
- * All else in the open pages is poison: NaN. */
-typedef struct buffer {
-    unsigned char *data;
-    unsigned char *open;
-    size_t open_bytes;
-    unsigned char *twin; /* what the open pages must hold at the end; NULL: not looked at */
-} buffer;
-
-static buffer make(int64_t count, size_t element)
-{
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t bytes = (size_t)count * element;
-    buffer made = {.open_bytes = (bytes / page + 1) * page};
-    unsigned char *map =
-        mmap(NULL, made.open_bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    check(map != MAP_FAILED, "no memory");
-    made.open = map + page;
-    check(mprotect(made.open, made.open_bytes, PROT_READ | PROT_WRITE) == 0, "no memory");
-    memset(made.open, TESTING_POISON, made.open_bytes);
-    int64_t max = (int64_t)((made.open_bytes - bytes) / element);
-    int64_t offsets[] = {0, max, testing_between(0, max)};
-    made.data = made.open + (size_t)offsets[testing_between(0, 2)] * element;
-    return made;
-}
-
-/* A copy of what the buffer holds now: the test writes into it what the kernel should. */
-static void *twin_of(buffer *made)
-{
-    made->twin = malloc(made->open_bytes);
-    check(made->twin != NULL, "no memory");
-    memcpy(made->twin, made->open, made->open_bytes);
-    return made->twin + (made->data - made->open);
-}
-
-static void release(buffer *made)
-{
-    if (made->twin != NULL) {
-        for (size_t i = 0; i < made->open_bytes; i++) {
-            check(made->open[i] == made->twin[i], "byte %td is %02x, not %02x",
-                  made->open + i - made->data, made->open[i], made->twin[i]);
-        }
-        free(made->twin);
-    }
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    munmap(made->open - page, made->open_bytes + 2 * page);
-}
-
-/* The mode that some programs run in: denormals taken for zero. */
-static void flush_denormals(int on)
-{
-#if defined __SSE__
-    _mm_setcsr(on ? _mm_getcsr() | 0x8040U : _mm_getcsr() & ~0x8040U);
-#elif defined __aarch64__
-    uint64_t fpcr;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
-    fpcr = on ? fpcr | UINT64_C(1) << 24 : fpcr & ~(UINT64_C(1) << 24);
-    __asm__ volatile("msr fpcr, %0" : : "r"(fpcr));
-#else
-    (void)on;
-#endif
-}
-
-static float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static size_t bytes_of(int is_bf16)
-{
-    return is_bf16 ? sizeof(uint16_t) : sizeof(float);
-}
-
-static double get(const void *data, int is_bf16, int64_t i)
-{
-    return is_bf16 ? testing_from_bf16(((const uint16_t *)data)[i]) : ((const float *)data)[i];
-}
-
-static void put(void *data, int is_bf16, int64_t i, double value)
-{
-    if (is_bf16) {
-        ((uint16_t *)data)[i] = testing_to_bf16((float)value);
-    } else {
-        ((float *)data)[i] = (float)value;
-    }
-}
-
-static double small_integer(void)
-{
-    return (double)(testing_between(1, 4) * (testing_chance(0.5) ? 1 : -1));
-}
-
-static double value_of(int integers)
-{
-    return integers ? small_integer() : testing_uniform();
-}
-
-/* Mostly the short rows in which all the edges are, and now and then a long one. */
-static int64_t length(void)
-{
-    return testing_between(0, testing_chance(0.1) ? 3000 : 150);
-}
-
-/* A stride of rows of `cols`. */
-static int64_t strided(int64_t cols)
-{
-    return cols + (testing_chance(0.3) ? 0 : testing_between(1, 40));
-}
-
-/* `count` rows out of `total`, in any order, some of them more than once. */
-static buffer any_rows(int64_t count, int64_t total)
-{
-    buffer made = make(count, sizeof(int64_t));
-    for (int64_t i = 0; i < count; i++) {
-        ((int64_t *)(void *)made.data)[i] = testing_between(0, total - 1);
-    }
-    return made;
-}
-
-/* `count` rows out of `total`, ascending. */
-static buffer ascending_rows(int64_t count, int64_t total)
-{
-    buffer made = make(count, sizeof(int64_t));
-    int64_t taken = 0;
-    for (int64_t row = 0; row < total; row++) {
-        if (testing_between(0, total - row - 1) < count - taken) {
-            ((int64_t *)(void *)made.data)[taken++] = row;
-        }
-    }
-    return made;
-}
+#include "kernel_harness.h"
+#include "lib/random.h"
 
 static bool any_nonzero(const sebp_kernels *kernels, int is_bf16, const void *row, int64_t n)
 {
@@ -750,6 +550,83 @@ START_TEST(scale)
 }
 END_TEST
 
+/* The known answers that are published with Random123 (kat_vectors: philox4x32 10). */
+START_TEST(philox)
+{
+    static const struct {
+        uint32_t counter[4], key[2], answer[4];
+    } known[] = {
+        {{0, 0, 0, 0}, {0, 0}, {0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}},
+        {{0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF},
+         {0xFFFFFFFF, 0xFFFFFFFF},
+         {0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}},
+        {{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344},
+         {0xA4093822, 0x299F31D0},
+         {0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        uint32_t counter[4];
+        memcpy(counter, known[i].counter, sizeof counter);
+        sebp_philox(counter, known[i].key[0], known[i].key[1]);
+        for (int word = 0; word < 4; word++) {
+            ck_assert_uint_eq(counter[word], known[i].answer[word]);
+        }
+    }
+}
+END_TEST
+
+static uint64_t random_bits(void)
+{
+    return testing_chance(0.2) ? UINT64_MAX : testing_random();
+}
+
+/* Every element that is dropped at p is kept at the p that is its number, and the other way round:
+ * so each bit of the numbers is looked at. */
+START_TEST(dropout_scales)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "dropout_scales");
+    if (kernels == NULL) {
+        return;
+    }
+    enum { GROUP = SEBP_RANDOM_GROUP, MAX_GROUPS = 4 };
+    const float step = 0x1p-24f;
+    int64_t kept = 0, dropped = 0;
+    for (int round = testing_rounds(2000); round > 0; round--) {
+        int64_t groups = testing_between(0, MAX_GROUPS);
+        /* Also where the counter's words carry and where it ends. */
+        uint64_t group = random_bits() >> (testing_chance(0.5) ? 4 : testing_between(4, 63));
+        group = testing_chance(0.3) ? (UINT64_C(1) << 28) - 2 : group;
+        sebp_dropout dropout = {.seed = random_bits(), .offset = random_bits()};
+        float number[MAX_GROUPS * GROUP];
+        for (int64_t i = 0; i < groups * GROUP; i++) {
+            uint64_t block = (group + (uint64_t)i / GROUP) * 16 + (uint64_t)i % 16;
+            uint32_t counter[4] = {(uint32_t)block, (uint32_t)(block >> 32),
+                                   (uint32_t)dropout.offset, (uint32_t)(dropout.offset >> 32)};
+            sebp_philox(counter, (uint32_t)dropout.seed, (uint32_t)(dropout.seed >> 32));
+            number[i] = (float)(counter[i % GROUP / 16] >> 8) * step;
+        }
+        int64_t of = groups > 0 ? testing_between(0, groups * GROUP - 1) : 0;
+        dropout.p = groups == 0 ? 0.5F : number[of] + (testing_chance(0.5) ? step : 0);
+        dropout.scale = (float)testing_uniform();
+        buffer scales = make(groups * GROUP, sizeof(float));
+        float *expected = twin_of(&scales);
+        for (int64_t i = 0; i < groups * GROUP; i++) {
+            expected[i] = number[i] < dropout.p ? 0 : dropout.scale;
+            dropped += number[i] < dropout.p;
+            kept += number[i] >= dropout.p;
+            if (group < UINT64_C(1) << 57) {
+                uint64_t element = group * GROUP + (uint64_t)i;
+                float public = sebp_random_uniform(dropout.seed, dropout.offset, element);
+                check(public == number[i], "%a, not %a", (double)public, (double)number[i]);
+            }
+        }
+        kernels->dropout_scales((void *)scales.data, groups, &dropout, group);
+        release(&scales);
+    }
+    ck_assert(kept > 0 && dropped > 0);
+}
+END_TEST
+
 /* What unit u of lane l must hold, in bits. */
 static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t lane, int64_t at,
                         int64_t depth, int64_t u)
@@ -1119,6 +996,8 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, at_least, 0, TIERS);
     tcase_add_loop_test(all, adamw, 0, TIERS);
     tcase_add_loop_test(all, scale, 0, TIERS);
+    tcase_add_test(all, philox);
+    tcase_add_loop_test(all, dropout_scales, 0, TIERS);
     tcase_add_loop_test(all, pack, 0, TIERS);
     tcase_add_loop_test(all, tile, 0, TIERS);
     if (testing_environment("SEBP_TEST_TIMING")) {

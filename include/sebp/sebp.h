@@ -36,13 +36,18 @@
 #define SEBP_SEBP_H
 
 #include <sebp/basis.h>
+#include <sebp/clip.h>
 #include <sebp/context.h>
+#include <sebp/embedding.h>
 #include <sebp/info.h>
+#include <sebp/layers.h>
 #include <sebp/linear.h>
 #include <sebp/lora.h>
+#include <sebp/loss.h>
 #include <sebp/matrix.h>
 #include <sebp/meprop.h>
 #include <sebp/optim.h>
+#include <sebp/random.h>
 #include <sebp/rows.h>
 #include <sebp/sparse.h>
 #include <sebp/sparsegrad.h>

@@ -4,6 +4,7 @@
 #include "config.h"
 #endif
 
+#include "layers.h"
 #include "operations.h"
 
 const sebp_backend sebp_cpu_backend = {
@@ -34,6 +35,14 @@ const sebp_backend sebp_cpu_backend = {
     .top_end = sebp_cpu_top_end,
     .sparse_update = sebp_cpu_sparse_update,
     .eigenvectors = sebp_cpu_eigenvectors,
+    .norm_forward = sebp_cpu_norm_forward,
+    .norm_backward = sebp_cpu_norm_backward,
+    .activation = sebp_cpu_activation,
+    .dropout = sebp_cpu_dropout,
+    .rotary = sebp_cpu_rotary,
+    .cross_entropy = sebp_cpu_cross_entropy,
+    .gather = sebp_cpu_gather,
+    .sum_groups = sebp_cpu_sum_groups,
     .scratch_bytes = sebp_cpu_scratch_bytes,
     .info = sebp_cpu_info,
     .destroy = sebp_cpu_destroy,

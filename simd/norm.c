@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file norm.c LayerNorm and RMSNorm of a row, which stays in the nearest cache between passes. */
+#include <math.h>
+
+#include "kernels.h"
+#include "rows.h"
+
+/* Sums that need not wait for each other. */
+enum { SUMS = 4 };
+
+static inline float total_of(const vec sums[SUMS])
+{
+    return vec_sum(vec_add(vec_add(sums[0], sums[1]), vec_add(sums[2], sums[3])));
+}
+
+/* h = residual + dropout(x) */
+static inline void add_residual(const sebp_norm_row *row, bool is_bf16)
+{
+    row_scales scales = {.dropout = row->dropout, .group = row->group};
+    if (row->dropout != NULL) {
+        FOR_EACH_VEC(row->n, {
+            vec h = vec_mul(load_lanes(row->x, is_bf16, at, lanes), next_scales(&scales, at));
+            if (row->residual != NULL) {
+                h = vec_add(h, load_lanes(row->residual, is_bf16, at, lanes));
+            }
+            store_lanes(row->h, is_bf16, at, h, lanes);
+        });
+    } else {
+        FOR_EACH_VEC(row->n, {
+            vec h = load_lanes(row->x, is_bf16, at, lanes);
+            if (row->residual != NULL) {
+                h = vec_add(h, load_lanes(row->residual, is_bf16, at, lanes));
+            }
+            store_lanes(row->h, is_bf16, at, h, lanes);
+        });
+    }
+}
+
+static inline float mean_of(const void *h, bool is_bf16, int64_t n)
+{
+    vec sums[SUMS] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+    int64_t next = 0;
+    int64_t whole = n - n % (SUMS * VEC_LANES);
+    for (; next < whole; next += SUMS * VEC_LANES) {
+        for (int i = 0; i < SUMS; i++) {
+            sums[i] = vec_add(sums[i], vec_load_at(h, is_bf16, next + i * VEC_LANES));
+        }
+    }
+    FOR_EACH_VEC(n - whole, sums[0] = vec_add(sums[0], load_lanes(h, is_bf16, whole + at, lanes)));
+    return total_of(sums) / (float)n;
+}
+
+static inline float mean_square_of(const void *h, bool is_bf16, int64_t n, float mean)
+{
+    vec sums[SUMS] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()}, means = vec_set1(mean);
+    int64_t next = 0;
+    int64_t whole = n - n % (SUMS * VEC_LANES);
+    for (; next < whole; next += SUMS * VEC_LANES) {
+        for (int i = 0; i < SUMS; i++) {
+            vec apart = vec_sub(vec_load_at(h, is_bf16, next + i * VEC_LANES), means);
+            sums[i] = vec_fma(apart, apart, sums[i]);
+        }
+    }
+    FOR_EACH_VEC(n - whole, {
+        vec apart = vec_sub(load_lanes(h, is_bf16, whole + at, lanes), means);
+        apart = first_lanes(apart, lanes);
+        sums[0] = vec_fma(apart, apart, sums[0]);
+    });
+    return total_of(sums) / (float)n;
+}
+
+static inline void norm_forward(const sebp_norm_row *row, bool is_bf16)
+{
+    const void *h = row->h != NULL ? row->h : row->x;
+    if (row->h != NULL) {
+        add_residual(row, is_bf16);
+    }
+    float mean = row->is_rms ? 0 : mean_of(h, is_bf16, row->n);
+    float square = mean_square_of(h, is_bf16, row->n, mean);
+    float inverse = 1 / sqrtf(square + row->epsilon);
+    *row->mean = mean;
+    *row->inverse = inverse;
+    vec means = vec_set1(mean), inverses = vec_set1(inverse);
+    FOR_EACH_VEC(row->n, {
+        vec y = vec_mul(vec_sub(load_lanes(h, is_bf16, at, lanes), means), inverses);
+        if (row->gain != NULL) {
+            y = vec_mul(y, load_lanes(row->gain, false, at, lanes));
+        }
+        fetch_lanes(row->next_x, is_bf16, at);
+        fetch_lanes(row->next_residual, is_bf16, at);
+        if (row->shift != NULL) {
+            y = vec_add(y, load_lanes(row->shift, false, at, lanes));
+        }
+        store_lanes(row->y, is_bf16, at, y, lanes);
+    });
+}
+
+void SEBP_NAME(norm_forward)(const sebp_norm_row *row)
+{
+    if (row->is_bf16) {
+        norm_forward(row, true);
+    } else {
+        norm_forward(row, false);
+    }
+}
+
+/* The row as the backward sees it. */
+typedef struct lanes_of_row {
+    vec mean, inverse;
+} lanes_of_row;
+
+static inline vec normalized(const sebp_norm_back_row *row, const lanes_of_row *by, bool is_bf16,
+                             int64_t at, int64_t lanes)
+{
+    return vec_mul(vec_sub(load_lanes(row->h, is_bf16, at, lanes), by->mean), by->inverse);
+}
+
+static inline vec times_gain(const sebp_norm_back_row *row, vec dy, int64_t at, int64_t lanes)
+{
+    return row->gain != NULL ? vec_mul(dy, load_lanes(row->gain, false, at, lanes)) : dy;
+}
+
+static inline void add_lanes(float *to, int64_t at, vec v, int64_t lanes)
+{
+    store_lanes(to, false, at, vec_add(load_lanes(to, false, at, lanes), v), lanes);
+}
+
+/*
+ * With xh = (h - mean) / std and g = dy gain:
+ *
+ *     dgain += dy xh    dshift += dy    dh = (g - mean(g) - xh mean(g xh)) / std
+ *
+ * where an RMSNorm, which takes off no mean, has no mean(g).
+ */
+static inline void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
+{
+    const lanes_of_row by = {vec_set1(row->mean), vec_set1(row->inverse)};
+    vec g_sum = vec_zero(), along_sum = vec_zero();
+    FOR_EACH_VEC(row->n, {
+        vec dy = load_lanes(row->dy, is_bf16, at, lanes);
+        vec xh = normalized(row, &by, is_bf16, at, lanes);
+        vec g = times_gain(row, dy, at, lanes);
+        g_sum = vec_add(g_sum, g);
+        along_sum = vec_fma(g, xh, along_sum);
+        if (row->dgain != NULL) {
+            add_lanes(row->dgain, at, vec_mul(dy, xh), lanes);
+        }
+        if (row->dshift != NULL) {
+            add_lanes(row->dshift, at, dy, lanes);
+        }
+    });
+    if (row->dh == NULL && row->dx == NULL) {
+        return;
+    }
+    const vec g_mean = row->is_rms ? vec_zero() : vec_set1(vec_sum(g_sum) / (float)row->n);
+    const vec along = vec_set1(vec_sum(along_sum) / (float)row->n);
+    row_scales scales = {.dropout = row->dropout, .group = row->group};
+    FOR_EACH_VEC(row->n, {
+        vec g = times_gain(row, load_lanes(row->dy, is_bf16, at, lanes), at, lanes);
+        vec xh = normalized(row, &by, is_bf16, at, lanes);
+        vec dh = vec_sub(vec_sub(g, g_mean), vec_mul(xh, along));
+        dh = vec_mul(dh, by.inverse);
+        fetch_lanes(row->next_dy, is_bf16, at);
+        fetch_lanes(row->next_h, is_bf16, at);
+        if (row->accumulate && row->dh != NULL) {
+            dh = vec_add(dh, load_lanes(row->dh, is_bf16, at, lanes));
+        }
+        if (row->dh != NULL) {
+            store_lanes(row->dh, is_bf16, at, dh, lanes);
+        }
+        if (row->dx != NULL) {
+            vec dx = row->dropout != NULL ? vec_mul(dh, next_scales(&scales, at)) : dh;
+            store_lanes(row->dx, is_bf16, at, dx, lanes);
+        }
+    });
+}
+
+void SEBP_NAME(norm_backward)(const sebp_norm_back_row *row)
+{
+    if (row->is_bf16) {
+        norm_backward(row, true);
+    } else {
+        norm_backward(row, false);
+    }
+}

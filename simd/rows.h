@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file rows.h
+ * Walking along rows in vecs: `lanes` elements from `at` on, all VEC_LANES but for the last vec.
+ */
+#ifndef SEBP_SIMD_ROWS_H
+#define SEBP_SIMD_ROWS_H
+
+#include "philox.h"
+#include "vec.h"
+
+/** Runs what follows `n` with `at` and `lanes` for each vec of n elements: in whole ones `lanes` is known to
+ * the compiler. */
+#define FOR_EACH_VEC(n, ...)                                                                       \
+    do {                                                                                           \
+        int64_t at = 0;                                                                            \
+        for (; at + VEC_LANES <= (n); at += VEC_LANES) {                                           \
+            const int64_t lanes = VEC_LANES;                                                       \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+        if (at < (n)) {                                                                            \
+            const int64_t lanes = (n)-at;                                                          \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+static inline vec load_lanes(const void *row, bool is_bf16, int64_t at, int64_t lanes)
+{
+    return lanes == VEC_LANES ? vec_load_at(row, is_bf16, at)
+                              : vec_load_at_first(row, is_bf16, at, lanes);
+}
+
+static inline void store_lanes(void *row, bool is_bf16, int64_t at, vec v, int64_t lanes)
+{
+    if (lanes == VEC_LANES) {
+        vec_store_at(row, is_bf16, at, v);
+    } else {
+        vec_store_at_first(row, is_bf16, at, v, lanes);
+    }
+}
+
+/** Has a vec that will be read soon brought to the caches; NULL: nothing. */
+static inline void fetch_lanes(const void *row, bool is_bf16, int64_t at)
+{
+    if (row != NULL) {
+        __builtin_prefetch((const char *)row + at * (is_bf16 ? 2 : 4));
+    }
+}
+
+/** v with zeros past its first `lanes`. */
+static inline vec first_lanes(vec v, int64_t lanes)
+{
+    if (lanes == VEC_LANES) {
+        return v;
+    }
+    vecm is_first = vec_less(veci_to_f32(veci_lane_index()), vec_set1((float)lanes));
+    return vec_select(is_first, v, vec_zero());
+}
+
+/** What dropout multiplies a row by, made a group at a time. */
+typedef struct row_scales {
+    const sebp_dropout *dropout;
+    uint64_t group; /* of the row's first element */
+    float held[RANDOM_GROUP];
+} row_scales;
+
+/** Those of the vec at `at`; vecs are asked for in order. */
+static inline vec next_scales(row_scales *scales, int64_t at)
+{
+    int64_t within = at % RANDOM_GROUP;
+    if (within == 0) {
+        vec of_group[RANDOM_VECS];
+        random_scales(of_group, scales->dropout, scales->group + (uint64_t)(at / RANDOM_GROUP));
+        for (int v = 0; v < RANDOM_VECS; v++) {
+            vec_store(scales->held + v * VEC_LANES, of_group[v]);
+        }
+    }
+    return vec_load(scales->held + within);
+}
+
+#endif

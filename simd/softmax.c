@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file softmax.c A row's max and sum of exponentials, and what a softmax makes of them. */
+#include <math.h>
+
+#include "kernels.h"
+#include "rows.h"
+#include "vec_math.h"
+
+enum {
+    SUMS = 4,
+    BLOCK = 1024 * VEC_LANES /* elements whose exponentials are added in f32 */
+};
+
+/* NaN is lost here, and found again in the exponentials. */
+static inline float row_max(const void *x, bool is_bf16, int64_t n)
+{
+    vec lowest = vec_set1(-INFINITY), max[SUMS] = {lowest, lowest, lowest, lowest};
+    int64_t next = 0, whole = n - n % (SUMS * VEC_LANES);
+    for (; next < whole; next += SUMS * VEC_LANES) {
+        for (int i = 0; i < SUMS; i++) {
+            max[i] = vec_max(max[i], vec_load_at(x, is_bf16, next + i * VEC_LANES));
+        }
+    }
+    FOR_EACH_VEC(n - whole, {
+        vec v = load_lanes(x, is_bf16, whole + at, lanes);
+        if (lanes < VEC_LANES) {
+            vecm is_first = vec_less(veci_to_f32(veci_lane_index()), vec_set1((float)lanes));
+            v = vec_select(is_first, v, lowest);
+        }
+        max[0] = vec_max(max[0], v);
+    });
+    return vec_max_lane(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
+}
+
+static inline double exp_sum(const void *x, bool is_bf16, int64_t n, float max)
+{
+    const vec maxes = vec_set1(max);
+    double total = 0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t size = n - first < BLOCK ? n - first : BLOCK;
+        vec sum[2] = {vec_zero(), vec_zero()};
+        int64_t next = 0;
+        for (; next + 2 * VEC_LANES <= size; next += 2 * VEC_LANES) {
+            for (int i = 0; i < 2; i++) {
+                vec v = vec_load_at(x, is_bf16, first + next + i * VEC_LANES);
+                sum[i] = vec_add(sum[i], vec_exp_negative(vec_sub(v, maxes)));
+            }
+        }
+        FOR_EACH_VEC(size - next, {
+            vec v = vec_sub(load_lanes(x, is_bf16, first + next + at, lanes), maxes);
+            sum[0] = vec_add(sum[0], first_lanes(vec_exp_negative(v), lanes));
+        });
+        total += (double)vec_sum(vec_add(sum[0], sum[1]));
+    }
+    return total;
+}
+
+void SEBP_NAME(softmax_sum)(const void *x, bool is_bf16, int64_t n, float *max, double *sum)
+{
+    if (is_bf16) {
+        *max = row_max(x, true, n);
+        *sum = exp_sum(x, true, n, *max);
+    } else {
+        *max = row_max(x, false, n);
+        *sum = exp_sum(x, false, n, *max);
+    }
+}
+
+static inline double plain_sum(const void *x, bool is_bf16, int64_t n)
+{
+    double total = 0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t size = n - first < BLOCK ? n - first : BLOCK;
+        vec sum = vec_zero();
+        FOR_EACH_VEC(size, sum = vec_add(sum, load_lanes(x, is_bf16, first + at, lanes)));
+        total += (double)vec_sum(sum);
+    }
+    return total;
+}
+
+double SEBP_NAME(row_sum)(const void *x, bool is_bf16, int64_t n)
+{
+    return is_bf16 ? plain_sum(x, true, n) : plain_sum(x, false, n);
+}
+
+static inline void softmax(const sebp_softmax_row *row, bool x_is_bf16, bool to_is_bf16)
+{
+    const vec max = vec_set1(row->max), factor = vec_set1(row->factor),
+              shift = vec_set1(row->shift);
+    FOR_EACH_VEC(row->n, {
+        vec e = vec_exp_negative(vec_sub(load_lanes(row->x, x_is_bf16, at, lanes), max));
+        store_lanes(row->to, to_is_bf16, at, vec_sub(vec_mul(e, factor), shift), lanes);
+    });
+}
+
+void SEBP_NAME(softmax)(const sebp_softmax_row *row)
+{
+    if (row->x_is_bf16) {
+        if (row->to_is_bf16) {
+            softmax(row, true, true);
+        } else {
+            softmax(row, true, false);
+        }
+    } else if (row->to_is_bf16) {
+        softmax(row, false, true);
+    } else {
+        softmax(row, false, false);
+    }
+}
