@@ -90,7 +90,7 @@ sebp_status sebp_check_sparse_finite(const sebp_call *call, const char *name,
 
 sebp_status sebp_check_f32(const sebp_call *call, const sebp_argument *argument)
 {
-    if (argument->view->dtype == SEBP_F32)
+    if (argument->view == NULL || argument->view->dtype == SEBP_F32)
         return SEBP_SUCCESS;
     return sebp_fail(call->context, SEBP_ERROR_DTYPE, "%s: %s is %s, not f32", call->function,
                      argument->name, sebp_dtype_name(argument->view->dtype));
