@@ -51,23 +51,23 @@ static const struct {
     [COPY] = {"copy", 1, 1},
     [TRIAD] = {"triad", 2, 1},
     [LAYER_NORM] = {"layer norm", 1, 1},
-    [LAYER_NORM_RESIDUAL] = {"  with residual", 2, 2},
-    [LAYER_NORM_DROPOUT] = {"  with dropout", 2, 2},
-    [LAYER_NORM_BACK] = {"  backward", 2, 1},
+    [LAYER_NORM_RESIDUAL] = {"layer norm residual", 2, 2},
+    [LAYER_NORM_DROPOUT] = {"layer norm dropout", 2, 2},
+    [LAYER_NORM_BACK] = {"layer norm backward", 2, 1},
     [RMS_NORM] = {"rms norm", 1, 1},
-    [RMS_NORM_BACK] = {"  backward", 2, 1},
+    [RMS_NORM_BACK] = {"rms norm backward", 2, 1},
     [GELU] = {"gelu", 1, 1},
-    [GELU_BACK] = {"  backward", 2, 1},
-    [GELU_TANH] = {"gelu, tanh", 1, 1},
-    [SILU_GATED] = {"silu, gated", 2, 1},
-    [SILU_GATED_BACK] = {"  backward", 3, 2},
+    [GELU_BACK] = {"gelu backward", 2, 1},
+    [GELU_TANH] = {"gelu tanh", 1, 1},
+    [SILU_GATED] = {"silu gated", 2, 1},
+    [SILU_GATED_BACK] = {"silu gated backward", 3, 2},
     [RELU] = {"relu", 1, 1},
     [DROPOUT] = {"dropout", 1, 1},
     [ROTARY] = {"rotary", 1, 1},
-    [ROTARY_PAIRS] = {"rotary, pairs", 1, 1},
+    [ROTARY_PAIRS] = {"rotary pairs", 1, 1},
     [CROSS_ENTROPY] = {"cross-entropy", 1, 1},
     [EMBEDDING] = {"embedding", 1, 1},
-    [EMBEDDING_BACK] = {"  backward", 1, 0}, /* and the table */
+    [EMBEDDING_BACK] = {"embedding backward", 1, 0}, /* and the table */
     [NORM] = {"gradient norm", 1, 0},
     [SCALE] = {"scale", 1, 1},
 };
@@ -263,12 +263,11 @@ static void print_results(bench *b)
     for (int what = 0; what < WORKS; what++) {
         double ms = fastest[what], speed = bytes_of(b, what) / ms;
         if (b->options->csv) {
-            printf("%s,%" PRId64 ",%" PRId64 ",%s,%d,%s,%d,%.4f,%.2f,%.3f\n",
-                   works[what].name + strspn(works[what].name, " "), b->rows, b->cols,
-                   sebp_dtype_name(b->dtype), b->machine->threads, sebp_isa(), b->count, ms,
-                   speed * 1e-6, speed / best);
+            printf("%s,%" PRId64 ",%" PRId64 ",%s,%d,%s,%d,%.4f,%.2f,%.3f\n", works[what].name,
+                   b->rows, b->cols, sebp_dtype_name(b->dtype), b->machine->threads, sebp_isa(),
+                   b->count, ms, speed * 1e-6, speed / best);
         } else {
-            printf("%-18s %10.3f %10.1f %12.2f\n", works[what].name, ms, speed * 1e-6,
+            printf("%-20s %10.3f %10.1f %12.2f\n", works[what].name, ms, speed * 1e-6,
                    speed / best);
         }
     }
@@ -331,7 +330,7 @@ static void run_bench(const machine *machine, const options *o, int64_t cols, se
         puts("verified");
     } else {
         if (!o->csv) {
-            printf("%-18s %10s %10s %12s\n", "layer", "ms", "GB/s", "efficiency");
+            printf("%-20s %10s %10s %12s\n", "layer", "ms", "GB/s", "efficiency");
         }
         measure(b);
         print_results(b);

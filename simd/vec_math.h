@@ -202,14 +202,14 @@ static inline vec_tail vec_gelu_tanh_tail(vec x)
     return vec_sigmoid_tail(w, gain);
 }
 
-/** x / 2 (1 + erf(x / sqrt(2))), within 4 ulp. -Inf gives -0, as the limit is. */
+/** x / 2 (1 + erf(x / sqrt(2))), within 6 ulp. -Inf gives -0, as the limit is. */
 static inline vec vec_gelu(vec x)
 {
     vec clamped = vec_clamp(x, VEC_NORMAL_LIMIT);
     return vec_product_of_tail(x, clamped, vec_normal_tail(clamped));
 }
 
-/** Its derivative. */
+/** Its derivative. Errors of this and of what follows are in include/sebp/layers.h. */
 static inline vec vec_gelu_slope(vec x)
 {
     return vec_slope_of_tail(x, vec_normal_tail(vec_clamp(x, VEC_NORMAL_LIMIT)));

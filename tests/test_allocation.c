@@ -589,6 +589,56 @@ static sebp_status call_from_indices(sebp_context *context, void **result)
     return status;
 }
 
+/* Row-wise layers, on the layer's matrices. */
+
+static double loss;
+
+/* Of each of the 200 rows. */
+static const int64_t *row_numbers(int64_t end)
+{
+    static int64_t numbers[200];
+    for (int64_t i = 0; i < 200; i++) {
+        numbers[i] = i % end;
+    }
+    return numbers;
+}
+
+static sebp_status call_norm_forward(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_norm_forward(context, &x, NULL, NULL, NULL, NULL, NULL, NULL, &dx, NULL);
+}
+
+static sebp_status call_norm_backward(sebp_context *context, void **result)
+{
+    (void)result;
+    static float numbers[400];
+    const sebp_matrix statistics = {numbers, 200, 2, 2, SEBP_F32};
+    sebp_matrix dgain = dw;
+    dgain.rows = 1;
+    return sebp_norm_backward(context, &x, &x, &statistics, NULL, NULL, NULL, &dx, NULL, &dgain,
+                              NULL);
+}
+
+static sebp_status call_cross_entropy(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_cross_entropy(context, &x, row_numbers(40), NULL, &loss, &dx);
+}
+
+static sebp_status call_head(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_linear_cross_entropy(context, &x, &w, &bias, row_numbers(30), NULL, &loss, &dx, &dw,
+                                     &db);
+}
+
+static sebp_status call_embedding_backward(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_embedding_backward(context, &dy, row_numbers(77), NULL, NULL, &y);
+}
+
 static void destroy_context(void *context)
 {
     sebp_context_destroy(context);
@@ -635,6 +685,11 @@ static const struct target {
     {"linear_backward dw", call_backward_dw, NULL, 1},
     {"linear_backward found", call_backward_found, NULL, 1},
     {"linear_forward", call_forward, NULL, 1},
+    {"norm_forward", call_norm_forward, NULL, 1},
+    {"norm_backward", call_norm_backward, NULL, 1},
+    {"cross_entropy", call_cross_entropy, NULL, 1},
+    {"linear_cross_entropy", call_head, NULL, 4},
+    {"embedding_backward", call_embedding_backward, NULL, 1},
     {"lora_forward", call_lora_forward, NULL, 1},
     {"lora_backward", call_lora_backward, NULL, 1},
     {"meprop_gradient", call_meprop, NULL, 3},
@@ -662,13 +717,14 @@ static void poison_outputs(void)
         testing_poison(outputs[i]);
     }
     dropped.rows = -7;
+    loss = -7;
     memset(kept_indices, -1, sizeof kept_indices);
     memset(kept_values, -1, sizeof kept_values);
 }
 
 static int outputs_are_poison(void)
 {
-    int all = dropped.rows == -7;
+    int all = dropped.rows == -7 && loss == -7;
     for (int i = 0; i < OUTPUTS; i++) {
         all &= is_poison(outputs[i]);
     }
@@ -737,11 +793,13 @@ static void fail_each(const struct target *target, sebp_gemm gemm)
                           (long long)n);
             ck_assert_msg(outputs_are_poison(), "%s, allocation %lld: outputs written",
                           target->name, (long long)n);
-            int is_on_context = strncmp(target->name, "linear", 6) == 0 ||
-                                strncmp(target->name, "lora", 4) == 0 ||
-                                strncmp(target->name, "meprop", 6) == 0 ||
-                                strncmp(target->name, "sparsegrad", 10) == 0 ||
-                                strncmp(target->name, "sparse_top", 10) == 0;
+            int is_on_context =
+                strncmp(target->name, "linear", 6) == 0 || strncmp(target->name, "norm", 4) == 0 ||
+                strncmp(target->name, "cross", 5) == 0 ||
+                strncmp(target->name, "embedding", 9) == 0 ||
+                strncmp(target->name, "lora", 4) == 0 || strncmp(target->name, "meprop", 6) == 0 ||
+                strncmp(target->name, "sparsegrad", 10) == 0 ||
+                strncmp(target->name, "sparse_top", 10) == 0;
             ck_assert(!is_on_context || *sebp_context_message(context) != '\0');
             /* The same call again, with memory. */
             arm(0);

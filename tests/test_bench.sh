@@ -100,6 +100,13 @@ succeeds "$bench" --csv --quick --verify-only --activity .5
 csv 4
 prints ',verified$'
 
+# Row-wise layers
+succeeds "$bench" --layer --quick --verify-only --dtype both --threads 3
+prints '^verified$'
+succeeds "$bench" --layer --quick --csv --repetitions 2 --seconds 0
+if awk -F, 'NF != 10 || (NR > 1 && !($8 > 0 && $9 > 0 && $10 > 0)) { exit 1 } END { exit NR != 23 }' \
+    "$work/out"; then pass; else fail "malformed csv"; fi
+
 # Training methods
 methods=full,lora,meprop,sparsegrad
 succeeds "$bench" --quick --method $methods --verify-only --dtype both
@@ -215,6 +222,8 @@ done
 refuses '--pattern: ' "$bench" --quick --pattern head
 refuses '--rows: ' "$bench" --quick --rows lost
 refuses '--rows: ' "$bench" --quick --rows found --forward
+refuses '--layer goes' "$bench" --quick --layer --forward
+refuses '--layer goes' "$bench" --quick --layer --sequence 64
 refuses '--dtype: ' "$bench" --quick --dtype f64
 refuses '--gemm: ' "$bench" --quick --gemm blas
 for threads in 0 -1 1025 2.5 two ''; do

@@ -74,15 +74,15 @@ static const promise promises[] = {
     {"tanh", ELEMENTARY_TANH, tanh, -INFINITY, INFINITY, 3, 0, 1, -1},
     {"gelu", ELEMENTARY_GELU, gelu, -INFINITY, INFINITY, 6, 0, INFINITY, 0},
     {"gelu, slope", ELEMENTARY_GELU_SLOPE, gelu_slope, -INFINITY, INFINITY, 6, 0x1p-22, 1, 0},
-    {"gelu, slope", ELEMENTARY_GELU_SLOPE, gelu_slope, -INFINITY, -2, 6, 0, 1, 0},
-    {"gelu_tanh", ELEMENTARY_GELU_TANH, gelu_tanh, -INFINITY, -1, 200, 0, INFINITY, 0},
+    {"gelu, slope", ELEMENTARY_GELU_SLOPE, gelu_slope, -INFINITY, -2, 8, 0, 1, 0},
+    {"gelu_tanh", ELEMENTARY_GELU_TANH, gelu_tanh, -INFINITY, -1, 250, 0, INFINITY, 0},
     {"gelu_tanh", ELEMENTARY_GELU_TANH, gelu_tanh, -1, INFINITY, 4, 0, INFINITY, 0},
     {"gelu_tanh, slope", ELEMENTARY_GELU_TANH_SLOPE, gelu_tanh_slope, -INFINITY, INFINITY, 4,
      0x1p-22, 1, 0},
-    {"gelu_tanh, slope", ELEMENTARY_GELU_TANH_SLOPE, gelu_tanh_slope, -INFINITY, -2, 220, 0, 1, 0},
+    {"gelu_tanh, slope", ELEMENTARY_GELU_TANH_SLOPE, gelu_tanh_slope, -INFINITY, -2, 250, 0, 1, 0},
     {"silu", ELEMENTARY_SILU, silu, -INFINITY, INFINITY, 4, 0, INFINITY, 0},
     {"silu, slope", ELEMENTARY_SILU_SLOPE, silu_slope, -INFINITY, INFINITY, 4, 0x1p-22, 1, 0},
-    {"silu, slope", ELEMENTARY_SILU_SLOPE, silu_slope, -INFINITY, -2, 6, 0, 1, 0},
+    {"silu, slope", ELEMENTARY_SILU_SLOPE, silu_slope, -INFINITY, -2, 8, 0, 1, 0},
 };
 
 enum { PROMISES = sizeof promises / sizeof promises[0], BATCH = 4096 };

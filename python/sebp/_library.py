@@ -13,12 +13,19 @@ from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from ._structs import (
+    ActivationOptions,
     AdamWOptions,
     ContextOptions,
+    CrossEntropyOptions,
+    DropoutOptions,
     Dropped,
+    EmbeddingOptions,
+    EmbeddingStruct,
     Info,
     LinearOptions,
     Matrix,
+    NormOptions,
+    RotaryOptions,
     RuleStruct,
     SparseStruct,
 )
@@ -96,6 +103,73 @@ _FUNCTIONS = {
         c_int,
         [c_void_p, _view, _view, _view, c_void_p, _linear_options, _view, _view, _view],
     ),
+    "sebp_norm_forward": (
+        c_int,
+        [c_void_p, _view, _view, _view, _view, c_void_p, POINTER(NormOptions), _view, _view, _view],
+    ),
+    "sebp_norm_backward": (
+        c_int,
+        [
+            c_void_p,
+            _view,
+            _view,
+            _view,
+            _view,
+            c_void_p,
+            POINTER(NormOptions),
+            _view,
+            _view,
+            _view,
+            _view,
+        ],
+    ),
+    "sebp_activation_forward": (
+        c_int,
+        [c_void_p, c_int, _view, _view, c_void_p, POINTER(ActivationOptions), _view],
+    ),
+    "sebp_activation_backward": (
+        c_int,
+        [c_void_p, c_int, _view, _view, _view, c_void_p, POINTER(ActivationOptions), _view, _view],
+    ),
+    "sebp_dropout_apply": (c_int, [c_void_p, _view, c_void_p, POINTER(DropoutOptions), _view]),
+    "sebp_rotary_table": (c_int, [c_void_p, POINTER(RotaryOptions), _view]),
+    "sebp_rotary_forward": (
+        c_int,
+        [c_void_p, _view, c_void_p, _view, c_void_p, POINTER(RotaryOptions), _view],
+    ),
+    "sebp_rotary_backward": (
+        c_int,
+        [c_void_p, _view, c_void_p, _view, c_void_p, POINTER(RotaryOptions), _view],
+    ),
+    "sebp_cross_entropy": (
+        c_int,
+        [c_void_p, _view, c_void_p, POINTER(CrossEntropyOptions), POINTER(c_double), _view],
+    ),
+    "sebp_linear_cross_entropy": (
+        c_int,
+        [
+            c_void_p,
+            _view,
+            _view,
+            _view,
+            c_void_p,
+            POINTER(CrossEntropyOptions),
+            POINTER(c_double),
+            _view,
+            _view,
+            _view,
+        ],
+    ),
+    "sebp_embedding_forward": (
+        c_int,
+        [c_void_p, POINTER(EmbeddingStruct), c_int, c_void_p, POINTER(EmbeddingOptions), _view],
+    ),
+    "sebp_embedding_backward": (
+        c_int,
+        [c_void_p, _view, c_void_p, c_void_p, POINTER(EmbeddingOptions), _view],
+    ),
+    "sebp_gradient_norm": (c_int, [c_void_p, _view, c_int64, POINTER(c_double)]),
+    "sebp_scale": (c_int, [c_void_p, _view, c_int64, c_double]),
     "sebp_sparse_top": (c_int, [c_void_p, _view, _kept]),
     "sebp_sparse_take": (c_int, [c_void_p, _view, _kept]),
     "sebp_sparse_add": (c_int, [c_void_p, _kept, _view]),

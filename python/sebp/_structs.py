@@ -62,6 +62,93 @@ class LinearOptions(ctypes.Structure):
     ]
 
 
+class NormOptions(ctypes.Structure):
+    """``sebp_norm_options`` of layers.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("norm", ctypes.c_int),
+        ("epsilon", ctypes.c_double),
+        ("gain_offset", ctypes.c_double),
+        ("dropout", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("inactive", ctypes.c_int),
+        ("dh_write", ctypes.c_int),
+        ("dgain_write", ctypes.c_int),
+        ("dshift_write", ctypes.c_int),
+    ]
+
+
+class ActivationOptions(ctypes.Structure):
+    """``sebp_activation_options`` of layers.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("inactive", ctypes.c_int),
+    ]
+
+
+class DropoutOptions(ctypes.Structure):
+    """``sebp_dropout_options`` of layers.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("probability", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("inactive", ctypes.c_int),
+    ]
+
+
+class RotaryOptions(ctypes.Structure):
+    """``sebp_rotary_options`` of layers.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("head_size", ctypes.c_int64),
+        ("interleaved", ctypes.c_int),
+        ("inactive", ctypes.c_int),
+        ("base", ctypes.c_double),
+        ("factor", ctypes.c_double),
+        ("low_factor", ctypes.c_double),
+        ("high_factor", ctypes.c_double),
+        ("original_length", ctypes.c_double),
+    ]
+
+
+class CrossEntropyOptions(ctypes.Structure):
+    """``sebp_cross_entropy_options`` of loss.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("ignore_label", ctypes.c_int64),
+        ("smoothing", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("inactive", ctypes.c_int),
+        ("dhidden_write", ctypes.c_int),
+        ("dweight_write", ctypes.c_int),
+        ("dbias_write", ctypes.c_int),
+    ]
+
+
+class EmbeddingStruct(ctypes.Structure):
+    """``sebp_embedding`` of embedding.h."""
+
+    _fields_ = [("table", Matrix), ("indices", ctypes.c_void_p)]
+
+
+class EmbeddingOptions(ctypes.Structure):
+    """``sebp_embedding_options`` of embedding.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("inactive", ctypes.c_int),
+        ("padding_index", ctypes.c_int64),
+        ("write", ctypes.c_int),
+    ]
+
+
 class SparseStruct(ctypes.Structure):
     """``sebp_sparse`` of sparse.h."""
 

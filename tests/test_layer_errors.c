@@ -1,0 +1,519 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Row-wise layers, losses and embeddings given wrong arguments: each call makes one change to a good
+ * one, and must then say what is wrong and leave every matrix as it was.
+ */
+#include "config.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "layers.h"
+
+enum { ROWS = 6, COLS = 10, STRIDE = 13, VIEWS = 12 };
+
+/* M x N matrices, but for VECTOR and VECTOR2, which are 1 x N, STATISTICS, which is M x 2, and TABLE,
+ * which is M x 4. */
+enum { A, B, C, D, E, VECTOR, VECTOR2, VECTOR3, VECTOR4, STATISTICS, TABLE, WEIGHT };
+
+static sebp_context *context;
+static sebp_rows *some_rows, *other_rows;
+static sebp_matrix made[VIEWS], before[VIEWS];
+
+/* What a call is made with. */
+static struct {
+    sebp_context *context;
+    sebp_matrix views[VIEWS];
+    const sebp_matrix *at[VIEWS];
+    const sebp_rows *rows;
+    sebp_norm_options norm;
+    sebp_activation_options activation;
+    sebp_dropout_options dropout;
+    sebp_rotary_options rotary;
+    sebp_cross_entropy_options entropy;
+    sebp_embedding_options embedding;
+    sebp_activation kind;
+    int64_t numbers[ROWS];
+    const int64_t *list;
+    sebp_embedding tables[2];
+    const sebp_embedding *given_tables;
+    int64_t count;
+    double loss, factor;
+    double *to_loss;
+} call;
+
+static void setup(void)
+{
+    const int64_t indices[] = {0, 2, 3, 5};
+    context = testing_context(SEBP_GEMM_NATIVE, 2, 0);
+    ck_assert_int_eq(sebp_rows_from_indices(indices, 4, ROWS, &some_rows), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_rows_from_indices(indices, 4, ROWS + 1, &other_rows), SEBP_SUCCESS);
+    for (int i = 0; i < VIEWS; i++) {
+        int64_t rows = i >= VECTOR && i <= VECTOR4 ? 1 : ROWS;
+        int64_t cols = i == STATISTICS ? 2 : i == TABLE ? 4 : COLS;
+        made[i] = testing_matrix(rows, cols, STRIDE, SEBP_F32);
+        testing_fill(&made[i], TESTING_REAL);
+        before[i] = testing_copy(&made[i]);
+    }
+}
+
+static void teardown(void)
+{
+    sebp_context_destroy(context);
+    sebp_rows_destroy(some_rows);
+    sebp_rows_destroy(other_rows);
+    for (int i = 0; i < VIEWS; i++) {
+        testing_release(&made[i]);
+        testing_release(&before[i]);
+    }
+}
+
+static void reset(void)
+{
+    memset(&call, 0, sizeof call);
+    call.context = context;
+    call.rows = some_rows;
+    call.norm = (sebp_norm_options)SEBP_NORM_OPTIONS_INIT;
+    call.activation = (sebp_activation_options)SEBP_ACTIVATION_OPTIONS_INIT;
+    call.dropout = (sebp_dropout_options)SEBP_DROPOUT_OPTIONS_INIT;
+    call.rotary = (sebp_rotary_options)SEBP_ROTARY_OPTIONS_INIT;
+    call.entropy = (sebp_cross_entropy_options)SEBP_CROSS_ENTROPY_OPTIONS_INIT;
+    call.embedding = (sebp_embedding_options)SEBP_EMBEDDING_OPTIONS_INIT;
+    call.list = call.numbers;
+    for (int i = 0; i < VIEWS; i++) {
+        call.views[i] = made[i];
+        call.at[i] = &call.views[i];
+    }
+    for (int t = 0; t < 2; t++) {
+        call.tables[t] = (sebp_embedding){made[t == 0 ? A : B], call.numbers};
+    }
+    call.given_tables = call.tables;
+    call.count = 2;
+    call.loss = 7;
+    call.to_loss = &call.loss;
+    call.factor = 2;
+}
+
+/* Good calls. */
+
+static sebp_status norm_forward(void)
+{
+    return sebp_norm_forward(call.context, call.at[A], call.at[B], call.at[VECTOR],
+                             call.at[VECTOR2], call.rows, &call.norm, call.at[C], call.at[D],
+                             call.at[STATISTICS]);
+}
+
+static sebp_status norm_backward(void)
+{
+    return sebp_norm_backward(call.context, call.at[A], call.at[B], call.at[STATISTICS],
+                              call.at[VECTOR], call.rows, &call.norm, call.at[C], call.at[D],
+                              call.at[VECTOR2], call.at[VECTOR3]);
+}
+
+static sebp_status activation_forward(void)
+{
+    return sebp_activation_forward(call.context, call.kind, call.at[A], call.at[B], call.rows,
+                                   &call.activation, call.at[C]);
+}
+
+static sebp_status activation_backward(void)
+{
+    return sebp_activation_backward(call.context, call.kind, call.at[A], call.at[B], call.at[E],
+                                    call.rows, &call.activation, call.at[C], call.at[D]);
+}
+
+static sebp_status dropout_apply(void)
+{
+    return sebp_dropout_apply(call.context, call.at[A], call.rows, &call.dropout, call.at[C]);
+}
+
+static sebp_status rotary_table(void)
+{
+    return sebp_rotary_table(call.context, &call.rotary, call.at[TABLE]);
+}
+
+static sebp_status rotary_forward(void)
+{
+    return sebp_rotary_forward(call.context, call.at[A], call.list, call.at[TABLE], call.rows,
+                               &call.rotary, call.at[C]);
+}
+
+static sebp_status rotary_backward(void)
+{
+    return sebp_rotary_backward(call.context, call.at[A], call.list, call.at[TABLE], call.rows,
+                                &call.rotary, call.at[C]);
+}
+
+static sebp_status cross_entropy(void)
+{
+    return sebp_cross_entropy(call.context, call.at[A], call.list, &call.entropy, call.to_loss,
+                              call.at[C]);
+}
+
+static sebp_status linear_cross_entropy(void)
+{
+    return sebp_linear_cross_entropy(call.context, call.at[A], call.at[B], call.at[STATISTICS],
+                                     call.list, &call.entropy, call.to_loss, call.at[C], call.at[D],
+                                     call.at[TABLE]);
+}
+
+static sebp_status embedding_forward(void)
+{
+    return sebp_embedding_forward(call.context, call.given_tables, (int)call.count, call.rows,
+                                  &call.embedding, call.at[C]);
+}
+
+static sebp_status embedding_backward(void)
+{
+    return sebp_embedding_backward(call.context, call.at[A], call.list, call.rows, &call.embedding,
+                                   call.at[C]);
+}
+
+static sebp_status gradient_norm(void)
+{
+    return sebp_gradient_norm(call.context, call.at[A], call.count - 1, call.to_loss);
+}
+
+static sebp_status scale(void)
+{
+    return sebp_scale(call.context, call.at[A], call.count - 1, call.factor);
+}
+
+/* `function` failed with `got`; so it should, with nothing written and its message naming `word`. */
+static void check_failure(sebp_status got, sebp_status want, const char *function, const char *word,
+                          const char *change)
+{
+    char start[64];
+    snprintf(start, sizeof start, "sebp_%s: ", function);
+    const char *message = sebp_context_message(context);
+    ck_assert_msg(got == want, "%s after %s: \"%s\", not \"%s\" (%s)", function, change,
+                  sebp_status_string(got), sebp_status_string(want), message);
+    ck_assert_msg(word == NULL || (strncmp(message, start, strlen(start)) == 0 &&
+                                   strstr(message, word) != NULL),
+                  "%s after %s: message \"%s\"", function, change, message);
+    for (int i = 0; i < VIEWS; i++) {
+        ck_assert_msg(testing_same_bits(&made[i], &before[i]), "%s after %s: matrix %d written",
+                      function, change, i);
+        testing_check_matrix(&made[i]);
+    }
+    ck_assert_msg(call.loss == 7, "%s after %s: loss written", function, change);
+}
+
+#define FAILS(function, status, word, change)                                                      \
+    do {                                                                                           \
+        reset();                                                                                   \
+        change;                                                                                    \
+        check_failure(function(), status, #function, word, #change);                               \
+    } while (0)
+
+/* A view that is wrong by itself. */
+#define BAD_VIEW(function, which, word)                                                            \
+    do {                                                                                           \
+        FAILS(function, SEBP_ERROR_SIZE, word, call.views[which].rows = -1);                       \
+        FAILS(function, SEBP_ERROR_STRIDE, word, call.views[which].stride = 1);                    \
+        FAILS(function, SEBP_ERROR_DTYPE, word, call.views[which].dtype = (sebp_dtype)9);          \
+        FAILS(function, SEBP_ERROR_NULL, word, call.views[which].data = NULL);                     \
+        FAILS(function, SEBP_ERROR_OVERFLOW, word, call.views[which].stride = INT64_MAX / 2);      \
+    } while (0)
+
+/* An argument of another shape, and of another dtype than the first. */
+#define BAD_SHAPE(function, which, word)                                                           \
+    do {                                                                                           \
+        FAILS(function, SEBP_ERROR_SHAPE, word, call.views[which].cols = 1);                       \
+        FAILS(function, SEBP_ERROR_SHAPE, word, call.views[which].rows = 0);                       \
+    } while (0)
+
+#define BAD_DTYPE(function, which, word)                                                           \
+    FAILS(function, SEBP_ERROR_DTYPE, word, call.views[which].dtype = SEBP_BF16)
+
+#define MISSING(function, which, word) FAILS(function, SEBP_ERROR_NULL, word, call.at[which] = NULL)
+
+/* An output moved onto another argument, by one element, and onto all of it where it may not be. */
+#define SHIFTED(function, which, onto)                                                             \
+    FAILS(function, SEBP_ERROR_ALIAS, "overlaps",                                                  \
+          call.views[which].data = (float *)made[onto].data + 1)
+#define ONTO(function, which, onto)                                                                \
+    FAILS(function, SEBP_ERROR_ALIAS, "overlaps", call.views[which].data = made[onto].data)
+
+#define BAD_ROWS(function) FAILS(function, SEBP_ERROR_ROWS, "row set", call.rows = other_rows)
+
+#define BAD_OPTIONS(function, options)                                                             \
+    do {                                                                                           \
+        FAILS(function, SEBP_ERROR_SIZE, "options", call.options.size_bytes = 3);                  \
+        FAILS(function, SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)5);   \
+        FAILS(function, SEBP_ERROR_NULL, NULL, call.context = NULL);                               \
+    } while (0)
+
+START_TEST(norms)
+{
+    const int outputs[] = {C, D};
+    BAD_OPTIONS(norm_forward, norm);
+    BAD_OPTIONS(norm_backward, norm);
+    BAD_ROWS(norm_forward);
+    BAD_ROWS(norm_backward);
+    MISSING(norm_forward, A, "x");
+    MISSING(norm_forward, D, "y");
+    MISSING(norm_forward, C, "h");
+    FAILS(norm_forward, SEBP_ERROR_NULL, "h",
+          (call.at[B] = call.at[C] = NULL, call.norm.dropout = 0.1));
+    MISSING(norm_backward, A, "dy");
+    MISSING(norm_backward, B, "h");
+    MISSING(norm_backward, STATISTICS, "statistics");
+    BAD_VIEW(norm_forward, A, "x");
+    BAD_VIEW(norm_forward, B, "residual");
+    BAD_VIEW(norm_forward, VECTOR, "gain");
+    BAD_VIEW(norm_forward, C, "h");
+    BAD_VIEW(norm_backward, D, "dx");
+    BAD_SHAPE(norm_forward, B, "residual");
+    BAD_SHAPE(norm_forward, VECTOR, "gain");
+    BAD_SHAPE(norm_forward, VECTOR2, "shift");
+    BAD_SHAPE(norm_forward, C, "h");
+    BAD_SHAPE(norm_forward, D, "y");
+    BAD_SHAPE(norm_forward, STATISTICS, "statistics");
+    BAD_SHAPE(norm_backward, B, "h");
+    BAD_SHAPE(norm_backward, C, "dh");
+    BAD_SHAPE(norm_backward, D, "dx");
+    BAD_SHAPE(norm_backward, VECTOR, "gain");
+    BAD_SHAPE(norm_backward, VECTOR2, "dgain");
+    BAD_SHAPE(norm_backward, VECTOR3, "dshift");
+    BAD_SHAPE(norm_backward, STATISTICS, "statistics");
+    BAD_DTYPE(norm_forward, B, "residual");
+    BAD_DTYPE(norm_forward, C, "h");
+    BAD_DTYPE(norm_forward, D, "y");
+    BAD_DTYPE(norm_forward, STATISTICS, "statistics");
+    BAD_DTYPE(norm_backward, B, "h");
+    BAD_DTYPE(norm_backward, C, "dh");
+    BAD_DTYPE(norm_backward, D, "dx");
+    for (int i = 0; i < 2; i++) {
+        SHIFTED(norm_forward, outputs[i], A);
+        SHIFTED(norm_forward, outputs[i], B);
+        SHIFTED(norm_backward, outputs[i], A);
+        ONTO(norm_backward, outputs[i], B);
+    }
+    ONTO(norm_forward, C, D);
+    ONTO(norm_backward, C, D);
+    ONTO(norm_backward, VECTOR2, VECTOR);
+    ONTO(norm_backward, VECTOR2, VECTOR3);
+    FAILS(norm_backward, SEBP_ERROR_ALIAS, "overlaps",
+          (call.norm.dh_write = SEBP_ACCUMULATE, call.views[C].data = made[A].data));
+    FAILS(norm_forward, SEBP_ERROR_VALUE, "norm", call.norm.norm = (sebp_norm)2);
+    FAILS(norm_forward, SEBP_ERROR_VALUE, "epsilon", call.norm.epsilon = -1e-9);
+    FAILS(norm_forward, SEBP_ERROR_VALUE, "epsilon", call.norm.epsilon = NAN);
+    FAILS(norm_forward, SEBP_ERROR_VALUE, "epsilon", call.norm.epsilon = 1e39);
+    FAILS(norm_forward, SEBP_ERROR_VALUE, "gain_offset", call.norm.gain_offset = INFINITY);
+    FAILS(norm_forward, SEBP_ERROR_VALUE, "dropout", call.norm.dropout = 1);
+    FAILS(norm_backward, SEBP_ERROR_VALUE, "dropout", call.norm.dropout = -0.1);
+    FAILS(norm_backward, SEBP_ERROR_VALUE, "dh_write", call.norm.dh_write = (sebp_write)2);
+    FAILS(norm_backward, SEBP_ERROR_VALUE, "dgain_write", call.norm.dgain_write = (sebp_write)2);
+    FAILS(norm_backward, SEBP_ERROR_VALUE, "dshift_write", call.norm.dshift_write = (sebp_write)2);
+}
+END_TEST
+
+START_TEST(elements)
+{
+    BAD_OPTIONS(activation_forward, activation);
+    BAD_OPTIONS(activation_backward, activation);
+    BAD_OPTIONS(dropout_apply, dropout);
+    BAD_ROWS(activation_forward);
+    BAD_ROWS(activation_backward);
+    BAD_ROWS(dropout_apply);
+    FAILS(activation_forward, SEBP_ERROR_VALUE, "activation", call.kind = (sebp_activation)4);
+    FAILS(activation_backward, SEBP_ERROR_VALUE, "activation", call.kind = (sebp_activation)-1);
+    MISSING(activation_forward, A, "x");
+    MISSING(activation_forward, C, "y");
+    MISSING(activation_backward, A, "dy");
+    MISSING(activation_backward, B, "x");
+    MISSING(activation_backward, E, "up");
+    FAILS(activation_backward, SEBP_ERROR_NULL, "dx", call.at[E] = call.at[C] = call.at[D] = NULL);
+    MISSING(dropout_apply, A, "x");
+    MISSING(dropout_apply, C, "y");
+    BAD_VIEW(activation_forward, B, "up");
+    BAD_VIEW(activation_backward, D, "dup");
+    BAD_VIEW(dropout_apply, C, "y");
+    BAD_SHAPE(activation_forward, B, "up");
+    BAD_SHAPE(activation_forward, C, "y");
+    BAD_SHAPE(activation_backward, B, "x");
+    BAD_SHAPE(activation_backward, E, "up");
+    BAD_SHAPE(activation_backward, C, "dx");
+    BAD_SHAPE(activation_backward, D, "dup");
+    BAD_SHAPE(dropout_apply, C, "y");
+    BAD_DTYPE(activation_forward, C, "y");
+    BAD_DTYPE(activation_backward, D, "dup");
+    BAD_DTYPE(dropout_apply, C, "y");
+    SHIFTED(activation_forward, C, A);
+    SHIFTED(activation_forward, C, B);
+    SHIFTED(activation_backward, C, E);
+    ONTO(activation_backward, C, D);
+    SHIFTED(dropout_apply, C, A);
+    FAILS(dropout_apply, SEBP_ERROR_VALUE, "probability", call.dropout.probability = 1);
+    FAILS(dropout_apply, SEBP_ERROR_VALUE, "probability", call.dropout.probability = NAN);
+}
+END_TEST
+
+START_TEST(rotary)
+{
+    BAD_OPTIONS(rotary_forward, rotary);
+    BAD_OPTIONS(rotary_backward, rotary);
+    BAD_ROWS(rotary_forward);
+    MISSING(rotary_table, TABLE, "table");
+    MISSING(rotary_forward, A, "x");
+    MISSING(rotary_forward, TABLE, "table");
+    MISSING(rotary_forward, C, "y");
+    MISSING(rotary_backward, A, "dy");
+    MISSING(rotary_backward, C, "dx");
+    BAD_VIEW(rotary_table, TABLE, "table");
+    BAD_VIEW(rotary_forward, TABLE, "table");
+    BAD_SHAPE(rotary_forward, C, "y");
+    BAD_DTYPE(rotary_table, TABLE, "table");
+    BAD_DTYPE(rotary_forward, TABLE, "table");
+    BAD_DTYPE(rotary_forward, C, "y");
+    SHIFTED(rotary_forward, C, A);
+    ONTO(rotary_forward, C, TABLE);
+    FAILS(rotary_table, SEBP_ERROR_SHAPE, "even", call.views[TABLE].cols = 3);
+    FAILS(rotary_table, SEBP_ERROR_VALUE, "base", call.rotary.base = 0);
+    FAILS(rotary_table, SEBP_ERROR_VALUE, "factor", call.rotary.factor = NAN);
+    FAILS(rotary_table, SEBP_ERROR_VALUE, "low_factor",
+          (call.rotary.factor = 8, call.rotary.low_factor = 4));
+    FAILS(rotary_table, SEBP_ERROR_VALUE, "original_length",
+          (call.rotary.factor = 8, call.rotary.original_length = -1));
+    FAILS(rotary_forward, SEBP_ERROR_SHAPE, "heads", call.rotary.head_size = 3);
+    FAILS(rotary_forward, SEBP_ERROR_SHAPE, "turned", call.rotary.head_size = 2);
+    FAILS(rotary_forward, SEBP_ERROR_SHAPE, "turned", call.views[TABLE].cols = 3);
+    FAILS(rotary_forward, SEBP_ERROR_VALUE, "head_size", call.rotary.head_size = -5);
+    FAILS(rotary_forward, SEBP_ERROR_VALUE, "positions[2]", call.numbers[2] = ROWS);
+    FAILS(rotary_backward, SEBP_ERROR_VALUE, "positions[5]", call.numbers[5] = -1);
+    FAILS(rotary_forward, SEBP_ERROR_VALUE, "row 5",
+          (call.list = NULL, call.views[TABLE].rows = 5));
+}
+END_TEST
+
+START_TEST(losses)
+{
+    /* A head of 2 classes: its weight is M x N, so the labels and the bias say what does not fit. */
+    FAILS(cross_entropy, SEBP_ERROR_NULL, NULL, call.context = NULL);
+    FAILS(cross_entropy, SEBP_ERROR_SIZE, "options", call.entropy.size_bytes = 3);
+    FAILS(cross_entropy, SEBP_ERROR_NULL, "loss", call.to_loss = NULL);
+    FAILS(cross_entropy, SEBP_ERROR_NULL, "labels", call.list = NULL);
+    MISSING(cross_entropy, A, "logits");
+    BAD_VIEW(cross_entropy, A, "logits");
+    BAD_VIEW(cross_entropy, C, "dlogits");
+    BAD_SHAPE(cross_entropy, C, "dlogits");
+    BAD_DTYPE(cross_entropy, C, "dlogits");
+    SHIFTED(cross_entropy, C, A);
+    FAILS(cross_entropy, SEBP_ERROR_VALUE, "labels[4]", call.numbers[4] = COLS);
+    FAILS(cross_entropy, SEBP_ERROR_VALUE, "labels[1]", call.numbers[1] = -1);
+    FAILS(cross_entropy, SEBP_ERROR_VALUE, "smoothing", call.entropy.smoothing = 1.1);
+    FAILS(cross_entropy, SEBP_ERROR_VALUE, "smoothing", call.entropy.smoothing = NAN);
+    FAILS(cross_entropy, SEBP_ERROR_VALUE, "scale", call.entropy.scale = INFINITY);
+    FAILS(linear_cross_entropy, SEBP_ERROR_NULL, NULL, call.context = NULL);
+    FAILS(linear_cross_entropy, SEBP_ERROR_NULL, "loss", call.to_loss = NULL);
+    FAILS(linear_cross_entropy, SEBP_ERROR_NULL, "labels", call.list = NULL);
+    FAILS(linear_cross_entropy, SEBP_ERROR_SIZE, "options", call.entropy.size_bytes = 5000);
+    FAILS(linear_cross_entropy, SEBP_ERROR_VALUE, "inactive",
+          call.entropy.inactive = (sebp_inactive)2);
+    FAILS(linear_cross_entropy, SEBP_ERROR_VALUE, "dhidden_write",
+          call.entropy.dhidden_write = (sebp_write)2);
+    FAILS(linear_cross_entropy, SEBP_ERROR_VALUE, "dweight_write",
+          call.entropy.dweight_write = (sebp_write)2);
+    FAILS(linear_cross_entropy, SEBP_ERROR_VALUE, "dbias_write",
+          call.entropy.dbias_write = (sebp_write)2);
+    FAILS(linear_cross_entropy, SEBP_ERROR_VALUE, "labels[3]", call.numbers[3] = ROWS);
+    FAILS(linear_cross_entropy, SEBP_ERROR_SHAPE, "bias", call.numbers[0] = 1);
+    MISSING(linear_cross_entropy, A, "hidden");
+    MISSING(linear_cross_entropy, B, "weight");
+    BAD_VIEW(linear_cross_entropy, B, "weight");
+    BAD_DTYPE(linear_cross_entropy, B, "weight");
+    call.at[STATISTICS] = NULL;
+    FAILS(linear_cross_entropy, SEBP_ERROR_SHAPE, "dbias", call.at[STATISTICS] = NULL);
+    FAILS(linear_cross_entropy, SEBP_ERROR_SHAPE, "dhidden",
+          (call.at[STATISTICS] = call.at[TABLE] = NULL, call.views[C].rows = 1));
+    FAILS(linear_cross_entropy, SEBP_ERROR_SHAPE, "dweight",
+          (call.at[STATISTICS] = call.at[TABLE] = NULL, call.views[D].rows = 1));
+    FAILS(linear_cross_entropy, SEBP_ERROR_ALIAS, "dhidden",
+          (call.at[STATISTICS] = call.at[TABLE] = NULL, call.views[C] = made[A]));
+}
+END_TEST
+
+START_TEST(embeddings)
+{
+    BAD_OPTIONS(embedding_forward, embedding);
+    BAD_OPTIONS(embedding_backward, embedding);
+    BAD_ROWS(embedding_forward);
+    BAD_ROWS(embedding_backward);
+    FAILS(embedding_forward, SEBP_ERROR_NULL, "tables", call.given_tables = NULL);
+    FAILS(embedding_forward, SEBP_ERROR_NULL, "indices", call.tables[1].indices = NULL);
+    FAILS(embedding_forward, SEBP_ERROR_SIZE, "count", call.count = 0);
+    FAILS(embedding_forward, SEBP_ERROR_SIZE, "count", call.count = SEBP_MAX_TABLES + 1);
+    FAILS(embedding_forward, SEBP_ERROR_VALUE, "indices[3]", call.numbers[3] = ROWS);
+    FAILS(embedding_forward, SEBP_ERROR_STRIDE, "tables[1]", call.tables[1].table.stride = 1);
+    FAILS(embedding_forward, SEBP_ERROR_SHAPE, "tables[1]", call.tables[1].table.cols = 1);
+    FAILS(embedding_forward, SEBP_ERROR_DTYPE, "tables[0]", call.tables[0].table.dtype = SEBP_BF16);
+    FAILS(embedding_forward, SEBP_ERROR_ALIAS, "overlaps", call.views[C].data = made[B].data);
+    MISSING(embedding_forward, C, "y");
+    MISSING(embedding_backward, A, "dy");
+    MISSING(embedding_backward, C, "dtable");
+    BAD_VIEW(embedding_backward, C, "dtable");
+    FAILS(embedding_backward, SEBP_ERROR_SHAPE, "dtable", call.views[C].cols = 1);
+    FAILS(embedding_backward, SEBP_ERROR_NULL, "indices", call.list = NULL);
+    FAILS(embedding_backward, SEBP_ERROR_VALUE, "indices[0]", call.numbers[0] = -1);
+    FAILS(embedding_backward, SEBP_ERROR_VALUE, "write", call.embedding.write = (sebp_write)2);
+    ONTO(embedding_backward, C, A);
+}
+END_TEST
+
+START_TEST(clipping)
+{
+    FAILS(gradient_norm, SEBP_ERROR_NULL, NULL, call.context = NULL);
+    FAILS(gradient_norm, SEBP_ERROR_NULL, "norm", call.to_loss = NULL);
+    FAILS(gradient_norm, SEBP_ERROR_SIZE, "count", call.count = 0);
+    MISSING(gradient_norm, A, "gradients");
+    BAD_VIEW(gradient_norm, A, "gradients[0]");
+    FAILS(scale, SEBP_ERROR_NULL, NULL, call.context = NULL);
+    FAILS(scale, SEBP_ERROR_SIZE, "count", call.count = 0);
+    FAILS(scale, SEBP_ERROR_VALUE, "factor", call.factor = NAN);
+    FAILS(scale, SEBP_ERROR_VALUE, "factor", call.factor = 1e39);
+    MISSING(scale, A, "matrices");
+    BAD_VIEW(scale, A, "matrices[0]");
+}
+END_TEST
+
+/* The calls that are made wrong above are good as they stand. */
+START_TEST(good_calls)
+{
+    sebp_status (*const calls[])(void) = {
+        norm_forward,  norm_backward,     activation_forward, activation_backward,
+        dropout_apply, rotary_table,      rotary_forward,     rotary_backward,
+        cross_entropy, embedding_forward, embedding_backward, gradient_norm,
+        scale};
+    for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
+        reset();
+        testing_succeed(calls[i](), context);
+    }
+    reset();
+    call.at[STATISTICS] = call.at[TABLE] = NULL;
+    testing_succeed(linear_cross_entropy(), context);
+    ck_assert(isfinite(call.loss) && call.loss != 7);
+}
+END_TEST
+
+static Suite *make_suite(void)
+{
+    Suite *suite = suite_create("layer errors");
+    TCase *all = tcase_create("layer errors");
+    tcase_add_checked_fixture(all, setup, teardown);
+    tcase_add_test(all, norms);
+    tcase_add_test(all, elements);
+    tcase_add_test(all, rotary);
+    tcase_add_test(all, losses);
+    tcase_add_test(all, embeddings);
+    tcase_add_test(all, clipping);
+    tcase_add_test(all, good_calls);
+    suite_add_tcase(suite, all);
+    return suite;
+}
+
+int main(void)
+{
+    return testing_main(make_suite);
+}
