@@ -70,6 +70,12 @@ KERNEL(void, adamw, (const sebp_adamw_work *work))
 KERNEL(void, scale_f32, (float *data, int64_t n, float factor))
 KERNEL(void, scale_bf16, (uint16_t * data, int64_t n, float factor))
 
+/* random.c */
+
+/* What dropout multiplies by, 0 or scale: of the SEBP_RANDOM_GROUP elements of each group. */
+KERNEL(void, dropout_scales,
+       (float *scales, int64_t groups, const sebp_dropout *dropout, uint64_t group))
+
 /* gemm.c */
 
 KERNEL(void, pack_a_f32, SEBP_PACK_ARGUMENTS)

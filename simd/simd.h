@@ -88,6 +88,15 @@ typedef struct sebp_adamw_work {
     int64_t n;
 } sebp_adamw_work;
 
+enum { SEBP_RANDOM_GROUP = 64 }; /* elements whose random numbers are made together */
+
+/** Dropout by the numbers of include/sebp/random.h: an element whose number is below p is dropped,
+ * the others are multiplied by scale. */
+typedef struct sebp_dropout {
+    uint64_t seed, offset;
+    float p, scale; /* in [0, 1); 1 / (1 - p) */
+} sebp_dropout;
+
 /** The kernels of one ISA, and what a GEMM must know of its tiles. */
 typedef struct sebp_kernels {
     const char *isa;

@@ -24,6 +24,7 @@
 #endif
 
 #include "lib/cpu/cpu.h"
+#include "lib/random.h"
 #include "simd/simd.h"
 #include "testing.h"
 
@@ -750,6 +751,83 @@ START_TEST(scale)
 }
 END_TEST
 
+/* The known answers that are published with Random123 (kat_vectors: philox4x32 10). */
+START_TEST(philox)
+{
+    static const struct {
+        uint32_t counter[4], key[2], answer[4];
+    } known[] = {
+        {{0, 0, 0, 0}, {0, 0}, {0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}},
+        {{0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF},
+         {0xFFFFFFFF, 0xFFFFFFFF},
+         {0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}},
+        {{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344},
+         {0xA4093822, 0x299F31D0},
+         {0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        uint32_t counter[4];
+        memcpy(counter, known[i].counter, sizeof counter);
+        sebp_philox(counter, known[i].key[0], known[i].key[1]);
+        for (int word = 0; word < 4; word++) {
+            ck_assert_uint_eq(counter[word], known[i].answer[word]);
+        }
+    }
+}
+END_TEST
+
+static uint64_t random_bits(void)
+{
+    return testing_chance(0.2) ? UINT64_MAX : testing_random();
+}
+
+/* Every element that is dropped at p is kept at the p that is its number, and the other way round:
+ * so each bit of the numbers is looked at. */
+START_TEST(dropout_scales)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "dropout_scales");
+    if (kernels == NULL) {
+        return;
+    }
+    enum { GROUP = SEBP_RANDOM_GROUP, MAX_GROUPS = 4 };
+    const float step = 0x1p-24f;
+    int64_t kept = 0, dropped = 0;
+    for (int round = testing_rounds(2000); round > 0; round--) {
+        int64_t groups = testing_between(0, MAX_GROUPS);
+        /* Also where the counter's words carry and where it ends. */
+        uint64_t group = random_bits() >> (testing_chance(0.5) ? 4 : testing_between(4, 63));
+        group = testing_chance(0.3) ? (UINT64_C(1) << 28) - 2 : group;
+        sebp_dropout dropout = {.seed = random_bits(), .offset = random_bits()};
+        float number[MAX_GROUPS * GROUP];
+        for (int64_t i = 0; i < groups * GROUP; i++) {
+            uint64_t block = (group + (uint64_t)i / GROUP) * 16 + (uint64_t)i % 16;
+            uint32_t counter[4] = {(uint32_t)block, (uint32_t)(block >> 32),
+                                   (uint32_t)dropout.offset, (uint32_t)(dropout.offset >> 32)};
+            sebp_philox(counter, (uint32_t)dropout.seed, (uint32_t)(dropout.seed >> 32));
+            number[i] = (float)(counter[i % GROUP / 16] >> 8) * step;
+        }
+        int64_t of = groups > 0 ? testing_between(0, groups * GROUP - 1) : 0;
+        dropout.p = groups == 0 ? 0.5F : number[of] + (testing_chance(0.5) ? step : 0);
+        dropout.scale = (float)testing_uniform();
+        buffer scales = make(groups * GROUP, sizeof(float));
+        float *expected = twin_of(&scales);
+        for (int64_t i = 0; i < groups * GROUP; i++) {
+            expected[i] = number[i] < dropout.p ? 0 : dropout.scale;
+            dropped += number[i] < dropout.p;
+            kept += number[i] >= dropout.p;
+            if (group < UINT64_C(1) << 57) {
+                uint64_t element = group * GROUP + (uint64_t)i;
+                float public = sebp_random_uniform(dropout.seed, dropout.offset, element);
+                check(public == number[i], "%a, not %a", (double)public, (double)number[i]);
+            }
+        }
+        kernels->dropout_scales((void *)scales.data, groups, &dropout, group);
+        release(&scales);
+    }
+    ck_assert(kept > 0 && dropped > 0);
+}
+END_TEST
+
 /* What unit u of lane l must hold, in bits. */
 static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t lane, int64_t at,
                         int64_t depth, int64_t u)
@@ -1119,6 +1197,8 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, at_least, 0, TIERS);
     tcase_add_loop_test(all, adamw, 0, TIERS);
     tcase_add_loop_test(all, scale, 0, TIERS);
+    tcase_add_test(all, philox);
+    tcase_add_loop_test(all, dropout_scales, 0, TIERS);
     tcase_add_loop_test(all, pack, 0, TIERS);
     tcase_add_loop_test(all, tile, 0, TIERS);
     if (testing_environment("SEBP_TEST_TIMING")) {

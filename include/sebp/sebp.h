@@ -43,6 +43,7 @@
 #include <sebp/matrix.h>
 #include <sebp/meprop.h>
 #include <sebp/optim.h>
+#include <sebp/random.h>
 #include <sebp/rows.h>
 #include <sebp/sparse.h>
 #include <sebp/sparsegrad.h>

@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file random.h The generator behind dropout, one counter at a time. */
+#ifndef SEBP_LIB_RANDOM_H
+#define SEBP_LIB_RANDOM_H
+
+#include <stdint.h>
+
+/** Philox 4x32-10 of a counter, in place. */
+void sebp_philox(uint32_t counter[4], uint32_t key0, uint32_t key1);
+
+#endif
