@@ -28,6 +28,12 @@ struct sebp_rows {
     int64_t *indices; /* count of them */
 };
 
+struct sebp_sequences {
+    int64_t count, total, max_length;
+    int64_t *firsts;  /* count: the first row of each text; owns the offsets' memory too */
+    int64_t *offsets; /* count + 1: cumulative lengths */
+};
+
 /** Writes the line that sebp_context_message() gives, and returns `status`. For what is the
  * caller's text see sebp_fail_about(). */
 sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *format, ...)

@@ -45,6 +45,7 @@
 #include <sebp/optim.h>
 #include <sebp/random.h>
 #include <sebp/rows.h>
+#include <sebp/sequences.h>
 #include <sebp/sparse.h>
 #include <sebp/sparsegrad.h>
 #include <sebp/status.h>
