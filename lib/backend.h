@@ -17,6 +17,7 @@
 #include <sebp/matrix.h>
 #include <sebp/optim.h>
 #include <sebp/rows.h>
+#include <sebp/sequences.h>
 #include <sebp/sparse.h>
 #include <sebp/status.h>
 
@@ -71,6 +72,23 @@ typedef struct sebp_block {
     int64_t at_least, above;
     int64_t ties, at;
 } sebp_block;
+
+/** An attention, as attention.h has it, its options settled. */
+typedef struct sebp_attention {
+    int64_t heads, kv_heads, head_size;
+    double scale, softcap;             /* softcap 0: none */
+    int64_t window_left, window_right; /* >= 0; SEBP_UNLIMITED: all keys */
+    double dropout;
+    uint64_t seed, offset;
+    bool zero_other_rows; /* of the outputs, outside the texts */
+    const sebp_sequences *q_sequences, *k_sequences;
+    const sebp_matrix *q, *k, *v, *out;
+    const sebp_matrix *bias, *lse;           /* or NULL: none, not wanted */
+    const sebp_matrix *dout;                 /* of the backward, as the next */
+    const sebp_matrix *dq, *dk, *dv, *dbias; /* NULL: not wanted */
+} sebp_attention;
+
+static const int64_t SEBP_UNLIMITED = INT64_MAX / 8;
 
 typedef struct sebp_backend {
     /** score: dy->rows results. */
@@ -151,6 +169,10 @@ typedef struct sebp_backend {
 
     /** to += s, each element rounded once. */
     void (*add_elements)(void *device, const sebp_sparse *s, const sebp_matrix *to);
+
+    /* Attention. Fails, with SEBP_ERROR_MEMORY, only before anything is written. */
+    sebp_status (*attention_forward)(void *device, const sebp_attention *attention);
+    sebp_status (*attention_backward)(void *device, const sebp_attention *attention);
 
     int64_t (*scratch_bytes)(const void *device); /* the most held so far */
     int (*threads)(const void *device);

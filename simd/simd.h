@@ -97,6 +97,20 @@ typedef struct sebp_dropout {
     float p, scale; /* in [0, 1); 1 / (1 - p) */
 } sebp_dropout;
 
+/**
+ * A block of attention's scores, transposed: rows x tile_cols, a row for a key and a lane for a query,
+ * as tiles of K Q^T leave it. Lane l sees row r where from + r <= l < end + r.
+ */
+typedef struct sebp_scores {
+    float *scores;
+    int64_t rows;
+    int64_t from, end;    /* within +-2^20 */
+    float softcap;        /* scores become softcap tanh(score / softcap); 0: they stay */
+    const float *bias;    /* then added: rows x tile_cols; NULL: none */
+    const float *dropout; /* what P is multiplied by: rows x dropout_stride; NULL: nothing */
+    int64_t dropout_stride;
+} sebp_scores;
+
 /** The kernels of one ISA, and what a GEMM must know of its tiles. */
 typedef struct sebp_kernels {
     const char *isa;

@@ -65,8 +65,8 @@ cd "$top_srcdir" || exit 1
 inside='(\.\./|simd/|lib/|cpu/|internal\.h|backend\.h)'
 forbids 'simd/ uses simd/ alone' '(\.\./|sebp/|lib/|cpu/)' simd/*.[ch]
 forbids 'the methods in lib/ use the backend table, not a device' '(cpu/|simd/)' \
-    lib/basis.c lib/call.c lib/hosvd.c lib/linear.c lib/lora.c lib/meprop.c lib/optim_dense.c \
-    lib/optim_sparse.c lib/rows.c lib/select.c lib/sequences.c lib/sparse.c lib/sparsegrad.c \
+    lib/attention.c lib/basis.c lib/call.c lib/hosvd.c lib/linear.c lib/lora.c lib/meprop.c \
+    lib/optim_dense.c lib/optim_sparse.c lib/rows.c lib/select.c lib/sequences.c lib/sparse.c lib/sparsegrad.c \
     lib/*.h
 forbids 'programs use the public headers' "$inside" bench/*.c examples/*.c
 for file in tests/*.[ch]; do

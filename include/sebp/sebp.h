@@ -35,6 +35,7 @@
 #ifndef SEBP_SEBP_H
 #define SEBP_SEBP_H
 
+#include <sebp/attention.h>
 #include <sebp/basis.h>
 #include <sebp/context.h>
 #include <sebp/info.h>

@@ -142,6 +142,11 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes);
 int64_t sebp_native_scratch(const sebp_cpu *cpu, const sebp_product *product);
 void sebp_native_product(sebp_cpu *cpu, const sebp_product *product, void *scratch);
 
+/* attention.c, attention_backward.c: operations of the table. */
+
+sebp_status sebp_cpu_attention_forward(void *device, const sebp_attention *attention);
+sebp_status sebp_cpu_attention_backward(void *device, const sebp_attention *attention);
+
 /* onednn.c: oneDNN's; only in a build with it. */
 
 /** NULL if oneDNN can do the product, else the path taken instead and why: "native:workspace". */
