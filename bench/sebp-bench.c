@@ -25,6 +25,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "attention.h"
 #include "inputs.h"
 #include "machine.h"
 #include "methods.h"
@@ -539,7 +540,9 @@ int main(int argc, char **argv)
     machine machine;
     parse_options(&o, argc, argv);
     open_machine(&machine, &o);
-    if (o.methods != 0)
+    if (o.attention)
+        measure_attention(&machine, &o);
+    else if (o.methods != 0)
         compare_methods(&machine, &o);
     else
         compare_rows(&machine, &o);
