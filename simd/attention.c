@@ -42,8 +42,7 @@ INLINE vec mask_score(const sebp_scores *work, vec score, int64_t row, int j)
 /* The score of a row's vec j from what the product has left; *slope: the derivative of the cap. */
 INLINE vec finish_score(const sebp_scores *work, kind of, int64_t row, int j, vec *slope)
 {
-    const int64_t at = row * TILE_COLS + (int64_t)j * VEC_LANES;
-    vec score = vec_load(work->scores + at);
+    vec score = vec_load(work->scores + row * work->stride + (int64_t)j * VEC_LANES);
     *slope = vec_set1(1);
     if (!of.is_plain && work->softcap > 0) {
         vec bounded = tanh_of(vec_div(score, vec_set1(work->softcap)));
@@ -51,7 +50,7 @@ INLINE vec finish_score(const sebp_scores *work, kind of, int64_t row, int j, ve
         *slope = vec_fma(vec_sub(vec_zero(), bounded), bounded, vec_set1(1));
     }
     if (!of.is_plain && work->bias != NULL) {
-        score = vec_add(score, vec_load(work->bias + at));
+        score = vec_add(score, vec_load(work->bias + row * TILE_COLS + (int64_t)j * VEC_LANES));
     }
     return of.is_masked ? mask_score(work, score, row, j) : score;
 }
@@ -75,7 +74,8 @@ INLINE void find_max(const sebp_scores *work, kind of, int64_t row, int64_t end,
             for (int j = 0; j < TILE_VECS; j++) {
                 vec score = finish_score(work, of, row + i, j, &slope);
                 if (!of.is_plain || of.is_masked) {
-                    vec_store(work->scores + (row + i) * TILE_COLS + (int64_t)j * VEC_LANES, score);
+                    vec_store(work->scores + (row + i) * work->stride + (int64_t)j * VEC_LANES,
+                              score);
                 }
                 held[i][j] = vec_max(score, held[i][j]);
             }
@@ -85,7 +85,7 @@ INLINE void find_max(const sebp_scores *work, kind of, int64_t row, int64_t end,
         for (int j = 0; j < TILE_VECS; j++) {
             vec score = finish_score(work, of, row, j, &slope);
             if (!of.is_plain || of.is_masked) {
-                vec_store(work->scores + row * TILE_COLS + (int64_t)j * VEC_LANES, score);
+                vec_store(work->scores + row * work->stride + (int64_t)j * VEC_LANES, score);
             }
             held[0][j] = vec_max(score, held[0][j]);
         }
@@ -99,7 +99,7 @@ INLINE void find_exp(const sebp_scores *work, bool drops, const vec *max, vec *s
 {
     for (int64_t row = 0; row < work->rows; row++) {
         for (int j = 0; j < TILE_VECS; j++) {
-            float *at = work->scores + row * TILE_COLS + (int64_t)j * VEC_LANES;
+            float *at = work->scores + row * work->stride + (int64_t)j * VEC_LANES;
             vec p = vec_exp_negative(vec_sub(vec_load(at), max[j]));
             sum[j] = vec_add(sum[j], p);
             vec_store(at, drops ? vec_mul(p, dropout_scale(work, row, j)) : p);
@@ -167,7 +167,7 @@ INLINE void gradient_of(const sebp_scores *work, kind of, int64_t row, int64_t e
     }
     for (; row < end; row++) {
         for (int j = 0; j < TILE_VECS; j++) {
-            const int64_t at = row * TILE_COLS + (int64_t)j * VEC_LANES;
+            const int64_t at = row * work->stride + (int64_t)j * VEC_LANES;
             vec slope, score = finish_score(work, of, row, j, &slope);
             vec p = vec_exp_negative(vec_sub(score, held_lse[j]));
             vec dp = vec_load(gradient + at), kept = p;
@@ -220,7 +220,7 @@ void SEBP_NAME(scale_lanes)(float *block, int64_t rows, const float *factors)
 }
 
 void SEBP_NAME(store_lanes)(void *to, bool is_bf16, int64_t stride, int64_t rows, int64_t cols,
-                            const float *block, const float *factors)
+                            const float *block, int64_t block_stride, const float *factors)
 {
     for (int64_t first = 0; first < rows; first += VEC_LANES) {
         const vec factor = vec_load(factors + first);
@@ -229,8 +229,9 @@ void SEBP_NAME(store_lanes)(void *to, bool is_bf16, int64_t stride, int64_t rows
             const int64_t n = cols - col < VEC_LANES ? cols - col : VEC_LANES;
             vec held[VEC_LANES];
             for (int i = 0; i < VEC_LANES; i++) {
-                held[i] = i < n ? vec_mul(vec_load(block + (col + i) * TILE_COLS + first), factor)
-                                : vec_zero();
+                held[i] = i < n
+                              ? vec_mul(vec_load(block + (col + i) * block_stride + first), factor)
+                              : vec_zero();
             }
             vec_transpose(held);
             for (int64_t i = 0; i < lanes; i++)
@@ -239,22 +240,39 @@ void SEBP_NAME(store_lanes)(void *to, bool is_bf16, int64_t stride, int64_t rows
     }
 }
 
-void SEBP_NAME(load_scaled)(float *to, const void *from, bool is_bf16, int64_t n, float factor)
+void SEBP_NAME(load_rows)(float *to, const void *from, bool is_bf16, int64_t stride, int64_t rows,
+                          int64_t cols, float factor)
 {
+    enum { LINE = 64 };
     const vec held = vec_set1(factor);
-    int64_t at = 0;
-    for (; at + VEC_LANES <= n; at += VEC_LANES)
-        vec_store(to + at, vec_mul(vec_load_at(from, is_bf16, at), held));
-    vec_store_first(to + at, vec_mul(vec_load_at_first(from, is_bf16, at, n - at), held), n - at);
+    const int64_t element = is_bf16 ? 2 : 4;
+    for (int64_t i = 0; i < rows; i++, to += cols) {
+        const int64_t row = i * stride, end = row + cols;
+        /* The next head's columns, which lie behind these, are read soon. */
+        for (int64_t at = end * element; at < (end + cols) * element; at += LINE)
+            __builtin_prefetch((const char *)from + at, 0, 3);
+        int64_t at = 0;
+        for (; at + VEC_LANES <= cols; at += VEC_LANES)
+            vec_store(to + at, vec_mul(vec_load_at(from, is_bf16, row + at), held));
+        if (at < cols) {
+            vec last = vec_load_at_first(from, is_bf16, row + at, cols - at);
+            vec_store_first(to + at, vec_mul(last, held), cols - at);
+        }
+    }
 }
 
-float SEBP_NAME(dot)(const void *a, const void *b, bool is_bf16, int64_t n)
+void SEBP_NAME(dot_rows)(float *sums, const void *a, int64_t a_stride, const void *b,
+                         int64_t b_stride, bool is_bf16, int64_t rows, int64_t cols)
 {
-    vec sum = vec_zero();
-    int64_t at = 0;
-    for (; at + VEC_LANES <= n; at += VEC_LANES)
-        sum = vec_fma(vec_load_at(a, is_bf16, at), vec_load_at(b, is_bf16, at), sum);
-    sum = vec_fma(vec_load_at_first(a, is_bf16, at, n - at),
-                  vec_load_at_first(b, is_bf16, at, n - at), sum);
-    return vec_sum(sum);
+    for (int64_t i = 0; i < rows; i++) {
+        vec sum = vec_zero();
+        int64_t at = 0;
+        for (; at + VEC_LANES <= cols; at += VEC_LANES) {
+            sum = vec_fma(vec_load_at(a, is_bf16, i * a_stride + at),
+                          vec_load_at(b, is_bf16, i * b_stride + at), sum);
+        }
+        sum = vec_fma(vec_load_at_first(a, is_bf16, i * a_stride + at, cols - at),
+                      vec_load_at_first(b, is_bf16, i * b_stride + at, cols - at), sum);
+        sums[i] = vec_sum(sum);
+    }
 }

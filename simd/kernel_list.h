@@ -93,11 +93,19 @@ KERNEL(void, scale_lanes, (float *block, int64_t rows, const float *factors))
  * row i, multiplied by factors[i]; of these as many are read as tile_cols. */
 KERNEL(void, store_lanes,
        (void *to, bool is_bf16, int64_t stride, int64_t rows, int64_t cols, const float *block,
-        const float *factors))
-/* to = from * factor, in f32 */
-KERNEL(void, load_scaled, (float *to, const void *from, bool is_bf16, int64_t n, float factor))
-/* The sum of a[i] * b[i], in f32, in an order of the ISA's. */
-KERNEL(float, dot, (const void *a, const void *b, bool is_bf16, int64_t n))
+        int64_t block_stride, const float *factors))
+/* to (rows x cols, without gaps) = from * factor */
+KERNEL(void, load_rows,
+       (float *to, const void *from, bool is_bf16, int64_t stride, int64_t rows, int64_t cols,
+        float factor))
+/* sums[i] = the sum of a[i][j] * b[i][j] over j, in f32, in an order of the ISA's */
+KERNEL(void, dot_rows,
+       (float *sums, const void *a, int64_t a_stride, const void *b, int64_t b_stride, bool is_bf16,
+        int64_t rows, int64_t cols))
+
+/* small_product.c */
+
+KERNEL(void, small_product, (const sebp_small_product *work))
 
 /* gemm.c */
 

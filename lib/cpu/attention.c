@@ -5,7 +5,7 @@
  *
  * An item is a block of queries of one or several heads that share their keys:
  *
- *     for each block of keys that it sees: pack K and V
+ *     for each block of keys that it sees: load K and V
  *       for each sliver of queries
  *         S^T = K Q^T                  tiles that any lane sees
  *         running softmax: P^T in place of S^T; out^T shrinks where a maximum has grown
@@ -20,6 +20,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #include "attention.h"
 
@@ -28,7 +29,8 @@ enum {
     MIN_KEYS = 56,           /* before queries are cut */
     QUERIES = 256,           /* to an item, about */
     BLOCK_BYTES = 448 << 10, /* of an item's packed blocks */
-    OVERHEAD = 40            /* keys whose scores cost as much as the rest of an item */
+    MAX_SLIVERS = 64,
+    OVERHEAD = 40 /* keys whose scores cost as much as the rest of an item */
 };
 
 /* An item's heads and queries. */
@@ -40,12 +42,12 @@ typedef struct forward_shape {
 /* Scratch memory of one worker. */
 typedef struct worker {
     float *q;     /* packed slivers of B: lanes are queries, scaled */
-    float *k, *v; /* packed A: lanes are keys; lanes are columns */
+    float *k, *v; /* k_block x d */
     float *out;   /* out^T: slivers x d x lanes */
     float *max, *sum, *factor;
     float *scores, *bias, *staged;
-    float **score_rows, **out_rows;
     sebp_held_dropout dropout;
+    bool started[MAX_SLIVERS]; /* out holds a sum */
 } worker;
 
 static forward_shape shape_of(const sebp_attention_job *job)
@@ -78,24 +80,21 @@ static void size_blocks(sebp_attention_job *job)
 static worker lay_out(const sebp_attention_job *job, sebp_room *room)
 {
     const int64_t d = job->d, lanes = job->lanes, slivers = job->slivers, keys = job->k_block;
-    const int64_t tiles = keys / job->tile_rows, d_tiles = sebp_div_ceil(d, job->tile_rows);
     worker own = {
         .q = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
-        .k = sebp_take_floats(room, tiles * sebp_attention_sliver(job, d, job->tile_rows)),
-        .v = sebp_take_floats(room, d_tiles * sebp_attention_sliver(job, keys, job->tile_rows)),
+        .k = sebp_take_floats(room, (keys + 1) * d),
+        .v = sebp_take_floats(room, (keys + 1) * d),
         .out = sebp_take_floats(room, slivers * d * lanes),
         .max = sebp_take_floats(room, slivers * lanes),
         .sum = sebp_take_floats(room, slivers * lanes),
         .factor = sebp_take_floats(room, lanes),
         .scores = sebp_take_floats(room, keys * lanes),
-        .staged = sebp_take_floats(room, sebp_max(lanes, job->is_bf16 ? keys : 0) * d),
+        .staged = sebp_take_floats(room, lanes * d),
     };
     if (job->attention->bias != NULL)
         own.bias = sebp_take_floats(room, sebp_attention_sliver(job, keys, lanes));
     own.dropout.scales = sebp_take_floats(room, keys * job->dropout_stride);
     own.dropout.text = -1;
-    own.score_rows = sebp_take_rows(room, own.scores, keys, lanes);
-    own.out_rows = sebp_take_rows(room, own.out, d, lanes);
     return own;
 }
 
@@ -127,9 +126,7 @@ static double cost_of(const sebp_attention_job *job, int64_t text, int64_t block
 typedef struct sliver {
     int64_t head;
     sebp_span queries;
-    float *q, *max, *sum;
-    int64_t out_at; /* from out_rows */
-    float *out;
+    float *q, *max, *sum, *out;
 } sliver;
 
 static sliver sliver_of(const sebp_attention_job *job, const worker *own, int64_t first_head,
@@ -143,7 +140,6 @@ static sliver sliver_of(const sebp_attention_job *job, const worker *own, int64_
         .q = own->q + i * sebp_attention_sliver(job, job->d, job->lanes),
         .max = own->max + i * job->lanes,
         .sum = own->sum + i * job->lanes,
-        .out_at = i * job->d * job->lanes,
         .out = own->out + i * job->d * job->lanes,
     };
 }
@@ -154,64 +150,59 @@ static void begin_sliver(const sebp_attention_job *job, int64_t text, const work
     const sebp_attention *attention = job->attention;
     const int64_t row = job->q_first[text] + of->queries.first;
     const int64_t lanes = of->queries.end - of->queries.first;
-    sebp_slab slab = {.lanes_are_rows = true};
     sebp_attention_load(job, attention->q, row, lanes, of->head, (float)attention->scale,
-                        own->staged, &slab);
-    job->kernels->pack_b_f32(of->q, sebp_attention_sliver(job, job->d, job->lanes), &slab, 0, lanes,
-                             0, job->d);
+                        own->staged);
+    sebp_attention_transpose(job, own->staged, lanes, of->q);
     for (int64_t i = 0; i < job->lanes; i++) {
         of->max[i] = -FLT_MAX;
         of->sum[i] = 0;
     }
-    for (int64_t i = 0; i < job->d * job->lanes; i++)
-        of->out[i] = 0;
 }
 
-static void pack_keys(const sebp_attention_job *job, int64_t text, int64_t kv_head,
-                      const worker *own, sebp_span keys)
-{
-    const sebp_attention *attention = job->attention;
-    const int64_t row = job->k_first[text] + keys.first, count = keys.end - keys.first;
-    sebp_slab slab = {.lanes_are_rows = true};
-    sebp_attention_load(job, attention->k, row, count, kv_head, 1, own->staged, &slab);
-    job->kernels->pack_a_f32(own->k, sebp_attention_sliver(job, job->d, job->tile_rows), &slab, 0,
-                             count, 0, job->d);
-    slab.lanes_are_rows = false;
-    sebp_attention_load(job, attention->v, row, count, kv_head, 1, own->staged, &slab);
-    job->kernels->pack_a_f32(own->v, sebp_attention_sliver(job, job->k_block, job->tile_rows),
-                             &slab, 0, job->d, 0, count);
-}
-
-/* Adds a block of keys to a sliver's sums. */
-static void add_keys(const sebp_attention_job *job, int64_t text, worker *own, const sliver *of,
-                     sebp_span keys)
+/* Adds a block of keys, loaded, to a sliver's sums. False where it sees none of them. */
+static bool add_keys(const sebp_attention_job *job, int64_t text, worker *own, const sliver *of,
+                     sebp_span keys, bool is_first)
 {
     const sebp_kernels *kernels = job->kernels;
     const int64_t lanes = job->lanes, height = job->tile_rows, d = job->d;
     const sebp_span tiles = sebp_seen_tiles(job, text, of->queries, keys);
     if (tiles.first >= tiles.end)
-        return;
+        return false;
     const int64_t first = tiles.first * height;
     const int64_t end = sebp_min(tiles.end * height, keys.end - keys.first);
-    /* S^T = K Q^T */
-    const int64_t k_sliver = sebp_attention_sliver(job, d, height);
-    for (int64_t at = first; at < end; at += height) {
-        sebp_attention_tile(kernels, d, own->k + at / height * k_sliver, of->q,
-                            own->score_rows + at, 0, sebp_min(height, end - at), lanes, false);
-    }
-    sebp_scores scores = {.scores = own->scores + first * lanes, .rows = end - first};
+    /* S^T = K Q^T: keys x lanes */
+    const sebp_small_product to_scores = {.rows = end - first,
+                                          .cols = lanes,
+                                          .units = d,
+                                          .a = own->k + first * d,
+                                          .a_row = d,
+                                          .a_unit = 1,
+                                          .b = of->q,
+                                          .b_unit = lanes,
+                                          .c = own->scores,
+                                          .c_row = lanes};
+    kernels->small_product(&to_scores);
+    sebp_scores scores = {.scores = own->scores, .stride = lanes, .rows = end - first};
     sebp_set_seen(job, text, of->queries.first, keys.first + first, &scores);
     sebp_attention_add(job, text, of->head, of->queries.first, keys, first, &own->dropout,
                        own->bias, &scores);
     kernels->softmax(&scores, of->max, of->sum, own->factor);
-    /* out^T = factor out^T + V^T P^T */
-    kernels->scale_lanes(of->out, d, own->factor);
-    const int64_t v_sliver = sebp_attention_sliver(job, job->k_block, height);
-    for (int64_t at = 0; at < d; at += height) {
-        sebp_attention_tile(kernels, end - first, own->v + at / height * v_sliver + first * height,
-                            scores.scores, own->out_rows + at, of->out_at, sebp_min(height, d - at),
-                            lanes, true);
-    }
+    /* out^T = factor out^T + V^T P^T: d x lanes */
+    if (!is_first)
+        kernels->scale_lanes(of->out, d, own->factor);
+    const sebp_small_product to_out = {.rows = d,
+                                       .cols = lanes,
+                                       .units = end - first,
+                                       .a = own->v + first * d,
+                                       .a_row = 1,
+                                       .a_unit = d,
+                                       .b = own->scores,
+                                       .b_unit = lanes,
+                                       .c = of->out,
+                                       .c_row = lanes,
+                                       .accumulate = !is_first};
+    kernels->small_product(&to_out);
+    return true;
 }
 
 static void end_sliver(const sebp_attention_job *job, int64_t text, const worker *own,
@@ -222,9 +213,9 @@ static void end_sliver(const sebp_attention_job *job, int64_t text, const worker
     const int64_t lanes = of->queries.end - of->queries.first;
     for (int64_t i = 0; i < job->lanes; i++)
         own->factor[i] = of->sum[i] == 0 ? 0 : 1 / of->sum[i];
-    const void *to = sebp_attention_at(attention->out, row, of->head * job->d);
-    job->kernels->store_lanes((void *)(uintptr_t)to, job->is_bf16, attention->out->stride, lanes,
-                              job->d, of->out, own->factor);
+    job->kernels->store_lanes(sebp_attention_at(attention->out, row, of->head * job->d),
+                              job->is_bf16, attention->out->stride, lanes, job->d, of->out,
+                              job->lanes, own->factor);
     for (int64_t i = 0; i < lanes && attention->lse != NULL; i++) {
         float *lse = (float *)attention->lse->data + (row + i) * attention->lse->stride;
         lse[of->head] = of->sum[i] == 0 ? -INFINITY : of->max[i] + logf(of->sum[i]);
@@ -243,18 +234,24 @@ static void run_item(const sebp_attention_job *job, int64_t text, int64_t block,
     for (int64_t i = 0; i < slivers; i++) {
         const sliver of = sliver_of(job, own, first_head, queries, i);
         begin_sliver(job, text, own, &of);
+        own->started[i] = false;
     }
     for (int64_t key = seen.first / job->k_block * job->k_block; key < seen.end;
          key += job->k_block) {
         const sebp_span keys = {key, sebp_min(key + job->k_block, sebp_keys(job, text))};
-        pack_keys(job, text, kv_head, own, keys);
+        const int64_t row = job->k_first[text] + key, count = keys.end - key;
+        sebp_attention_load(job, job->attention->k, row, count, kv_head, 1, own->k);
+        sebp_attention_load(job, job->attention->v, row, count, kv_head, 1, own->v);
         for (int64_t i = 0; i < slivers; i++) {
             const sliver of = sliver_of(job, own, first_head, queries, i);
-            add_keys(job, text, own, &of, keys);
+            if (add_keys(job, text, own, &of, keys, !own->started[i]))
+                own->started[i] = true;
         }
     }
     for (int64_t i = 0; i < slivers; i++) {
         const sliver of = sliver_of(job, own, first_head, queries, i);
+        if (!own->started[i])
+            memset(of.out, 0, (size_t)(job->d * job->lanes) * sizeof *of.out);
         end_sliver(job, text, own, &of);
     }
 }

@@ -6,7 +6,7 @@
  *
  * Scores are computed transposed: S^T = K Q^T, a tile being tile_rows keys times tile_cols queries.
  * The queries of a tile are a *sliver*: one lane each. So the softmax is vertical, and P^T lies as
- * a packed sliver of B does, ready for out^T = V^T P^T and dQ^T = K^T dS^T.
+ * out^T = V^T P^T and dQ^T = K^T dS^T need their second factor. Only Q and dout are transposed.
  */
 #ifndef SEBP_CPU_ATTENTION_H
 #define SEBP_CPU_ATTENTION_H
@@ -44,9 +44,6 @@ typedef struct sebp_room {
 /** Room for `count` floats, whole lines of cache. */
 float *sebp_take_floats(sebp_room *room, int64_t count);
 
-/** Room for `count` pointers to rows that lie `stride` floats apart from `first` on, filled in. */
-float **sebp_take_rows(sebp_room *room, float *first, int64_t count, int64_t stride);
-
 /** Floats from one packed sliver of `width` lanes to the next. */
 int64_t sebp_attention_sliver(const sebp_attention_job *job, int64_t units, int64_t width);
 
@@ -80,15 +77,25 @@ sebp_span sebp_seen_tiles(const sebp_attention_job *job, int64_t text, sebp_span
 void sebp_set_seen(const sebp_attention_job *job, int64_t text, int64_t query, int64_t key,
                    sebp_scores *scores);
 
-/** Rows of a matrix from row `row` on, columns from `col` on. */
-const void *sebp_attention_at(const sebp_matrix *matrix, int64_t row, int64_t col);
+/** Row `row` of a matrix from column `col` on. */
+static inline void *sebp_attention_at(const sebp_matrix *matrix, int64_t row, int64_t col)
+{
+    const int64_t bytes = matrix->dtype == SEBP_BF16 ? 2 : 4;
+    return (char *)matrix->data + (row * matrix->stride + col) * bytes;
+}
 
-/**
- * `rows` rows of head `head` of a matrix as f32, times `factor`: in place where they are that, else
- * in `staged`. The stride is put in slab->stride, the data in slab->data.
- */
-void sebp_attention_load(const sebp_attention_job *job, const sebp_matrix *matrix, int64_t row,
-                         int64_t rows, int64_t head, float factor, float *staged, sebp_slab *slab);
+/** `rows` rows of head `head` of a matrix as f32, times `factor`: rows x d. */
+static inline void sebp_attention_load(const sebp_attention_job *job, const sebp_matrix *matrix,
+                                       int64_t row, int64_t rows, int64_t head, float factor,
+                                       float *to)
+{
+    job->kernels->load_rows(to, sebp_attention_at(matrix, row, head * job->d), job->is_bf16,
+                            matrix->stride, rows, job->d, factor);
+}
+
+/** Packs f32 rows (count x d) as slivers of B whose lanes are the rows. */
+void sebp_attention_transpose(const sebp_attention_job *job, const float *rows, int64_t count,
+                              float *packed);
 
 /** Which of dropout's numbers a worker holds. */
 typedef struct sebp_held_dropout {
@@ -101,24 +108,6 @@ typedef struct sebp_held_dropout {
 void sebp_attention_add(const sebp_attention_job *job, int64_t text, int64_t head, int64_t query,
                         sebp_span keys, int64_t row, sebp_held_dropout *held, float *bias,
                         sebp_scores *scores);
-
-/** One tile: C (rows x cols) (+)= A B over `units`. */
-static inline void sebp_attention_tile(const sebp_kernels *kernels, int64_t units, const float *a,
-                                       const float *b, float *const *c, int64_t c_at, int64_t rows,
-                                       int64_t cols, bool accumulate)
-{
-    const sebp_tile_work work = {
-        .units = units,
-        .a = a,
-        .b = (float *)(uintptr_t)b,
-        .c = c,
-        .c_at = c_at,
-        .rows = rows,
-        .cols = cols,
-        .accumulate = accumulate,
-    };
-    kernels->tile_f32(&work);
-}
 
 /**
  * Items to be run: `heads` of each block of each text. Their cost is an estimate; the bits of a

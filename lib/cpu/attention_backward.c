@@ -34,18 +34,15 @@ enum {
 
 /* Scratch memory of one worker. */
 typedef struct worker {
-    float *k, *v;              /* packed A: lanes are keys */
-    float *k_cols;             /* packed A: lanes are columns of K */
-    float *q, *dout;           /* packed slivers of B: lanes are queries */
-    float *q_cols, *dout_cols; /* packed B: lanes are columns */
-    float *p, *ds;             /* slivers x k_block x lanes */
-    float *packed;             /* A: a tile of P^T or dS^T */
+    float *k, *v;                /* k_block x d */
+    float *q, *dout;             /* block of queries x d; Q scaled */
+    float *q_lanes, *dout_lanes; /* packed slivers of B: lanes are queries */
+    float *p, *ds;               /* P^T, dS^T: k_block x score_stride */
     float *lse, *delta;
     float *dk, *dv; /* k_block x d */
     float *dq;      /* dQ^T: slivers x d x lanes, of a block or of whole texts */
-    float *dbias;   /* slivers x k_block x lanes */
-    float *bias, *staged, *factor;
-    float **p_rows, **ds_rows, **dk_rows, **dv_rows, **dq_rows;
+    float *dbias;   /* as ds */
+    float *bias, *factor;
     sebp_held_dropout dropout;
 } worker;
 
@@ -62,10 +59,17 @@ static bool wants_keys(const sebp_attention *attention)
     return attention->dk != NULL || attention->dv != NULL;
 }
 
+/* Floats from a row of scores to the next: not a power of two, whose rows would meet in the same few
+ * places of a cache. */
+static int64_t score_stride(const sebp_attention_job *job)
+{
+    return job->slivers * job->lanes + 16;
+}
+
 static int64_t block_bytes(const sebp_attention_job *job)
 {
     const int64_t queries = job->slivers * job->lanes;
-    return 4 * (job->d * (5 * job->k_block + 5 * queries) + 2 * queries * job->k_block);
+    return 4 * (job->d * (4 * job->k_block + 5 * queries) + 2 * queries * job->k_block);
 }
 
 static void size_blocks(sebp_attention_job *job)
@@ -92,40 +96,31 @@ static int64_t text_slivers(const sebp_attention_job *job)
 
 static worker lay_out(const sebp_attention_job *job, int64_t dq_slivers, sebp_room *room)
 {
-    const int64_t d = job->d, lanes = job->lanes, height = job->tile_rows;
-    const int64_t slivers = job->slivers, keys = job->k_block, queries = slivers * lanes;
-    const int64_t tiles = keys / height, d_tiles = sebp_div_ceil(d, height);
-    const int64_t d_slivers = sebp_div_ceil(d, lanes);
+    const int64_t d = job->d, lanes = job->lanes, slivers = job->slivers, keys = job->k_block;
+    const int64_t queries = slivers * lanes, scores = keys * score_stride(job);
+    /* Blocks that are read as a second factor are read up to a whole tile's columns. */
     worker own = {
-        .k = sebp_take_floats(room, tiles * sebp_attention_sliver(job, d, height)),
-        .v = sebp_take_floats(room, tiles * sebp_attention_sliver(job, d, height)),
-        .k_cols = sebp_take_floats(room, d_tiles * sebp_attention_sliver(job, keys, height)),
-        .q = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
-        .dout = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
-        .q_cols = sebp_take_floats(room, d_slivers * sebp_attention_sliver(job, queries, lanes)),
-        .dout_cols = sebp_take_floats(room, d_slivers * sebp_attention_sliver(job, queries, lanes)),
-        .p = sebp_take_floats(room, queries * keys),
-        .ds = sebp_take_floats(room, queries * keys),
-        .packed = sebp_take_floats(room, sebp_attention_sliver(job, queries, height)),
+        .k = sebp_take_floats(room, (keys + 1) * d),
+        .v = sebp_take_floats(room, (keys + 1) * d),
+        .q = sebp_take_floats(room, queries * d + lanes),
+        .dout = sebp_take_floats(room, queries * d + lanes),
+        .q_lanes = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
+        .dout_lanes = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
+        .p = sebp_take_floats(room, scores),
+        .ds = sebp_take_floats(room, scores),
         .lse = sebp_take_floats(room, queries),
         .delta = sebp_take_floats(room, queries),
         .dk = sebp_take_floats(room, keys * d),
         .dv = sebp_take_floats(room, keys * d),
         .dq = sebp_take_floats(room, dq_slivers * d * lanes),
-        .staged = sebp_take_floats(room, sebp_max(queries, job->is_bf16 ? keys : 0) * d),
         .factor = sebp_take_floats(room, lanes),
     };
     if (job->attention->bias != NULL)
         own.bias = sebp_take_floats(room, sebp_attention_sliver(job, keys, lanes));
     if (job->attention->dbias != NULL)
-        own.dbias = sebp_take_floats(room, queries * keys);
+        own.dbias = sebp_take_floats(room, scores);
     own.dropout.scales = sebp_take_floats(room, keys * job->dropout_stride);
     own.dropout.text = -1;
-    own.p_rows = sebp_take_rows(room, own.p, keys, lanes);
-    own.ds_rows = sebp_take_rows(room, own.ds, keys, lanes);
-    own.dk_rows = sebp_take_rows(room, own.dk, keys, d);
-    own.dv_rows = sebp_take_rows(room, own.dv, keys, d);
-    own.dq_rows = sebp_take_rows(room, own.dq, d, lanes);
     return own;
 }
 
@@ -144,59 +139,36 @@ static sebp_span queries_from(const sebp_attention_job *job, int64_t text, int64
 static void load_keys(const sebp_attention_job *job, int64_t text, int64_t kv_head, sebp_span keys,
                       const worker *own)
 {
-    const sebp_attention *attention = job->attention;
     const int64_t row = job->k_first[text] + keys.first, count = keys.end - keys.first;
-    const int64_t sliver = sebp_attention_sliver(job, job->d, job->tile_rows);
-    sebp_slab slab = {.lanes_are_rows = true};
-    sebp_attention_load(job, attention->k, row, count, kv_head, 1, own->staged, &slab);
-    job->kernels->pack_a_f32(own->k, sliver, &slab, 0, count, 0, job->d);
-    slab.lanes_are_rows = false;
-    job->kernels->pack_a_f32(own->k_cols, sebp_attention_sliver(job, job->k_block, job->tile_rows),
-                             &slab, 0, job->d, 0, count);
-    slab.lanes_are_rows = true;
-    sebp_attention_load(job, attention->v, row, count, kv_head, 1, own->staged, &slab);
-    job->kernels->pack_a_f32(own->v, sliver, &slab, 0, count, 0, job->d);
+    sebp_attention_load(job, job->attention->k, row, count, kv_head, 1, own->k);
+    sebp_attention_load(job, job->attention->v, row, count, kv_head, 1, own->v);
 }
 
-/* One of Q and dout, packed both ways, the second only where keys have a gradient. */
-static void load_one(const sebp_attention_job *job, const sebp_matrix *matrix, const meeting *at,
-                     float factor, bool both, const worker *own, float *lanes, float *cols)
-{
-    const int64_t row = job->q_first[at->text] + at->queries.first;
-    const int64_t count = at->queries.end - at->queries.first;
-    sebp_slab slab = {.lanes_are_rows = true};
-    sebp_attention_load(job, matrix, row, count, at->head, factor, own->staged, &slab);
-    job->kernels->pack_b_f32(lanes, sebp_attention_sliver(job, job->d, job->lanes), &slab, 0, count,
-                             0, job->d);
-    slab.lanes_are_rows = false;
-    if (both) {
-        job->kernels->pack_b_f32(cols,
-                                 sebp_attention_sliver(job, job->slivers * job->lanes, job->lanes),
-                                 &slab, 0, job->d, 0, count);
-    }
-}
-
-static void load_queries(const sebp_attention_job *job, const meeting *at, bool both,
-                         const worker *own)
+static void load_queries(const sebp_attention_job *job, const meeting *at, const worker *own)
 {
     const sebp_attention *attention = job->attention;
     const int64_t row = job->q_first[at->text] + at->queries.first, col = at->head * job->d;
     const int64_t count = at->queries.end - at->queries.first;
-    load_one(job, attention->q, at, (float)attention->scale, both, own, own->q, own->q_cols);
-    load_one(job, attention->dout, at, 1, both, own, own->dout, own->dout_cols);
+    sebp_attention_load(job, attention->q, row, count, at->head, (float)attention->scale, own->q);
+    sebp_attention_load(job, attention->dout, row, count, at->head, 1, own->dout);
+    for (int64_t i = 0; i < at->slivers; i++) {
+        const int64_t first = i * job->lanes, lanes = sebp_min(job->lanes, count - first);
+        const int64_t at_sliver = i * sebp_attention_sliver(job, job->d, job->lanes);
+        sebp_attention_transpose(job, own->q + first * job->d, lanes, own->q_lanes + at_sliver);
+        sebp_attention_transpose(job, own->dout + first * job->d, lanes,
+                                 own->dout_lanes + at_sliver);
+    }
+    job->kernels->dot_rows(own->delta, sebp_attention_at(attention->out, row, col),
+                           attention->out->stride, sebp_attention_at(attention->dout, row, col),
+                           attention->dout->stride, job->is_bf16, count, job->d);
     for (int64_t i = 0; i < at->slivers * job->lanes; i++) {
         /* A lane without a query, or whose query sees nothing, has a P of 0. */
-        own->lse[i] = INFINITY;
-        own->delta[i] = 0;
-        if (i >= count)
-            continue;
-        const float lse = *(const float *)sebp_attention_at(attention->lse, row + i, at->head);
+        float lse = -INFINITY;
+        if (i < count)
+            lse = *(const float *)sebp_attention_at(attention->lse, row + i, at->head);
+        own->lse[i] = lse == -INFINITY ? INFINITY : lse;
         if (lse == -INFINITY)
-            continue;
-        own->lse[i] = lse;
-        own->delta[i] = job->kernels->dot(sebp_attention_at(attention->out, row + i, col),
-                                          sebp_attention_at(attention->dout, row + i, col),
-                                          job->is_bf16, job->d);
+            own->delta[i] = 0;
     }
 }
 
@@ -222,53 +194,72 @@ static bool meet(const sebp_attention_job *job, int64_t text, int64_t head, sebp
     return any;
 }
 
+/* The keys that a sliver of a meeting needs, counted from the first. */
+static sebp_span sliver_keys(const sebp_attention_job *job, const meeting *at, int64_t sliver)
+{
+    return (sebp_span){
+        at->tiles[sliver].first * job->tile_rows,
+        sebp_min(at->tiles[sliver].end * job->tile_rows, at->keys.end - at->keys.first)};
+}
+
 /* P^T and dS^T of those tiles that are seen. */
 static void find_scores(const sebp_attention_job *job, const meeting *at, worker *own, bool of_bias)
 {
     const sebp_kernels *kernels = job->kernels;
-    const int64_t lanes = job->lanes, height = job->tile_rows, d = job->d;
-    const int64_t a_sliver = sebp_attention_sliver(job, d, height);
-    const int64_t b_sliver = sebp_attention_sliver(job, d, lanes);
+    const int64_t lanes = job->lanes, d = job->d, stride = score_stride(job);
     for (int64_t i = 0; i < at->slivers; i++) {
-        const int64_t first = at->tiles[i].first * height;
-        const int64_t end = sebp_min(at->tiles[i].end * height, at->keys.end - at->keys.first);
-        if (first >= end)
+        const sebp_span keys = sliver_keys(job, at, i);
+        if (keys.first >= keys.end)
             continue;
-        const int64_t c_at = i * job->k_block * lanes;
-        for (int64_t key = first; key < end; key += height) {
-            const int64_t rows = sebp_min(height, end - key), tile = key / height;
-            sebp_attention_tile(kernels, d, own->k + tile * a_sliver, own->q + i * b_sliver,
-                                own->p_rows + key, c_at, rows, lanes, false);
-            sebp_attention_tile(kernels, d, own->v + tile * a_sliver, own->dout + i * b_sliver,
-                                own->ds_rows + key, c_at, rows, lanes, false);
-        }
+        const int64_t first = keys.first * stride + i * lanes;
+        /* S^T = K Q^T, dP^T = V dout^T: keys x lanes */
+        sebp_small_product product = {.rows = keys.end - keys.first,
+                                      .cols = lanes,
+                                      .units = d,
+                                      .a = own->k + keys.first * d,
+                                      .a_row = d,
+                                      .a_unit = 1,
+                                      .b = own->q_lanes + i * sebp_attention_sliver(job, d, lanes),
+                                      .b_unit = lanes,
+                                      .c = own->p + first,
+                                      .c_row = stride};
+        kernels->small_product(&product);
+        product.a = own->v + keys.first * d;
+        product.b = own->dout_lanes + i * sebp_attention_sliver(job, d, lanes);
+        product.c = own->ds + first;
+        kernels->small_product(&product);
         const int64_t query = at->queries.first + i * lanes;
-        sebp_scores scores = {.scores = own->p + c_at + first * lanes, .rows = end - first};
-        sebp_set_seen(job, at->text, query, at->keys.first + first, &scores);
-        sebp_attention_add(job, at->text, at->head, query, at->keys, first, &own->dropout,
+        sebp_scores scores = {
+            .scores = own->p + first, .stride = stride, .rows = keys.end - keys.first};
+        sebp_set_seen(job, at->text, query, at->keys.first + keys.first, &scores);
+        sebp_attention_add(job, at->text, at->head, query, at->keys, keys.first, &own->dropout,
                            own->bias, &scores);
-        kernels->softmax_gradient(&scores, own->ds + c_at + first * lanes, own->lse + i * lanes,
+        kernels->softmax_gradient(&scores, own->ds + first, own->lse + i * lanes,
                                   own->delta + i * lanes, of_bias);
     }
 }
 
-/* dQ^T += K^T dS^T, whose slivers are those from `dq_sliver` on. */
-static void add_dq(const sebp_attention_job *job, const meeting *at, const worker *own,
-                   int64_t dq_sliver)
+/* dQ^T += K^T dS^T: d x lanes, in the slivers from `dq` on. */
+static void add_dq(const sebp_attention_job *job, const meeting *at, const worker *own, float *dq)
 {
-    const int64_t lanes = job->lanes, height = job->tile_rows, d = job->d;
-    const int64_t a_sliver = sebp_attention_sliver(job, job->k_block, height);
+    const int64_t lanes = job->lanes, d = job->d;
     for (int64_t i = 0; i < at->slivers; i++) {
-        const int64_t first = at->tiles[i].first * height;
-        const int64_t end = sebp_min(at->tiles[i].end * height, at->keys.end - at->keys.first);
-        if (first >= end)
+        const sebp_span keys = sliver_keys(job, at, i);
+        if (keys.first >= keys.end)
             continue;
-        for (int64_t col = 0; col < d; col += height) {
-            sebp_attention_tile(
-                job->kernels, end - first, own->k_cols + col / height * a_sliver + first * height,
-                own->ds + (i * job->k_block + first) * lanes, own->dq_rows + col,
-                (dq_sliver + i) * d * lanes, sebp_min(height, d - col), lanes, true);
-        }
+        const sebp_small_product product = {.rows = d,
+                                            .cols = lanes,
+                                            .units = keys.end - keys.first,
+                                            .a = own->k + keys.first * d,
+                                            .a_row = 1,
+                                            .a_unit = d,
+                                            .b = own->ds + keys.first * score_stride(job) +
+                                                 i * lanes,
+                                            .b_unit = score_stride(job),
+                                            .c = dq + i * d * lanes,
+                                            .c_row = lanes,
+                                            .accumulate = true};
+        job->kernels->small_product(&product);
     }
 }
 
@@ -285,45 +276,44 @@ static sebp_span seeing_slivers(const meeting *at, int64_t tile)
     return (sebp_span){first, end};
 }
 
-/* sum (a tile's rows of k_block x d) += block^T of some slivers times the packed columns. */
-static void add_tile(const sebp_attention_job *job, const meeting *at, const worker *own,
-                     int64_t tile, sebp_span slivers, const float *block, const float *cols,
-                     float *const *sum)
-{
-    const int64_t lanes = job->lanes, height = job->tile_rows, d = job->d;
-    const int64_t key = tile * height;
-    const int64_t rows = sebp_min(height, at->keys.end - at->keys.first - key);
-    const int64_t first = slivers.first * lanes;
-    const int64_t end = sebp_min(slivers.end * lanes, at->queries.end - at->queries.first);
-    for (int64_t i = slivers.first; i < slivers.end; i++) {
-        const sebp_slab slab = {.data = block + (i * job->k_block + key) * lanes,
-                                .stride = lanes,
-                                .lanes_are_rows = true};
-        const int64_t units = sebp_min(lanes, end - i * lanes);
-        job->kernels->pack_a_f32(own->packed + (i * lanes - first) * height,
-                                 sebp_attention_sliver(job, lanes, height), &slab, 0, rows, 0,
-                                 units);
-    }
-    const int64_t b_sliver = sebp_attention_sliver(job, job->slivers * lanes, lanes);
-    for (int64_t col = 0; col < d; col += lanes) {
-        sebp_attention_tile(job->kernels, end - first, own->packed,
-                            cols + col / lanes * b_sliver + first * lanes, sum + key, col, rows,
-                            sebp_min(lanes, d - col), true);
-    }
-}
-
-/* dV += P^T dout, dK += dS^T Q */
+/* dV += P^T dout, dK += dS^T Q: keys x d. Tiles that the same slivers see go together. */
 static void add_dkv(const sebp_attention_job *job, const meeting *at, const worker *own)
 {
-    const int64_t tiles = sebp_div_ceil(at->keys.end - at->keys.first, job->tile_rows);
-    for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t lanes = job->lanes, d = job->d, count = at->keys.end - at->keys.first;
+    const int64_t tiles = sebp_div_ceil(count, job->tile_rows);
+    int64_t end;
+    for (int64_t tile = 0; tile < tiles; tile = end) {
         const sebp_span slivers = seeing_slivers(at, tile);
+        for (end = tile + 1; end < tiles; end++) {
+            const sebp_span next = seeing_slivers(at, end);
+            if (next.first != slivers.first || next.end != slivers.end)
+                break;
+        }
         if (slivers.first >= slivers.end)
             continue;
-        if (job->attention->dv != NULL)
-            add_tile(job, at, own, tile, slivers, own->p, own->dout_cols, own->dv_rows);
-        if (job->attention->dk != NULL)
-            add_tile(job, at, own, tile, slivers, own->ds, own->q_cols, own->dk_rows);
+        const int64_t key = tile * job->tile_rows, query = slivers.first * lanes;
+        const int64_t queries =
+            sebp_min(slivers.end * lanes, at->queries.end - at->queries.first) - query;
+        sebp_small_product product = {.rows = sebp_min(end * job->tile_rows, count) - key,
+                                      .cols = d,
+                                      .units = queries,
+                                      .a_row = score_stride(job),
+                                      .a_unit = 1,
+                                      .b_unit = d,
+                                      .c_row = d,
+                                      .accumulate = true};
+        if (job->attention->dv != NULL) {
+            product.a = own->p + key * score_stride(job) + query;
+            product.b = own->dout + query * d;
+            product.c = own->dv + key * d;
+            job->kernels->small_product(&product);
+        }
+        if (job->attention->dk != NULL) {
+            product.a = own->ds + key * score_stride(job) + query;
+            product.b = own->q + query * d;
+            product.c = own->dk + key * d;
+            job->kernels->small_product(&product);
+        }
     }
 }
 
@@ -333,7 +323,7 @@ static void store_rows(const sebp_attention_job *job, const sebp_matrix *to, int
                        int64_t rows, int64_t head, const float *from)
 {
     for (int64_t i = 0; i < rows && to != NULL; i++) {
-        void *at = (void *)(uintptr_t)sebp_attention_at(to, row + i, head * job->d);
+        void *at = sebp_attention_at(to, row + i, head * job->d);
         if (job->is_bf16)
             job->kernels->bf16_from_f32(at, from + i * job->d, job->d);
         else
@@ -348,10 +338,10 @@ static void store_dq(const sebp_attention_job *job, int64_t text, int64_t head, 
     for (int64_t i = 0; i < job->lanes; i++)
         own->factor[i] = (float)job->attention->scale;
     for (int64_t query = queries.first; query < queries.end; query += job->lanes, dq_sliver++) {
-        const void *to = sebp_attention_at(dq, job->q_first[text] + query, head * job->d);
-        job->kernels->store_lanes((void *)(uintptr_t)to, job->is_bf16, dq->stride,
-                                  sebp_min(job->lanes, queries.end - query), job->d,
-                                  own->dq + dq_sliver * job->d * job->lanes, own->factor);
+        job->kernels->store_lanes(
+            sebp_attention_at(dq, job->q_first[text] + query, head * job->d), job->is_bf16,
+            dq->stride, sebp_min(job->lanes, queries.end - query), job->d,
+            own->dq + dq_sliver * job->d * job->lanes, job->lanes, own->factor);
     }
 }
 
@@ -368,8 +358,8 @@ static void run_keys(const sebp_attention_job *job, int64_t text, int64_t kv_hea
     const int64_t queries = job->slivers * job->lanes, row = job->k_first[text] + keys.first;
     const sebp_span seeing = sebp_seeing_queries(job, text, keys);
     const int64_t head_slivers = sebp_div_ceil(sebp_queries(job, text), job->lanes);
-    clear(own->dk, job->k_block * job->d);
-    clear(own->dv, job->k_block * job->d);
+    clear(own->dk, (keys.end - keys.first) * job->d);
+    clear(own->dv, (keys.end - keys.first) * job->d);
     if (seeing.first < seeing.end)
         load_keys(job, text, kv_head, keys, own);
     for (int64_t i = 0; i < job->group; i++) {
@@ -379,11 +369,12 @@ static void run_keys(const sebp_attention_job *job, int64_t text, int64_t kv_hea
             if (!meet(job, text, kv_head * job->group + i, queries_from(job, text, first), keys,
                       &at))
                 continue;
-            load_queries(job, &at, true, own);
+            load_queries(job, &at, own);
             find_scores(job, &at, own, false);
             add_dkv(job, &at, own);
             if (with_dq)
-                add_dq(job, &at, own, i * head_slivers + first / job->lanes);
+                add_dq(job, &at, own,
+                       own->dq + (i * head_slivers + first / job->lanes) * job->d * job->lanes);
         }
     }
     store_rows(job, job->attention->dk, row, keys.end - keys.first, kv_head, own->dk);
@@ -454,9 +445,9 @@ static void run_queries(const sebp_attention_job *job, int64_t text, int64_t blo
         if (!meet(job, text, head, queries, keys_from(job, text, key), &at))
             continue;
         load_keys(job, text, head / job->group, at.keys, own);
-        load_queries(job, &at, false, own);
+        load_queries(job, &at, own);
         find_scores(job, &at, own, false);
-        add_dq(job, &at, own, 0);
+        add_dq(job, &at, own, own->dq);
     }
     store_dq(job, text, head, queries, own, 0);
 }
@@ -501,11 +492,11 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
     worker *own = worker_of;
     const sebp_matrix *dbias = job->attention->dbias;
     const int64_t width = sebp_div_ceil(job->max_k, job->k_block);
-    const int64_t queries = job->slivers * job->lanes, size = queries * job->k_block;
+    const int64_t queries = job->slivers * job->lanes;
     const int64_t query = block / width * queries, key = block % width * job->k_block;
     const bool shared = dbias->rows == job->max_q;
     const int64_t last_head = shared ? job->attention->heads : first_head + 1;
-    clear(own->dbias, size);
+    clear(own->dbias, job->k_block * score_stride(job));
     for (int64_t i = 0; i < job->texts; i++) {
         if (query >= sebp_queries(job, i) || key >= sebp_keys(job, i))
             continue;
@@ -514,15 +505,15 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
             if (!meet(job, i, head, queries_from(job, i, query), keys_from(job, i, key), &at))
                 continue;
             load_keys(job, i, head / job->group, at.keys, own);
-            load_queries(job, &at, false, own);
+            load_queries(job, &at, own);
             find_scores(job, &at, own, true);
             for (int64_t s = 0; s < at.slivers; s++) {
-                const int64_t first = at.tiles[s].first * job->tile_rows;
-                const int64_t end =
-                    sebp_min(at.tiles[s].end * job->tile_rows, at.keys.end - at.keys.first);
-                const int64_t from = (s * job->k_block + first) * job->lanes;
-                for (int64_t e = 0; e < (end - first) * job->lanes; e++)
-                    own->dbias[from + e] += own->ds[from + e];
+                const sebp_span seen = sliver_keys(job, &at, s);
+                for (int64_t row = seen.first; row < seen.end; row++) {
+                    const int64_t from = row * score_stride(job) + s * job->lanes;
+                    for (int64_t e = from; e < from + job->lanes; e++)
+                        own->dbias[e] += own->ds[e];
+                }
             }
         }
     }
@@ -530,11 +521,10 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
         own->factor[i] = 1;
     const int64_t last = sebp_min(query + queries, job->max_q);
     for (int64_t first = query; first < last; first += job->lanes) {
-        const void *to = sebp_attention_at(dbias, first_head * job->max_q + first, key);
-        job->kernels->store_lanes((void *)(uintptr_t)to, false, dbias->stride,
-                                  sebp_min(job->lanes, last - first),
+        job->kernels->store_lanes(sebp_attention_at(dbias, first_head * job->max_q + first, key),
+                                  false, dbias->stride, sebp_min(job->lanes, last - first),
                                   sebp_min(job->k_block, job->max_k - key),
-                                  own->dbias + (first - query) * job->k_block, own->factor);
+                                  own->dbias + first - query, score_stride(job), own->factor);
     }
 }
 

@@ -58,14 +58,6 @@ float *sebp_take_floats(sebp_room *room, int64_t count)
     return take(room, count * (int64_t)sizeof(float));
 }
 
-float **sebp_take_rows(sebp_room *room, float *first, int64_t count, int64_t stride)
-{
-    float **rows = take(room, count * (int64_t)sizeof(float *));
-    for (int64_t i = 0; i < count && rows != NULL; i++)
-        rows[i] = first + i * stride;
-    return rows;
-}
-
 int64_t sebp_attention_sliver(const sebp_attention_job *job, int64_t units, int64_t width)
 {
     return sebp_round_up(units * width + job->kernels->slack, LINE);
@@ -131,27 +123,12 @@ void sebp_set_seen(const sebp_attention_job *job, int64_t text, int64_t query, i
 
 /* ---- what is read ---- */
 
-const void *sebp_attention_at(const sebp_matrix *matrix, int64_t row, int64_t col)
+void sebp_attention_transpose(const sebp_attention_job *job, const float *rows, int64_t count,
+                              float *packed)
 {
-    const int64_t at = row * matrix->stride + col;
-    return (const char *)matrix->data + at * (int64_t)sebp_dtype_bytes(matrix->dtype);
-}
-
-void sebp_attention_load(const sebp_attention_job *job, const sebp_matrix *matrix, int64_t row,
-                         int64_t rows, int64_t head, float factor, float *staged, sebp_slab *slab)
-{
-    if (!job->is_bf16 && factor == 1) {
-        slab->data = sebp_attention_at(matrix, row, head * job->d);
-        slab->stride = matrix->stride;
-        return;
-    }
-    for (int64_t i = 0; i < rows; i++) {
-        job->kernels->load_scaled(staged + i * job->d,
-                                  sebp_attention_at(matrix, row + i, head * job->d), job->is_bf16,
-                                  job->d, factor);
-    }
-    slab->data = staged;
-    slab->stride = job->d;
+    const sebp_slab slab = {.data = rows, .stride = job->d, .lanes_are_rows = true};
+    job->kernels->pack_b_f32(packed, sebp_attention_sliver(job, job->d, job->lanes), &slab, 0,
+                             count, 0, job->d);
 }
 
 static void add_dropout(const sebp_attention_job *job, int64_t text, int64_t head, int64_t query,
@@ -269,7 +246,7 @@ static void zero_rows(const sebp_matrix *matrix, int64_t row, int64_t end)
 {
     const size_t bytes = (size_t)matrix->cols * sebp_dtype_bytes(matrix->dtype);
     for (; row < end; row++)
-        memset((void *)(uintptr_t)sebp_attention_at(matrix, row, 0), 0, bytes);
+        memset(sebp_attention_at(matrix, row, 0), 0, bytes);
 }
 
 /* The rows after each text of a part, up to the next, and before the first. */
