@@ -43,6 +43,7 @@ static const char usage[] =
     "      --dtype WHICH         f32, bf16 or both (f32)\n"
     "      --warm, --cold        state of the caches; give both for both (warm)\n"
     "      --forward             time the forward instead\n"
+    "      --attention           time attention at texts of several lengths instead\n"
     "      --layer               time row-wise layers instead\n"
     "      --method LIST         compare training methods: full, lora, meprop, sparsegrad\n"
     "      --kept SHARE          of a weight's elements, that they train (0.0119)\n"
@@ -260,6 +261,7 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"warm", no_argument, &warm, FIRST},
         {"cold", no_argument, &cold, SECOND},
         {"forward", no_argument, &o->forward, 1},
+        {"attention", no_argument, &o->attention, 1},
         {"layer", no_argument, &o->layer, 1},
         {"fixed-support", no_argument, &o->fixed_support, 1},
         {"verify-only", no_argument, &o->verify_only, 1},
@@ -294,6 +296,11 @@ static void parse_arguments(options *o, int argc, char **argv)
     o->caches = warm | cold;
     if (o->methods != 0 && (o->forward || o->patterns || o->sources || o->caches))
         die(USAGE, "--method goes with neither --forward, --pattern, --rows, --warm nor --cold");
+    if (o->attention && (o->methods != 0 || o->forward || o->patterns || o->sources || o->caches ||
+                         o->shape_count > 0 || o->activity_count > 0))
+        die(USAGE,
+            "--attention goes with --sequence, --dtype, --threads, --repetitions, --seconds, "
+            "--seed, --verify-only, --quick and --csv alone");
     if (o->layer && (o->methods != 0 || o->forward || o->patterns || o->sources || o->caches ||
                      o->shape_count > 0 || o->activity_count > 0 || o->sequence > 0))
         die(USAGE, "--layer goes with --dtype, --threads, --repetitions, --seconds, --seed, "
@@ -321,7 +328,7 @@ static void complete_options(options *o)
 {
     if (o->dtypes == 0)
         o->dtypes = FIRST;
-    if (o->layer)
+    if (o->layer || o->attention)
         return;
     if (o->shape_count == 0 && o->quick)
         add_shape(o, &(shape){"quick", 512, 192, 320, 64});

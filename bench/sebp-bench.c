@@ -25,6 +25,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "attention.h"
 #include "inputs.h"
 #include "layers.h"
 #include "machine.h"
@@ -542,6 +543,8 @@ int main(int argc, char **argv)
     open_machine(&machine, &o);
     if (o.layer)
         measure_layers(&machine, &o);
+    else if (o.attention)
+        measure_attention(&machine, &o);
     else if (o.methods != 0)
         compare_methods(&machine, &o);
     else

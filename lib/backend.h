@@ -25,6 +25,7 @@
 #include <sebp/info.h>
 #include <sebp/matrix.h>
 #include <sebp/optim.h>
+#include <sebp/sequences.h>
 #include <sebp/sparse.h>
 #include <sebp/status.h>
 
@@ -80,6 +81,23 @@ typedef enum sebp_measure {
 
 /** The k elements of largest magnitude of a matrix that comes in panels: a device's own. */
 typedef struct sebp_top sebp_top;
+
+/** An attention, as attention.h has it, its options settled. */
+typedef struct sebp_attention {
+    int64_t heads, kv_heads, head_size;
+    double scale, softcap;             /* softcap 0: none */
+    int64_t window_left, window_right; /* >= 0; SEBP_UNLIMITED: all keys */
+    double dropout;
+    uint64_t seed, offset;
+    bool zero_other_rows; /* of the outputs, outside the texts */
+    const sebp_sequences *q_sequences, *k_sequences;
+    const sebp_matrix *q, *k, *v, *out;
+    const sebp_matrix *bias, *lse;           /* or NULL: none, not wanted */
+    const sebp_matrix *dout;                 /* of the backward, as the next */
+    const sebp_matrix *dq, *dk, *dv, *dbias; /* NULL: not wanted */
+} sebp_attention;
+
+static const int64_t SEBP_UNLIMITED = INT64_MAX / 8;
 
 typedef struct sebp_backend {
     const char *name; /* "cpu" */
@@ -169,6 +187,12 @@ typedef struct sebp_backend {
      * element, W: N x K. SEBP_ERROR_MEMORY. */
     sebp_status (*sparse_update)(void *device, const sebp_sparse *s, const sebp_matrix *out,
                                  const sebp_matrix *in, const sebp_matrix *w);
+
+    /* Attention (attention.h). SEBP_ERROR_MEMORY where there is no scratch memory; then nothing is
+     * written. Sequences are the host's: a device that reads them there makes copies. */
+
+    sebp_status (*attention_forward)(void *device, const sebp_attention *attention);
+    sebp_status (*attention_backward)(void *device, const sebp_attention *attention);
 
     /* Eigenvectors, of matrices in the host's memory. */
 

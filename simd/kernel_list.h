@@ -76,6 +76,37 @@ KERNEL(void, scale_bf16, (uint16_t * data, int64_t n, float factor))
 KERNEL(void, dropout_scales,
        (float *scales, int64_t groups, const sebp_dropout *dropout, uint64_t group))
 
+/* attention.c: `max`, `sum`, `factor`, `lse`, `delta` have a number for each of tile_cols lanes. */
+
+/* Scores become exp(score - the new max), then dropped out. max and sum (before dropout) grow by the
+ * block; factor is what sums over exp(score - the old max) are to be multiplied by. max starts at
+ * -FLT_MAX, so that a lane that sees nothing has a sum of 0. */
+KERNEL(void, scores_softmax, (const sebp_scores *work, float *max, float *sum, float *factor))
+/* Scores become P = exp(score - lse), then dropped out; gradient, dP as V dO^T leaves it, becomes
+ * dS = P (dropout(dP) - delta), times the softcap's derivative unless of_bias. */
+KERNEL(void, scores_gradient,
+       (const sebp_scores *work, float *gradient, const float *lse, const float *delta,
+        bool of_bias))
+/* block (rows x tile_cols) *= factors, lane by lane */
+KERNEL(void, scale_lanes, (float *block, int64_t rows, const float *factors))
+/* to (rows x cols, rows <= tile_cols) = the transpose of block (cols x tile_cols), lane i, which is
+ * row i, multiplied by factors[i]; of these as many are read as tile_cols. */
+KERNEL(void, store_lanes,
+       (void *to, bool is_bf16, int64_t stride, int64_t rows, int64_t cols, const float *block,
+        int64_t block_stride, const float *factors))
+/* to (rows x cols, without gaps) = from * factor */
+KERNEL(void, load_rows,
+       (float *to, const void *from, bool is_bf16, int64_t stride, int64_t rows, int64_t cols,
+        float factor))
+/* sums[i] = the sum of a[i][j] * b[i][j] over j, in f32, in an order of the ISA's */
+KERNEL(void, dot_rows,
+       (float *sums, const void *a, int64_t a_stride, const void *b, int64_t b_stride, bool is_bf16,
+        int64_t rows, int64_t cols))
+
+/* small_product.c */
+
+KERNEL(void, small_product, (const sebp_small_product *work))
+
 /* gemm.c */
 
 KERNEL(void, pack_a_f32, SEBP_PACK_ARGUMENTS)
@@ -103,5 +134,4 @@ KERNEL(double, row_sum, (const void *x, bool is_bf16, int64_t n))
 KERNEL(void, softmax, (const sebp_softmax_row *row))
 KERNEL(void, rotary, (const sebp_rotary_row *row))
 /* to = the sum of `count` >= 1 rows of n elements, in their order, in f32. to may be any of them. */
-KERNEL(void, sum_vectors,
-       (void *to, const void *const *from, int count, bool is_bf16, int64_t n))
+KERNEL(void, sum_vectors, (void *to, const void *const *from, int count, bool is_bf16, int64_t n))

@@ -99,6 +99,37 @@ typedef struct sebp_dropout {
     float p, scale; /* in [0, 1); 1 / (1 - p) */
 } sebp_dropout;
 
+/**
+ * A product of blocks in cache: C[i][j] (+)= sum over u of A[i][u] B[u][j], with A[i][u] at
+ * a[i * a_row + u * a_unit], where a_row or a_unit is 1, and rows of B and C b_unit and c_row apart.
+ *
+ * Of A one row more may be read where their number is odd, and of B columns up to the next multiple
+ * of tile_cols; what is there does not matter.
+ */
+typedef struct sebp_small_product {
+    int64_t rows, cols, units;
+    const float *a, *b;
+    int64_t a_row, a_unit, b_unit;
+    float *c;
+    int64_t c_row;
+    bool accumulate; /* else C is overwritten; units may be 0 */
+} sebp_small_product;
+
+/**
+ * A block of attention's scores, transposed: rows x tile_cols, a row for a key and a lane for a query;
+ * rows are `stride` apart, and so are those of its gradient. Lane l sees row r where from + r <= l < end + r.
+ */
+typedef struct sebp_scores {
+    float *scores;
+    int64_t stride;
+    int64_t rows;
+    int64_t from, end;    /* within +-2^20 */
+    float softcap;        /* scores become softcap tanh(score / softcap); 0: they stay */
+    const float *bias;    /* then added: rows x tile_cols; NULL: none */
+    const float *dropout; /* what P is multiplied by: rows x dropout_stride; NULL: nothing */
+    int64_t dropout_stride;
+} sebp_scores;
+
 /** The kernels of one ISA, and what a GEMM must know of its tiles. */
 typedef struct sebp_kernels {
     const char *isa;

@@ -244,6 +244,7 @@ static sebp_matrix dy, x, w, bias, dx, dw, db, y;
 static sebp_matrix a, b, h, dh, da, lora_db; /* beside it with LoRA */
 static sebp_matrix r;                        /* in a rotated space */
 static sebp_rows *rows;
+static sebp_sequences *sequences;
 static sebp_basis *basis;
 static sebp_basis_sums *sums;
 static const char basis_path[] = "test_allocation.basis";
@@ -278,6 +279,9 @@ static void setup(void)
     ck_assert_int_eq(sebp_rows_find(context, &dy, &nonzero, &rows), SEBP_SUCCESS);
     sebp_context_destroy(context);
 
+    const int64_t lengths[3] = {3, 0, 5};
+    ck_assert_int_eq(sebp_sequences_from_lengths(lengths, 3, &sequences), SEBP_SUCCESS);
+
     const int64_t R = 6, m = sebp_rows_count(rows);
     a = testing_matrix(K, R, R + 1, SEBP_BF16);
     b = testing_matrix(R, N, N + 1, SEBP_BF16);
@@ -306,6 +310,7 @@ static void setup(void)
 static void teardown(void)
 {
     sebp_rows_destroy(rows);
+    sebp_sequences_destroy(sequences);
     sebp_basis_destroy(basis);
     sebp_basis_sums_destroy(sums);
     remove(basis_path);
@@ -639,6 +644,45 @@ static sebp_status call_embedding_backward(sebp_context *context, void **result)
     return sebp_embedding_backward(context, &dy, row_numbers(77), NULL, NULL, &y);
 }
 
+static sebp_status call_sequences(sebp_context *context, void **result)
+{
+    (void)context;
+    const int64_t lengths[3] = {2, 0, 3};
+    sebp_sequences *made = NULL;
+    sebp_status status = sebp_sequences_from_padded(lengths, 3, 4, &made);
+    *result = made;
+    return status;
+}
+
+static sebp_status call_sequences_mask(sebp_context *context, void **result)
+{
+    (void)context;
+    const uint8_t mask[6] = {0, 1, 1, 1, 0, 0};
+    sebp_sequences *made = NULL;
+    sebp_status status = sebp_sequences_from_mask(mask, 2, 3, &made);
+    *result = made;
+    return status;
+}
+
+static sebp_status call_sequences_offsets(sebp_context *context, void **result)
+{
+    (void)context;
+    const int64_t offsets[4] = {0, 2, 2, 5};
+    sebp_sequences *made = NULL;
+    sebp_status status = sebp_sequences_from_offsets(offsets, 3, &made);
+    *result = made;
+    return status;
+}
+
+static sebp_status call_sequences_rows(sebp_context *context, void **result)
+{
+    (void)context;
+    sebp_rows *made = NULL;
+    sebp_status status = sebp_sequences_rows(sequences, &made);
+    *result = made;
+    return status;
+}
+
 static void destroy_context(void *context)
 {
     sebp_context_destroy(context);
@@ -647,6 +691,11 @@ static void destroy_context(void *context)
 static void destroy_rows(void *set)
 {
     sebp_rows_destroy(set);
+}
+
+static void destroy_sequences(void *made)
+{
+    sebp_sequences_destroy(made);
 }
 
 static void destroy_basis(void *made)
@@ -675,6 +724,10 @@ static const struct target {
     {"rows_from_mask", call_from_mask, destroy_rows, 1},
     {"rows_from_lengths", call_from_lengths, destroy_rows, 1},
     {"rows_from_indices", call_from_indices, destroy_rows, 1},
+    {"sequences_from_padded", call_sequences, destroy_sequences, 2},
+    {"sequences_from_mask", call_sequences_mask, destroy_sequences, 2},
+    {"sequences_from_offsets", call_sequences_offsets, destroy_sequences, 2},
+    {"sequences_rows", call_sequences_rows, destroy_rows, 3},
     {"rows_find nonzero", call_find_nonzero, destroy_rows, 1},
     {"rows_find threshold", call_find_threshold, destroy_rows, 1},
     {"rows_find top", call_find_top, destroy_rows, 1},

@@ -35,6 +35,7 @@
 #ifndef SEBP_SEBP_H
 #define SEBP_SEBP_H
 
+#include <sebp/attention.h>
 #include <sebp/basis.h>
 #include <sebp/clip.h>
 #include <sebp/context.h>
@@ -49,6 +50,7 @@
 #include <sebp/optim.h>
 #include <sebp/random.h>
 #include <sebp/rows.h>
+#include <sebp/sequences.h>
 #include <sebp/sparse.h>
 #include <sebp/sparsegrad.h>
 #include <sebp/status.h>

@@ -61,6 +61,11 @@ void sebp_cpu_top_end(void *device, sebp_top *top);
 sebp_status sebp_cpu_sparse_update(void *device, const sebp_sparse *s, const sebp_matrix *out,
                                    const sebp_matrix *in, const sebp_matrix *w);
 
+/* attention.c, attention_backward.c */
+
+sebp_status sebp_cpu_attention_forward(void *device, const sebp_attention *attention);
+sebp_status sebp_cpu_attention_backward(void *device, const sebp_attention *attention);
+
 /* eigen.c */
 
 sebp_status sebp_cpu_eigenvectors(void *device, const sebp_matrix *sum, const sebp_matrix *vectors,
