@@ -245,11 +245,13 @@ static sebp_matrix a, b, h, dh, da, lora_db; /* beside it with LoRA */
 static sebp_matrix r;                        /* in a rotated space */
 static sebp_rows *rows;
 static sebp_sequences *sequences;
+static sebp_matrix texts_q, texts_out, texts_lse, texts_sums, texts_dq, texts_dk; /* of attention */
 static sebp_basis *basis;
 static sebp_basis_sums *sums;
 static const char basis_path[] = "test_allocation.basis";
 
-static const sebp_matrix *const outputs[] = {&dx, &dw, &db, &y, &h, &dh, &da, &lora_db, &r};
+static const sebp_matrix *const outputs[] = {
+    &dx, &dw, &db, &y, &h, &dh, &da, &lora_db, &r, &texts_out, &texts_lse, &texts_dq, &texts_dk};
 #define OUTPUTS ((int)(sizeof outputs / sizeof outputs[0]))
 
 static int64_t kept_indices[20];
@@ -281,6 +283,13 @@ static void setup(void)
 
     const int64_t lengths[3] = {3, 0, 5};
     ck_assert_int_eq(sebp_sequences_from_lengths(lengths, 3, &sequences), SEBP_SUCCESS);
+
+    texts_q = testing_random_matrix(8, 4, SEBP_F32, TESTING_REAL);
+    texts_sums = testing_random_matrix(8, 1, SEBP_F32, TESTING_REAL);
+    texts_out = testing_matrix(8, 4, 4, SEBP_F32);
+    texts_dq = testing_matrix(8, 4, 4, SEBP_F32);
+    texts_dk = testing_matrix(8, 4, 4, SEBP_F32);
+    texts_lse = testing_matrix(8, 1, 1, SEBP_F32);
 
     const int64_t R = 6, m = sebp_rows_count(rows);
     a = testing_matrix(K, R, R + 1, SEBP_BF16);
@@ -314,8 +323,9 @@ static void teardown(void)
     sebp_basis_destroy(basis);
     sebp_basis_sums_destroy(sums);
     remove(basis_path);
-    sebp_matrix *all[] = {&dy, &x, &w, &bias, &dx, &dw,      &db, &y,
-                          &a,  &b, &h, &dh,   &da, &lora_db, &r};
+    sebp_matrix *all[] = {&dy, &x,       &w,          &bias,      &dx,        &dw,       &db,
+                          &y,  &a,       &b,          &h,         &dh,        &da,       &lora_db,
+                          &r,  &texts_q, &texts_sums, &texts_out, &texts_lse, &texts_dq, &texts_dk};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         testing_release(all[i]);
     }
@@ -683,6 +693,21 @@ static sebp_status call_sequences_rows(sebp_context *context, void **result)
     return status;
 }
 
+static sebp_status call_attention(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_attention_forward(context, &texts_q, &texts_q, &texts_q, NULL, sequences, NULL,
+                                  NULL, &texts_out, &texts_lse);
+}
+
+static sebp_status call_attention_backward(sebp_context *context, void **result)
+{
+    (void)result;
+    return sebp_attention_backward(context, &texts_q, &texts_q, &texts_q, &texts_q, NULL, &texts_q,
+                                   &texts_sums, sequences, NULL, NULL, &texts_dq, &texts_dk, NULL,
+                                   NULL);
+}
+
 static void destroy_context(void *context)
 {
     sebp_context_destroy(context);
@@ -728,6 +753,8 @@ static const struct target {
     {"sequences_from_mask", call_sequences_mask, destroy_sequences, 2},
     {"sequences_from_offsets", call_sequences_offsets, destroy_sequences, 2},
     {"sequences_rows", call_sequences_rows, destroy_rows, 3},
+    {"attention_forward", call_attention, NULL, 1},
+    {"attention_backward", call_attention_backward, NULL, 1},
     {"rows_find nonzero", call_find_nonzero, destroy_rows, 1},
     {"rows_find threshold", call_find_threshold, destroy_rows, 1},
     {"rows_find top", call_find_top, destroy_rows, 1},

@@ -521,6 +521,403 @@ START_TEST(long_texts)
 }
 END_TEST
 
+/* ---- exact cases ---- */
+
+/* Where all scores are equal P is 1 / m, and integers' means of a power of two are exact. */
+START_TEST(uniform_scores_give_means)
+{
+    for (int64_t m = 1; m <= 512; m *= 2) {
+        sebp_context *context = any_context();
+        sebp_sequences *of_q = NULL, *of_k = NULL;
+        const int64_t n = 3, D = 5;
+        ck_assert_int_eq(sebp_sequences_from_lengths(&n, 1, &of_q), SEBP_SUCCESS);
+        ck_assert_int_eq(sebp_sequences_from_lengths(&m, 1, &of_k), SEBP_SUCCESS);
+        sebp_matrix q = empty_matrix(n, D, SEBP_F32), k = empty_matrix(m, D, SEBP_F32);
+        sebp_matrix v = testing_random_matrix(m, D, SEBP_F32, TESTING_INTEGER);
+        sebp_matrix out = empty_matrix(n, D, SEBP_F32);
+        for (int64_t c = 0; c < D; c++) {
+            for (int64_t i = 0; i < n; i++)
+                testing_set(&q, i, c, (double)testing_between(-4, 4));
+            for (int64_t j = 0; j < m; j++)
+                testing_set(&k, j, c, 2);
+        }
+        testing_succeed(
+            sebp_attention_forward(context, &q, &k, &v, NULL, of_q, of_k, NULL, &out, NULL),
+            context);
+        for (int64_t i = 0; i < n; i++) {
+            for (int64_t c = 0; c < D; c++) {
+                double sum = 0;
+                for (int64_t j = 0; j < m; j++)
+                    sum += testing_get(&v, j, c);
+                ck_assert(testing_get(&out, i, c) == sum / (double)m);
+            }
+        }
+        sebp_matrix *all[] = {&q, &k, &v, &out};
+        for (int i = 0; i < 4; i++)
+            testing_release(all[i]);
+        sebp_sequences_destroy(of_q);
+        sebp_sequences_destroy(of_k);
+        sebp_context_destroy(context);
+    }
+}
+END_TEST
+
+/* The reference's gradients against differences of its forward, in double precision. */
+START_TEST(reference_gradients_are_derivatives)
+{
+    int64_t looked = 0;
+    for (int round = 0; round < testing_rounds(60); round++) {
+        problem p = make_problem(12, 6);
+        /* Out is linear in V, so that nothing is lost by taking it from the forward. */
+        reference_forward(&p);
+        reference_backward(&p);
+        struct {
+            double *at;
+            expected *gradient;
+            const layout *rows;
+        } inputs[] = {{p.at_q, &p.want_dq, &p.queries},
+                      {p.at_k, &p.want_dk, &p.keys},
+                      {p.at_v, &p.want_dv, &p.keys},
+                      {p.at_bias, &p.want_dbias, NULL}};
+        for (int which = 0; which < (p.has_bias ? 4 : 3); which++) {
+            int64_t count = inputs[which].gradient->rows * inputs[which].gradient->cols;
+            for (int tries = 0; tries < 10 && count > 0; tries++) {
+                int64_t e = testing_between(0, count - 1);
+                if (inputs[which].rows != NULL &&
+                    !is_active(inputs[which].rows, e / inputs[which].gradient->cols))
+                    continue;
+                const double step = 1e-5, was = inputs[which].at[e];
+                double loss[2] = {0, 0};
+                for (int side = 0; side < 2; side++) {
+                    inputs[which].at[e] = was + (side == 0 ? step : -step);
+                    reference_forward(&p);
+                    for (int64_t i = 0; i < p.want_out.rows * p.want_out.cols; i++) {
+                        if (is_active(&p.queries, i / p.want_out.cols))
+                            loss[side] += p.at_dout[i] * p.want_out.value[i];
+                    }
+                }
+                inputs[which].at[e] = was;
+                double slope = (loss[0] - loss[1]) / (2 * step);
+                double want = inputs[which].gradient->value[e];
+                ck_assert_msg(fabs(slope - want) <= 1e-6 * (1 + fabs(want)), "%d: %g, not %g",
+                              which, slope, want);
+                looked += want != 0;
+            }
+        }
+        free_problem(&p);
+    }
+    ck_assert_int_gt(looked, 100);
+}
+END_TEST
+
+/* ---- bits ---- */
+
+/* Any number of threads, any workspace, and dQ found apart from dK and dV: the same bits. */
+START_TEST(bits_depend_on_nothing)
+{
+    for (int round = 0; round < testing_rounds(20); round++) {
+        problem p = make_problem(round % 4 == 0 ? 900 : 80, 40);
+        const sebp_matrix *outputs[] = {&p.out, &p.lse, &p.dq, &p.dk, &p.dv, &p.dbias};
+        sebp_matrix first[6];
+        sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+        testing_succeed(call_forward(&p, context), context);
+        testing_succeed(call_backward(&p, context), context);
+        for (int i = 0; i < 6; i++)
+            first[i] = testing_copy(outputs[i]);
+        sebp_context_destroy(context);
+        for (int threads = 1; threads <= 16; threads *= 2) {
+            context = testing_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
+            for (int i = 0; i < 6; i++)
+                testing_poison(outputs[i]);
+            testing_succeed(call_forward(&p, context), context);
+            testing_succeed(call_backward(&p, context), context);
+            for (int i = 0; i < 6; i++)
+                ck_assert(testing_same_bits(outputs[i], &first[i]));
+            ck_assert_int_le(sebp_context_scratch_bytes(context), (int64_t)1 << 20);
+            testing_poison(&p.dq);
+            testing_succeed(sebp_attention_backward(context, &p.dout, &p.q, &p.k, &p.v, bias_of(&p),
+                                                    &p.out, &p.lse, p.queries.made, p.keys.made,
+                                                    &p.options, &p.dq, NULL, NULL, NULL),
+                            context);
+            ck_assert(testing_same_bits(&p.dq, &first[2]));
+            testing_poison(&p.dv);
+            testing_succeed(sebp_attention_backward(context, &p.dout, &p.q, &p.k, &p.v, bias_of(&p),
+                                                    &p.out, &p.lse, p.queries.made, p.keys.made,
+                                                    &p.options, NULL, NULL, &p.dv, NULL),
+                            context);
+            ck_assert(testing_same_bits(&p.dv, &first[4]));
+            sebp_context_destroy(context);
+        }
+        for (int i = 0; i < 6; i++)
+            testing_release(&first[i]);
+        free_problem(&p);
+    }
+}
+END_TEST
+
+/* The largest heads fit in the smallest workspace. */
+START_TEST(large_heads)
+{
+    for (int round = 0; round < testing_rounds(2); round++) {
+        sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, (int64_t)1 << 20);
+        const int64_t D = SEBP_MAX_HEAD_SIZE - round, n = 300;
+        sebp_sequences *texts = NULL;
+        ck_assert_int_eq(sebp_sequences_from_lengths(&n, 1, &texts), SEBP_SUCCESS);
+        sebp_matrix m[8], lse = empty_matrix(n, 1, SEBP_F32);
+        for (int i = 0; i < 8; i++)
+            m[i] = testing_random_matrix(n, D, SEBP_F32, TESTING_REAL);
+        sebp_attention_options options = SEBP_ATTENTION_OPTIONS_INIT;
+        options.dropout = 0.1;
+        testing_succeed(sebp_attention_forward(context, &m[0], &m[1], &m[2], NULL, texts, NULL,
+                                               &options, &m[3], &lse),
+                        context);
+        testing_succeed(sebp_attention_backward(context, &m[4], &m[0], &m[1], &m[2], NULL, &m[3],
+                                                &lse, texts, NULL, &options, &m[5], &m[6], &m[7],
+                                                NULL),
+                        context);
+        for (int i = 0; i < 8; i++)
+            testing_release(&m[i]);
+        testing_release(&lse);
+        sebp_sequences_destroy(texts);
+        sebp_context_destroy(context);
+    }
+}
+END_TEST
+
+/* ---- dropout ---- */
+
+/* With V = 1 a row of out is the sum of what dropout has left: its mean is 1, its variance that of m
+ * independent draws; another offset draws others. */
+START_TEST(dropout_has_the_right_moments)
+{
+    sebp_context *context = any_context();
+    const int64_t n = 400;
+    const double p = 0.25;
+    sebp_sequences *texts = NULL;
+    ck_assert_int_eq(sebp_sequences_from_lengths(&n, 1, &texts), SEBP_SUCCESS);
+    sebp_matrix zero = empty_matrix(n, 1, SEBP_F32), one = empty_matrix(n, 1, SEBP_F32);
+    sebp_matrix out = empty_matrix(n, 1, SEBP_F32), other = empty_matrix(n, 1, SEBP_F32);
+    for (int64_t i = 0; i < n; i++) {
+        testing_set(&zero, i, 0, 0);
+        testing_set(&one, i, 0, 1);
+    }
+    sebp_attention_options options = SEBP_ATTENTION_OPTIONS_INIT;
+    options.dropout = p;
+    options.seed = testing_random();
+    testing_succeed(sebp_attention_forward(context, &zero, &zero, &one, NULL, texts, NULL, &options,
+                                           &out, NULL),
+                    context);
+    options.offset = 1;
+    testing_succeed(sebp_attention_forward(context, &zero, &zero, &one, NULL, texts, NULL, &options,
+                                           &other, NULL),
+                    context);
+    double mean = 0, variance = 0, product = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double off = testing_get(&out, i, 0) - 1, off_other = testing_get(&other, i, 0) - 1;
+        mean += off / (double)n;
+        variance += off * off / (double)n;
+        product += off * off_other / (double)n;
+    }
+    const double want = p / (1 - p) / (double)n, sigma = sqrt(want);
+    ck_assert_double_le(fabs(mean), 6 * sigma / sqrt((double)n));
+    ck_assert_double_le(fabs(variance - want), 6 * want * sqrt(2 / (double)n));
+    ck_assert_double_le(fabs(product), 6 * want / sqrt((double)n));
+    testing_release(&zero);
+    testing_release(&one);
+    testing_release(&out);
+    testing_release(&other);
+    sebp_sequences_destroy(texts);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+/* ---- NaN ---- */
+
+START_TEST(nan_stays_in_its_text)
+{
+    sebp_context *context = any_context();
+    const int64_t lengths[3] = {7, 40, 300}, total = 347, D = 9;
+    sebp_sequences *texts = NULL;
+    ck_assert_int_eq(sebp_sequences_from_lengths(lengths, 3, &texts), SEBP_SUCCESS);
+    for (int bad = 0; bad < 4; bad++) {
+        sebp_matrix m[8], lse = empty_matrix(total, 1, SEBP_F32);
+        for (int i = 0; i < 8; i++)
+            m[i] = testing_random_matrix(total, D, SEBP_F32, TESTING_REAL);
+        testing_set(bad < 3 ? &m[bad] : &m[4], 20, 3, bad % 2 ? INFINITY : NAN);
+        testing_succeed(sebp_attention_forward(context, &m[0], &m[1], &m[2], NULL, texts, NULL,
+                                               NULL, &m[3], &lse),
+                        context);
+        testing_succeed(sebp_attention_backward(context, &m[4], &m[0], &m[1], &m[2], NULL, &m[3],
+                                                &lse, texts, NULL, NULL, &m[5], &m[6], &m[7], NULL),
+                        context);
+        int64_t spread = 0;
+        for (int64_t at = 0; at < total * D; at++) {
+            for (int i = 5; i < 8; i++) {
+                double value = testing_get(&m[i], at / D, at % D);
+                ck_assert(isfinite(value) || (at / D >= 7 && at / D < 47));
+                spread += !isfinite(value);
+            }
+        }
+        ck_assert_int_gt(spread, 0);
+        for (int i = 0; i < 8; i++)
+            testing_release(&m[i]);
+        testing_release(&lse);
+    }
+    sebp_sequences_destroy(texts);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+/* ---- bad input ---- */
+
+/* Everything that either call takes. */
+static struct bad {
+    sebp_context *context;
+    sebp_matrix view[11], good[11], before[11]; /* as given, as they are, what they held */
+    const sebp_matrix *at[11]; /* q, k, v, bias, out, lse, dout, dq, dk, dv, dbias */
+    sebp_sequences *texts, *fewer, *longer;
+    const sebp_sequences *q_texts, *k_texts;
+    sebp_attention_options options;
+} bad;
+
+enum { Q, K, V, BIAS, OUT, LSE, DOUT, DQ, DK, DV, DBIAS };
+
+static void reset_bad(void)
+{
+    for (int i = 0; i < 11; i++) {
+        bad.view[i] = bad.good[i];
+        bad.at[i] = &bad.view[i];
+    }
+    bad.options = (sebp_attention_options)SEBP_ATTENTION_OPTIONS_INIT;
+    bad.options.heads = 2;
+    bad.q_texts = bad.texts;
+    bad.k_texts = NULL;
+}
+
+/* Both calls, or one of them where only that has what is wrong. */
+static void fails(sebp_status want, int forward, int backward)
+{
+    const sebp_matrix *const *at = bad.at;
+    if (forward) {
+        testing_expect(sebp_attention_forward(bad.context, at[Q], at[K], at[V], at[BIAS],
+                                              bad.q_texts, bad.k_texts, &bad.options, at[OUT],
+                                              at[LSE]),
+                       want, bad.context);
+    }
+    if (backward) {
+        testing_expect(sebp_attention_backward(bad.context, at[DOUT], at[Q], at[K], at[V], at[BIAS],
+                                               at[OUT], at[LSE], bad.q_texts, bad.k_texts,
+                                               &bad.options, at[DQ], at[DK], at[DV], at[DBIAS]),
+                       want, bad.context);
+    }
+    const char *message = sebp_context_message(bad.context);
+    ck_assert(want == SEBP_SUCCESS || strstr(message, "sebp_attention_") == message);
+    for (int i = 0; i < 11 && want != SEBP_SUCCESS; i++)
+        ck_assert(testing_same_bits(&bad.before[i], &bad.good[i]));
+    reset_bad();
+}
+
+START_TEST(bad_input)
+{
+    const int64_t lengths[3] = {3, 0, 5};
+    ck_assert_int_eq(sebp_sequences_from_lengths(lengths, 3, &bad.texts), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_sequences_from_lengths(lengths + 2, 1, &bad.fewer), SEBP_SUCCESS);
+    const int64_t two[2] = {3, 5};
+    ck_assert_int_eq(sebp_sequences_from_lengths(two, 2, &bad.longer), SEBP_SUCCESS);
+    bad.context = testing_context(SEBP_GEMM_AUTO, 2, 0);
+    for (int i = 0; i < 11; i++) {
+        int is_bias = i == BIAS || i == DBIAS;
+        bad.good[i] = testing_matrix(is_bias ? 5 : 8, is_bias ? 5 : i == LSE ? 2 : 6, 7, SEBP_F32);
+        testing_fill(&bad.good[i], TESTING_REAL);
+    }
+    reset_bad();
+    fails(SEBP_SUCCESS, 1, 1);
+    for (int i = 0; i < 11; i++)
+        bad.before[i] = testing_copy(&bad.good[i]);
+    static const int of_forward[] = {Q, K, V, OUT}, of_backward[] = {Q, K, V, OUT, LSE, DOUT, BIAS};
+    for (size_t i = 0; i < sizeof of_forward / sizeof *of_forward; i++) {
+        bad.at[of_forward[i]] = NULL;
+        fails(SEBP_ERROR_NULL, 1, 0);
+    }
+    for (size_t i = 0; i < sizeof of_backward / sizeof *of_backward; i++) {
+        bad.at[of_backward[i]] = NULL;
+        fails(SEBP_ERROR_NULL, 0, 1);
+    }
+    bad.q_texts = NULL;
+    fails(SEBP_ERROR_NULL, 1, 1);
+    ck_assert_int_eq(sebp_attention_forward(NULL, bad.at[Q], bad.at[K], bad.at[V], NULL, bad.texts,
+                                            NULL, NULL, bad.at[OUT], NULL),
+                     SEBP_ERROR_NULL);
+#define WITH(change, status, forward, backward)                                                    \
+    change;                                                                                        \
+    fails(status, forward, backward)
+    WITH(bad.options.size_bytes = 3, SEBP_ERROR_SIZE, 1, 1);
+    WITH(bad.options.heads = 0, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.kv_heads = -1, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.kv_heads = 3, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.scale = NAN, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.scale = 1e300, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.softcap = -1, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.softcap = NAN, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.softcap = INFINITY, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.softcap = 1e-300, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.dropout = 1, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.dropout = 1 - 1e-12, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.dropout = -0.1, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.dropout = NAN, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.inactive = (sebp_inactive)7, SEBP_ERROR_VALUE, 1, 1);
+    WITH(bad.options.heads = 4, SEBP_ERROR_SHAPE, 1, 1);
+    WITH(bad.options.kv_heads = 1, SEBP_ERROR_SHAPE, 1, 1);
+    WITH(bad.q_texts = bad.fewer, SEBP_ERROR_ROWS, 1, 1);
+    WITH(bad.k_texts = bad.fewer, SEBP_ERROR_ROWS, 1, 1);
+    WITH(bad.k_texts = bad.longer, SEBP_ERROR_ROWS, 1, 1);
+    for (int i = 0; i < 11; i++) {
+        int forward = i <= LSE;
+        WITH(bad.view[i].dtype = (sebp_dtype)9, SEBP_ERROR_DTYPE, forward, 1);
+        WITH(bad.view[i].dtype = SEBP_BF16, SEBP_ERROR_DTYPE, forward, 1);
+        WITH(bad.view[i].cols--, SEBP_ERROR_SHAPE, forward, 1);
+        WITH(bad.view[i].stride = 1, SEBP_ERROR_STRIDE, forward, 1);
+        WITH(bad.view[i].rows = -1, SEBP_ERROR_SIZE, forward, 1);
+        WITH(bad.view[i].data = NULL, SEBP_ERROR_NULL, forward, 1);
+        for (int j = DQ; j <= DBIAS; j++) {
+            if (i != j && bad.good[i].rows == bad.good[j].rows &&
+                bad.good[i].cols == bad.good[j].cols) {
+                WITH(bad.at[j] = &bad.view[i], SEBP_ERROR_ALIAS, 0, 1);
+            }
+        }
+    }
+    WITH(bad.at[OUT] = &bad.view[V], SEBP_ERROR_ALIAS, 1, 0);
+#undef WITH
+    for (int i = 0; i < 11; i++) {
+        testing_release(&bad.good[i]);
+        testing_release(&bad.before[i]);
+    }
+    sebp_sequences_destroy(bad.texts);
+    sebp_sequences_destroy(bad.fewer);
+    sebp_sequences_destroy(bad.longer);
+    sebp_context_destroy(bad.context);
+}
+END_TEST
+
+/* A head larger than there may be. */
+START_TEST(too_large_a_head)
+{
+    sebp_context *context = any_context();
+    sebp_sequences *texts = NULL;
+    ck_assert_int_eq(sebp_sequences_from_lengths(NULL, 0, &texts), SEBP_SUCCESS);
+    sebp_matrix view = sebp_matrix_f32(NULL, 0, SEBP_MAX_HEAD_SIZE + 1);
+    testing_expect(
+        sebp_attention_forward(context, &view, &view, &view, NULL, texts, NULL, NULL, &view, NULL),
+        SEBP_ERROR_VALUE, context);
+    view.cols = 0;
+    testing_expect(
+        sebp_attention_forward(context, &view, &view, &view, NULL, texts, NULL, NULL, &view, NULL),
+        SEBP_ERROR_SHAPE, context);
+    sebp_sequences_destroy(texts);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("attention");
@@ -528,6 +925,14 @@ static Suite *make_suite(void)
     tcase_set_timeout(all, 300);
     tcase_add_test(all, short_texts);
     tcase_add_test(all, long_texts);
+    tcase_add_test(all, uniform_scores_give_means);
+    tcase_add_test(all, reference_gradients_are_derivatives);
+    tcase_add_test(all, bits_depend_on_nothing);
+    tcase_add_test(all, large_heads);
+    tcase_add_test(all, dropout_has_the_right_moments);
+    tcase_add_test(all, nan_stays_in_its_text);
+    tcase_add_test(all, bad_input);
+    tcase_add_test(all, too_large_a_head);
     suite_add_tcase(suite, all);
     return suite;
 }

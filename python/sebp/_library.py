@@ -15,6 +15,7 @@ from pathlib import Path
 from ._structs import (
     ActivationOptions,
     AdamWOptions,
+    AttentionOptionsStruct,
     ContextOptions,
     CrossEntropyOptions,
     DropoutOptions,
@@ -71,6 +72,7 @@ _view = POINTER(Matrix)
 _kept = POINTER(SparseStruct)
 _linear_options = POINTER(LinearOptions)
 _adamw_options = POINTER(AdamWOptions)
+_attention_options = POINTER(AttentionOptionsStruct)
 
 # Each function that is used: what it returns, and its arguments.
 _FUNCTIONS = {
@@ -95,6 +97,22 @@ _FUNCTIONS = {
     "sebp_rows_activity": (c_double, [c_void_p]),
     "sebp_rows_indices": (c_void_p, [c_void_p]),
     "sebp_rows_dropped": (c_int, [c_void_p, _view, c_void_p, POINTER(Dropped)]),
+    "sebp_sequences_from_lengths": (c_int, [c_void_p, c_int64, POINTER(c_void_p)]),
+    "sebp_sequences_from_padded": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_sequences_from_mask": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_sequences_destroy": (None, [c_void_p]),
+    "sebp_sequences_count": (c_int64, [c_void_p]),
+    "sebp_sequences_total": (c_int64, [c_void_p]),
+    "sebp_sequences_max_length": (c_int64, [c_void_p]),
+    "sebp_sequences_offsets": (c_void_p, [c_void_p]),
+    "sebp_attention_forward": (
+        c_int,
+        [c_void_p, *[_view] * 4, c_void_p, c_void_p, _attention_options, _view, _view],
+    ),
+    "sebp_attention_backward": (
+        c_int,
+        [c_void_p, *[_view] * 7, c_void_p, c_void_p, _attention_options, *[_view] * 4],
+    ),
     "sebp_linear_forward": (
         c_int,
         [c_void_p, _view, _view, _view, c_void_p, _linear_options, _view],

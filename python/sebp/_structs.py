@@ -174,6 +174,25 @@ class AdamWOptions(ctypes.Structure):
     ]
 
 
+class AttentionOptionsStruct(ctypes.Structure):
+    """``sebp_attention_options`` of attention.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("causal", ctypes.c_int),
+        ("window_left", ctypes.c_int64),
+        ("window_right", ctypes.c_int64),
+        ("dropout", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("inactive", ctypes.c_int),
+    ]
+
+
 class ContextOptions(ctypes.Structure):
     """``sebp_context_options`` of context.h."""
 
