@@ -28,8 +28,8 @@
  * 100 KB for each kind of product. Kinds differ in the weight's shape, the direction, dtypes,
  * strides or the number of active rows. Its cache of primitives belongs to the process and
  * keeps the last 1024. That is some 100 MB where the number of active rows differs from batch to
- * batch. ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable of oneDNN's own, bounds the cache. SEBP_GEMM_AUTO
- * gives oneDNN no product in bf16.
+ * batch. ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable of oneDNN's own, bounds the cache.
+ * SEBP_GEMM_AUTO gives oneDNN no product in bf16.
  */
 #ifndef SEBP_CONTEXT_H
 #define SEBP_CONTEXT_H
