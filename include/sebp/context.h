@@ -3,30 +3,33 @@
  * @file context.h
  * A context holds what calls share: threads and where they run, scratch memory, the GEMM in use.
  *
- * There is no state outside contexts but the table of kernels for this CPU, which is filled once
- * and never changes, and what is known of forks. A context is used by one thread at a time; two threads with two contexts never
- * meet.
+ * A context is used by one thread at a time; two threads with two contexts never meet. Outside its
+ * contexts the library keeps two things for the whole process: the table of kernels for this CPU,
+ * which is filled once and never changes, and what it knows of forks.
  *
- * Where memory runs out, what the library asks for itself is SEBP_ERROR_MEMORY, with nothing written.
- * The libraries underneath have ways of their own, which nothing can be done about from here:
+ * Where the library itself runs out of memory, the call returns SEBP_ERROR_MEMORY and has written
+ * nothing. The libraries that it uses behave in ways of their own, which it cannot change:
  *
- * - OpenMP ends the process, with a line on standard error, where it cannot make its threads or has
- *   no memory for them: GCC's by exit(1), at the first call that uses several. One thread, or a
- *   parallel_for of the host's, leaves it out, but for oneDNN and LAPACK.
- * - hwloc works while a context is made. Where it says that it failed, the cores are read from the
- *   operating system's files, and placement is SEBP_ERROR_BACKEND. Not all of its small allocations
- *   are checked, though: version 2.9 may crash instead. A build --without-hwloc has none of it.
- * - oneDNN without memory for the buffers of a product is SEBP_ERROR_BACKEND, "oneDNN has no memory",
- *   and outputs may be half written. Without memory for what it makes first, objects and the code of
- *   kernels, version 2.6 ends the process, by a std::bad_alloc that no C program catches or by a
- *   crash. SEBP_GEMM_NATIVE leaves it out.
+ * - OpenMP ends the process, with a line on standard error, if it cannot make its threads or has no
+ *   memory for them. GCC's does so by exit(1), at the first call that uses several threads. A
+ *   context with one thread, or with a parallel_for of the host's, does not use it; oneDNN and
+ *   LAPACK may use it all the same.
+ * - hwloc works while a context is made. If it reports a failure, the cores are read from the
+ *   operating system's files, and placement is SEBP_ERROR_BACKEND. But hwloc does not check all of
+ *   its small allocations, and version 2.9 may crash instead. A build --without-hwloc does not use
+ *   it.
+ * - oneDNN may have no memory for the buffers of a product: the call returns SEBP_ERROR_BACKEND,
+ *   the message is "oneDNN has no memory", and outputs may be half written. Or it may have none for
+ *   the objects and the code of kernels that it makes first: then version 2.6 ends the process, by
+ *   a std::bad_alloc that no C program catches or by a crash. SEBP_GEMM_NATIVE does not use oneDNN.
  *
- * What oneDNN holds for itself is no scratch memory of a context: about 10 MB of buffers and code
- * once it has run, and for bf16 under SEBP_GEMM_ONEDNN a primitive of about 100 KB for each kind of
- * product: a weight's shape, the direction, dtypes, strides and the number of active rows. Its cache,
- * one for the process, keeps the last 1024: some 100 MB where that number differs from batch to batch
- * (ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable of oneDNN's own, bounds it). SEBP_GEMM_AUTO gives
- * oneDNN no product in bf16.
+ * What oneDNN holds for itself is not scratch memory of a context. Once it has run, that is about
+ * 10 MB of buffers and code. For bf16 under SEBP_GEMM_ONEDNN it also holds a primitive of about
+ * 100 KB for each kind of product. Kinds differ in the weight's shape, the direction, dtypes,
+ * strides or the number of active rows. Its cache of primitives belongs to the process and
+ * keeps the last 1024. That is some 100 MB where the number of active rows differs from batch to
+ * batch. ONEDNN_PRIMITIVE_CACHE_CAPACITY, a variable of oneDNN's own, bounds the cache.
+ * SEBP_GEMM_AUTO gives oneDNN no product in bf16.
  */
 #ifndef SEBP_CONTEXT_H
 #define SEBP_CONTEXT_H
@@ -42,7 +45,7 @@ typedef struct sebp_context sebp_context;
 
 /** Which matrix product does the work. */
 typedef enum sebp_gemm {
-    SEBP_GEMM_AUTO = 0,   /**< by shape and dtype, whichever measured faster for such a product */
+    SEBP_GEMM_AUTO = 0,   /**< chosen by shape and dtype: the one that measured faster */
     SEBP_GEMM_NATIVE = 1, /**< the library's own: gathers and scatters rows as it packs */
     SEBP_GEMM_ONEDNN =
         2 /**< oneDNN wherever it can; SEBP_ERROR_UNSUPPORTED in a build without it */
@@ -56,7 +59,8 @@ typedef enum sebp_placement {
     SEBP_PLACEMENT_SPREAD = 2 /**< bound: physical cores over all NUMA nodes in turn */
 } sebp_placement;
 
-/** What computes. Matrices, kept elements and all else that calls read and write lie in its memory. */
+/** What computes. All that calls read and write lies in the memory of this device: matrices, kept
+ * elements and the rest. */
 typedef enum sebp_device_kind {
     SEBP_DEVICE_CPU = 0, /**< the processors of this machine, and its memory */
     SEBP_DEVICE_CUDA = 1 /**< an NVIDIA GPU; SEBP_ERROR_UNSUPPORTED in a build without it */
@@ -76,7 +80,7 @@ typedef struct sebp_context_options {
     int threads;              /**< 0: one for each physical core this process may use */
     sebp_placement placement; /**< default SEBP_PLACEMENT_NONE */
     sebp_gemm gemm;           /**< default SEBP_GEMM_AUTO */
-    int64_t workspace_bytes;  /**< bound on our own scratch memory; 0: 64 MiB; else >= 1 MiB */
+    int64_t workspace_bytes;  /**< max of the library's scratch memory; 0: 64 MiB; else >= 1 MiB */
     sebp_parallel_for parallel_for; /**< NULL: OpenMP, or one thread in a build without it */
     void *pool;                     /**< handed to parallel_for */
     char *message;        /**< where one line about a failed creation is written; NULL: nowhere */
@@ -94,55 +98,61 @@ typedef struct sebp_context_options {
 /**
  * Makes a context.
  *
- * Read from the environment, here and nowhere else. Each overrules its option; an empty value
- * counts as unset, a value that is not in the list is SEBP_ERROR_ENVIRONMENT:
+ * It reads these environment variables; nothing else in the library reads the environment. Each
+ * overrules its option. An empty value counts as unset, and a value that is not listed is
+ * SEBP_ERROR_ENVIRONMENT:
  *
  *     SEBP_NUM_THREADS  1 to 1024
  *     SEBP_PLACEMENT    none, compact, spread
  *     SEBP_GEMM         auto, native, onednn
  *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier, plain C
- *                       for one of another processor; a value after the first context's is checked
- *                       only
+ *                       for a tier of another processor. The first context decides: afterwards the
+ *                       value is checked, but changes nothing
  *     SEBP_VERBOSE      0, 1: one line on standard error (linear.h) for each forward, backward and
- *                       gradient that succeeds: the functions that take rows
+ *                       gradient that succeeds, which are the functions that take rows
  *
- * Threads by default: the physical cores within the calling thread's affinity mask and its cgroup's
- * CPU quota, or OMP_NUM_THREADS where that is set. Where the mask is one of OpenMP's places, as
- * OpenMP binds the thread that loads it (OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY), the cores of
- * all places count instead, and no more than omp_get_num_procs(). However many are asked for, OpenMP
- * has no more than OMP_THREAD_LIMIT of them. With placement asked for, each thread is bound to
- * one core within that mask at its first piece of work; nothing is bound if OMP_PROC_BIND,
- * OMP_PLACES, GOMP_CPU_AFFINITY or KMP_AFFINITY is set, or if the host brings its own parallel_for.
- * The calling thread does a share of the work and so is bound too, until the context is destroyed.
- * A context made meanwhile sees the cores it is bound to and no others; of several bound contexts
- * the last one made is to be destroyed first, or the thread stays bound. Contexts know nothing of
- * each other: two that are placed, of two threads, start at the same core.
+ * **How many threads.** By default one for each physical core within the calling thread's affinity
+ * mask and its cgroup's CPU quota, or OMP_NUM_THREADS where that is set. OpenMP may bind the thread
+ * that loads it (OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY). Where the mask is one of OpenMP's
+ * places, the cores of all places count instead, up to omp_get_num_procs(). However many are asked
+ * for, OpenMP has no more than OMP_THREAD_LIMIT of them.
  *
- * After fork() a child may go on using its copy of a context: it then works on one thread with the
- * library's own GEMM, as OpenMP and oneDNN do not survive a fork, and so does LAPACK (basis.h). So
- * does a context that the child makes itself, whatever the options and variables say, where the
- * process that forked had more than one thread: any library there may have used OpenMP, which waits
- * for ever for threads that the fork has not copied. Its own parallel_for is used. A child of a
- * process that had one thread may use as many as any. All this holds if the library was loaded before
- * the fork, else see sebp_after_fork(). LAPACK on a BLAS that uses OpenMP waits like that too in a
- * build without OpenMP, or with another runtime than the BLAS has (clang's): there OMP_NUM_THREADS is
- * to be 1 from the start.
+ * **Where they run.** If placement is asked for, each thread is bound to one core within that mask
+ * at its first piece of work. Nothing is bound if OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY or
+ * KMP_AFFINITY is set, or if the host brings its own parallel_for. The calling thread does a share
+ * of the work, so it is bound too, until the context is destroyed. A context made meanwhile sees
+ * the cores that the thread is bound to and no others. Of several bound contexts the last one made
+ * has to be destroyed first, or the thread stays bound. Contexts know nothing of each other: two
+ * placed contexts of two threads start at the same core.
+ *
+ * **After fork().** A child may go on using its copy of a context. The copy then works on one
+ * thread, with the library's own GEMM, as OpenMP and oneDNN do not survive a fork; LAPACK works on
+ * one thread too (basis.h). The same holds for a context that the child makes itself, whatever the
+ * options and variables say, where the process that forked had more than one thread: any library in
+ * it may have used OpenMP, which would wait for ever for threads that the fork has not copied. A
+ * parallel_for in its options is used. A child of a process that had one thread may use as many
+ * threads as any process.
+ *
+ * All this holds if the library was loaded before the fork; else see sebp_after_fork(). LAPACK on a
+ * BLAS that uses OpenMP also waits for ever in a build of this library without OpenMP, or with
+ * another OpenMP runtime than the BLAS has (clang's). There OMP_NUM_THREADS has to be 1 from the
+ * start.
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
  *         [1, 1 MiB)); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED (oneDNN asked for in a build
- *         without it, placement in a build without hwloc, a device that the build does not have); SEBP_ERROR_BACKEND (hwloc finds no cores);
- *         SEBP_ERROR_MEMORY.
+ *         without it, placement in a build without hwloc, a device that the build does not have);
+ *         SEBP_ERROR_BACKEND (hwloc finds no cores); SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_context_create(const sebp_context_options *options,
                                          sebp_context **context);
 
 /**
- * Says that this process is a fork of one that had threads: contexts made afterwards work on one, as
- * described above. To be called in a child that loads the library only after the fork, before it
- * makes a context; a library that was there before the fork knows by itself. Not undone.
+ * Says that this process is a fork of one that had threads. Contexts made afterwards work on one
+ * thread, as described above. A child that loads the library only after the fork calls this before
+ * it makes a context. A library that was loaded before the fork knows by itself. Cannot be undone.
  */
 SEBP_API void sebp_after_fork(void);
 
@@ -153,15 +163,16 @@ SEBP_API void sebp_context_destroy(sebp_context *context);
 /** The number of threads the context works with, at least 1; 0 for NULL. */
 SEBP_API int sebp_context_threads(const sebp_context *context);
 
-/** The most scratch memory the context has held so far, in bytes; 0 for NULL. Never over the bound.
- * What oneDNN holds for itself, as said above, is not in it. */
+/** The maximum of scratch memory that the context has held so far, in bytes; 0 for NULL. Never over
+ * the context's bound. What oneDNN holds for itself (see above) is not in it. */
 SEBP_API int64_t sebp_context_scratch_bytes(const sebp_context *context);
 
 /**
- * One line about the last call on this context that failed: what, where, and the numbers at odds
- * ("sebp_linear_backward: w is 3072x768 but dy has 768 columns"). "" if none failed yet or for
- * NULL. The string lives until the next call on the context. It has less than 256 bytes: of a path
- * in it that is too long the middle is left out, never the reason, and control characters are "?".
+ * One line about the last call on this context that failed: the function, what is wrong, and the
+ * numbers that contradict each other ("sebp_linear_backward: w is 3072x768 but dy has 768
+ * columns"). "" if no call has failed yet, and for NULL. The string lives until the next call on
+ * the context. It has less than 256 bytes: of a path that is too long the middle is left out, never
+ * the reason. Control characters are shown as "?".
  */
 SEBP_API const char *sebp_context_message(const sebp_context *context);
 

@@ -32,7 +32,7 @@ typedef struct sebp_info {
     size_t size_bytes; /**< sizeof(sebp_info), set by the caller, so that the struct can grow */
     char onednn[32];   /**< version of oneDNN at run time, "2.6.3"; "": built without */
     char hwloc[32];    /**< version of hwloc at run time, "2.9.0"; "": built without */
-    int openmp;        /**< the OpenMP date the build has, 201511; 0: built without */
+    int openmp;        /**< the date of OpenMP's standard, 201511; 0: built without */
     int cores;         /**< physical cores this process may use */
     int logical_cpus;  /**< logical CPUs this process may use */
     int numa_nodes;    /**< NUMA nodes among them; 1 if not known */
@@ -40,18 +40,19 @@ typedef struct sebp_info {
     double cpu_quota;  /**< the cgroup's limit in CPUs; 0: none */
     size_t l2_bytes;   /**< L2 cache of a core; an assumed 512 KiB if not known */
     size_t l3_bytes;   /**< L3 cache that the cores share; 0 if none or not known */
-    sebp_placement placement; /**< the context's; of a NULL context what it would be by default */
-    sebp_gemm gemm;           /**< as placement */
+    sebp_placement placement; /**< the context's; for a NULL context the default */
+    sebp_gemm gemm;           /**< likewise */
     const char
-        *placement_refused; /**< why threads asked to be bound are not: the variable; else NULL */
+        *placement_refused; /**< the variable that forbids binding threads as asked; else NULL */
 } sebp_info;
 
 /**
  * Fills `info` about the machine and a context. Strings live as long as the program.
  *
- * @param context  NULL: what a context made now with default options would have, were no variable
- *                 set.
- * @return SEBP_SUCCESS; SEBP_ERROR_NULL (info); SEBP_ERROR_SIZE (below 0.1.0's or over 4096).
+ * @param context  NULL: what a context made now with default options would have, if no
+ *                 environment variable were set.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (info); SEBP_ERROR_SIZE (size_bytes less than in version
+ *         0.1.0, or more than 4096).
  */
 SEBP_API sebp_status sebp_info_get(const sebp_context *context, sebp_info *info);
 

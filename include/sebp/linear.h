@@ -12,17 +12,16 @@
  *     db    = sum of the rows of dY[R]
  *
  * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
- * output is rounded once, after the whole sum. Where the CPU multiplies bf16 itself (the tier
- * avx512bf16, and oneDNN there) it takes denormal factors and denormal sums for zero.
+ * output is rounded once, after the whole sum. A CPU that multiplies bf16 itself (the tier
+ * avx512bf16, and oneDNN on such CPUs) takes denormal factors and denormal sums for zero.
  *
- * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error, of the backward
- * dW's product first:
+ * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error:
  *
  *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<rows>,<milliseconds>
  *
- * A product is told as "native:auto" or "onednn:asked": who does it, and why; two are joined by "+".
- * The rows are "all rows", "one run", "scattered rows" or "no rows", and " found" where the call
- * found them.
+ * A product is written as "native:auto" or "onednn:asked": which GEMM computed it, and why. The two
+ * products of a backward are joined by "+", dW's first. The rows are "all rows", "one run",
+ * "scattered rows" or "no rows", followed by " found" where the call found them.
  */
 #ifndef SEBP_LINEAR_H
 #define SEBP_LINEAR_H
@@ -36,7 +35,7 @@
 
 SEBP_BEGIN_DECLS
 
-/** What happens to what an output held. */
+/** What happens to the value that an output held before the call. */
 typedef enum sebp_write {
     SEBP_OVERWRITE = 0, /**< the old value is never read */
     SEBP_ACCUMULATE = 1 /**< the result is added to it */
@@ -46,16 +45,16 @@ typedef enum sebp_write {
 typedef enum sebp_inactive {
     SEBP_INACTIVE_ZERO = 0, /**< they are set to zero */
     SEBP_INACTIVE_LEAVE =
-        1 /**< they are not touched: the caller has zeroed them, or never reads them */
+        1 /**< they are not written: the caller has zeroed them, or never reads them */
 } sebp_inactive;
 
 /** Zero-initialised but for size_bytes, these are the defaults. */
 typedef struct sebp_linear_options {
     size_t size_bytes; /**< sizeof(sebp_linear_options), so that the struct can grow */
-    sebp_rule rule;    /**< backward with rows = NULL: the rule that finds them */
+    sebp_rule rule;    /**< backward with rows = NULL: the rule by which they are found */
     int x_is_compact;  /**< nonzero: X is m x K, its i-th row the i-th active row; needs rows */
     sebp_inactive inactive; /**< inactive rows of Y (forward) or dX (backward) */
-    sebp_write dx_write;    /**< backward only, as the next two */
+    sebp_write dx_write;    /**< this and the next two: backward only */
     sebp_write dw_write;
     sebp_write db_write;
 } sebp_linear_options;
@@ -74,14 +73,14 @@ typedef struct sebp_linear_options {
  * @param w        N x K, of X's dtype.
  * @param bias     1 x N, either dtype. NULL: none.
  * @param rows     R, made for M rows. NULL: all rows.
- * @param options  NULL: the defaults. Its rule and its writes are not looked at.
+ * @param options  NULL: the defaults. The rule and the three writes are ignored.
  * @param y        M x N, either dtype; overlaps nothing else.
  *
- * Strides are free, and so are sizes of 0: with K = 0 the active rows become b, or zero.
+ * Any stride is allowed, and any size may be 0. With K = 0 the active rows become b, or zero.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_STRIDE; SEBP_ERROR_OVERFLOW;
  *         SEBP_ERROR_DTYPE (W not of X's dtype); SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS
- * (made for another M; x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
+ *         (made for another M; x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
  *         SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. Only SEBP_ERROR_BACKEND may leave outputs half
  *         written.
  */
@@ -98,16 +97,16 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
  * @param w        N x K, of dY's dtype. Needed for dX only, else NULL.
  * @param rows     R, made for M rows. NULL: found in dY by options->rule.
  * @param options  NULL: the defaults.
- * @param dx       M x K, either dtype, or NULL. With SEBP_ACCUMULATE the inactive rows are left.
+ * @param dx       M x K, either dtype, or NULL. SEBP_ACCUMULATE does not touch inactive rows.
  * @param dw       N x K, either dtype, or NULL.
  * @param db       1 x N, either dtype, or NULL.
  *
- * Outputs overlap neither inputs nor each other; inputs may overlap each other. With no active row
- * dX, dW and db are zeroed under SEBP_OVERWRITE and left under SEBP_ACCUMULATE; x and w are then
- * not read. Rows outside R are taken as zero, whatever dY holds there.
+ * Outputs overlap neither inputs nor each other; inputs may overlap each other. If no row is
+ * active, x and w are not read; dX, dW and db are zeroed under SEBP_OVERWRITE and stay as they were
+ * under SEBP_ACCUMULATE. Rows outside R count as zero, whatever dY holds there.
  *
- * Scratch memory stays within the context's bound whatever M is; rows found by the call itself take
- * 8 bytes a row of dY besides, as sebp_rows_find() does.
+ * Scratch memory stays within the context's bound, whatever M is. Where the call itself finds the
+ * rows, it takes 8 bytes for each row of dY more, as sebp_rows_find() does.
  *
  * @return as sebp_linear_forward(); SEBP_ERROR_NULL also where dw comes without x or dx without w.
  */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file lora.h
- * LoRA on the active rows: forward, backward and merge of a linear layer whose weight is frozen and
- * moved by a product of two thin matrices (Hu et al., ICLR 2022).
+ * LoRA on the active rows: forward, backward and merge of a linear layer with a frozen weight, to
+ * which the product of two thin matrices is added (Hu et al., ICLR 2022).
  *
  * With R the active rows, m of M (rows.h), and scale = alpha / r:
  *
@@ -16,15 +16,16 @@
  *
  *     merge: W <- W + scale (A B)^T
  *
- * X: M x K, W: N x K, b: 1 x N, A: K x r, B: r x N, Y and dY: M x N. The usual start is random A
- * and B of zeros, so that the layer starts as it was. The bias is frozen too; its gradient, where it
- * is to train, is that of sebp_linear_backward() with db alone.
+ * X: M x K, W: N x K, b: 1 x N, A: K x r, B: r x N, Y and dY: M x N. Usually A starts random and B
+ * zero, so that the layer starts as it was. The bias is frozen too. If it is to train, its gradient
+ * is that of sebp_linear_backward() with db alone.
  *
  * X, W, A, B, dY, H and dH share one dtype. Sums are taken in f32. In bf16, H and dH are rounded
- * after their sum and again when they are scaled, which changes nothing where the scale is a power
- * of two; a bf16 Y or dX is rounded after each of its two products.
+ * twice: after their sum and when they are scaled. The second rounding changes nothing where the
+ * scale is a power of two. A bf16 Y or dX is rounded after each of its two products.
  *
- * r is free, from 0 on. With SEBP_VERBOSE=1 forward and backward write a line as in linear.h.
+ * r may be any number from 0 on. With SEBP_VERBOSE=1 forward and backward write a line as in
+ * linear.h.
  */
 #ifndef SEBP_LORA_H
 #define SEBP_LORA_H
@@ -47,8 +48,8 @@ SEBP_BEGIN_DECLS
  * @param b        r x N.
  * @param scale    alpha / r; finite.
  * @param rows     R, made for M rows. NULL: all rows.
- * @param options  NULL: the defaults. x_is_compact and inactive matter.
- * @param h        m x r, its i-th row that of the i-th active row.
+ * @param options  NULL: the defaults. Only x_is_compact and inactive are used.
+ * @param h        m x r. Its i-th row belongs to the i-th active row.
  * @param y        M x N, either dtype. Other rows: zeroed or left, as options->inactive says.
  *
  * y and h overlap nothing.
@@ -73,16 +74,17 @@ SEBP_API sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix 
  * @param a, b     as in the forward.
  * @param h        m x r, as the forward left it.
  * @param scale    as in the forward.
- * @param rows     R, as in the forward. NULL: all rows; none are searched for, as H has its own.
- * @param options  NULL: the defaults. x_is_compact, inactive and dx_write matter, and dw_write for dA
- *                 and dB.
+ * @param rows     R, as in the forward. NULL: all rows. No rule is used, as the rows are those of
+ *                 H.
+ * @param options  NULL: the defaults. Only x_is_compact, inactive and dx_write are used, and
+ *                 dw_write for dA and dB.
  * @param dh       m x r, overwritten: the gradient of H before its scale.
  * @param dx       M x K, either dtype, or NULL.
  * @param da       K x r, either dtype.
  * @param db       r x N, either dtype.
  *
- * Outputs overlap neither inputs nor each other. With no active row dA and dB are zeroed under
- * SEBP_OVERWRITE and left under SEBP_ACCUMULATE.
+ * Outputs overlap neither inputs nor each other. If no row is active, dA and dB are zeroed under
+ * SEBP_OVERWRITE and stay as they were under SEBP_ACCUMULATE.
  *
  * @return as sebp_lora_forward(); SEBP_ERROR_NULL also where dx comes without w.
  */
@@ -95,8 +97,8 @@ SEBP_API sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix
                                         const sebp_matrix *db);
 
 /**
- * W <- W + scale (A B)^T: afterwards the layer is an ordinary one. A negative scale takes it out
- * again, up to rounding.
+ * W <- W + scale (A B)^T: afterwards the layer is an ordinary one. The same call with the negative
+ * scale undoes it, up to rounding.
  *
  * Works on copies of A and B in f32: 4 r (K + N) bytes. A bf16 W is rounded once.
  *

@@ -19,15 +19,15 @@ typedef enum sebp_dtype {
 } sebp_dtype;
 
 /**
- * Element (i, j) is data[i * stride + j]. Through a `const sebp_matrix *` that is an input the
- * library reads data only; data is not `const` so that one type serves for inputs and outputs.
+ * Element (i, j) is data[i * stride + j]. One type serves for inputs and outputs, so data is not
+ * `const`. Of an input the library only reads the data.
  *
  * A valid view has rows >= 0, cols >= 0, stride >= cols, a known dtype, data aligned to its
  * element, and rows * stride elements fit in PTRDIFF_MAX bytes. data may be NULL only where rows *
  * cols is 0.
  *
- * Views overlap if their memory from the first to the last element does, unless they are different
- * columns of one matrix: of the same stride in bytes, side by side.
+ * Two views overlap if their memory does, from the first element to the last. Different
+ * columns of one matrix, side by side with the same stride in bytes, do not overlap.
  */
 typedef struct sebp_matrix {
     void *data;
@@ -37,7 +37,7 @@ typedef struct sebp_matrix {
     sebp_dtype dtype;
 } sebp_matrix;
 
-/** A view of rows x cols floats without gaps. Checks nothing; the function it is given to does. */
+/** A view of rows x cols floats without gaps. Checks nothing; the function that gets it does. */
 static inline sebp_matrix sebp_matrix_f32(const float *data, int64_t rows, int64_t cols)
 {
     sebp_matrix view = {(void *)(uintptr_t)data, rows, cols, cols, SEBP_F32};

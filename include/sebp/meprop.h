@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file meprop.h
- * MeProp's gradient as SparseGrad's paper runs it beside its own: the k largest elements of dW in
- * the original space, with dX dense (Sun et al., ICML 2017; Chekalina et al., EMNLP 2024).
+ * MeProp's gradient, in the form to which SparseGrad's paper compares its own: the k largest
+ * elements of dW in the original space, with dX dense (Sun et al., ICML 2017; Chekalina et al.,
+ * EMNLP 2024).
  *
  *     dW = dY[R]^T X[R], of which the k elements of largest magnitude are kept
  *
@@ -21,13 +22,13 @@
 SEBP_BEGIN_DECLS
 
 /**
- * The top k of dW, exactly k, ties by lowest index. dW is computed in panels of its rows, in f32,
- * and never held whole.
+ * The k elements of dW of largest magnitude: exactly k, of equal ones those of lowest index. dW is
+ * computed in f32, in panels of its rows, and never held whole.
  *
  * @param dy        M x N.
  * @param x         M x K, or m x K with x_is_compact; of dY's dtype.
  * @param rows      R, made for M rows. NULL: found in dY by options->rule.
- * @param options   NULL: the defaults. rule and x_is_compact matter.
+ * @param options   NULL: the defaults. Only rule and x_is_compact are used.
  * @param gradient  N x K, with room for its count k of indices and values, from 1 to N K.
  *
  * The arrays of the gradient overlap neither each other nor dY nor X.
@@ -35,8 +36,8 @@ SEBP_BEGIN_DECLS
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
  *         SEBP_ERROR_DTYPE (X not of dY's dtype); SEBP_ERROR_VALUE (an option; k of 0 or over the
  *         elements there are); SEBP_ERROR_ROWS (made for another M; x_is_compact without rows);
- *         SEBP_ERROR_SHAPE; SEBP_ERROR_NONFINITE (dW holds a NaN or an Inf); SEBP_ERROR_MEMORY (also
- *         where not one row of dW fits in half of the context's scratch memory);
+ *         SEBP_ERROR_SHAPE; SEBP_ERROR_NONFINITE (dW holds a NaN or an Inf); SEBP_ERROR_MEMORY
+ *         (also where a row of dW does not fit in half of the context's scratch memory);
  *         SEBP_ERROR_BACKEND. On any of them the gradient is as it was.
  */
 SEBP_API sebp_status sebp_meprop_gradient(sebp_context *context, const sebp_matrix *dy,

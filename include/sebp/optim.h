@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file optim.h
- * AdamW: the fused dense step, and the sparse step whose state grows with the elements that train.
+ * AdamW: the fused dense step, and the sparse step, whose state is as large as the number of
+ * elements that train.
  *
- * Step number t, the first being 1, of an element w with the gradient g and the moments m and v,
- * all in f32:
+ * Step t (1 is the first) of an element w with gradient g and moments m and v, all in f32:
  *
  *     m <- beta1 m + (1 - beta1) g
  *     v <- beta2 v + (1 - beta2) g^2
  *     s  = - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
  *     w <- (1 - lr weight_decay) w + s
  *
- * This is torch.optim.AdamW's step: the bias is taken out of both moments before epsilon is added,
- * and the decay of weights is decoupled from the gradient. What does not depend on the element is
+ * This is torch.optim.AdamW's step: the bias of both moments is corrected before epsilon is added,
+ * and weight decay is decoupled from the gradient. Factors that are the same for all elements are
  * computed in double precision and rounded once. A bf16 weight is rounded once, after the whole
  * step; moments are always f32.
  *
- * Each element is computed from its own numbers alone: the bits do not depend on the number of
+ * Each element is computed from its own numbers alone. So the bits do not depend on the number of
  * threads, nor, without weight decay, on whether the step is dense or sparse.
  *
- * A gradient that holds a NaN or an Inf is refused, SEBP_ERROR_NONFINITE: weights, moments and
- * the count of steps stay as they were. The weights themselves are not looked at.
+ * A gradient that holds a NaN or an Inf is refused with SEBP_ERROR_NONFINITE. Weights, moments and
+ * the count of steps stay as they were. The weights themselves are not checked.
  */
 #ifndef SEBP_OPTIM_H
 #define SEBP_OPTIM_H
@@ -36,8 +36,8 @@
 SEBP_BEGIN_DECLS
 
 /**
- * All finite as f32, and so must be what is computed of them: lr weight_decay, in a step also
- * lr / (1 - beta1^t). Else, and for NaN, SEBP_ERROR_VALUE.
+ * All have to be finite as f32, and so do the products lr weight_decay and, in a step,
+ * lr / (1 - beta1^t). Anything else, NaN included, is SEBP_ERROR_VALUE.
  */
 typedef struct sebp_adamw_options {
     size_t size_bytes;    /**< sizeof(sebp_adamw_options), so that the struct can grow */
@@ -55,8 +55,8 @@ typedef struct sebp_adamw_options {
     }
 
 /**
- * One dense step: reads the gradient once to know that it is finite, then updates weight and both
- * moments in one pass.
+ * One dense step. A first pass over the gradient checks that it is finite; a second one updates the
+ * weight and both moments.
  *
  * @param gradient  any size, either dtype, any stride.
  * @param step      t >= 1.
@@ -68,8 +68,8 @@ typedef struct sebp_adamw_options {
  * w, moment1 and moment2 overlap nothing.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
- *         SEBP_ERROR_DTYPE (a moment not f32); SEBP_ERROR_VALUE (an option, step); SEBP_ERROR_SHAPE;
- *         SEBP_ERROR_ALIAS; SEBP_ERROR_NONFINITE.
+ *         SEBP_ERROR_DTYPE (a moment not f32); SEBP_ERROR_VALUE (an option, step);
+ *         SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_NONFINITE.
  */
 SEBP_API sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *gradient,
                                      int64_t step, const sebp_adamw_options *options,
@@ -77,12 +77,12 @@ SEBP_API sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *g
                                      const sebp_matrix *moment2);
 
 /**
- * W <- (1 - lr weight_decay) W, for the methods whose step S is sparse: before S is added. For a
- * step in a rotated space it is the same decay, as rotating is linear; with leading vectors alone
- * what lies beside them decays, too.
+ * W <- (1 - lr weight_decay) W. Methods with a sparse step S call it before S is added. Rotating W
+ * is linear, so decay is the same in a rotated space. With leading vectors alone, the part of W
+ * outside their span decays, too.
  *
- * @param options  NULL: the defaults. All are checked, learning_rate and weight_decay used; with a
- *                 product of 0 nothing is read or written.
+ * @param options  NULL: the defaults. All are checked, but only learning_rate and weight_decay are
+ *                 used. If their product is 0 nothing is read or written.
  * @param w        any size, either dtype, any stride. bf16 weights round a decay of less than about
  *                 2^-9 away, here as in the dense step.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
@@ -97,29 +97,29 @@ SEBP_API sebp_status sebp_weight_decay(sebp_context *context, const sebp_adamw_o
  * Moments of the elements of one matrix that train, and the number of steps taken. Owns its memory,
  * belongs to no context, and is used by one thread at a time.
  *
- * With a **fixed support** it holds 16 bytes for each of its k elements: index, m, v. Where the
- * support is **chosen anew** in each step it holds the elements that were in any gradient so far,
- * in a hash table of 16 bytes a place that is filled to three quarters at most and doubles when
- * full: 21 to 43 bytes an element.
+ * The support is the set of elements that train. With a **fixed support** the state holds 16 bytes
+ * for each of its k elements: index, m, v. Where the support is **chosen anew** in each step, it
+ * holds every element that was in any gradient so far, in a hash table with places of 16 bytes. The
+ * table is filled to three quarters at most and doubles when it is full: 21 to 43 bytes an element.
  *
- * The step is lazy, as torch.optim.SparseAdam's, with which SparseGrad was trained: the moments of
- * an element that is not in a gradient stay as they are, however many steps pass, and it does not
- * move; t counts the steps of the whole matrix, not of the element. On a gradient of all elements
- * the step equals the dense one bit for bit. (SparseAdam adds epsilon before it takes out the bias;
- * this does after, as AdamW.)
+ * The step is lazy, like that of torch.optim.SparseAdam, with which SparseGrad was trained. An
+ * element that is not in a gradient does not move, and its moments stay as they are, however many
+ * steps pass. t counts the steps of the whole matrix, not those of an element. On a gradient of all
+ * elements the step equals the dense one bit for bit. (SparseAdam adds epsilon before it corrects
+ * the bias. This step adds it after, as AdamW does.)
  */
 typedef struct sebp_sparse_adamw sebp_sparse_adamw;
 
 /**
- * Makes a state for a matrix of rows x cols, without steps.
+ * Makes a state for a matrix of rows x cols, before the first step.
  *
- * @param support  the elements of a fixed support: `count` indices row * cols + col, ascending, each
- *                 once; copied. NULL: chosen anew in each step; `count` is then 0.
+ * @param support  the elements of a fixed support: `count` indices row * cols + col, ascending,
+ *                 each once; copied. NULL: chosen anew in each step; `count` is then 0.
  * @param state    where the state is put, untouched on error; free it with
  *                 sebp_sparse_adamw_destroy().
- * @return SEBP_SUCCESS; SEBP_ERROR_NULL (state; no support and a count); SEBP_ERROR_SIZE (negative);
- *         SEBP_ERROR_OVERFLOW; SEBP_ERROR_ROWS (indices out of range, unsorted, repeated);
- *         SEBP_ERROR_MEMORY.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (state; support is NULL and count is not 0);
+ *         SEBP_ERROR_SIZE (negative); SEBP_ERROR_OVERFLOW; SEBP_ERROR_ROWS (indices out of range,
+ *         unsorted, repeated); SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *support,
                                               int64_t count, sebp_sparse_adamw **state);
@@ -128,14 +128,14 @@ SEBP_API sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const 
 SEBP_API void sebp_sparse_adamw_destroy(sebp_sparse_adamw *state);
 
 /**
- * One step: `gradient->values` becomes S, what is to be *added* to the weights (sparse.h), and the
- * state what follows from it. Weights do not decay here: see sebp_weight_decay().
+ * One step: updates the state, and replaces `gradient->values` by S, which the caller then *adds*
+ * to the weights (sparse.h). Weights do not decay here: see sebp_weight_decay().
  *
  * @param state     of a matrix of the gradient's shape.
  * @param options   NULL: the defaults. weight_decay is checked, but not used.
- * @param gradient  with a fixed support, on exactly that: its indices may be those of
- *                  sebp_sparse_adamw_support() themselves, so that gradient and state together take
- *                  20 bytes an element. No elements: only t grows.
+ * @param gradient  With a fixed support it has exactly those elements. Its indices may then be the
+ *                  array of sebp_sparse_adamw_support() itself, so that gradient and state together
+ *                  take 20 bytes an element. A gradient without elements only increases t.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_OVERFLOW; SEBP_ERROR_VALUE (an
  *         option); SEBP_ERROR_ROWS (indices out of range, unsorted, repeated, or not the fixed
  *         support's); SEBP_ERROR_SHAPE; SEBP_ERROR_NONFINITE; SEBP_ERROR_MEMORY (the table cannot
@@ -151,8 +151,8 @@ SEBP_API int64_t sebp_sparse_adamw_count(const sebp_sparse_adamw *state);
 /** t: how many steps were taken. 0 for NULL. */
 SEBP_API int64_t sebp_sparse_adamw_steps(const sebp_sparse_adamw *state);
 
-/** The indices of a fixed support, ascending, for as long as the state lives. NULL for NULL and
- * where it is chosen anew. */
+/** The indices of a fixed support, ascending, for as long as the state lives. NULL for NULL, and
+ * for a support that is chosen anew. */
 SEBP_API const int64_t *sebp_sparse_adamw_support(const sebp_sparse_adamw *state);
 
 /** Bytes of memory that the state takes. 0 for NULL. */
@@ -160,7 +160,8 @@ SEBP_API int64_t sebp_sparse_adamw_bytes(const sebp_sparse_adamw *state);
 
 /**
  * Copies the state out, for a checkpoint: sebp_sparse_adamw_count() elements, by ascending index,
- * so that equal states give equal bytes. Shape, steps and kind of support are the caller's to keep.
+ * so that equal states give equal bytes. The caller has to keep the shape, the number of steps and
+ * the kind of support.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (an array may be NULL only where the count is 0);
  *         SEBP_ERROR_MEMORY.
@@ -169,16 +170,16 @@ SEBP_API sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, in
                                               float *moment1, float *moment2);
 
 /**
- * Puts a copied state in the place of what the state holds: training goes on bit for bit.
+ * Replaces what the state holds by an exported state. Training then goes on bit for bit.
  *
  * @param steps    t, in [0, 2^53].
- * @param indices  `count` of them, as exported; of a fixed support all and none else.
+ * @param indices  `count` of them, as exported; with a fixed support exactly its elements.
  * @param moment1  finite.
  * @param moment2  not negative, not NaN.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (an array may be NULL only where count is 0);
  *         SEBP_ERROR_SIZE (count negative); SEBP_ERROR_VALUE (steps, a moment); SEBP_ERROR_ROWS (as
- *         sebp_sparse_adamw_step()); SEBP_ERROR_OVERFLOW (count); SEBP_ERROR_MEMORY. On error the state is
- *         as it was.
+ *         sebp_sparse_adamw_step()); SEBP_ERROR_OVERFLOW (count); SEBP_ERROR_MEMORY. On error the
+ *         state is as it was.
  */
 SEBP_API sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,
                                               const int64_t *indices, const float *moment1,

@@ -6,10 +6,10 @@
  *
  * A set is immutable, owns its memory, belongs to no context and may be shared between threads.
  *
- * Where sets come from: exact knowledge (a mask, lengths, indices), or a rule over dY. The rules
- * "exact zeros", "noise under a threshold" and "top-k rows" are those of SEBP (Topchii, Panchenko,
- * Chekalina, EACL SRW 2026); the energy rule is this library's: it keeps the fewest rows that hold
- * a share 1 - delta of ||dY||_F^2, and so bounds the error of the gradients by
+ * A set is made from exact knowledge (a mask, lengths, indices), or found in dY by a rule. The
+ * rules "exact zeros", "noise under a threshold" and "top-k rows" are those of SEBP (Topchii,
+ * Panchenko, Chekalina, EACL SRW 2026). The energy rule is this library's own. It keeps the fewest
+ * rows that hold a share 1 - delta of ||dY||_F^2, which bounds the error of the gradients:
  *
  *     ||error of dX||_F <= sqrt(delta) ||dY||_F ||W||_2
  *     ||error of dW||_F <= sqrt(delta) ||dY||_F ||X||_2
@@ -37,8 +37,8 @@ typedef enum sebp_rule_kind {
     SEBP_RULE_ENERGY = 3     /**< the fewest rows that hold a share 1 - `delta` of ||dY||_F^2 */
 } sebp_rule_kind;
 
-/** Which rows to keep. Zero-initialised it is SEBP_RULE_NONZERO; only its kind's field is looked
- * at. */
+/** Which rows to keep. Zero-initialised it is SEBP_RULE_NONZERO. Only the field that belongs to its
+ * kind is read. */
 typedef struct sebp_rule {
     sebp_rule_kind kind;
     double threshold; /**< >= 0, not NaN; Inf keeps only rows with NaN or Inf */
@@ -75,8 +75,8 @@ static inline sebp_rule sebp_rule_energy(double delta)
  *
  * For this and the constructors below: `rows` is where the set is put, untouched on error; free it
  * with sebp_rows_destroy(). total = 0 gives the empty set. They return SEBP_SUCCESS;
- * SEBP_ERROR_NULL; SEBP_ERROR_SIZE (negative); SEBP_ERROR_OVERFLOW; SEBP_ERROR_MEMORY; and what
- * they add themselves.
+ * SEBP_ERROR_NULL; SEBP_ERROR_SIZE (negative); SEBP_ERROR_OVERFLOW; SEBP_ERROR_MEMORY; and what is
+ * listed at each.
  */
 SEBP_API sebp_status sebp_rows_all(int64_t total, sebp_rows **rows);
 
@@ -84,7 +84,7 @@ SEBP_API sebp_status sebp_rows_all(int64_t total, sebp_rows **rows);
 SEBP_API sebp_status sebp_rows_from_mask(const uint8_t *mask, int64_t total, sebp_rows **rows);
 
 /**
- * Right-padded sequences: of sequence s, rows s * sequence_length to
+ * Right-padded sequences: the active rows of sequence s are s * sequence_length to
  * s * sequence_length + lengths[s] - 1. M = sequences * sequence_length. lengths may be NULL only
  * where sequences is 0.
  *
@@ -94,8 +94,8 @@ SEBP_API sebp_status sebp_rows_from_lengths(const int64_t *lengths, int64_t sequ
                                             int64_t sequence_length, sebp_rows **rows);
 
 /**
- * The rows listed, copied. indices: `count` of them, ascending, each once, each in [0, total); NULL
- * only where count is 0.
+ * The rows in a list, which is copied. indices: `count` of them, ascending, each once, each in
+ * [0, total); NULL only where count is 0.
  *
  * @return also SEBP_ERROR_ROWS (out of range, unsorted, repeated).
  */
@@ -105,15 +105,15 @@ SEBP_API sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t coun
 /**
  * The active rows of a gradient under a rule.
  *
- * Top and energy keep exactly what they say: ties go to the lowest index, and the result does not
- * depend on the number of threads. With both, rows of zeros are never kept. Squared norms are
- * summed in double precision. Where energy meets NaN or Inf, such rows are kept, and the share is
- * taken over the finite rest.
+ * Top and energy keep exactly the rows that their definitions name. Of rows with equal norms those
+ * of lowest index are kept, and the result does not depend on the number of threads. Neither rule
+ * ever keeps a row of zeros. Squared norms are summed in double precision. Energy keeps every row
+ * with a NaN or Inf, and takes its share over the finite rows.
  *
- * Reads dY once, in parallel; nonzero and threshold stop at the first element that decides a row.
- * Memory: 8 bytes a row of dY, which become the set.
+ * Reads dY once, in parallel. Nonzero and threshold stop reading a row at the first element that
+ * decides. Memory: 8 bytes for each row of dY, which become the set.
  *
- * @param context  whose threads scan.
+ * @param context  its threads scan dY.
  * @param dy       M x N, either dtype, any stride.
  * @param rule     NULL: SEBP_RULE_NONZERO.
  * @return also a status of sebp_matrix_check(); SEBP_ERROR_VALUE (the rule, NaN included).
@@ -128,7 +128,7 @@ SEBP_API void sebp_rows_destroy(sebp_rows *rows);
 /** m: how many rows are active. 0 for NULL. */
 SEBP_API int64_t sebp_rows_count(const sebp_rows *rows);
 
-/** M: among how many rows the set was made. 0 for NULL. */
+/** M: how many rows there are, active or not. 0 for NULL. */
 SEBP_API int64_t sebp_rows_total(const sebp_rows *rows);
 
 /** alpha = m / M, in [0, 1]; 0 where M is 0 or for NULL. */
@@ -148,8 +148,8 @@ typedef struct sebp_dropped {
 } sebp_dropped;
 
 /**
- * Measures what a set drops of a gradient; for a set made by SEBP_RULE_NONZERO of the same dY: 0,
- * 0.
+ * Measures what a set leaves out of a gradient. Both results are 0 for a set that SEBP_RULE_NONZERO
+ * found in the same dY.
  *
  * @param dy       M x N, M = sebp_rows_total(rows).
  * @param dropped  the result, untouched on error. energy is 0 for a dY of zeros.
