@@ -7,6 +7,7 @@
 #include "config.h"
 #endif
 
+#include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -123,8 +124,9 @@ static sebp_status check_options(const sebp_context_options *options)
     }
     if (options->workspace_bytes != 0 && options->workspace_bytes < MIN_WORKSPACE) {
         return refuse(options, SEBP_ERROR_VALUE,
-                      "sebp_context_create: workspace_bytes is %lld, not 0 or at least %lld",
-                      (long long)options->workspace_bytes, (long long)MIN_WORKSPACE);
+                      "sebp_context_create: workspace_bytes is %" PRId64
+                      ", not 0 or at least %" PRId64,
+                      options->workspace_bytes, MIN_WORKSPACE);
     }
     if (options->device != SEBP_DEVICE_CPU && options->device != SEBP_DEVICE_CUDA) {
         return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown device %d",
@@ -227,9 +229,10 @@ static sebp_status read_environment(sebp_context_options *options,
 
 static sebp_status check_build(const sebp_context_options *options)
 {
-    if (options->device == SEBP_DEVICE_CUDA)
+    if (options->device == SEBP_DEVICE_CUDA) {
         return refuse(options, SEBP_ERROR_UNSUPPORTED,
                       "sebp_context_create: this build has no CUDA");
+    }
 #ifndef SEBP_HAVE_ONEDNN
     if (options->gemm == SEBP_GEMM_ONEDNN) {
         return refuse(options, SEBP_ERROR_UNSUPPORTED,

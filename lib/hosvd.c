@@ -38,24 +38,25 @@ sebp_status sebp_basis_sums_create(int64_t out_features, int64_t in_features,
                                    sebp_basis_sums **sums)
 {
     const int64_t sizes[] = {out_features, in_features};
-    if (!sums)
+    if (sums == NULL)
         return SEBP_ERROR_NULL;
     if (out_features < 1 || in_features < 1)
         return SEBP_ERROR_SIZE;
     for (int i = 0; i < 2; i++) {
         int64_t elements, bytes;
         if (__builtin_mul_overflow(sizes[i], sizes[i], &elements) ||
-            __builtin_mul_overflow(elements, (int64_t)sizeof(float), &bytes))
+            __builtin_mul_overflow(elements, (int64_t)sizeof(float), &bytes)) {
             return SEBP_ERROR_OVERFLOW;
+        }
     }
     sebp_basis_sums *made = calloc(1, sizeof *made);
-    if (!made)
+    if (made == NULL)
         return SEBP_ERROR_MEMORY;
     made->out = sebp_matrix_f32(calloc((size_t)(out_features * out_features), sizeof(float)),
                                 out_features, out_features);
     made->in = sebp_matrix_f32(calloc((size_t)(in_features * in_features), sizeof(float)),
                                in_features, in_features);
-    if (!made->out.data || !made->in.data) {
+    if (made->out.data == NULL || made->in.data == NULL) {
         sebp_basis_sums_destroy(made);
         return SEBP_ERROR_MEMORY;
     }
@@ -65,7 +66,7 @@ sebp_status sebp_basis_sums_create(int64_t out_features, int64_t in_features,
 
 void sebp_basis_sums_destroy(sebp_basis_sums *sums)
 {
-    if (sums) {
+    if (sums != NULL) {
         free(sums->out.data);
         free(sums->in.data);
         free(sums);
@@ -74,7 +75,7 @@ void sebp_basis_sums_destroy(sebp_basis_sums *sums)
 
 int64_t sebp_basis_sums_count(const sebp_basis_sums *sums)
 {
-    return sums ? sums->count : 0;
+    return sums != NULL ? sums->count : 0;
 }
 
 /* ---- adding ---- */
@@ -83,7 +84,7 @@ int64_t sebp_basis_sums_count(const sebp_basis_sums *sums)
  * each. */
 static bool is_too_many(const sebp_basis_sums *sums, int64_t count, double energy)
 {
-    int64_t terms, size = sums->out.rows > sums->in.rows ? sums->out.rows : sums->in.rows;
+    int64_t terms, size = sebp_max(sums->out.rows, sums->in.rows);
     return __builtin_mul_overflow(count, size, &terms) || (energy > 0 && terms > MAX_TERMS);
 }
 
@@ -202,7 +203,7 @@ static bool are_of_shape(const sebp_basis_sums *sums, const sebp_matrix *out, co
 sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double *energy,
                                    const sebp_matrix *out, const sebp_matrix *in)
 {
-    if (!sums || !energy || !out || !in)
+    if (sums == NULL || energy == NULL || out == NULL || in == NULL)
         return SEBP_ERROR_NULL;
     sebp_status status = check_copies(out, in);
     if (status != SEBP_SUCCESS)
@@ -281,7 +282,7 @@ static bool are_dot_products(const sebp_matrix *sum, int64_t count, int64_t dept
 sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
                                    const sebp_matrix *out, const sebp_matrix *in)
 {
-    if (!sums || !out || !in)
+    if (sums == NULL || out == NULL || in == NULL)
         return SEBP_ERROR_NULL;
     sebp_status status = check_copies(out, in);
     if (status != SEBP_SUCCESS)
@@ -295,8 +296,9 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
     if (!is_finite(out) || !is_finite(in))
         return SEBP_ERROR_NONFINITE;
     if (!trace_is(out, energy, count, in->rows) || !trace_is(in, energy, count, out->rows) ||
-        !are_dot_products(out, count, in->rows) || !are_dot_products(in, count, out->rows))
+        !are_dot_products(out, count, in->rows) || !are_dot_products(in, count, out->rows)) {
         return SEBP_ERROR_VALUE;
+    }
     sebp_matrix_convert(out, &sums->out);
     sebp_matrix_convert(in, &sums->in);
     sums->count = count;

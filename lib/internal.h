@@ -54,6 +54,13 @@ sebp_status sebp_take_struct(const void *given, size_t first_bytes, void *taken,
  * of a longer one with zeros. Its size stays; SEBP_ERROR_SIZE leaves it as it was. */
 sebp_status sebp_give_struct(const void *made, size_t bytes, size_t first_bytes, void *given);
 
+/** A view of what is only read. A matrix has a plain pointer, so this is where const is cast away. */
+static inline sebp_matrix sebp_input_view(const void *data, int64_t rows, int64_t cols,
+                                          int64_t stride, sebp_dtype dtype)
+{
+    return (sebp_matrix){(void *)(uintptr_t)data, rows, cols, stride, dtype};
+}
+
 /** Whether one view holds bytes of the other. Views of different strides in bytes are taken to hold
  * all between their first and last element. */
 bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other);

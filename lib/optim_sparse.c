@@ -111,9 +111,10 @@ static sebp_status make_room(sebp_sparse_adamw *state, const int64_t *indices, i
     place *places = make_places(room);
     if (places == NULL)
         return SEBP_ERROR_MEMORY;
-    for (int64_t i = 0; i < state->room; i++)
+    for (int64_t i = 0; i < state->room; i++) {
         if (state->places[i].index >= 0)
             *find_place(places, room, state->places[i].index) = state->places[i];
+    }
     free(state->places);
     state->places = places;
     state->room = room;
@@ -124,9 +125,10 @@ static sebp_status make_room(sebp_sparse_adamw *state, const int64_t *indices, i
 
 static sebp_status check_indices(const int64_t *indices, int64_t count, int64_t elements)
 {
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         if (indices[i] < (i > 0 ? indices[i - 1] + 1 : 0) || indices[i] >= elements)
             return SEBP_ERROR_ROWS;
+    }
     return SEBP_SUCCESS;
 }
 
@@ -158,7 +160,7 @@ sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *
         state->support = malloc(room * sizeof *state->support);
         state->moment1 = calloc(room, sizeof *state->moment1);
         state->moment2 = calloc(room, sizeof *state->moment2);
-        if (!state->support || !state->moment1 || !state->moment2) {
+        if (state->support == NULL || state->moment1 == NULL || state->moment2 == NULL) {
             sebp_sparse_adamw_destroy(state);
             return SEBP_ERROR_MEMORY;
         }
@@ -230,8 +232,9 @@ static void check_gradient(sebp_call *call, const sebp_sparse_adamw *state,
 {
     sebp_check_sparse(call, "gradient", gradient);
     if (sebp_call_goes_on(call) && state->support != NULL &&
-        !is_support(state, gradient->indices, gradient->count))
+        !is_support(state, gradient->indices, gradient->count)) {
         sebp_call_fail(call, SEBP_ERROR_ROWS, "gradient is not on the state's fixed support");
+    }
     sebp_check_sparse_shape(call, "gradient", gradient, state->rows, state->cols);
     sebp_check_sparse_finite(call, "gradient", gradient);
 }
@@ -291,7 +294,7 @@ int64_t sebp_sparse_adamw_bytes(const sebp_sparse_adamw *state)
     if (state == NULL)
         return 0;
     return (int64_t)sizeof *state +
-           (state->support ? state->count * each : state->room * (int64_t)sizeof(place));
+           (state->support != NULL ? state->count * each : state->room * (int64_t)sizeof(place));
 }
 
 static int by_index(const void *left, const void *right)
@@ -303,12 +306,14 @@ static int by_index(const void *left, const void *right)
 sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *indices,
                                      float *moment1, float *moment2)
 {
-    if (state == NULL || (state->count > 0 && (!indices || !moment1 || !moment2)))
+    if (state == NULL ||
+        (state->count > 0 && (indices == NULL || moment1 == NULL || moment2 == NULL))) {
         return SEBP_ERROR_NULL;
+    }
     size_t count = (size_t)state->count;
     if (count == 0)
         return SEBP_SUCCESS;
-    if (state->support) {
+    if (state->support != NULL) {
         memcpy(indices, state->support, count * sizeof *indices);
         memcpy(moment1, state->moment1, count * sizeof *moment1);
         memcpy(moment2, state->moment2, count * sizeof *moment2);
@@ -318,9 +323,10 @@ sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *in
     if (sorted == NULL)
         return SEBP_ERROR_MEMORY;
     size_t taken = 0;
-    for (int64_t i = 0; i < state->room; i++)
+    for (int64_t i = 0; i < state->room; i++) {
         if (state->places[i].index >= 0)
             sorted[taken++] = state->places[i];
+    }
     qsort(sorted, count, sizeof *sorted, by_index);
     for (size_t i = 0; i < count; i++) {
         indices[i] = sorted[i].index;
@@ -335,20 +341,21 @@ static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
                                 const int64_t *indices, const float *moment1, const float *moment2,
                                 int64_t count)
 {
-    if (state == NULL || (count > 0 && (!indices || !moment1 || !moment2)))
+    if (state == NULL || (count > 0 && (indices == NULL || moment1 == NULL || moment2 == NULL)))
         return SEBP_ERROR_NULL;
     if (count < 0)
         return SEBP_ERROR_SIZE;
     if (steps < 0 || steps > MAX_STEPS)
         return SEBP_ERROR_VALUE;
     int64_t elements = state->rows * state->cols;
-    if (count > elements || (state->support && !is_support(state, indices, count)))
+    if (count > elements || (state->support != NULL && !is_support(state, indices, count)))
         return SEBP_ERROR_ROWS;
     if (room_for(count) == 0) /* nor can there be arrays of so many */
         return SEBP_ERROR_OVERFLOW;
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         if (!isfinite(moment1[i]) || !(moment2[i] >= 0))
             return SEBP_ERROR_VALUE;
+    }
     return check_indices(indices, count, elements);
 }
 
@@ -359,7 +366,7 @@ sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,
     sebp_status status = check_import(state, steps, indices, moment1, moment2, count);
     if (status != SEBP_SUCCESS)
         return status;
-    if (state->support) {
+    if (state->support != NULL) {
         if (count > 0) {
             memcpy(state->moment1, moment1, (size_t)count * sizeof *moment1);
             memcpy(state->moment2, moment2, (size_t)count * sizeof *moment2);

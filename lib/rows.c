@@ -69,9 +69,10 @@ sebp_status sebp_rows_from_mask(const uint8_t *mask, int64_t total, sebp_rows **
     if (status != SEBP_SUCCESS)
         return status;
     count = 0;
-    for (int64_t i = 0; i < total; i++)
+    for (int64_t i = 0; i < total; i++) {
         if (mask[i] != 0)
             made->indices[count++] = i;
+    }
     return sebp_rows_finish(made, count, rows);
 }
 
@@ -95,9 +96,10 @@ sebp_status sebp_rows_from_lengths(const int64_t *lengths, int64_t sequences,
     if (status != SEBP_SUCCESS)
         return status;
     count = 0;
-    for (int64_t s = 0; s < sequences; s++)
+    for (int64_t s = 0; s < sequences; s++) {
         for (int64_t i = 0; i < lengths[s]; i++)
             made->indices[count++] = s * sequence_length + i;
+    }
     return sebp_rows_finish(made, count, rows);
 }
 

@@ -7,6 +7,7 @@
 #include "config.h"
 #endif
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -85,7 +86,7 @@ static sebp_status solve_all(const sebp_matrix *sum, const sebp_matrix *vectors,
     int64_t n = sum->rows, work_count = 1 + 6 * n + 2 * n * n, iwork_count = 3 + 5 * n;
     if (work_count > INT32_MAX) {
         snprintf(why, SEBP_WHY_BYTES,
-                 "LAPACK has no workspace for all vectors of %lld: ask for fewer", (long long)n);
+                 "LAPACK has no workspace for all vectors of %" PRId64 ": ask for fewer", n);
         return SEBP_ERROR_OVERFLOW;
     }
     float *work = malloc((size_t)work_count * sizeof *work);

@@ -42,8 +42,10 @@ static sebp_status make_lines(int64_t max, int64_t elements, lines_of *lines)
         .places = malloc((size_t)elements * sizeof(int64_t)),
         .values = malloc((size_t)elements * sizeof(float)),
     };
-    if (lines->lines && lines->start && lines->places && lines->values)
+    if (lines->lines != NULL && lines->start != NULL && lines->places != NULL &&
+        lines->values != NULL) {
         return SEBP_SUCCESS;
+    }
     free_lines(lines);
     return SEBP_ERROR_MEMORY;
 }
@@ -109,11 +111,11 @@ typedef struct sparse_product {
     const sebp_matrix *from, *to;
 } sparse_product;
 
-static void sparse_part(void *work, int64_t part)
+static void sparse_piece(void *work, int64_t piece)
 {
     const sparse_product *product = work;
     const lines_of *lines = product->lines;
-    int64_t first = part * SPARSE_COLS;
+    int64_t first = piece * SPARSE_COLS;
     int64_t cols = sebp_min(SPARSE_COLS, product->to->cols - first);
     const float *from = (const float *)product->from->data + first;
     float *to = (float *)product->to->data + first;
@@ -132,7 +134,7 @@ static void multiply_sparse(sebp_cpu *cpu, const lines_of *lines, const sebp_mat
 {
     sparse_product product = {.kernels = cpu->kernels, .lines = lines, .from = from, .to = to};
     if (to->cols > 0)
-        sebp_cpu_parallel(cpu, sebp_div_ceil(to->cols, SPARSE_COLS), sparse_part, &product);
+        sebp_cpu_parallel(cpu, sebp_div_ceil(to->cols, SPARSE_COLS), sparse_piece, &product);
 }
 
 /* ---- the update ---- */

@@ -40,14 +40,14 @@ int sebp_cpu_threads(const sebp_cpu *cpu)
 #ifdef __linux__
 
 /* One thread of the context: where it runs, and who was bound there last. */
-typedef struct place {
+typedef struct thread_place {
     int cpu;
     pid_t bound; /* a thread's id; 0: none yet */
-} place;
+} thread_place;
 
 struct sebp_binding {
     cpu_set_t before[SEBP_MASK_SETS]; /* the calling thread's mask before it was bound */
-    place places[];                   /* of each thread; the calling thread comes first */
+    thread_place places[];            /* of each thread; the calling thread comes first */
 };
 
 static pid_t thread_id(void)
@@ -58,7 +58,7 @@ static pid_t thread_id(void)
 sebp_status sebp_cpu_bind(sebp_cpu *cpu)
 {
     size_t threads = (size_t)cpu->threads;
-    struct sebp_binding *binding = calloc(1, sizeof *binding + threads * sizeof(place));
+    struct sebp_binding *binding = calloc(1, sizeof *binding + threads * sizeof(thread_place));
     int *cpus = calloc(threads, sizeof *cpus);
     sebp_status status = SEBP_ERROR_MEMORY;
     if (binding != NULL && cpus != NULL)
@@ -79,7 +79,7 @@ sebp_status sebp_cpu_bind(sebp_cpu *cpu)
  * offline is no reason to fail: the thread then runs where the system puts it. */
 static void bind_this_thread(sebp_cpu *cpu, int thread)
 {
-    place *place = &cpu->binding->places[thread];
+    thread_place *place = &cpu->binding->places[thread];
     pid_t self = thread_id();
     if (place->bound == self)
         return;
@@ -103,7 +103,7 @@ static void unbind_this_thread(const sebp_cpu *cpu, int thread)
 /* Whether the thread that calls was bound as the calling thread, and the others after it. */
 static bool is_bound(const sebp_cpu *cpu)
 {
-    const place *places = cpu->binding->places;
+    const thread_place *places = cpu->binding->places;
     return !is_copy(cpu) && places[0].bound == thread_id() && places[cpu->threads - 1].bound != 0;
 }
 

@@ -50,7 +50,7 @@ struct sebp_top {
 
 /* Elements of a matrix, as they follow each other, in blocks that threads take in turn: what is
  * large may lie in one corner. */
-typedef struct ranking {
+typedef struct element_ranking {
     const sebp_kernels *kernels;
     const sebp_matrix *from;
     int64_t cols; /* one row where there are no gaps */
@@ -62,11 +62,12 @@ typedef struct ranking {
     const block_count *listed;
     int64_t first;
     const sebp_sparse *list;
-} ranking;
+} element_ranking;
 
-static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64_t size)
+static element_ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64_t size)
 {
-    ranking ranking = {.kernels = cpu->kernels, .from = from, .cols = from->cols, .size = size};
+    element_ranking ranking = {
+        .kernels = cpu->kernels, .from = from, .cols = from->cols, .size = size};
     ranking.elements = from->rows * from->cols;
     if (from->stride == from->cols)
         ranking.cols = ranking.elements;
@@ -76,14 +77,14 @@ static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64
 }
 
 /* The elements from `at` on that lie in one row and before `end`, and how many they are. */
-static const float *run_of(const ranking *ranking, int64_t at, int64_t end, int64_t *n)
+static const float *run_of(const element_ranking *ranking, int64_t at, int64_t end, int64_t *n)
 {
     int64_t row = at / ranking->cols, col = at % ranking->cols;
     *n = sebp_min(end - at, ranking->cols - col);
     return (const float *)ranking->from->data + row * ranking->from->stride + col;
 }
 
-static int64_t block_end(const ranking *ranking, int64_t block)
+static int64_t block_end(const element_ranking *ranking, int64_t block)
 {
     return sebp_min((block + 1) * ranking->size, ranking->elements);
 }
@@ -98,7 +99,7 @@ static uint32_t magnitude_bits(float value)
 /* Two counts for each digit, so that equal ones that follow each other need not wait. */
 static void count_digits_part(void *work, int64_t worker)
 {
-    const ranking *ranking = work;
+    const element_ranking *ranking = work;
     int64_t *counts = ranking->counts + worker * DIGITS;
     memset(counts, 0, DIGITS * sizeof *counts);
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
@@ -121,20 +122,22 @@ static void count_digits(sebp_cpu *cpu, const sebp_matrix *from, uint32_t mask, 
                          int shift, int64_t *counts)
 {
     int64_t share = sebp_div_ceil(from->rows * from->cols, sebp_cpu_threads(cpu));
-    ranking ranking = start_ranking(cpu, from, sebp_min(sebp_max(share, MIN_DIGITS), MAX_DIGITS));
+    element_ranking ranking =
+        start_ranking(cpu, from, sebp_min(sebp_max(share, MIN_DIGITS), MAX_DIGITS));
     ranking.mask = mask;
     ranking.found = found;
     ranking.shift = shift;
     ranking.counts = counts;
     sebp_cpu_parallel(cpu, ranking.workers, count_digits_part, &ranking);
-    for (int64_t worker = 1; worker < ranking.workers; worker++)
+    for (int64_t worker = 1; worker < ranking.workers; worker++) {
         for (int d = 0; d < DIGITS; d++)
             counts[d] += counts[worker * DIGITS + d];
+    }
 }
 
 static void count_at_least_part(void *work, int64_t worker)
 {
-    const ranking *ranking = work;
+    const element_ranking *ranking = work;
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
         int64_t end = block_end(ranking, block), at_least = 0, above = 0;
         for (int64_t n, at = block * ranking->size; at < end; at += n) {
@@ -148,7 +151,7 @@ static void count_at_least_part(void *work, int64_t worker)
 static void count_at_least(sebp_cpu *cpu, const sebp_matrix *from, uint32_t min, int64_t size,
                            block_count *blocks)
 {
-    ranking ranking = start_ranking(cpu, from, size);
+    element_ranking ranking = start_ranking(cpu, from, size);
     ranking.min = min;
     ranking.counted = blocks;
     sebp_cpu_parallel(cpu, ranking.workers, count_at_least_part, &ranking);
@@ -171,7 +174,7 @@ static int64_t list_some_ties(const float *run, int64_t n, uint32_t min, int64_t
 
 static void list_at_least_part(void *work, int64_t worker)
 {
-    const ranking *ranking = work;
+    const element_ranking *ranking = work;
     uint32_t min = ranking->min;
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
         const block_count *its = &ranking->listed[block];
@@ -182,11 +185,12 @@ static void list_at_least_part(void *work, int64_t worker)
         for (int64_t n, listed, at = block * ranking->size; at < end; at += n) {
             const float *run = run_of(ranking, at, end, &n);
             int64_t first = ranking->first + at;
-            if (some)
+            if (some) {
                 listed = list_some_ties(run, n, min, &ties, first, indices, values);
-            else
+            } else {
                 listed = ranking->kernels->list_at_least(run, n, min + (ties == 0), first, indices,
                                                          values);
+            }
             indices += listed;
             values += listed;
         }
@@ -196,7 +200,7 @@ static void list_at_least_part(void *work, int64_t worker)
 static void list_at_least(sebp_cpu *cpu, const sebp_matrix *from, uint32_t min, int64_t first,
                           int64_t size, const block_count *blocks, const sebp_sparse *list)
 {
-    ranking ranking = start_ranking(cpu, from, size);
+    element_ranking ranking = start_ranking(cpu, from, size);
     ranking.min = min;
     ranking.listed = blocks;
     ranking.first = first;
@@ -250,9 +254,8 @@ static void cut(sebp_cpu *cpu, sebp_top *top)
 static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel)
 {
     int64_t elements = panel->rows * panel->cols;
-    int64_t max = top->room - top->list.count;
-    max = max < MAX_SAMPLES ? max : MAX_SAMPLES;
-    int64_t runs = elements / SAMPLED_ONE_OF < max ? elements / SAMPLED_ONE_OF / RUN : max / RUN;
+    int64_t max = sebp_min(top->room - top->list.count, MAX_SAMPLES);
+    int64_t runs = sebp_min(elements / SAMPLED_ONE_OF, max) / RUN;
     int64_t step = runs > 0 ? elements / runs : 0, count = 0;
     float *sample = top->list.values + top->list.count;
     uint64_t mixed = 1;
@@ -278,18 +281,17 @@ static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix 
 }
 
 /* A panel in blocks, and how many elements there are in all of them. */
-typedef struct tally {
+typedef struct block_tally {
     int64_t size, blocks;
     int64_t at_least, above;
-} tally;
+} block_tally;
 
-static tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel,
-                          uint32_t min)
+static block_tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel,
+                                uint32_t min)
 {
     int64_t elements = panel->rows * panel->cols;
-    tally tally = {.size = (elements + MAX_BLOCKS - 1) / MAX_BLOCKS};
-    tally.size = tally.size > MIN_BLOCK ? tally.size : MIN_BLOCK;
-    tally.blocks = (elements + tally.size - 1) / tally.size;
+    block_tally tally = {.size = sebp_max(sebp_div_ceil(elements, MAX_BLOCKS), MIN_BLOCK)};
+    tally.blocks = sebp_div_ceil(elements, tally.size);
     count_at_least(cpu, panel, min, tally.size, top->blocks);
     for (int64_t i = 0; i < tally.blocks; i++) {
         tally.at_least += top->blocks[i].at_least;
@@ -300,13 +302,13 @@ static tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix 
 
 /* Lists those above, and of those just at `min` the first `ties`. */
 static void list_blocks(sebp_cpu *cpu, sebp_top *top, const sebp_matrix *panel, int64_t first,
-                        uint32_t min, const tally *tally, int64_t ties)
+                        uint32_t min, const block_tally *tally, int64_t ties)
 {
     sebp_sparse *list = &top->list;
     for (int64_t i = 0; i < tally->blocks; i++) {
         block_count *block = &top->blocks[i];
         int64_t equal = block->at_least - block->above;
-        block->ties = equal < ties ? equal : ties;
+        block->ties = sebp_min(equal, ties);
         block->at = list->count;
         ties -= block->ties;
         list->count += block->above + block->ties;
@@ -326,7 +328,7 @@ sebp_status sebp_cpu_top_feed(void *device, sebp_top *top, const sebp_matrix *pa
         uint32_t guess = guess_min(cpu, top, panel);
         min = guess > min ? guess : min;
     }
-    tally tally = count_blocks(cpu, top, panel, min);
+    block_tally tally = count_blocks(cpu, top, panel, min);
     int64_t ties = tally.at_least - tally.above;
     /* Below `min` none is wanted if that is known, or if k are not below it. */
     bool is_low = min == top->min || tally.at_least >= k;
@@ -365,8 +367,9 @@ sebp_status sebp_cpu_top_begin(void *device, int64_t k, sebp_top **made)
 {
     int64_t room;
     if (__builtin_add_overflow(k, sebp_max(k, MIN_ROOM), &room) ||
-        room > PTRDIFF_MAX / (int64_t)sizeof(int64_t))
+        room > PTRDIFF_MAX / (int64_t)sizeof(int64_t)) {
         return SEBP_ERROR_OVERFLOW;
+    }
     size_t elements = (size_t)room, threads = (size_t)sebp_cpu_threads(device);
     sebp_top *top = calloc(1, sizeof *top);
     if (top == NULL)

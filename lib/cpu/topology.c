@@ -29,12 +29,12 @@ enum { ASSUMED_L2 = 512 << 10, PATH_BYTES = 4096 };
 /* ---- the mask ---- */
 
 /* The CPUs that this process may use. */
-typedef struct boundary {
+typedef struct cpu_boundary {
     int max; /* of them, where the mask may hold more; 0: it holds just these */
 #ifdef __linux__
     cpu_set_t mask[SEBP_MASK_SETS];
 #endif
-} boundary;
+} cpu_boundary;
 
 #ifdef __linux__
 
@@ -59,7 +59,7 @@ static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
  * thread is one of its places and says nothing about the process: that has them all. As the list may
  * name CPUs that the process was never given, there are no more than OpenMP counts.
  */
-static void widen_to_places(boundary *boundary)
+static void widen_to_places(cpu_boundary *boundary)
 {
     cpu_set_t place[SEBP_MASK_SETS], all[SEBP_MASK_SETS];
     bool is_place = false;
@@ -85,7 +85,7 @@ static void widen_to_places(boundary *boundary)
 
 #endif
 
-static void read_boundary(boundary *boundary)
+static void read_boundary(cpu_boundary *boundary)
 {
     boundary->max = 0;
     CPU_ZERO_S(sizeof boundary->mask, boundary->mask);
@@ -233,16 +233,17 @@ static bool is_first_of_core(int cpu, const cpu_set_t *mask, size_t mask_bytes)
         last = first;
         if (*at == '-' && sscanf(at, "-%d%n", &last, &read) == 1)
             at += read;
-        for (int sibling = first; sibling <= last && sibling < cpu; sibling++)
+        for (int sibling = first; sibling <= last && sibling < cpu; sibling++) {
             if (CPU_ISSET_S((size_t)sibling, mask_bytes, mask))
                 return false;
+        }
         if (*at != ',')
             break;
     }
     return true;
 }
 
-static void read_from_system(const boundary *boundary, sebp_topology *topology)
+static void read_from_system(const cpu_boundary *boundary, sebp_topology *topology)
 {
     const cpu_set_t *mask = boundary->mask;
     size_t mask_bytes = sizeof boundary->mask;
@@ -276,7 +277,7 @@ static void read_from_system(const boundary *boundary, sebp_topology *topology)
 #ifdef SEBP_HAVE_HWLOC
 
 /* Takes the CPUs out of a topology that are not within the boundary; false: none is left. */
-static bool restrict_hwloc(hwloc_topology_t hwloc, const boundary *boundary)
+static bool restrict_hwloc(hwloc_topology_t hwloc, const cpu_boundary *boundary)
 {
 #ifdef __linux__
     hwloc_bitmap_t cpus = hwloc_bitmap_alloc();
@@ -295,7 +296,7 @@ static bool restrict_hwloc(hwloc_topology_t hwloc, const boundary *boundary)
 }
 
 /* The machine within the boundary; NULL: hwloc failed. */
-static hwloc_topology_t load_hwloc(const boundary *boundary)
+static hwloc_topology_t load_hwloc(const cpu_boundary *boundary)
 {
     unsigned long flags =
         HWLOC_TOPOLOGY_FLAG_IS_THISSYSTEM | HWLOC_TOPOLOGY_FLAG_DONT_CHANGE_BINDING;
@@ -323,7 +324,7 @@ static size_t cache_bytes(hwloc_topology_t hwloc, hwloc_obj_type_t type)
     return cache != NULL ? (size_t)cache->attr->cache.size : 0;
 }
 
-static bool read_from_hwloc(const boundary *boundary, sebp_topology *topology)
+static bool read_from_hwloc(const cpu_boundary *boundary, sebp_topology *topology)
 {
     snprintf(topology->hwloc, sizeof topology->hwloc, "unknown");
     hwloc_topology_t hwloc = load_hwloc(boundary);
@@ -416,7 +417,7 @@ bool sebp_topology_can_place(void)
 
 sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus)
 {
-    boundary boundary;
+    cpu_boundary boundary;
     read_boundary(&boundary);
     hwloc_topology_t hwloc = load_hwloc(&boundary);
     if (hwloc == NULL)
@@ -466,7 +467,7 @@ static int at_least_one(int count)
 
 void sebp_topology_read(sebp_topology *topology)
 {
-    boundary boundary;
+    cpu_boundary boundary;
     read_boundary(&boundary);
     memset(topology, 0, sizeof *topology);
     if (!read_from_hwloc(&boundary, topology))
