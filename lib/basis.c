@@ -24,8 +24,8 @@ enum { LINE = 16 }; /* floats in a cache line */
 
 /* ---- making and looking ---- */
 
-/* A view of rows x cols floats that are had. The rows are an odd number of cache lines apart: rows a
- * multiple of 4 KiB apart would meet in the same few places of a cache. */
+/* Allocates rows x cols floats. The rows lie an odd number of cache lines apart: rows a multiple of
+ * 4 KiB apart would compete for the same few places of a cache. */
 static sebp_status make_vectors(int64_t rows, int64_t cols, sebp_matrix *vectors)
 {
     int64_t stride, bytes;
@@ -256,8 +256,9 @@ static bool write_basis(FILE *file, const sebp_basis *basis)
     return write_bytes(&stream, &crc, sizeof crc);
 }
 
-/* Opens a new file beside `path`, of a name that nobody else has, which is put into *name; the mode
- * is that of fopen(), which mkstemp() would not give. NULL: errno says why; *name is NULL then. */
+/* Opens a new file beside `path`, under a name that nobody else uses, and puts that name into
+ * *name. The file has the mode that fopen() gives; mkstemp() would give another. On failure it
+ * returns NULL, *name is NULL, and errno says why. */
 static FILE *open_beside(const char *path, char **name)
 {
     enum { SUFFIX = 64, TRIES = 10000 };
@@ -290,8 +291,8 @@ static FILE *open_beside(const char *path, char **name)
     return file;
 }
 
-/* Whether a path may be given to a new file: what it holds, if anything, is a file or a link to one.
- * Moving a file there would put it in the place of a device or a pipe, too. */
+/* Whether a new file may take the name `path`: nothing has it, or a regular file, or a link to one.
+ * Otherwise the new file would replace a device or a pipe. */
 static bool may_replace(const char *path)
 {
     struct stat is;
@@ -314,7 +315,8 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
     bool done = false;
     int reason = errno;
     if (file != NULL) {
-        /* On the disk before it has the name: a crash must not leave a part of it there. */
+        /* The file is on the disk before it gets its name: after a crash the name never stands for
+         * a part of it. */
         done = write_basis(file, basis) && fflush(file) == 0 && fsync(fileno(file)) == 0;
         reason = errno;
         if (fclose(file) != 0 && done) {
@@ -335,7 +337,7 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
                            call.function, path, " cannot be written: %s", strerror(reason));
 }
 
-/* Why a header is refused; NULL: it is not. `length`: the file's. */
+/* Says why a header is refused; NULL: it is good. `length` is that of the file. */
 static const char *refuse_header(const file_header *header, int64_t length)
 {
     int64_t out, in, bytes;
@@ -362,7 +364,8 @@ static const char *refuse_header(const file_header *header, int64_t length)
     return NULL;
 }
 
-/* Reads a file; else *reason says what is wrong with it, but for want of memory. */
+/* Reads a file. Where that fails for another reason than memory, *reason says what is wrong with
+ * it. */
 static sebp_status read_basis(FILE *file, sebp_basis **basis, const char **reason)
 {
     file_header header;
@@ -407,9 +410,10 @@ static sebp_status read_basis(FILE *file, sebp_basis **basis, const char **reaso
     return status;
 }
 
-/* Opens a file to read it. A pipe would be waited for, and what a device does when it is opened is
- * its own: what is no file is refused before, and what takes a file's place meanwhile is not waited
- * for. NULL: *reason says why, and errno, 0 if it has no part in it. */
+/* Opens a file to read it. What is not a regular file is refused before it is opened: opening a
+ * pipe waits for a writer, and opening a device can have effects. If something else takes the place
+ * of the file in between, opening it does not wait. On failure it returns NULL and *reason says
+ * why; errno is 0 if it is not the cause. */
 static FILE *open_regular(const char *path, const char **reason)
 {
     static const char is_none[] = "it is not a regular file";

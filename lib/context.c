@@ -31,13 +31,13 @@ sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *for
     return status;
 }
 
-static bool goes_on(char c) /* within a character of UTF-8 */
+static bool goes_on(char c) /* whether it continues a character of UTF-8 */
 {
     return ((unsigned char)c & 0xC0) == 0x80;
 }
 
-/* Writes one line of three parts, of which the text is the caller's: where there is no room for all
- * of it, its middle is left out, and what would break the line is not in it. */
+/* Writes one line: `before`, the caller's `text`, `after`. A text that is too long loses its
+ * middle, and a control character, which would break the line, becomes a question mark. */
 static void write_line(char *line, size_t room, const char *before, const char *text,
                        const char *after)
 {
@@ -95,7 +95,7 @@ refuse(const sebp_context_options *options, sebp_status status, const char *form
     return status;
 }
 
-/* Of a variable that holds what it may not. */
+/* Refuses the value of an environment variable. */
 static sebp_status refuse_variable(const sebp_context_options *options, const char *name,
                                    const char *value, const char *allowed)
 {
@@ -176,7 +176,7 @@ static sebp_status read_choice(const sebp_context_options *options, const char *
     return refuse_variable(options, name, value, allowed);
 }
 
-/* Lets the environment overrule the options, and reads what it says besides. */
+/* Lets the environment overrule the options, and reads its other settings. */
 static sebp_status read_environment(sebp_context_options *options,
                                     sebp_cpu_environment *environment, bool *verbose)
 {
@@ -214,7 +214,8 @@ static sebp_status read_environment(sebp_context_options *options,
         return refuse_variable(options, "SEBP_MAX_ISA", environment->max_isa,
                                "scalar, neon, avx2, avx512 or avx512bf16");
     }
-    /* Not our variable, so what it holds is never an error. It may be a list, a level each. */
+    /* The variable is OpenMP's, so no value of it is an error. It may be a list with a number for
+     * each level. */
     const char *omp_threads = variable("OMP_NUM_THREADS");
     environment->omp_threads = omp_threads != NULL ? parse_threads(omp_threads, ", ") : 0;
     environment->affinity_variable = NULL;
@@ -310,7 +311,7 @@ void sebp_context_destroy(sebp_context *context)
 
 int sebp_context_threads(const sebp_context *context)
 {
-    /* Threads are a matter of CPUs, and no table's. */
+    /* Only CPUs have threads, so no table of operations counts them. */
     bool is_cpu = context != NULL && context->device->backend == &sebp_cpu_backend;
     return is_cpu ? sebp_cpu_threads(context->device->state) : context != NULL;
 }

@@ -66,14 +66,14 @@ static double score_of(uint64_t bits)
 }
 
 /*
- * The cut that drops as many rows as `budget` pays for, from the smallest score on; each costs its
- * score by_energy, else 1. There must be a row that the budget does not pay for.
+ * Finds the cut that drops as many rows as `budget` pays for, from the smallest score on. A row
+ * costs its score if by_energy, else 1. There must be a row that the budget does not pay for.
  *
- * Scores are not negative, and such doubles are ordered as their bits are. So the cut's score is
- * found digit by digit, the highest first: among the rows that agree with the digits found so far,
- * whole groups of the next digit are dropped while the budget lasts, and where it ends lies the
- * digit. This takes 8 passes over the scores, moves none, and adds up what is dropped from the
- * small end, so that nothing cancels. By energy, rows with Inf are never in a group.
+ * Scores are not negative, and such doubles are ordered as their bits are. So the score of the cut
+ * is found digit by digit, the highest first. Among the rows that agree with the digits found so
+ * far, whole groups of the next digit are dropped while the budget lasts; the group in which it
+ * ends has the digit. This takes 8 passes over the scores and moves none. The dropped scores are
+ * added from the small end, so that nothing cancels. By energy, rows with Inf are never in a group.
  */
 static score_cut find_cut(const double *score, int64_t total, double budget, bool by_energy)
 {
@@ -97,7 +97,7 @@ static score_cut find_cut(const double *score, int64_t total, double budget, boo
         for (int d = 0; d < DIGITS && dropped <= budget; d++) {
             if (count[d] == 0)
                 continue;
-            digit = d; /* the last in use, should rounding make the sum of the parts fit */
+            digit = d; /* the last one in use, in case rounding lets the sum of all costs fit */
             below = dropped;
             dropped += cost[d];
         }
@@ -134,11 +134,11 @@ static score_cut cut_energy(const double *score, int64_t total, double delta)
     return find_cut(score, total, delta * energy, true);
 }
 
-/* The rows that score above the cut, into the memory of the scores. */
+/* Writes the indices of the rows that the cut keeps into the memory of the scores. */
 static int64_t keep_rows(void *memory, int64_t total, score_cut cut)
 {
-    /* Index j is written where score j <= i was, after score i has been read. The memory is
-     * malloc's, so what is stored there last says which type it holds. */
+    /* Index j is written over score j, j <= i, after score i has been read. The memory is malloc's,
+     * so what is stored there last says which type it holds. */
     const double *score = memory;
     int64_t *indices = memory;
     int64_t count = 0;
@@ -199,7 +199,7 @@ sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const s
         return call.status;
     }
     if (room > 0) {
-        /* The set's own memory holds the scores first. */
+        /* The memory of the set holds the scores first. */
         score_cut cut = score_rows(&call, dy, rule, (double *)(void *)made->indices);
         if (!sebp_call_goes_on(&call)) {
             sebp_rows_destroy(made);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file lora.c
- * LoRA on the active rows, over the backend table: the layer's own products, and thin ones beside.
+ * LoRA on the active rows, over the backend table: the products of the layer itself, and thin ones
+ * in addition.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -222,7 +223,7 @@ sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, con
 static sebp_matrix copy_of(sebp_call *call, const sebp_matrix *view)
 {
     void *data = NULL;
-    int64_t elements = view->rows * view->cols; /* fits, as the view does */
+    int64_t elements = view->rows * view->cols; /* does not overflow, as the view is valid */
     if (elements > 0 && sebp_call_goes_on(call)) {
         sebp_status status =
             call->backend->alloc(call->device, elements * (int64_t)sizeof(float), &data);

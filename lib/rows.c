@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file rows.c
- * Row sets: made from what the caller knows, and looked at.
+ * Row sets: made from indices, masks or lengths, and read.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -110,7 +110,7 @@ sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t count, int64_
         return SEBP_ERROR_NULL;
     if (count < 0 || total < 0)
         return SEBP_ERROR_SIZE;
-    if (count > total) /* not each once: said before `count` of them are read */
+    if (count > total) /* some come twice: refused before `count` indices are read */
         return SEBP_ERROR_ROWS;
     if (count > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;

@@ -39,7 +39,7 @@ double sebp_sparsegrad_cost(const sebp_basis *basis, int64_t rows, sebp_rotation
     return 0;
 }
 
-/* The cheapest order that is not among those tried, a bit for each; AUTO where all are. */
+/* The cheapest order that has not been tried, by the bits of `tried`; AUTO where all have. */
 static sebp_rotation cheapest(const sebp_basis *basis, int64_t m, unsigned tried)
 {
     sebp_rotation best = SEBP_ROTATE_AUTO;
@@ -69,8 +69,8 @@ typedef struct basis_side {
     float *wide; /* a panel of rows of a bf16 factor, widened */
 } basis_side;
 
-/* Products are gone through in panels three times: to see how much scratch memory what is between
- * them takes, to reserve what they need themselves, and to run. */
+/* The chain of products is gone through three times, in panels: to measure the scratch memory that
+ * intermediate results take, to reserve what the products need themselves, and to run. */
 typedef enum chain_pass { MEASURE, RESERVE, RUN } chain_pass;
 
 typedef struct product_chain {
@@ -78,11 +78,11 @@ typedef struct product_chain {
     basis_side out, in;
     sebp_dtype dtype; /* of both factors */
     const sebp_matrix *r;
-    bool add; /* to R */
+    bool add; /* add to R */
     chain_pass pass;
     float *scratch;
-    int64_t room;  /* floats there may be */
-    int64_t taken; /* of them */
+    int64_t room;  /* the bound of scratch memory, in floats */
+    int64_t taken; /* floats of it in use */
 } product_chain;
 
 static float *take(product_chain *chain, int64_t floats)
@@ -113,15 +113,15 @@ static sebp_operand dense(const float *data, int64_t stride, bool transposed)
     return (sebp_operand){data, stride, NULL, transposed};
 }
 
-/* A side's vectors, `first` on, and of each its elements `at` on: rank x width. */
+/* The vectors of a side from `first` on, and of each the elements from `at` on: rank x width. */
 static sebp_operand vectors(const basis_side *side, int64_t first, int64_t at, bool transposed)
 {
     return dense((const float *)side->basis.data + first * side->basis.stride + at,
                  side->basis.stride, transposed);
 }
 
-/* R (+)= T V^T: T, count x depth, of the first side's vectors from `at` on; V, of all the other's,
- * their elements from `from` on. */
+/* R (+)= T V^T. T: count x depth, belongs to the first side's vectors from `at` on. V: all vectors
+ * of the other side, their elements from `from` on. */
 static void to_r(const product_chain *chain, const basis_side *first, int64_t at, int64_t count,
                  const float *t, int64_t depth, int64_t from, bool accumulate)
 {
@@ -143,13 +143,13 @@ static void to_r(const product_chain *chain, const basis_side *first, int64_t at
     multiply(chain, part);
 }
 
-/* Parts of one size, of at most `max`, at least 1. */
+/* The size of even pieces of at most `max` each; at least 1. */
 static int64_t even_part(int64_t whole, int64_t max)
 {
     return sebp_div_ceil(whole, sebp_div_ceil(whole, sebp_max(max, 1)));
 }
 
-/* Floats that a row takes, of both factors, where it is widened. */
+/* Floats that a row of both factors takes where they are widened to f32. */
 static int64_t wide_floats(const product_chain *chain)
 {
     return chain->dtype == SEBP_BF16 ? chain->out.width + chain->in.width : 0;
@@ -162,7 +162,7 @@ static void take_wide(product_chain *chain, int64_t rows)
     chain->in.wide = take(chain, is_wide ? rows * chain->in.width : 0);
 }
 
-/* Of the active rows `count` from `first` on, as f32. */
+/* `count` of the active rows, from `first` on, as f32. */
 static sebp_operand rows_of(const product_chain *chain, const basis_side *side, int64_t first,
                             int64_t count)
 {
@@ -215,8 +215,8 @@ static void rotate_factors(product_chain *chain)
     }
 }
 
-/* ((u_out^T dY^T) X) u_in where out is first, u_out^T (dY^T (X u_in)) where in is: in panels of the
- * first side's vectors, and of rows. Shapes are told for out. */
+/* ((u_out^T dY^T) X) u_in where `first` is out, u_out^T (dY^T (X u_in)) where it is in. In panels
+ * of the first side's vectors and of rows. The comments name the shapes for out. */
 static void rotate_one(product_chain *chain, const basis_side *first, const basis_side *second)
 {
     int64_t m = chain->call->m, width = second->width;
@@ -246,8 +246,8 @@ static void rotate_one(product_chain *chain, const basis_side *first, const basi
     }
 }
 
-/* (u_out^T (dY^T X)) u_in where out is first, u_out^T ((dY^T X) u_in) where in is: in panels of the
- * other side's columns. Shapes are told for out. */
+/* (u_out^T (dY^T X)) u_in where `first` is out, u_out^T ((dY^T X) u_in) where it is in. In panels
+ * of the other side's columns. The comments name the shapes for out. */
 static void rotate_gradient(product_chain *chain, const basis_side *first, const basis_side *second)
 {
     int64_t width = first->width, rank = first->rank;
@@ -278,7 +278,7 @@ static void rotate(product_chain *chain, sebp_rotation order)
 {
     basis_side *out = &chain->out, *in = &chain->in;
     switch (order) {
-    case SEBP_ROTATE_AUTO: /* which has been settled before */
+    case SEBP_ROTATE_AUTO: /* replaced by an order before */
         break;
     case SEBP_ROTATE_FACTORS:
         rotate_factors(chain);
@@ -303,7 +303,7 @@ static void gradient_on_rows(sebp_call *call, const sebp_basis *basis, const seb
                              const sebp_matrix *x, sebp_rotation order, const sebp_matrix *r)
 {
     const sebp_backend *backend = call->backend;
-    const int64_t slack = 4 * 16; /* four parts are taken, in whole lines */
+    const int64_t slack = 4 * 16; /* at most four arrays are taken, each in whole cache lines */
     product_chain chain = {.call = call, .dtype = dy->dtype, .r = r};
     chain.out = (basis_side){.factor = sebp_active_operand(call, dy, false)};
     chain.in = (basis_side){.factor = sebp_x_operand(call, x, false)};
@@ -321,7 +321,7 @@ static void gradient_on_rows(sebp_call *call, const sebp_basis *basis, const seb
         to_r(&chain, &chain.out, 0, chain.out.rank, NULL, 0, 0, chain.add);
         return;
     }
-    rotate(&chain, order); /* in the first pass the products have taken all they take */
+    rotate(&chain, order); /* in pass MEASURE, which runs no product */
     sebp_reserve_scratch(call, chain.taken * (int64_t)sizeof(float), "the rotated factors");
     for (chain.pass = RESERVE; chain.pass <= RUN && goes_on(&chain); chain.pass++) {
         chain.taken = 0;
@@ -331,14 +331,15 @@ static void gradient_on_rows(sebp_call *call, const sebp_basis *basis, const seb
     sebp_reserve_scratch(call, 0, "");
 }
 
-/* By the cheapest order that there is scratch memory for: where there is none nothing was written. */
+/* Takes the cheapest order that there is enough scratch memory for. An order that lacks memory has
+ * written nothing. */
 static void gradient_by_cheapest(sebp_call *call, const sebp_basis *basis, const sebp_matrix *dy,
                                  const sebp_matrix *x, sebp_rotation *order, const sebp_matrix *r)
 {
     unsigned tried = 0;
     sebp_rotation next = cheapest(basis, call->m, tried);
     while (next != SEBP_ROTATE_AUTO) {
-        call->status = SEBP_SUCCESS; /* of the one before there was no memory */
+        call->status = SEBP_SUCCESS; /* the order before lacked memory */
         *order = next;
         tried |= 1U << next;
         gradient_on_rows(call, basis, dy, x, next, r);

@@ -71,7 +71,7 @@ typedef struct tier {
 #define AVX512BF16 NULL, NULL
 #endif
 
-/* Each above those before it. No machine has both NEON and AVX, so their order is of no account. */
+/* In ascending order. No machine has both NEON and AVX, so their order does not matter. */
 static const tier tiers[] = {
     {"scalar", &sebp_kernels_scalar, has_scalar},
     {"neon", NEON},

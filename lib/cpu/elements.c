@@ -15,7 +15,7 @@ enum { WALK_PIECE = 16 << 10 /* elements worth a thread of their own */ };
 
 /* ---- element by element ---- */
 
-/* Matrices of one shape that are walked together. */
+/* Matrices of one shape, gone through together. */
 typedef struct element_walk {
     const sebp_kernels *kernels;
     const sebp_matrix *matrices[4];
@@ -43,7 +43,8 @@ static element_walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices
     return walk;
 }
 
-/* Where piece number `piece` starts among all elements: at a line of each matrix, where they start at one. */
+/* The index of the first element of piece number `piece`. It begins at a cache line of each matrix,
+ * if the matrix does. */
 static int64_t piece_start(const element_walk *walk, int64_t piece)
 {
     enum { LINE_ELEMENTS = 32 };
@@ -51,7 +52,7 @@ static int64_t piece_start(const element_walk *walk, int64_t piece)
     return sebp_min(lines * piece / walk->pieces * LINE_ELEMENTS, walk->rows * walk->cols);
 }
 
-/* Element `at` of all of the walk's i-th matrix. */
+/* The walk's i-th matrix at element `at`, counted without the gaps between rows. */
 static void *element_of(const element_walk *walk, int i, int64_t at)
 {
     const sebp_matrix *matrix = walk->matrices[i];

@@ -29,8 +29,8 @@
 enum {
     K_BLOCK = 512, /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
     K_WHOLE = 768, /* but this depth is one block, so that C is written once */
-    NARROW = 16,   /* columns: tiles of no more read more of B for each multiply-add, and do */
-    K_BLOCK_NARROW = 384, /* better where its sliver, 24 KiB, leaves room in L1 */
+    NARROW = 16,   /* columns of a narrow tile: it reads more of B for each multiply-add, and */
+    K_BLOCK_NARROW = 384, /* is faster where a sliver of B, 24 KiB, leaves room in L1 */
     K_WHOLE_NARROW = 512,
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
@@ -51,15 +51,15 @@ static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple
     return sebp_min(whole, sebp_div_ceil(whole, multiple) * index / count * multiple);
 }
 
-/* Units that a packed sliver of `width` lanes is apart from the next. */
+/* Units from the start of one packed sliver of `width` lanes to the next. */
 static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
 {
     return sebp_round_up(plan->units * width + plan->kernels->slack, 16);
 }
 
-/* The grid with the least work for the busiest worker: computing its tiles, and packing A for every
- * column of chunks and B for every row of them. Packing an element costs about as much as PACKING
- * multiply-adds of a tile. */
+/* Chooses the grid that gives the busiest worker the smallest amount of work: computing its tiles,
+ * and packing A for every column of chunks and B for every row of them. Packing an element costs
+ * about as much as PACKING multiply-adds of a tile. */
 static void choose_grid(sebp_native_plan *plan, int64_t threads)
 {
     enum { PACKING = 24 };
@@ -93,8 +93,8 @@ static int64_t packed_b_bytes(const sebp_native_plan *plan)
            sliver_units(plan, plan->kernels->tile_cols) * 4;
 }
 
-/* Floats from one row of a block of C to the next: an odd number of lines, as rows a power of two
- * apart would meet in the same few places of a cache. */
+/* Floats from one row of a block of C to the next: an odd number of cache lines, as rows a power of
+ * two apart would compete for the same few places of a cache. */
 static int64_t block_stride(const sebp_native_plan *plan)
 {
     return sebp_round_up(plan->block_n, 32) + 16;
@@ -105,7 +105,7 @@ static int64_t block_c_bytes(const sebp_native_plan *plan)
     return plan->in_blocks ? sebp_round_up(plan->block_m * block_stride(plan) * 4, 64) : 0;
 }
 
-/* The bias of a block's columns, where it is converted. */
+/* Room for the bias of a block's columns as f32. */
 static int64_t bias_bytes(const sebp_native_plan *plan)
 {
     return sebp_round_up(plan->block_n * 4, 64);
@@ -129,8 +129,9 @@ static int64_t worker_bytes(const sebp_native_plan *plan)
            b_rows_bytes(plan) + c_rows_bytes(plan);
 }
 
-/* Whether an f32 C that is written once can be written past the caches: large, its vectors aligned,
- * and nothing of it read. Elsewhere a tile would first have to fetch what it overwrites. */
+/* Whether an f32 C that is written once can be written past the caches: it is large, its vectors
+ * are aligned, and nothing of it is read. In any other case a tile would have to fetch what it
+ * overwrites. */
 static bool can_stream(const sebp_cpu *cpu, const sebp_product *product)
 {
     return product->c_dtype == SEBP_F32 && !product->accumulate && product->bias == NULL &&
@@ -184,7 +185,7 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
         else if (block_c_bytes(plan) && plan->block_m > kernels->tile_rows)
             plan->block_m = sebp_round_up(plan->block_m / 2, kernels->tile_rows);
         else
-            plan->workers--; /* one worker of one tile takes far less than half the smallest bound */
+            plan->workers--; /* one tile needs far less than half of the smallest bound */
     }
     plan->worker_bytes = worker_bytes(plan);
 }
@@ -213,9 +214,8 @@ static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int6
     }
 }
 
-/* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B from column j0
- * on. The first panel finds the sliver not packed yet, and asks for the memory rows of the next
- * one. */
+/* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
+ * column j0. The first panel also packs the sliver, and prefetches the rows of the next one. */
 static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
                       int64_t j0, float *sliver, int64_t at, int64_t depth)
 {
@@ -288,14 +288,14 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             float *sliver = block->packed_b;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += kernels->tile_cols) {
                 run_panel(plan, block, i0, i1, j0, sliver, at, depth);
-                if (!one_panel) /* else the sliver is done with and its place stays in cache */
+                if (!one_panel) /* else the next sliver takes its place, which stays in cache */
                     sliver += b_units;
             }
         }
     }
 }
 
-/* Where row i of the product lies in C, from column n0 of the block on. */
+/* The address in C of row i of the product, at column n0 of the block. */
 static char *c_part(const sebp_native_plan *plan, const c_block *block, int64_t i)
 {
     const sebp_product *product = plan->product;
@@ -304,7 +304,7 @@ static char *c_part(const sebp_native_plan *plan, const c_block *block, int64_t 
            (row * product->c_stride + block->n0) * (int64_t)sebp_dtype_bytes(product->c_dtype);
 }
 
-/* Brings what C holds into its f32 block. */
+/* Loads C into its f32 block. */
 static void load_block(const sebp_native_plan *plan, const c_block *block)
 {
     int64_t n = block->n1 - block->n0;

@@ -75,10 +75,10 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
     if (!cpu->kernels->bf16_dots)
         return "native:no-bf16";
     if (product->k % 2)
-        return "native:odd-depth"; /* seen to be many times slower */
+        return "native:odd-depth"; /* measured: many times slower */
     if (product->c_dtype == SEBP_BF16 && (product->accumulate || product->bias != NULL ||
                                           (plan->panels_of_k && plan->rows < product->k))) {
-        return "native:rounds-once"; /* it would round a sum that goes on */
+        return "native:rounds-once"; /* oneDNN would round the sum before all is added */
     }
     return NULL;
 }
@@ -298,9 +298,9 @@ static void move_piece(void *work, int64_t piece)
         move->from_rows != NULL ? move->from_rows + first : NULL, count, move->row_bytes);
 }
 
-/* `count` of an operand's memory rows, `cols` wide, from its list's `first` on: gathered into
- * *scratch, which then moves on, or as they lie if the operand has no list. Returns where they are.
- */
+/* Gathers `count` of an operand's memory rows, `cols` wide, from the `first` of its list on, into
+ * *scratch, which then moves on. Without a list the rows stay where they are. Returns their
+ * address. */
 static const void *take_rows(sebp_cpu *cpu, const sebp_operand *operand, int64_t element,
                              int64_t first, int64_t count, int64_t cols, char **scratch,
                              int64_t *stride)
@@ -320,7 +320,7 @@ static const void *take_rows(sebp_cpu *cpu, const sebp_operand *operand, int64_t
     return rows;
 }
 
-/* The first row from the bias, the others from the first. */
+/* Copies the bias into the first row, and that row into the others. */
 static void fill_bias(sebp_cpu *cpu, const sebp_product *product, float *c, int64_t stride,
                       int64_t rows)
 {
@@ -389,7 +389,7 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
                                .a_transposed = product->a.transposed,
                                .b_transposed = product->b.transposed,
                                .accumulate = product->accumulate || product->bias != NULL};
-        if (product->a.transposed) { /* not gathered, so that there is but one panel */
+        if (product->a.transposed) { /* not gathered, so there is only one panel */
             dense.a = product->a.data;
         } else {
             dense.a =

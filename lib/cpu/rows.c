@@ -14,8 +14,8 @@
 
 enum {
     LINE_BYTES = 64,
-    SCAN_BLOCK_BYTES = 64 << 10,  /* of dY, to one block of rows */
-    SCAN_BLOCK_ROWS = 16,         /* at least, so that threads do not share lines of scores */
+    SCAN_BLOCK_BYTES = 64 << 10, /* of dY, to one block of rows */
+    SCAN_BLOCK_ROWS = 16, /* at least, so that threads do not write to the same lines of scores */
     ZERO_PIECE_BYTES = 128 << 10, /* worth a thread of its own */
     SUM_COLS = 512                /* sums held at a time: 2 KiB */
 };
@@ -50,8 +50,8 @@ static double measure_row(const row_scan *scan, int64_t i)
     return isfinite(sum) ? sum : INFINITY;
 }
 
-/* Blocks in turn: padding, which is read to its end, lies in runs that one thread would get whole.
- */
+/* Workers take blocks in turn. Padding must be read to its end and lies in long runs, each of which
+ * would otherwise fall to one worker. */
 static void scan_blocks(void *work, int64_t worker)
 {
     const row_scan *scan = work;
@@ -63,7 +63,8 @@ static void scan_blocks(void *work, int64_t worker)
     }
 }
 
-/* The largest float that is not above `limit`: for a float v, |v| > limit is |v| > that. */
+/* The largest float that is not above `limit`. For a float v, |v| > limit if and only if |v| >
+ * that. */
 static float float_below(double limit)
 {
     float nearest = (float)limit;
@@ -178,13 +179,13 @@ typedef struct column_sums {
     int64_t piece_cols;
 } column_sums;
 
-/* The sums are taken apart from `to`, so that a bf16 result is rounded once. */
+/* The sums are made in f32 beside `to`, so that a bf16 result is rounded once. */
 static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
 {
     const sebp_kernels *kernels = sums->kernels;
     const sebp_matrix *from = sums->from;
     float sum[SUM_COLS] = {0}, held[SUM_COLS];
-    /* With no rows `from` may have no data, and any stride. */
+    /* Without rows `from` may have no data, and any stride. */
     if (sums->count > 0 && from->dtype == SEBP_F32) {
         kernels->add_rows_f32(sum, (const float *)from->data + first, from->stride, sums->rows,
                               sums->count, cols);
@@ -216,8 +217,8 @@ static void sum_piece(void *work, int64_t piece)
         sum_chunk(sums, first, sebp_min(SUM_COLS, end - first));
 }
 
-/* Each column is summed by one thread, in the order of its rows: the bits do not depend on how many
- * threads there are. */
+/* Each column is summed by one thread in the order of its rows, so the bits do not depend on the
+ * number of threads. */
 sebp_status sebp_cpu_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                               int64_t count, const sebp_matrix *to, bool accumulate)
 {

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file top.c
- * Top-k in linear time, on all threads. A sample tells about how large an element must be; those that
- * are are counted, block by block, which says where each goes, then listed: somewhat more than k,
- * and these cut to k. Where the sample was wrong, or too many are equal, the k-th magnitude is found
- * among all of them, digit by digit. Whatever the sample says, the result is the same.
+ * Top-k in linear time, on all threads. A sample says roughly how large an element must be. Those
+ * that are as large are counted block by block, which tells where each goes in a list, and then
+ * listed: somewhat more than k, which are then cut to k. Where the sample was wrong, or too many
+ * elements are equal, the k-th magnitude is found among all of them, digit by digit. The result
+ * never depends on the sample.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -20,18 +21,18 @@
 enum {
     DIGIT_BITS = 11,
     DIGITS = 1 << DIGIT_BITS,
-    MIN_DIGITS = 4 << 10, /* elements worth their digits' counts */
+    MIN_DIGITS = 4 << 10, /* elements that are worth counting digits for */
     MAX_DIGITS = 1 << 20, /* elements to one set of 32-bit counts */
-    MIN_ROOM = 16 << 10,  /* elements beside k */
+    MIN_ROOM = 16 << 10,  /* elements in addition to k */
     MIN_BLOCK = 8 << 10,  /* elements */
     MAX_BLOCKS = 1 << 10,
     SAMPLED_ONE_OF = 128,
     MAX_SAMPLES = 64 << 10,
-    RUN = 8 /* samples that follow each other: few, as what is large lies together */
+    RUN = 8 /* neighbours in a sample: few, as large elements lie together */
 };
 
-/* A block of elements whose magnitudes are looked at: how many are at least some minimum, how many
- * above it; and where in a list the latter go, with how many of the ties. */
+/* A block of elements: how many magnitudes are at least some minimum, and how many above it. Those
+ * above it go to index `at` of a list, with `ties` of those that equal it. */
 typedef struct block_count {
     int64_t at_least, above;
     int64_t ties, at;
@@ -48,8 +49,8 @@ struct sebp_top {
 
 /* ---- passes over the elements ---- */
 
-/* Elements of a matrix, as they follow each other, in blocks that threads take in turn: what is
- * large may lie in one corner. */
+/* The elements of a matrix in their order, in blocks that threads take in turn: the large ones may
+ * all lie in one corner. */
 typedef struct element_ranking {
     const sebp_kernels *kernels;
     const sebp_matrix *from;
@@ -76,7 +77,7 @@ static element_ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *fro
     return ranking;
 }
 
-/* The elements from `at` on that lie in one row and before `end`, and how many they are. */
+/* The elements from `at` on that lie in one row and before `end`; *n is how many. */
 static const float *run_of(const element_ranking *ranking, int64_t at, int64_t end, int64_t *n)
 {
     int64_t row = at / ranking->cols, col = at % ranking->cols;
@@ -96,7 +97,8 @@ static uint32_t magnitude_bits(float value)
     return bits & 0x7FFFFFFF;
 }
 
-/* Two counts for each digit, so that equal ones that follow each other need not wait. */
+/* Two counts for each digit: where neighbours have the same digit, one addition need not wait for
+ * the other. */
 static void count_digits_part(void *work, int64_t worker)
 {
     const element_ranking *ranking = work;
@@ -157,7 +159,7 @@ static void count_at_least(sebp_cpu *cpu, const sebp_matrix *from, uint32_t min,
     sebp_cpu_parallel(cpu, ranking.workers, count_at_least_part, &ranking);
 }
 
-/* A run of a block of whose ties some, but not all, are listed: there is one such block at most. */
+/* A run of a block of whose ties some are listed, but not all. There is one such block at most. */
 static int64_t list_some_ties(const float *run, int64_t n, uint32_t min, int64_t *ties,
                               int64_t first, int64_t *indices, float *values)
 {
@@ -239,18 +241,18 @@ static void cut(sebp_cpu *cpu, sebp_top *top)
     uint32_t min = kth_magnitude(cpu, top, &all, top->k, &ties);
     for (int64_t i = 0; i < list->count; i++) {
         uint32_t bits = magnitude_bits(list->values[i]);
-        bool is_kept = (bits > min) | ((bits == min) & (ties > 0)); /* no guess for a branch */
+        bool is_kept = (bits > min) | ((bits == min) & (ties > 0)); /* without a branch */
         ties -= bits == min;
         list->indices[kept] = list->indices[i];
         list->values[kept] = list->values[i];
         kept += is_kept;
     }
     list->count = kept;
-    top->min = min < 0x7FFFFFFF ? min + 1 : min; /* of equal ones the first are kept */
+    top->min = min < 0x7FFFFFFF ? min + 1 : min; /* of equal elements the first are kept */
 }
 
-/* A magnitude that somewhat more than k elements of a panel have, most likely, by a sample of lines
- * from all over it. It lies behind the list while it is looked at. */
+/* Guesses a magnitude that somewhat more than k elements of a panel have, from a sample of short
+ * runs all over it. The sample lies behind the list meanwhile. */
 static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel)
 {
     int64_t elements = panel->rows * panel->cols;
@@ -260,8 +262,8 @@ static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix 
     float *sample = top->list.values + top->list.count;
     uint64_t mixed = 1;
     for (int64_t run = 0; run < runs; run++) {
-        mixed =
-            mixed * UINT64_C(6364136223846793005) + 1; /* no column is sampled more than others */
+        /* Pseudo-random, so that no column is sampled more often than others. */
+        mixed = mixed * UINT64_C(6364136223846793005) + 1;
         int64_t at = run * step + (int64_t)((mixed >> 33) % (uint64_t)(step - RUN));
         int64_t row = at / panel->cols, col = at % panel->cols;
         for (int i = 0; i < RUN; i++) {
@@ -280,7 +282,7 @@ static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix 
     return kth_magnitude(cpu, top, &samples, rank, &ties);
 }
 
-/* A panel in blocks, and how many elements there are in all of them. */
+/* A panel in blocks, and the counts of all blocks together. */
 typedef struct block_tally {
     int64_t size, blocks;
     int64_t at_least, above;
@@ -300,7 +302,7 @@ static block_tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_m
     return tally;
 }
 
-/* Lists those above, and of those just at `min` the first `ties`. */
+/* Lists the elements above `min`, and the first `ties` of those that equal it. */
 static void list_blocks(sebp_cpu *cpu, sebp_top *top, const sebp_matrix *panel, int64_t first,
                         uint32_t min, const block_tally *tally, int64_t ties)
 {
@@ -320,7 +322,7 @@ sebp_status sebp_cpu_top_feed(void *device, sebp_top *top, const sebp_matrix *pa
 {
     sebp_cpu *cpu = device;
     int64_t elements = panel->rows * panel->cols, k = top->k;
-    int64_t room = top->room - top->list.count; /* k at least */
+    int64_t room = top->room - top->list.count; /* at least k */
     if (elements == 0)
         return SEBP_SUCCESS;
     uint32_t min = top->min;
@@ -330,7 +332,7 @@ sebp_status sebp_cpu_top_feed(void *device, sebp_top *top, const sebp_matrix *pa
     }
     block_tally tally = count_blocks(cpu, top, panel, min);
     int64_t ties = tally.at_least - tally.above;
-    /* Below `min` none is wanted if that is known, or if k are not below it. */
+    /* Nothing below `min` is wanted if that was known before, or if k elements are not below it. */
     bool is_low = min == top->min || tally.at_least >= k;
     if (is_low && tally.above < k && tally.at_least > room) {
         ties = k - tally.above; /* this is the k-th magnitude */

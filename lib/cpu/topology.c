@@ -30,7 +30,7 @@ enum { ASSUMED_L2 = 512 << 10, PATH_BYTES = 4096 };
 
 /* The CPUs that this process may use. */
 typedef struct cpu_boundary {
-    int max; /* of them, where the mask may hold more; 0: it holds just these */
+    int max; /* how many of them it may use at once; 0: all */
 #ifdef __linux__
     cpu_set_t mask[SEBP_MASK_SETS];
 #endif
@@ -40,7 +40,7 @@ typedef struct cpu_boundary {
 
 #if defined _OPENMP && _OPENMP >= 201511
 
-/* Puts the CPUs of a place of OpenMP's into `mask`; false: it has none, or more than a mask holds. */
+/* Puts the CPUs of an OpenMP place into `mask`. false: it has none, or more than a mask holds. */
 static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
 {
     int cpus[SEBP_MASK_SETS * CPU_SETSIZE];
@@ -55,9 +55,10 @@ static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
 }
 
 /*
- * OMP_PROC_BIND and its kin have OpenMP bind the thread that loads it, so that the mask of this
- * thread is one of its places and says nothing about the process: that has them all. As the list may
- * name CPUs that the process was never given, there are no more than OpenMP counts.
+ * Variables such as OMP_PROC_BIND make OpenMP bind the thread that loads it. The mask of this
+ * thread is then one of OpenMP's places and says nothing about the process, which has all of them.
+ * The list of places may name CPUs that the process was never given, so the number of CPUs is at
+ * most what OpenMP counts.
  */
 static void widen_to_places(cpu_boundary *boundary)
 {
@@ -276,7 +277,7 @@ static void read_from_system(const boundary *boundary, sebp_topology *topology)
 
 #ifdef SEBP_HAVE_HWLOC
 
-/* Takes the CPUs out of a topology that are not within the boundary; false: none is left. */
+/* Removes the CPUs outside the boundary from a topology. false: none is left. */
 static bool restrict_hwloc(hwloc_topology_t hwloc, const cpu_boundary *boundary)
 {
 #ifdef __linux__
@@ -475,7 +476,7 @@ void sebp_topology_read(sebp_topology *topology)
     topology->logical_cpus = at_least_one(topology->logical_cpus);
     if (boundary.max > 0 && boundary.max < topology->logical_cpus)
         topology->logical_cpus = boundary.max;
-    /* Also of a machine that does not tell them apart. */
+    /* The machine may not tell cores apart. */
     if (topology->cores <= 0 || topology->cores > topology->logical_cpus)
         topology->cores = topology->logical_cpus;
     topology->numa_nodes = at_least_one(topology->numa_nodes);
