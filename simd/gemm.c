@@ -17,7 +17,7 @@ enum {
     TILE_COLS = TILE_VECS * VEC_LANES,
     LINE_BYTES = 64,                   /* of cache */
     LINE = LINE_BYTES / sizeof(float), /* in floats */
-    FRACTION = 1 << 16                 /* one, where lines are counted in fractions */
+    FRACTION = 1 << 16                 /* 1 in fixed point, to count lines by fractions */
 };
 
 /* A vector stored at each unit may spill into the next unit, which is written after it; with more
