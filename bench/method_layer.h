@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A layer and all that the methods which sebp-bench compares need for it. */
+/* A layer, and what the methods that sebp-bench compares need for it. */
 #ifndef SEBP_BENCH_METHOD_LAYER_H
 #define SEBP_BENCH_METHOD_LAYER_H
 
@@ -78,11 +78,10 @@ int is_asked(const layer *l, int method);
 /* Exits unless a call succeeded. */
 void succeed(const layer *l, sebp_status status);
 
-/* What is to be computed is set already: fills in the sizes of all matrices, and how many elements
- * train. */
+/* Chooses the sizes of all matrices, and how many elements train, for the layer that is set. */
 void lay_out(layer *l);
 
-/* Allocates and fills it all; 0: it cannot be done, and `reason` says why. */
+/* Allocates and fills the matrices, and makes what holds them. 0: `reason` says why that cannot be. */
 int open_layer(layer *l, const machine *m, char *reason, size_t room);
 void close_layer(layer *l);
 

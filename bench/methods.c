@@ -145,7 +145,7 @@ static void measure_all(layer *l)
 
 /* ---- Verification ----------------------------------------------------------------------------*/
 
-/* What a method trains is to have moved, to finite values: the sum of it. */
+/* The sum of a matrix, by which verify_method() sees that a step has changed it. */
 static double sum_of(const layer *l, int which)
 {
     const sebp_matrix *a = &l->at[which];
