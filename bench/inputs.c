@@ -54,9 +54,9 @@ size_t matrix_bytes(const sebp_matrix *a)
     return (size_t)a->rows * (size_t)a->cols * sebp_dtype_bytes(a->dtype);
 }
 
-sebp_status tail_rows(const shape *shape, uint64_t seed, int64_t active, sebp_rows **rows)
+sebp_status tail_rows(const shape *sizes, uint64_t seed, int64_t active, sebp_rows **rows)
 {
-    int64_t length = shape->sequence, sequences = shape->m / length, left = active;
+    int64_t length = sizes->sequence, sequences = sizes->m / length, left = active;
     int64_t *lengths = allocate((size_t)sequences * sizeof *lengths);
     for (int64_t i = 0; i < sequences; i++) {
         int64_t rest = sequences - 1 - i; /* sequences after this one */

@@ -23,6 +23,6 @@ size_t matrix_bytes(const sebp_matrix *a);
 
 /* M rows in sequences that are padded on the right: their lengths vary around activity x sequence
  * and sum to `active`. */
-sebp_status tail_rows(const shape *shape, uint64_t seed, int64_t active, sebp_rows **rows);
+sebp_status tail_rows(const shape *sizes, uint64_t seed, int64_t active, sebp_rows **rows);
 
 #endif

@@ -50,51 +50,52 @@ static sebp_context *make_context(const options *o, sebp_gemm gemm)
     wanted.message = message;
     wanted.message_bytes = sizeof message;
     sebp_status status = sebp_context_create(&wanted, &context);
-    if (status != SEBP_SUCCESS)
+    if (status != SEBP_SUCCESS) {
         die(status == SEBP_ERROR_MEMORY ? FAILED : USAGE, "%s",
             message[0] ? message : sebp_status_string(status));
+    }
     return context;
 }
 
-void open_machine(machine *machine, const options *o)
+void open_machine(machine *m, const options *o)
 {
-    memset(machine, 0, sizeof *machine);
-    machine->info.size_bytes = sizeof machine->info;
+    memset(m, 0, sizeof *m);
+    m->info.size_bytes = sizeof m->info;
     sebp_context *context = make_context(o, o->gemm);
-    sebp_status status = sebp_info_get(context, &machine->info);
+    sebp_status status = sebp_info_get(context, &m->info);
     if (status != SEBP_SUCCESS)
         die(FAILED, "sebp_info_get: %s", sebp_status_string(status));
-    machine->gemm = machine->info.gemm;
-    machine->contexts[machine->gemm] = context;
-    machine->threads = sebp_context_threads(context);
+    m->gemm = m->info.gemm;
+    m->contexts[m->gemm] = context;
+    m->threads = sebp_context_threads(context);
 
     /* The dense reference is the fastest of all, whatever the environment wants measured. */
     unsetenv("SEBP_GEMM");
-    if (machine->contexts[SEBP_GEMM_NATIVE] == NULL)
-        machine->contexts[SEBP_GEMM_NATIVE] = make_context(o, SEBP_GEMM_NATIVE);
-    if (machine->info.onednn[0] != '\0' && machine->contexts[SEBP_GEMM_ONEDNN] == NULL)
-        machine->contexts[SEBP_GEMM_ONEDNN] = make_context(o, SEBP_GEMM_ONEDNN);
+    if (m->contexts[SEBP_GEMM_NATIVE] == NULL)
+        m->contexts[SEBP_GEMM_NATIVE] = make_context(o, SEBP_GEMM_NATIVE);
+    if (m->info.onednn[0] != '\0' && m->contexts[SEBP_GEMM_ONEDNN] == NULL)
+        m->contexts[SEBP_GEMM_ONEDNN] = make_context(o, SEBP_GEMM_ONEDNN);
 
 #ifdef _OPENMP
-    machine->memory_threads = machine->threads;
+    m->memory_threads = m->threads;
 #else
-    machine->memory_threads = 1;
+    m->memory_threads = 1;
 #endif
-    if (!proc_value("/proc/cpuinfo", "model name", machine->cpu, sizeof machine->cpu))
-        strcpy(machine->cpu, "unknown CPU");
+    if (!proc_value("/proc/cpuinfo", "model name", m->cpu, sizeof m->cpu))
+        strcpy(m->cpu, "unknown CPU");
     if (o->caches & SECOND) {
-        machine->flush_bytes = ((size_t)64 << 20) + 2 * machine->info.l3_bytes +
-                               2 * machine->info.l2_bytes * (size_t)machine->threads;
-        machine->flush = allocate(machine->flush_bytes);
-        memset(machine->flush, 1, machine->flush_bytes);
+        m->flush_bytes =
+            ((size_t)64 << 20) + 2 * m->info.l3_bytes + 2 * m->info.l2_bytes * (size_t)m->threads;
+        m->flush = allocate(m->flush_bytes);
+        memset(m->flush, 1, m->flush_bytes);
     }
 }
 
-void close_machine(machine *machine)
+void close_machine(machine *m)
 {
     for (int gemm = 0; gemm < 3; gemm++)
-        sebp_context_destroy(machine->contexts[gemm]);
-    free(machine->flush);
+        sebp_context_destroy(m->contexts[gemm]);
+    free(m->flush);
 }
 
 double now_ms(void)
@@ -156,13 +157,12 @@ double available_memory(void)
     return strtod(value, NULL) * 1024;
 }
 
-void print_machine_line(const machine *machine)
+void print_machine_line(const machine *m)
 {
-    printf("sebp-bench %s: %s, %d thread%s, %s kernels, gemm %s", sebp_version(), machine->cpu,
-           machine->threads, machine->threads == 1 ? "" : "s", sebp_isa(),
-           gemm_names[machine->gemm]);
-    if (machine->info.onednn[0] != '\0')
-        printf(", oneDNN %s\n", machine->info.onednn);
+    printf("sebp-bench %s: %s, %d thread%s, %s kernels, gemm %s", sebp_version(), m->cpu,
+           m->threads, m->threads == 1 ? "" : "s", sebp_isa(), gemm_names[m->gemm]);
+    if (m->info.onednn[0] != '\0')
+        printf(", oneDNN %s\n", m->info.onednn);
     else
         puts(", without oneDNN");
 }

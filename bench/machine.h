@@ -29,11 +29,11 @@ typedef struct machine {
 } machine;
 
 /* Contexts as the options and the environment want them; exits where they cannot be made. */
-void open_machine(machine *machine, const options *o);
-void close_machine(machine *machine);
+void open_machine(machine *m, const options *o);
+void close_machine(machine *m);
 
 /* One line: CPU, threads, kernels, GEMM. */
-void print_machine_line(const machine *machine);
+void print_machine_line(const machine *m);
 
 /* 64-byte aligned; exits where memory is short. */
 void *allocate(size_t bytes);

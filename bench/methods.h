@@ -7,6 +7,6 @@
 #include "options.h"
 
 /* Verifies, times and prints the methods asked for, on all layers. */
-void compare_methods(const machine *machine, const options *o);
+void compare_methods(const machine *m, const options *o);
 
 #endif

@@ -54,9 +54,10 @@ static void print_loaded(void)
         if (name == NULL || strcmp(path, last) == 0)
             continue;
         strcpy(last, path); /* a library is mapped in several pieces, one after the other */
-        for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
             if (strncmp(name, names[i], strlen(names[i])) == 0)
                 printf("%-14s %s\n", count++ == 0 ? "loaded" : "", path);
+        }
     }
     fclose(maps);
     if (count == 0)
@@ -70,9 +71,10 @@ static void print_environment(void)
                                         "OMP_THREAD_LIMIT",  "OMP_PROC_BIND",  "OMP_PLACES",
                                         "GOMP_CPU_AFFINITY", "KMP_AFFINITY"};
     int count = 0;
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (getenv(names[i]) != NULL)
             printf("%-14s %s=%s\n", count++ == 0 ? "environment" : "", names[i], getenv(names[i]));
+    }
     if (count == 0)
         puts("environment    nothing that libsebp reads is set");
 }
@@ -132,11 +134,12 @@ static int print_all(void)
         return 1;
     }
     print_machine(&info);
-    if (made == SEBP_SUCCESS)
+    if (made == SEBP_SUCCESS) {
         print_context(context, &info);
-    else
+    } else {
         printf("context        refused: %s\n",
                message[0] != '\0' ? message : sebp_status_string(made));
+    }
     print_environment();
     print_loaded();
     sebp_context_destroy(context);
@@ -182,17 +185,18 @@ int main(int argc, char **argv)
                 argv[result != -1 ? optind - 1 : optind]);
         return 2;
     }
-    if (help)
+    if (help) {
         fputs(usage, stdout);
-    else if (version)
+    } else if (version) {
         printf("sebp-info %s\n", sebp_version());
-    else if (isa)
+    } else if (isa) {
         for (int i = 0; i < sebp_isa_count(); i++)
             puts(sebp_isa_name(i));
-    else if (python)
+    } else if (python) {
         status = run_python();
-    else
+    } else {
         status = print_all();
+    }
     if (fflush(stdout) != 0) {
         perror("sebp-info: cannot write");
         return 1;

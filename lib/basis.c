@@ -24,8 +24,8 @@ enum { LINE = 16 }; /* floats in a cache line */
 
 /* ---- making and looking ---- */
 
-/* A view of rows x cols floats that are had. The rows are an odd number of cache lines apart: rows a
- * multiple of 4 KiB apart would meet in the same few places of a cache. */
+/* Allocates rows x cols floats. The rows lie an odd number of cache lines apart: rows a multiple of
+ * 4 KiB apart would compete for the same few places of a cache. */
 static sebp_status make_vectors(int64_t rows, int64_t cols, sebp_matrix *vectors)
 {
     int64_t stride, bytes;
@@ -33,17 +33,18 @@ static sebp_status make_vectors(int64_t rows, int64_t cols, sebp_matrix *vectors
         return SEBP_ERROR_OVERFLOW;
     stride = (stride - 1) / (2 * LINE) * (2 * LINE) + LINE;
     if (__builtin_mul_overflow(rows, stride, &bytes) ||
-        __builtin_mul_overflow(bytes, (int64_t)sizeof(float), &bytes))
+        __builtin_mul_overflow(bytes, (int64_t)sizeof(float), &bytes)) {
         return SEBP_ERROR_OVERFLOW;
+    }
     *vectors = (sebp_matrix){calloc(1, (size_t)bytes), rows, cols, stride, SEBP_F32};
-    return vectors->data ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
+    return vectors->data != NULL ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
 }
 
 sebp_status sebp_basis_make(int64_t rank_out, int64_t out_features, int64_t rank_in,
                             int64_t in_features, sebp_basis **basis)
 {
     sebp_basis *made = calloc(1, sizeof *made);
-    if (!made)
+    if (made == NULL)
         return SEBP_ERROR_MEMORY;
     made->out_copies = sebp_copies_make();
     made->in_copies = sebp_copies_make();
@@ -82,7 +83,7 @@ sebp_status sebp_basis_from_vectors(const sebp_matrix *u_out, const sebp_matrix 
                                     sebp_basis **basis)
 {
     const sebp_matrix *both[] = {u_out, u_in};
-    if (!u_out || !u_in || !basis)
+    if (u_out == NULL || u_in == NULL || basis == NULL)
         return SEBP_ERROR_NULL;
     for (int i = 0; i < 2; i++) {
         sebp_status status = sebp_matrix_check(both[i]);
@@ -111,7 +112,7 @@ sebp_status sebp_basis_from_vectors(const sebp_matrix *u_out, const sebp_matrix 
 
 void sebp_basis_destroy(sebp_basis *basis)
 {
-    if (basis) {
+    if (basis != NULL) {
         sebp_copies_destroy(basis->out_copies);
         sebp_copies_destroy(basis->in_copies);
         free(basis->out.data);
@@ -130,7 +131,7 @@ static void side_on_device(sebp_call *call, sebp_copies *copies, const sebp_matr
     sebp_status status = sebp_copies_get(copies, call->context->device, side->data,
                                          side->rows * side->stride * (int64_t)sizeof(float), &data);
     sebp_call_keep(call, status, "copying the basis to the device");
-    copy->data = (void *)(uintptr_t)data; /* a view of what is only read, as all inputs are */
+    *copy = sebp_input_view(data, side->rows, side->cols, side->stride, side->dtype);
 }
 
 void sebp_basis_on_device(sebp_call *call, const sebp_basis *basis, sebp_matrix *out,
@@ -142,48 +143,48 @@ void sebp_basis_on_device(sebp_call *call, const sebp_basis *basis, sebp_matrix 
 
 sebp_matrix sebp_basis_out(const sebp_basis *basis)
 {
-    return basis ? basis->out : sebp_matrix_f32(NULL, 0, 0);
+    return basis != NULL ? basis->out : sebp_matrix_f32(NULL, 0, 0);
 }
 
 sebp_matrix sebp_basis_in(const sebp_basis *basis)
 {
-    return basis ? basis->in : sebp_matrix_f32(NULL, 0, 0);
+    return basis != NULL ? basis->in : sebp_matrix_f32(NULL, 0, 0);
 }
 
 double sebp_basis_share_out(const sebp_basis *basis)
 {
-    return basis ? basis->share_out : NAN;
+    return basis != NULL ? basis->share_out : NAN;
 }
 
 double sebp_basis_share_in(const sebp_basis *basis)
 {
-    return basis ? basis->share_in : NAN;
+    return basis != NULL ? basis->share_in : NAN;
 }
 
 /* ---- files ---- */
 
 /* What a file begins with, as basis.h describes it: 64 bytes without gaps. */
-typedef struct header {
+typedef struct file_header {
     char magic[8];
     uint32_t byte_order;
     uint32_t version;
     int64_t out_features, in_features, rank_out, rank_in;
     double share_out, share_in;
-} header;
+} file_header;
 
-_Static_assert(sizeof(header) == 64, "the header of a basis file has gaps");
+_Static_assert(sizeof(file_header) == 64, "the header of a basis file has gaps");
 
 static const char MAGIC[8] = {'S', 'E', 'B', 'P', 'B', 'A', 'S', 0x1A};
 static const uint32_t BYTE_ORDER_MARK = 0x01020304, FOREIGN_MARK = 0x04030201, FORMAT_VERSION = 1;
 
 /* A file being read or written, and the CRC-32 of what has gone by. */
-typedef struct stream {
+typedef struct checked_file {
     FILE *file;
     uint32_t crc;
     uint32_t table[256];
-} stream;
+} checked_file;
 
-static void begin_stream(stream *stream, FILE *file)
+static void begin_stream(checked_file *stream, FILE *file)
 {
     stream->file = file;
     stream->crc = 0xFFFFFFFF;
@@ -195,7 +196,7 @@ static void begin_stream(stream *stream, FILE *file)
     }
 }
 
-static void add_to_crc(stream *stream, const void *data, size_t bytes)
+static void add_to_crc(checked_file *stream, const void *data, size_t bytes)
 {
     const unsigned char *at = data;
     uint32_t crc = stream->crc;
@@ -204,13 +205,13 @@ static void add_to_crc(stream *stream, const void *data, size_t bytes)
     stream->crc = crc;
 }
 
-static bool write_bytes(stream *stream, const void *data, size_t bytes)
+static bool write_bytes(checked_file *stream, const void *data, size_t bytes)
 {
     add_to_crc(stream, data, bytes);
     return fwrite(data, 1, bytes, stream->file) == bytes;
 }
 
-static bool read_bytes(stream *stream, void *data, size_t bytes)
+static bool read_bytes(checked_file *stream, void *data, size_t bytes)
 {
     if (fread(data, 1, bytes, stream->file) != bytes)
         return false;
@@ -218,7 +219,7 @@ static bool read_bytes(stream *stream, void *data, size_t bytes)
     return true;
 }
 
-static bool write_vectors(stream *stream, const sebp_matrix *vectors)
+static bool write_vectors(checked_file *stream, const sebp_matrix *vectors)
 {
     bool done = true;
     for (int64_t i = 0; i < vectors->rows && done; i++)
@@ -226,7 +227,7 @@ static bool write_vectors(stream *stream, const sebp_matrix *vectors)
     return done;
 }
 
-static bool read_vectors(stream *stream, const sebp_matrix *vectors)
+static bool read_vectors(checked_file *stream, const sebp_matrix *vectors)
 {
     bool done = true;
     for (int64_t i = 0; i < vectors->rows && done; i++)
@@ -236,26 +237,28 @@ static bool read_vectors(stream *stream, const sebp_matrix *vectors)
 
 static bool write_basis(FILE *file, const sebp_basis *basis)
 {
-    header header = {.byte_order = BYTE_ORDER_MARK,
-                     .version = FORMAT_VERSION,
-                     .out_features = basis->out.cols,
-                     .in_features = basis->in.cols,
-                     .rank_out = basis->out.rows,
-                     .rank_in = basis->in.rows,
-                     .share_out = basis->share_out,
-                     .share_in = basis->share_in};
+    file_header header = {.byte_order = BYTE_ORDER_MARK,
+                          .version = FORMAT_VERSION,
+                          .out_features = basis->out.cols,
+                          .in_features = basis->in.cols,
+                          .rank_out = basis->out.rows,
+                          .rank_in = basis->in.rows,
+                          .share_out = basis->share_out,
+                          .share_in = basis->share_in};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
-    stream stream;
+    checked_file stream;
     begin_stream(&stream, file);
     if (!write_bytes(&stream, &header, sizeof header) || !write_vectors(&stream, &basis->out) ||
-        !write_vectors(&stream, &basis->in))
+        !write_vectors(&stream, &basis->in)) {
         return false;
+    }
     uint32_t crc = ~stream.crc;
     return write_bytes(&stream, &crc, sizeof crc);
 }
 
-/* Opens a new file beside `path`, of a name that nobody else has, which is put into *name; the mode
- * is that of fopen(), which mkstemp() would not give. NULL: errno says why; *name is NULL then. */
+/* Opens a new file beside `path`, under a name that nobody else uses, and puts that name into
+ * *name. The file has the mode that fopen() gives; mkstemp() would give another. On failure it
+ * returns NULL, *name is NULL, and errno says why. */
 static FILE *open_beside(const char *path, char **name)
 {
     enum { SUFFIX = 64, TRIES = 10000 };
@@ -263,7 +266,7 @@ static FILE *open_beside(const char *path, char **name)
     int descriptor = -1;
     FILE *file = NULL;
     *name = malloc(room);
-    if (!*name) {
+    if (*name == NULL) {
         errno = ENOMEM;
         return NULL;
     }
@@ -275,7 +278,7 @@ static FILE *open_beside(const char *path, char **name)
     }
     if (descriptor >= 0)
         file = fdopen(descriptor, "wb");
-    if (!file) {
+    if (file == NULL) {
         int reason = errno;
         if (descriptor >= 0) {
             close(descriptor);
@@ -288,8 +291,8 @@ static FILE *open_beside(const char *path, char **name)
     return file;
 }
 
-/* Whether a path may be given to a new file: what it holds, if anything, is a file or a link to one.
- * Moving a file there would put it in the place of a device or a pipe, too. */
+/* Whether a new file may take the name `path`: nothing has it, or a regular file, or a link to one.
+ * Otherwise the new file would replace a device or a pipe. */
 static bool may_replace(const char *path)
 {
     struct stat is;
@@ -303,15 +306,17 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
     sebp_call call = sebp_call_begin(context, "sebp_basis_save");
     if (!sebp_require(&call, "basis", basis) || !sebp_require(&call, "path", path))
         return call.status;
-    if (!may_replace(path))
+    if (!may_replace(path)) {
         return sebp_fail_about(context, SEBP_ERROR_FILE, call.function, path,
                                " is not a regular file");
+    }
     char *beside;
     FILE *file = open_beside(path, &beside);
     bool done = false;
     int reason = errno;
-    if (file) {
-        /* On the disk before it has the name: a crash must not leave a part of it there. */
+    if (file != NULL) {
+        /* The file is on the disk before it gets its name: after a crash the name never stands for
+         * a part of it. */
         done = write_basis(file, basis) && fflush(file) == 0 && fsync(fileno(file)) == 0;
         reason = errno;
         if (fclose(file) != 0 && done) {
@@ -332,8 +337,8 @@ sebp_status sebp_basis_save(sebp_context *context, const sebp_basis *basis, cons
                            call.function, path, " cannot be written: %s", strerror(reason));
 }
 
-/* Why a header is refused; NULL: it is not. `length`: the file's. */
-static const char *refuse_header(const header *header, int64_t length)
+/* Says why a header is refused; NULL: it is good. `length` is that of the file. */
+static const char *refuse_header(const file_header *header, int64_t length)
 {
     int64_t out, in, bytes;
     if (memcmp(header->magic, MAGIC, sizeof MAGIC) != 0)
@@ -345,23 +350,26 @@ static const char *refuse_header(const header *header, int64_t length)
     if (header->version != FORMAT_VERSION)
         return "it is of another version";
     if (header->rank_out < 1 || header->rank_out > header->out_features || header->rank_in < 1 ||
-        header->rank_in > header->in_features)
+        header->rank_in > header->in_features) {
         return "its sizes are not those of a basis";
+    }
     if (__builtin_mul_overflow(header->rank_out, header->out_features, &out) ||
         __builtin_mul_overflow(header->rank_in, header->in_features, &in) ||
         __builtin_add_overflow(out, in, &bytes) ||
         __builtin_mul_overflow(bytes, (int64_t)sizeof(float), &bytes) ||
         __builtin_add_overflow(bytes, (int64_t)(sizeof *header + sizeof(uint32_t)), &bytes) ||
-        bytes != length)
+        bytes != length) {
         return "it has another length than its sizes say";
+    }
     return NULL;
 }
 
-/* Reads a file; else *reason says what is wrong with it, but for want of memory. */
+/* Reads a file. Where that fails for another reason than memory, *reason says what is wrong with
+ * it. */
 static sebp_status read_basis(FILE *file, sebp_basis **basis, const char **reason)
 {
-    header header;
-    stream stream;
+    file_header header;
+    checked_file stream;
     *reason = NULL;
     begin_stream(&stream, file);
     if (!read_bytes(&stream, &header, sizeof header))
@@ -370,9 +378,9 @@ static sebp_status read_basis(FILE *file, sebp_basis **basis, const char **reaso
         *reason = strerror(errno);
     else
         *reason = refuse_header(&header, ftello(file));
-    if (!*reason && fseeko(file, sizeof header, SEEK_SET) != 0)
+    if (*reason == NULL && fseeko(file, sizeof header, SEEK_SET) != 0)
         *reason = strerror(errno);
-    if (*reason)
+    if (*reason != NULL)
         return SEBP_ERROR_FILE;
 
     sebp_basis *made;
@@ -402,9 +410,10 @@ static sebp_status read_basis(FILE *file, sebp_basis **basis, const char **reaso
     return status;
 }
 
-/* Opens a file to read it. A pipe would be waited for, and what a device does when it is opened is
- * its own: what is no file is refused before, and what takes a file's place meanwhile is not waited
- * for. NULL: *reason says why, and errno, 0 if it has no part in it. */
+/* Opens a file to read it. What is not a regular file is refused before it is opened: opening a
+ * pipe waits for a writer, and opening a device can have effects. If something else takes the place
+ * of the file in between, opening it does not wait. On failure it returns NULL and *reason says
+ * why; errno is 0 if it is not the cause. */
 static FILE *open_regular(const char *path, const char **reason)
 {
     static const char is_none[] = "it is not a regular file";
@@ -414,16 +423,16 @@ static FILE *open_regular(const char *path, const char **reason)
     *reason = NULL;
     if (stat(path, &is) == 0) {
         *reason = S_ISREG(is.st_mode) ? NULL : is_none;
-        if (!*reason)
+        if (*reason == NULL)
             descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     }
     if (descriptor >= 0 && fstat(descriptor, &is) == 0) {
         *reason = S_ISREG(is.st_mode) ? NULL : is_none;
-        if (!*reason)
+        if (*reason == NULL)
             file = fdopen(descriptor, "rb");
     }
-    int error = file || *reason ? 0 : errno;
-    if (!file && descriptor >= 0)
+    int error = file != NULL || *reason != NULL ? 0 : errno;
+    if (file == NULL && descriptor >= 0)
         close(descriptor);
     if (error != 0)
         *reason = strerror(error);
@@ -441,12 +450,12 @@ sebp_status sebp_basis_load(sebp_context *context, const char *path, sebp_basis 
     const char *reason;
     FILE *file = open_regular(path, &reason);
     sebp_status status = errno == ENOMEM ? SEBP_ERROR_MEMORY : SEBP_ERROR_FILE;
-    if (file) {
+    if (file != NULL) {
         status = read_basis(file, basis, &reason);
         fclose(file);
     }
     if (status == SEBP_SUCCESS)
         return SEBP_SUCCESS;
     return sebp_fail_about(context, status, call.function, path, ": %s",
-                           reason ? reason : sebp_status_string(status));
+                           reason != NULL ? reason : sebp_status_string(status));
 }

@@ -15,7 +15,7 @@ struct sebp_basis {
 sebp_status sebp_basis_make(int64_t rank_out, int64_t out_features, int64_t rank_in,
                             int64_t in_features, sebp_basis **basis);
 
-/** Views of both sides where the call's device finds them. */
+/** Views of both sides in the memory of the call's device. */
 void sebp_basis_on_device(sebp_call *call, const sebp_basis *basis, sebp_matrix *out,
                           sebp_matrix *in);
 

@@ -7,6 +7,7 @@
 #include "config.h"
 #endif
 
+#include <inttypes.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,13 +31,13 @@ sebp_status sebp_fail(sebp_context *context, sebp_status status, const char *for
     return status;
 }
 
-static bool goes_on(char c) /* within a character of UTF-8 */
+static bool goes_on(char c) /* whether it continues a character of UTF-8 */
 {
     return ((unsigned char)c & 0xC0) == 0x80;
 }
 
-/* Writes one line of three parts, of which the text is the caller's: where there is no room for all
- * of it, its middle is left out, and what would break the line is not in it. */
+/* Writes one line: `before`, the caller's `text`, `after`. A text that is too long loses its
+ * middle, and a control character, which would break the line, becomes a question mark. */
 static void write_line(char *line, size_t room, const char *before, const char *text,
                        const char *after)
 {
@@ -94,7 +95,7 @@ refuse(const sebp_context_options *options, sebp_status status, const char *form
     return status;
 }
 
-/* Of a variable that holds what it may not. */
+/* Refuses the value of an environment variable. */
 static sebp_status refuse_variable(const sebp_context_options *options, const char *name,
                                    const char *value, const char *allowed)
 {
@@ -123,8 +124,9 @@ static sebp_status check_options(const sebp_context_options *options)
     }
     if (options->workspace_bytes != 0 && options->workspace_bytes < MIN_WORKSPACE) {
         return refuse(options, SEBP_ERROR_VALUE,
-                      "sebp_context_create: workspace_bytes is %lld, not 0 or at least %lld",
-                      (long long)options->workspace_bytes, (long long)MIN_WORKSPACE);
+                      "sebp_context_create: workspace_bytes is %" PRId64
+                      ", not 0 or at least %" PRId64,
+                      options->workspace_bytes, MIN_WORKSPACE);
     }
     if (options->device != SEBP_DEVICE_CPU && options->device != SEBP_DEVICE_CUDA) {
         return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown device %d",
@@ -174,7 +176,7 @@ static sebp_status read_choice(const sebp_context_options *options, const char *
     return refuse_variable(options, name, value, allowed);
 }
 
-/* Lets the environment overrule the options, and reads what it says besides. */
+/* Lets the environment overrule the options, and reads its other settings. */
 static sebp_status read_environment(sebp_context_options *options,
                                     sebp_cpu_environment *environment, bool *verbose)
 {
@@ -212,7 +214,8 @@ static sebp_status read_environment(sebp_context_options *options,
         return refuse_variable(options, "SEBP_MAX_ISA", environment->max_isa,
                                "scalar, neon, avx2, avx512 or avx512bf16");
     }
-    /* Not our variable, so what it holds is never an error. It may be a list, a level each. */
+    /* The variable is OpenMP's, so no value of it is an error. It may be a list with a number for
+     * each level. */
     const char *omp_threads = variable("OMP_NUM_THREADS");
     environment->omp_threads = omp_threads != NULL ? parse_threads(omp_threads, ", ") : 0;
     environment->affinity_variable = NULL;
@@ -227,9 +230,10 @@ static sebp_status read_environment(sebp_context_options *options,
 
 static sebp_status check_build(const sebp_context_options *options)
 {
-    if (options->device == SEBP_DEVICE_CUDA)
+    if (options->device == SEBP_DEVICE_CUDA) {
         return refuse(options, SEBP_ERROR_UNSUPPORTED,
                       "sebp_context_create: this build has no CUDA");
+    }
 #ifndef SEBP_HAVE_ONEDNN
     if (options->gemm == SEBP_GEMM_ONEDNN) {
         return refuse(options, SEBP_ERROR_UNSUPPORTED,
@@ -307,7 +311,7 @@ void sebp_context_destroy(sebp_context *context)
 
 int sebp_context_threads(const sebp_context *context)
 {
-    /* Threads are a matter of CPUs, and no table's. */
+    /* Only CPUs have threads, so no table of operations counts them. */
     bool is_cpu = context != NULL && context->device->backend == &sebp_cpu_backend;
     return is_cpu ? sebp_cpu_threads(context->device->state) : context != NULL;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file copies.h
- * A device that several hold, and the copies on devices of an array that lives on the host: the
+ * A device with several holders, and the copies on devices of an array that lives on the host: the
  * indices of a row set, the vectors of a basis.
  */
 #ifndef SEBP_COPIES_H
@@ -19,18 +19,18 @@ typedef struct sebp_device {
     atomic_int holders;
 } sebp_device;
 
-/** One holder less; the last one's going destroys it. */
+/** Ends one hold. With the last one the device is destroyed. */
 void sebp_device_release(sebp_device *device);
 
 /** The copies of one array that does not change; several threads may ask for them at once, each for
  * a device of its own. */
 typedef struct sebp_copies sebp_copies;
 
-/** None yet. NULL: no memory. */
+/** An array that has no copies yet. NULL: no memory. */
 sebp_copies *sebp_copies_make(void);
 
-/** Where a device finds the array: itself, or a copy, made when first asked for and kept until the
- * array goes. SEBP_ERROR_MEMORY, SEBP_ERROR_BACKEND. */
+/** Finds the array in the device's memory: the array itself, or a copy, which is made when first
+ * asked for and kept until the array is destroyed. SEBP_ERROR_MEMORY, SEBP_ERROR_BACKEND. */
 sebp_status sebp_copies_get(sebp_copies *copies, sebp_device *device, const void *array,
                             int64_t bytes, const void **copy);
 

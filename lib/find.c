@@ -46,10 +46,10 @@ void sebp_check_rule(sebp_call *call, const sebp_rule *rule)
 }
 
 /* Which rows are kept: those with a score above `score`, and the first `ties` of those with it. */
-typedef struct cut {
+typedef struct score_cut {
     double score;
     int64_t ties;
-} cut;
+} score_cut;
 
 static uint64_t bits_of(double score)
 {
@@ -66,16 +66,16 @@ static double score_of(uint64_t bits)
 }
 
 /*
- * The cut that drops as many rows as `budget` pays for, from the smallest score on; each costs its
- * score by_energy, else 1. There must be a row that the budget does not pay for.
+ * Finds the cut that drops as many rows as `budget` pays for, from the smallest score on. A row
+ * costs its score if by_energy, else 1. There must be a row that the budget does not pay for.
  *
- * Scores are not negative, and such doubles are ordered as their bits are. So the cut's score is
- * found digit by digit, the highest first: among the rows that agree with the digits found so far,
- * whole groups of the next digit are dropped while the budget lasts, and where it ends lies the
- * digit. This takes 8 passes over the scores, moves none, and adds up what is dropped from the
- * small end, so that nothing cancels. By energy, rows with Inf are never in a group.
+ * Scores are not negative, and such doubles are ordered as their bits are. So the score of the cut
+ * is found digit by digit, the highest first. Among the rows that agree with the digits found so
+ * far, whole groups of the next digit are dropped while the budget lasts; the group in which it
+ * ends has the digit. This takes 8 passes over the scores and moves none. The dropped scores are
+ * added from the small end, so that nothing cancels. By energy, rows with Inf are never in a group.
  */
-static cut find_cut(const double *score, int64_t total, double budget, bool by_energy)
+static score_cut find_cut(const double *score, int64_t total, double budget, bool by_energy)
 {
     enum { DIGIT_BITS = 8, DIGITS = 1 << DIGIT_BITS };
     uint64_t found = 0, mask = 0;
@@ -97,7 +97,7 @@ static cut find_cut(const double *score, int64_t total, double budget, bool by_e
         for (int d = 0; d < DIGITS && dropped <= budget; d++) {
             if (count[d] == 0)
                 continue;
-            digit = d; /* the last in use, should rounding make the sum of the parts fit */
+            digit = d; /* the last one in use, in case rounding lets the sum of all costs fit */
             below = dropped;
             dropped += cost[d];
         }
@@ -111,34 +111,34 @@ static cut find_cut(const double *score, int64_t total, double budget, bool by_e
         dropped += each;
         ties--;
     }
-    return (cut){score_of(found), ties};
+    return (score_cut){score_of(found), ties};
 }
 
-static cut cut_top(const double *score, int64_t total, int64_t count)
+static score_cut cut_top(const double *score, int64_t total, int64_t count)
 {
     int64_t nonzero = 0;
     for (int64_t i = 0; i < total; i++)
         nonzero += score[i] > 0;
     if (nonzero <= count)
-        return (cut){0, 0};
+        return (score_cut){0, 0};
     return find_cut(score, total, (double)(total - count), false);
 }
 
-static cut cut_energy(const double *score, int64_t total, double delta)
+static score_cut cut_energy(const double *score, int64_t total, double delta)
 {
     double energy = 0;
     for (int64_t i = 0; i < total; i++)
         energy += isinf(score[i]) ? 0 : score[i];
     if (energy == 0)
-        return (cut){0, 0};
+        return (score_cut){0, 0};
     return find_cut(score, total, delta * energy, true);
 }
 
-/* The rows that score above the cut, into the memory of the scores. */
-static int64_t keep_rows(void *memory, int64_t total, cut cut)
+/* Writes the indices of the rows that the cut keeps into the memory of the scores. */
+static int64_t keep_rows(void *memory, int64_t total, score_cut cut)
 {
-    /* Index j is written where score j <= i was, after score i has been read. The memory is
-     * malloc's, so what is stored there last says which type it holds. */
+    /* Index j is written over score j, j <= i, after score i has been read. The memory is malloc's,
+     * so what is stored there last says which type it holds. */
     const double *score = memory;
     int64_t *indices = memory;
     int64_t count = 0;
@@ -156,7 +156,8 @@ static int64_t keep_rows(void *memory, int64_t total, cut cut)
 }
 
 /* Scores of all rows, and which of them the rule keeps. */
-static cut score_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rule *rule, double *score)
+static score_cut score_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rule *rule,
+                            double *score)
 {
     sebp_measure measure = rule->kind == SEBP_RULE_NONZERO     ? SEBP_MEASURE_NONZERO
                            : rule->kind == SEBP_RULE_THRESHOLD ? SEBP_MEASURE_ABOVE
@@ -165,12 +166,12 @@ static cut score_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rule *r
     sebp_status status = call->backend->scan_rows(call->device, dy, measure, limit, score);
     sebp_call_keep(call, status, "looking at rows");
     if (!sebp_call_goes_on(call))
-        return (cut){0, 0};
+        return (score_cut){0, 0};
     if (rule->kind == SEBP_RULE_TOP)
         return cut_top(score, dy->rows, rule->count);
     if (rule->kind == SEBP_RULE_ENERGY)
         return cut_energy(score, dy->rows, rule->delta);
-    return (cut){0, 0};
+    return (score_cut){0, 0};
 }
 
 sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const sebp_rule *rule,
@@ -198,8 +199,8 @@ sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const s
         return call.status;
     }
     if (room > 0) {
-        /* The set's own memory holds the scores first. */
-        cut cut = score_rows(&call, dy, rule, (double *)(void *)made->indices);
+        /* The memory of the set holds the scores first. */
+        score_cut cut = score_rows(&call, dy, rule, (double *)(void *)made->indices);
         if (!sebp_call_goes_on(&call)) {
             sebp_rows_destroy(made);
             return call.status;
@@ -232,8 +233,9 @@ sebp_status sebp_rows_dropped(sebp_context *context, const sebp_matrix *dy, cons
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_rows_dropped");
     if (!sebp_require(&call, "dy", dy) || !sebp_require(&call, "rows", rows) ||
-        !sebp_require(&call, "dropped", dropped))
+        !sebp_require(&call, "dropped", dropped)) {
         return call.status;
+    }
     sebp_check_views(&call, &of_dy, 1);
     if (rows->total != dy->rows) {
         sebp_call_fail(&call, SEBP_ERROR_ROWS,

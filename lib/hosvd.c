@@ -17,15 +17,16 @@
 #include "integers.h"
 
 enum {
-    PANEL = 256,      /* rows of a sum to a product: what of it lies below the diagonal is waste */
+    PANEL = 256, /* rows of a sum to a product; what a product has below the diagonal is wasted */
     CHUNK_ROWS = 4096 /* of a gradient, measured at a time */
 };
 
-/* No element of a sum is larger than the energy, so that below this none overflows. */
+/* No element of a sum is larger than the energy, so below this bound none overflows. */
 static const double MAX_ENERGY = FLT_MAX / 2;
 
-/* Products in an element of a sum, unless they are all zeros. With more the rounding of f32 may have
- * done anything, and what import() allows for would overflow. */
+/* The largest number of products in an element of a sum, unless they are all zeros. With more of
+ * them rounding in f32 could have any effect, and the error that import() allows for would
+ * overflow. */
 static const int64_t MAX_TERMS = INT64_C(1) << 30;
 
 struct sebp_basis_sums {
@@ -38,24 +39,25 @@ sebp_status sebp_basis_sums_create(int64_t out_features, int64_t in_features,
                                    sebp_basis_sums **sums)
 {
     const int64_t sizes[] = {out_features, in_features};
-    if (!sums)
+    if (sums == NULL)
         return SEBP_ERROR_NULL;
     if (out_features < 1 || in_features < 1)
         return SEBP_ERROR_SIZE;
     for (int i = 0; i < 2; i++) {
         int64_t elements, bytes;
         if (__builtin_mul_overflow(sizes[i], sizes[i], &elements) ||
-            __builtin_mul_overflow(elements, (int64_t)sizeof(float), &bytes))
+            __builtin_mul_overflow(elements, (int64_t)sizeof(float), &bytes)) {
             return SEBP_ERROR_OVERFLOW;
+        }
     }
     sebp_basis_sums *made = calloc(1, sizeof *made);
-    if (!made)
+    if (made == NULL)
         return SEBP_ERROR_MEMORY;
     made->out = sebp_matrix_f32(calloc((size_t)(out_features * out_features), sizeof(float)),
                                 out_features, out_features);
     made->in = sebp_matrix_f32(calloc((size_t)(in_features * in_features), sizeof(float)),
                                in_features, in_features);
-    if (!made->out.data || !made->in.data) {
+    if (made->out.data == NULL || made->in.data == NULL) {
         sebp_basis_sums_destroy(made);
         return SEBP_ERROR_MEMORY;
     }
@@ -65,7 +67,7 @@ sebp_status sebp_basis_sums_create(int64_t out_features, int64_t in_features,
 
 void sebp_basis_sums_destroy(sebp_basis_sums *sums)
 {
-    if (sums) {
+    if (sums != NULL) {
         free(sums->out.data);
         free(sums->in.data);
         free(sums);
@@ -74,16 +76,16 @@ void sebp_basis_sums_destroy(sebp_basis_sums *sums)
 
 int64_t sebp_basis_sums_count(const sebp_basis_sums *sums)
 {
-    return sums ? sums->count : 0;
+    return sums != NULL ? sums->count : 0;
 }
 
 /* ---- adding ---- */
 
-/* Whether so many gradients are too many for sums, whose elements are of up to max(N, K) products
+/* Whether `count` gradients are too many for the sums: an element has up to max(N, K) products of
  * each. */
 static bool is_too_many(const sebp_basis_sums *sums, int64_t count, double energy)
 {
-    int64_t terms, size = sums->out.rows > sums->in.rows ? sums->out.rows : sums->in.rows;
+    int64_t terms, size = sebp_max(sums->out.rows, sums->in.rows);
     return __builtin_mul_overflow(count, size, &terms) || (energy > 0 && terms > MAX_TERMS);
 }
 
@@ -141,7 +143,7 @@ sebp_status sebp_basis_sums_add(sebp_context *context, sebp_basis_sums *sums,
     const sebp_argument of_gradient = {"gradient", gradient, false};
     if (!sebp_require(&call, "sums", sums) || !sebp_require(&call, "gradient", gradient))
         return call.status;
-    sebp_check_host_memory(&call); /* the sums lie there */
+    sebp_check_host_memory(&call); /* the sums are in host memory */
     sebp_check_views(&call, &of_gradient, 1);
     sebp_check_shape(&call, &of_gradient, sums->out.rows, sums->in.rows);
     if (!sebp_call_goes_on(&call))
@@ -179,7 +181,7 @@ static void fill_lower(const sebp_matrix *sum)
     }
 }
 
-/* Checks the two matrices that sums are copied to or from, each by itself. */
+/* Checks the two matrices that sums are copied to or from, without comparing them. */
 static sebp_status check_copies(const sebp_matrix *out, const sebp_matrix *in)
 {
     const sebp_matrix *views[] = {out, in};
@@ -202,7 +204,7 @@ static bool are_of_shape(const sebp_basis_sums *sums, const sebp_matrix *out, co
 sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double *energy,
                                    const sebp_matrix *out, const sebp_matrix *in)
 {
-    if (!sums || !energy || !out || !in)
+    if (sums == NULL || energy == NULL || out == NULL || in == NULL)
         return SEBP_ERROR_NULL;
     sebp_status status = check_copies(out, in);
     if (status != SEBP_SUCCESS)
@@ -219,7 +221,7 @@ sebp_status sebp_basis_sums_export(const sebp_basis_sums *sums, double *energy,
     return SEBP_SUCCESS;
 }
 
-/* Element j of row i, j >= i: what lies below the diagonal is not looked at. */
+/* Element j of row i, j >= i: what lies below the diagonal is not read. */
 static double element_of(const sebp_matrix *sum, int64_t i, int64_t j)
 {
     return (double)((const float *)sum->data)[i * sum->stride + j];
@@ -237,10 +239,10 @@ static bool is_finite(const sebp_matrix *sum)
 }
 
 /*
- * Whether a diagonal is that of a sum of `count` squares, each of `depth` terms, whose energy is
- * known. Its elements are sums of squares: whatever order they were added in, each of the at most
- * count * depth roundings takes away or adds FLT_EPSILON / 2 of it at most, and what is below FLT_MIN
- * may be lost with each term.
+ * Whether a diagonal can be that of a sum of `count` squares, each of `depth` terms, with this
+ * energy. Its elements are sums of squares. In whatever order they were added, each of the at most
+ * count * depth roundings changes them by at most FLT_EPSILON / 2 of their size, and each term
+ * may lose what is below FLT_MIN.
  */
 static bool trace_is(const sebp_matrix *sum, double energy, int64_t count, int64_t depth)
 {
@@ -252,14 +254,15 @@ static bool trace_is(const sebp_matrix *sum, double energy, int64_t count, int64
         trace += element;
     }
     double lost = 2 * terms * (double)sum->rows * (double)FLT_MIN;
-    double apart = energy > 0 ? expm1(terms * (double)FLT_EPSILON) * energy : 0; /* 0 Inf is NaN */
+    double apart =
+        energy > 0 ? expm1(terms * (double)FLT_EPSILON) * energy : 0; /* 0 * Inf is NaN */
     return fabs(trace - energy) <= apart + lost;
 }
 
 /*
- * Whether the elements beside a diagonal that trace_is() takes may be dot products of the vectors
- * whose squares are on it: none is larger than the product of two norms. Rounding makes it larger,
- * and each of the squares smaller, by a factor of exp(FLT_EPSILON) for each term at most.
+ * Whether the elements beside a diagonal that passes trace_is() can be dot products of the vectors
+ * whose squares are on it: none is larger than the product of two norms. Rounding makes them
+ * larger, and each of the squares smaller, by a factor of at most exp(FLT_EPSILON) for each term.
  */
 static bool are_dot_products(const sebp_matrix *sum, int64_t count, int64_t depth)
 {
@@ -281,7 +284,7 @@ static bool are_dot_products(const sebp_matrix *sum, int64_t count, int64_t dept
 sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double energy,
                                    const sebp_matrix *out, const sebp_matrix *in)
 {
-    if (!sums || !out || !in)
+    if (sums == NULL || out == NULL || in == NULL)
         return SEBP_ERROR_NULL;
     sebp_status status = check_copies(out, in);
     if (status != SEBP_SUCCESS)
@@ -295,8 +298,9 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
     if (!is_finite(out) || !is_finite(in))
         return SEBP_ERROR_NONFINITE;
     if (!trace_is(out, energy, count, in->rows) || !trace_is(in, energy, count, out->rows) ||
-        !are_dot_products(out, count, in->rows) || !are_dot_products(in, count, out->rows))
+        !are_dot_products(out, count, in->rows) || !are_dot_products(in, count, out->rows)) {
         return SEBP_ERROR_VALUE;
+    }
     sebp_matrix_convert(out, &sums->out);
     sebp_matrix_convert(in, &sums->in);
     sums->count = count;
@@ -306,7 +310,7 @@ sebp_status sebp_basis_sums_import(sebp_basis_sums *sums, int64_t count, double 
 
 /* ---- solving ---- */
 
-/* That a rank is in range and that the gradients can span it. */
+/* Checks that a rank is in range and that the gradients can span it. */
 static void check_rank(sebp_call *call, const sebp_basis_sums *sums, const char *name, int64_t rank,
                        int64_t size)
 {
@@ -328,7 +332,7 @@ static float *row_of(const sebp_matrix *vectors, int64_t i)
     return (float *)vectors->data + i * vectors->stride;
 }
 
-/* Eigenvectors come by ascending eigenvalue. */
+/* Puts the largest eigenvalue first: eigenvectors come with ascending ones. */
 static void reverse_rows(const sebp_matrix *vectors)
 {
     for (int64_t i = 0, j = vectors->rows - 1; i < j; i++, j--) {
@@ -341,7 +345,7 @@ static void reverse_rows(const sebp_matrix *vectors)
     }
 }
 
-/* A vector's sign is free: its largest element, the first of them, shall be positive. */
+/* A vector may have either sign. Its largest element, the first of them, is made positive. */
 static void fix_signs(const sebp_matrix *vectors)
 {
     for (int64_t i = 0; i < vectors->rows; i++) {
@@ -355,14 +359,15 @@ static void fix_signs(const sebp_matrix *vectors)
     }
 }
 
-/* The leading eigenvectors of a sum, as many as there is room for, and their share of the energy. */
+/* Finds the leading eigenvectors of a sum, as many as `vectors` has rows, and their share of the
+ * energy. */
 static void solve(sebp_call *call, const sebp_matrix *sum, double energy,
                   const sebp_matrix *vectors, double *share)
 {
     char why[SEBP_WHY_BYTES];
     if (!sebp_call_goes_on(call))
         return;
-    if (!is_finite(sum)) { /* with which LAPACK may not even come to an end */
+    if (!is_finite(sum)) { /* on such a matrix LAPACK may never finish */
         sebp_call_fail(call, SEBP_ERROR_NONFINITE, "the sums hold a NaN or an Inf");
         return;
     }

@@ -6,8 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/** More elements of 8 bytes than this are in no array, so that a count over it is wrong before any of
- * them is read. */
+/** No array has more elements of 8 bytes than this, so a larger count is refused before any element
+ * is read. */
 static const int64_t SEBP_MAX_IN_ARRAY = PTRDIFF_MAX / (int64_t)sizeof(int64_t);
 
 static inline int64_t sebp_min(int64_t a, int64_t b)

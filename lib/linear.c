@@ -69,7 +69,7 @@ static void sum_active_rows(sebp_call *call, const sebp_matrix *dy, const sebp_m
     sebp_call_keep(call, status, "summing db");
 }
 
-/* The backward once R is known. */
+/* The backward, once the active rows R are known. */
 static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
                              const sebp_matrix *w, const sebp_matrix *dx, const sebp_matrix *dw,
                              const sebp_matrix *db)

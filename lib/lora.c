@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file lora.c
- * LoRA on the active rows, over the backend table: the layer's own products, and thin ones beside.
+ * LoRA on the active rows, over the backend table: the products of the layer itself, and thin ones
+ * in addition.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -17,16 +18,41 @@ static void check_scale(sebp_call *call, double scale)
         sebp_call_fail(call, SEBP_ERROR_VALUE, "scale is %g", scale);
 }
 
-static void plan_all(sebp_call *call, sebp_plan *plans, int count)
-{
-    for (int i = 0; i < count; i++)
-        sebp_plan_product(call, &plans[i]);
-}
-
 static void scale_matrix(sebp_call *call, const sebp_matrix *matrix, double scale)
 {
     if (sebp_call_goes_on(call))
         sebp_call_keep(call, call->backend->scale(call->device, matrix, scale), "scaling");
+}
+
+/* The products of a forward, in the order in which they run. */
+enum { TO_Y, TO_H, MORE_Y, FORWARD_PRODUCTS };
+
+static void plan_forward(sebp_call *call, const sebp_matrix *x, const sebp_matrix *w,
+                         const sebp_matrix *bias, const sebp_matrix *a, const sebp_matrix *b,
+                         const sebp_matrix *h, const sebp_matrix *y, sebp_plan *plans)
+{
+    const int64_t m = call->m, n = y->cols, k = x->cols, r = a->cols;
+    /* Y[R] = X[R] W^T + b:  m x N = (m x K) (N x K)^T */
+    plans[TO_Y].product = (sebp_product){.m = m, .n = n, .k = k, .dtype = x->dtype};
+    /* H = X[R] A:  m x r = (m x K) (K x r) */
+    plans[TO_H].product = (sebp_product){.m = m, .n = r, .k = k, .dtype = x->dtype};
+    /* Y[R] += H B:  m x N = (m x r) (r x N) */
+    plans[MORE_Y].product =
+        (sebp_product){.m = m, .n = n, .k = r, .dtype = x->dtype, .accumulate = true};
+    plans[TO_Y].product.a = plans[TO_H].product.a = sebp_x_operand(call, x, false);
+    plans[TO_Y].product.b = sebp_whole_operand(w, true);
+    if (bias != NULL) {
+        plans[TO_Y].product.bias = bias->data;
+        plans[TO_Y].product.bias_dtype = bias->dtype;
+    }
+    plans[TO_H].product.b = sebp_whole_operand(a, false);
+    plans[MORE_Y].product.a = sebp_whole_operand(h, false);
+    plans[MORE_Y].product.b = sebp_whole_operand(b, false);
+    sebp_to_active_rows(call, y, &plans[TO_Y].product);
+    sebp_to_whole(h, &plans[TO_H].product);
+    sebp_to_active_rows(call, y, &plans[MORE_Y].product);
+    for (int i = 0; i < FORWARD_PRODUCTS; i++)
+        sebp_plan_product(call, &plans[i]);
 }
 
 sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix *x, const sebp_matrix *w,
@@ -66,29 +92,8 @@ sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix *x, const
     if (!sebp_call_goes_on(&call))
         return call.status;
 
-    enum { TO_Y, TO_H, MORE_Y, PRODUCTS };
-    sebp_plan plans[PRODUCTS] = {
-        /* Y[R] = X[R] W^T + b:  m x N = (m x K) (N x K)^T */
-        [TO_Y] = {.product = {.m = m, .n = n, .k = k, .dtype = x->dtype}},
-        /* H = X[R] A:  m x r = (m x K) (K x r) */
-        [TO_H] = {.product = {.m = m, .n = r, .k = k, .dtype = x->dtype}},
-        /* Y[R] += H B:  m x N = (m x r) (r x N) */
-        [MORE_Y] = {.product = {.m = m, .n = n, .k = r, .dtype = x->dtype, .accumulate = true}},
-    };
-    plans[TO_Y].product.a = plans[TO_H].product.a = sebp_x_operand(&call, x, false);
-    plans[TO_Y].product.b = sebp_whole_operand(w, true);
-    if (bias != NULL) {
-        plans[TO_Y].product.bias = bias->data;
-        plans[TO_Y].product.bias_dtype = bias->dtype;
-    }
-    plans[TO_H].product.b = sebp_whole_operand(a, false);
-    plans[MORE_Y].product.a = sebp_whole_operand(h, false);
-    plans[MORE_Y].product.b = sebp_whole_operand(b, false);
-    sebp_to_active_rows(&call, y, &plans[TO_Y].product);
-    sebp_to_whole(h, &plans[TO_H].product);
-    sebp_to_active_rows(&call, y, &plans[MORE_Y].product);
-
-    plan_all(&call, plans, PRODUCTS);
+    sebp_plan plans[FORWARD_PRODUCTS] = {{.path = NULL}};
+    plan_forward(&call, x, w, bias, a, b, h, y, plans);
     sebp_run_product(&call, &plans[TO_Y]);
     sebp_run_product(&call, &plans[TO_H]);
     scale_matrix(&call, h, scale);
@@ -97,6 +102,54 @@ sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix *x, const
     const char *paths[] = {plans[TO_Y].path, plans[TO_H].path, plans[MORE_Y].path, NULL};
     sebp_report(&call, y->rows, k, n, x->dtype, paths);
     return sebp_call_end(&call);
+}
+
+/* The products of a backward, in the order in which they run; the last two are left out where there
+ * is no dX. */
+enum { TO_DB, TO_DH, TO_DA, TO_DX, MORE_DX, BACKWARD_PRODUCTS };
+
+/* Returns how many they are. */
+static int plan_backward(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
+                         const sebp_matrix *w, const sebp_matrix *a, const sebp_matrix *b,
+                         const sebp_matrix *h, const sebp_matrix *dh, const sebp_matrix *dx,
+                         const sebp_matrix *da, const sebp_matrix *db, sebp_plan *plans)
+{
+    const int64_t m = call->m, n = dy->cols, k = x->cols, r = a->cols;
+    const sebp_dtype dtype = dy->dtype;
+    const bool accumulate = call->options.dw_write == SEBP_ACCUMULATE;
+    /* dB = H^T dY[R]:  r x N = (m x r)^T (m x N) */
+    plans[TO_DB].product =
+        (sebp_product){.m = r, .n = n, .k = m, .dtype = dtype, .accumulate = accumulate};
+    /* dH = dY[R] B^T:  m x r = (m x N) (r x N)^T */
+    plans[TO_DH].product = (sebp_product){.m = m, .n = r, .k = n, .dtype = dtype};
+    /* dA = X[R]^T dH:  K x r = (m x K)^T (m x r) */
+    plans[TO_DA].product =
+        (sebp_product){.m = k, .n = r, .k = m, .dtype = dtype, .accumulate = accumulate};
+    /* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
+    plans[TO_DX].product = (sebp_product){.m = m, .n = k, .k = n, .dtype = dtype};
+    /* dX[R] += dH A^T:  m x K = (m x r) (K x r)^T */
+    plans[MORE_DX].product =
+        (sebp_product){.m = m, .n = k, .k = r, .dtype = dtype, .accumulate = true};
+    plans[TO_DB].product.a = sebp_whole_operand(h, true);
+    plans[TO_DB].product.b = plans[TO_DH].product.a = plans[TO_DX].product.a =
+        sebp_active_operand(call, dy, false);
+    plans[TO_DH].product.b = sebp_whole_operand(b, true);
+    plans[TO_DA].product.a = sebp_x_operand(call, x, true);
+    plans[TO_DA].product.b = plans[MORE_DX].product.a = sebp_whole_operand(dh, false);
+    plans[MORE_DX].product.b = sebp_whole_operand(a, true);
+    sebp_to_whole(db, &plans[TO_DB].product);
+    sebp_to_whole(dh, &plans[TO_DH].product);
+    sebp_to_whole(da, &plans[TO_DA].product);
+    if (dx != NULL) {
+        plans[TO_DX].product.b = sebp_whole_operand(w, false);
+        plans[TO_DX].product.accumulate = call->options.dx_write == SEBP_ACCUMULATE;
+        sebp_to_active_rows(call, dx, &plans[TO_DX].product);
+        sebp_to_active_rows(call, dx, &plans[MORE_DX].product);
+    }
+    const int count = dx != NULL ? BACKWARD_PRODUCTS : TO_DX;
+    for (int i = 0; i < count; i++)
+        sebp_plan_product(call, &plans[i]);
+    return count;
 }
 
 sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, const sebp_matrix *x,
@@ -151,42 +204,9 @@ sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, con
     if (!sebp_call_goes_on(&call))
         return call.status;
 
-    const bool accumulate = call.options.dw_write == SEBP_ACCUMULATE;
-    enum { TO_DB, TO_DH, TO_DA, TO_DX, MORE_DX, PRODUCTS };
-    sebp_plan plans[PRODUCTS] = {
-        /* dB = H^T dY[R]:  r x N = (m x r)^T (m x N) */
-        [TO_DB] =
-            {.product = {.m = r, .n = n, .k = m, .dtype = dy->dtype, .accumulate = accumulate}},
-        /* dH = dY[R] B^T:  m x r = (m x N) (r x N)^T */
-        [TO_DH] = {.product = {.m = m, .n = r, .k = n, .dtype = dy->dtype}},
-        /* dA = X[R]^T dH:  K x r = (m x K)^T (m x r) */
-        [TO_DA] =
-            {.product = {.m = k, .n = r, .k = m, .dtype = dy->dtype, .accumulate = accumulate}},
-        /* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
-        [TO_DX] = {.product = {.m = m, .n = k, .k = n, .dtype = dy->dtype}},
-        /* dX[R] += dH A^T:  m x K = (m x r) (K x r)^T */
-        [MORE_DX] = {.product = {.m = m, .n = k, .k = r, .dtype = dy->dtype, .accumulate = true}},
-    };
-    plans[TO_DB].product.a = sebp_whole_operand(h, true);
-    plans[TO_DB].product.b = plans[TO_DH].product.a = plans[TO_DX].product.a =
-        sebp_active_operand(&call, dy, false);
-    plans[TO_DH].product.b = sebp_whole_operand(b, true);
-    plans[TO_DA].product.a = sebp_x_operand(&call, x, true);
-    plans[TO_DA].product.b = plans[MORE_DX].product.a = sebp_whole_operand(dh, false);
-    plans[MORE_DX].product.b = sebp_whole_operand(a, true);
-    sebp_to_whole(db, &plans[TO_DB].product);
-    sebp_to_whole(dh, &plans[TO_DH].product);
-    sebp_to_whole(da, &plans[TO_DA].product);
-    if (dx != NULL) {
-        plans[TO_DX].product.b = sebp_whole_operand(w, false);
-        plans[TO_DX].product.accumulate = call.options.dx_write == SEBP_ACCUMULATE;
-        sebp_to_active_rows(&call, dx, &plans[TO_DX].product);
-        sebp_to_active_rows(&call, dx, &plans[MORE_DX].product);
-    }
-
-    const char *paths[PRODUCTS + 1] = {NULL};
-    const int count = dx != NULL ? PRODUCTS : TO_DX;
-    plan_all(&call, plans, count);
+    sebp_plan plans[BACKWARD_PRODUCTS] = {{.path = NULL}};
+    const int count = plan_backward(&call, dy, x, w, a, b, h, dh, dx, da, db, plans);
+    const char *paths[BACKWARD_PRODUCTS + 1] = {NULL};
     for (int i = 0; i < count; i++) {
         sebp_run_product(&call, &plans[i]);
         paths[i] = plans[i].path;
@@ -203,7 +223,7 @@ sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, con
 static sebp_matrix copy_of(sebp_call *call, const sebp_matrix *view)
 {
     void *data = NULL;
-    int64_t elements = view->rows * view->cols; /* fits, as the view does */
+    int64_t elements = view->rows * view->cols; /* does not overflow, as the view is valid */
     if (elements > 0 && sebp_call_goes_on(call)) {
         sebp_status status =
             call->backend->alloc(call->device, elements * (int64_t)sizeof(float), &data);

@@ -77,7 +77,7 @@ bool sebp_views_overlap(const sebp_matrix *one, const sebp_matrix *other)
         return false;
     int lower = first[0] <= first[1] ? 0 : 1;
     uintptr_t apart = (first[1 - lower] - first[lower]) % step[lower];
-    bool are_columns = /* of one matrix, side by side */
+    bool are_columns = /* column ranges of one matrix */
         step[0] == step[1] && apart >= width[lower] && apart + width[1 - lower] <= step[lower];
     return !are_columns;
 }

@@ -10,8 +10,8 @@
 #include "find.h"
 #include "integers.h"
 
-/* dW in panels of its rows, which lie in the scratch memory reserved for the method, each handed to
- * the choice as it is done. */
+/* Makes dW in panels of its rows, in the scratch memory reserved for the method. Each panel is
+ * handed to the top-k as soon as it is done. */
 static void feed_panels(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x, sebp_top *top,
                         int64_t panel_rows)
 {
@@ -22,7 +22,8 @@ static void feed_panels(sebp_call *call, const sebp_matrix *dy, const sebp_matri
     product.b = sebp_x_operand(call, x, false);
     product.c_stride = x->cols;
     const char *dy_data = product.a.data;
-    /* The first pass has the memory: a smaller last panel may need more than a whole one. */
+    /* The first pass reserves memory for every panel: a smaller last one may need more than a whole
+     * one. */
     for (int runs = 0; runs < 2; runs++) {
         product.c = backend->scratch(call->device);
         for (int64_t n = 0; n < dy->cols && sebp_call_goes_on(call); n += panel_rows) {

@@ -9,7 +9,8 @@
 void sebp_take_adamw_options(sebp_call *call, const sebp_adamw_options *options,
                              sebp_adamw_options *taken);
 
-/** Checks their values, and what step number `step` makes of them; step 0: what the decay does. */
+/** Checks the values of the options, and the factors of step number `step`; step 0: that of the
+ * decay. */
 void sebp_check_adamw_options(sebp_call *call, const sebp_adamw_options *options, int64_t step);
 
 #endif

@@ -28,7 +28,7 @@ static void check_range(sebp_call *call, const char *name, double value, double 
     }
 }
 
-/* What a step computes with must be finite as f32, as each option is by itself. */
+/* What a step computes with must be finite as f32. So must each option. */
 static void check_product(sebp_call *call, const char *name, double value)
 {
     if (!isfinite((float)value))

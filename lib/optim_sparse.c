@@ -18,12 +18,12 @@
 
 enum {
     BLOCK = 512,    /* elements whose moments are gathered at a time */
-    AHEAD = 16,     /* elements whose place is fetched before it is looked at */
-    MIN_PLACES = 64 /* of a table; a power of two, as all sizes are */
+    AHEAD = 16,     /* elements whose place is prefetched before it is looked at */
+    MIN_PLACES = 64 /* size of the smallest table; all sizes are powers of two */
 };
 
-/* Steps that a state may come with. A double, as which they count, tells them apart, and so many
- * more as can ever be taken do not overflow. */
+/* The largest number of steps that a state may be imported with. A double, which they are counted
+ * in, still tells such numbers apart, and they cannot overflow however many steps follow. */
 static const int64_t MAX_STEPS = INT64_C(1) << 53;
 
 /* A place of the table: one element, or none. */
@@ -39,21 +39,21 @@ struct sebp_sparse_adamw {
     /* a fixed support: `count` of each */
     int64_t *support; /* NULL: chosen anew */
     float *moment1, *moment2;
-    /* chosen anew: open addressing, the next place being tried where one is taken */
+    /* chosen anew: a hash table with open addressing and linear probing */
     place *places; /* NULL: none yet */
     int64_t room;  /* places there are: a power of two, or 0 */
 };
 
 /* ---- the table ---- */
 
-/* Multiplied by 2^64 over the golden ratio, indices that are near each other go far apart. */
+/* Multiplies by 2^64 over the golden ratio, which moves neighbouring indices far apart. */
 static int64_t first_place(int64_t index, int64_t room)
 {
     uint64_t mixed = (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15);
     return (int64_t)(mixed >> (64 - __builtin_ctzll((uint64_t)room)));
 }
 
-/* Where an element is, or the free place where it would be. */
+/* The place of an element, or the free place where it would go. */
 static place *find_place(place *places, int64_t room, int64_t index)
 {
     int64_t at = first_place(index, room);
@@ -62,7 +62,7 @@ static place *find_place(place *places, int64_t room, int64_t index)
     return &places[at];
 }
 
-/* Asks for the lines of the elements that come soon: there are more of them than caches hold. */
+/* Prefetches the places of the elements that come soon: the table is larger than the caches. */
 static void fetch_ahead(const sebp_sparse_adamw *state, const int64_t *indices, int64_t count,
                         int64_t at)
 {
@@ -80,7 +80,8 @@ static int64_t count_new(const sebp_sparse_adamw *state, const int64_t *indices,
     return count - found;
 }
 
-/* The smallest table that `count` elements fill to three quarters at most; 0: there is none. */
+/* The size of the smallest table that `count` elements fill to at most three quarters; 0: there is
+ * none. */
 static int64_t room_for(int64_t count)
 {
     int64_t room = MIN_PLACES;
@@ -111,9 +112,10 @@ static sebp_status make_room(sebp_sparse_adamw *state, const int64_t *indices, i
     place *places = make_places(room);
     if (places == NULL)
         return SEBP_ERROR_MEMORY;
-    for (int64_t i = 0; i < state->room; i++)
+    for (int64_t i = 0; i < state->room; i++) {
         if (state->places[i].index >= 0)
             *find_place(places, room, state->places[i].index) = state->places[i];
+    }
     free(state->places);
     state->places = places;
     state->room = room;
@@ -124,9 +126,10 @@ static sebp_status make_room(sebp_sparse_adamw *state, const int64_t *indices, i
 
 static sebp_status check_indices(const int64_t *indices, int64_t count, int64_t elements)
 {
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         if (indices[i] < (i > 0 ? indices[i - 1] + 1 : 0) || indices[i] >= elements)
             return SEBP_ERROR_ROWS;
+    }
     return SEBP_SUCCESS;
 }
 
@@ -140,7 +143,7 @@ sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *
         return SEBP_ERROR_SIZE;
     if (__builtin_mul_overflow(rows, cols, &elements))
         return SEBP_ERROR_OVERFLOW;
-    if (count > elements) /* said before `count` of them are read */
+    if (count > elements) /* refused before `count` indices are read */
         return SEBP_ERROR_ROWS;
     if (count > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;
@@ -158,7 +161,7 @@ sebp_status sebp_sparse_adamw_create(int64_t rows, int64_t cols, const int64_t *
         state->support = malloc(room * sizeof *state->support);
         state->moment1 = calloc(room, sizeof *state->moment1);
         state->moment2 = calloc(room, sizeof *state->moment2);
-        if (!state->support || !state->moment1 || !state->moment2) {
+        if (state->support == NULL || state->moment1 == NULL || state->moment2 == NULL) {
             sebp_sparse_adamw_destroy(state);
             return SEBP_ERROR_MEMORY;
         }
@@ -230,8 +233,9 @@ static void check_gradient(sebp_call *call, const sebp_sparse_adamw *state,
 {
     sebp_check_sparse(call, "gradient", gradient);
     if (sebp_call_goes_on(call) && state->support != NULL &&
-        !is_support(state, gradient->indices, gradient->count))
+        !is_support(state, gradient->indices, gradient->count)) {
         sebp_call_fail(call, SEBP_ERROR_ROWS, "gradient is not on the state's fixed support");
+    }
     sebp_check_sparse_shape(call, "gradient", gradient, state->rows, state->cols);
     sebp_check_sparse_finite(call, "gradient", gradient);
 }
@@ -245,7 +249,7 @@ sebp_status sebp_sparse_adamw_step(sebp_context *context, sebp_sparse_adamw *sta
     sebp_adamw_options options;
     if (!sebp_require(&call, "state", state) || !sebp_require(&call, "gradient", gradient))
         return call.status;
-    sebp_check_host_memory(&call); /* the state's moments lie there */
+    sebp_check_host_memory(&call); /* the moments of the state are in host memory */
     sebp_take_adamw_options(&call, given, &options);
     sebp_check_adamw_options(&call, &options, state->steps + 1);
     check_gradient(&call, state, gradient);
@@ -291,7 +295,7 @@ int64_t sebp_sparse_adamw_bytes(const sebp_sparse_adamw *state)
     if (state == NULL)
         return 0;
     return (int64_t)sizeof *state +
-           (state->support ? state->count * each : state->room * (int64_t)sizeof(place));
+           (state->support != NULL ? state->count * each : state->room * (int64_t)sizeof(place));
 }
 
 static int by_index(const void *left, const void *right)
@@ -303,12 +307,14 @@ static int by_index(const void *left, const void *right)
 sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *indices,
                                      float *moment1, float *moment2)
 {
-    if (state == NULL || (state->count > 0 && (!indices || !moment1 || !moment2)))
+    if (state == NULL ||
+        (state->count > 0 && (indices == NULL || moment1 == NULL || moment2 == NULL))) {
         return SEBP_ERROR_NULL;
+    }
     size_t count = (size_t)state->count;
     if (count == 0)
         return SEBP_SUCCESS;
-    if (state->support) {
+    if (state->support != NULL) {
         memcpy(indices, state->support, count * sizeof *indices);
         memcpy(moment1, state->moment1, count * sizeof *moment1);
         memcpy(moment2, state->moment2, count * sizeof *moment2);
@@ -318,9 +324,10 @@ sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *in
     if (sorted == NULL)
         return SEBP_ERROR_MEMORY;
     size_t taken = 0;
-    for (int64_t i = 0; i < state->room; i++)
+    for (int64_t i = 0; i < state->room; i++) {
         if (state->places[i].index >= 0)
             sorted[taken++] = state->places[i];
+    }
     qsort(sorted, count, sizeof *sorted, by_index);
     for (size_t i = 0; i < count; i++) {
         indices[i] = sorted[i].index;
@@ -335,20 +342,21 @@ static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
                                 const int64_t *indices, const float *moment1, const float *moment2,
                                 int64_t count)
 {
-    if (state == NULL || (count > 0 && (!indices || !moment1 || !moment2)))
+    if (state == NULL || (count > 0 && (indices == NULL || moment1 == NULL || moment2 == NULL)))
         return SEBP_ERROR_NULL;
     if (count < 0)
         return SEBP_ERROR_SIZE;
     if (steps < 0 || steps > MAX_STEPS)
         return SEBP_ERROR_VALUE;
     int64_t elements = state->rows * state->cols;
-    if (count > elements || (state->support && !is_support(state, indices, count)))
+    if (count > elements || (state->support != NULL && !is_support(state, indices, count)))
         return SEBP_ERROR_ROWS;
-    if (room_for(count) == 0) /* nor can there be arrays of so many */
+    if (room_for(count) == 0) /* no array has as many elements */
         return SEBP_ERROR_OVERFLOW;
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         if (!isfinite(moment1[i]) || !(moment2[i] >= 0))
             return SEBP_ERROR_VALUE;
+    }
     return check_indices(indices, count, elements);
 }
 
@@ -359,7 +367,7 @@ sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,
     sebp_status status = check_import(state, steps, indices, moment1, moment2, count);
     if (status != SEBP_SUCCESS)
         return status;
-    if (state->support) {
+    if (state->support != NULL) {
         if (count > 0) {
             memcpy(state->moment1, moment1, (size_t)count * sizeof *moment1);
             memcpy(state->moment2, moment2, (size_t)count * sizeof *moment2);

@@ -18,7 +18,7 @@ struct sebp_rows {
     sebp_copies *copies; /* of the indices, on devices */
 };
 
-/** A set of `total` rows with room for `room` indices, and none in it yet. SEBP_ERROR_OVERFLOW,
+/** An empty set of `total` rows with room for `room` indices. SEBP_ERROR_OVERFLOW,
  * SEBP_ERROR_MEMORY. */
 sebp_status sebp_rows_make(int64_t total, int64_t room, sebp_rows **made);
 

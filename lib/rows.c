@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file rows.c
- * Row sets: made from what the caller knows, and looked at.
+ * Row sets: made from indices, masks or lengths, and read.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -69,9 +69,10 @@ sebp_status sebp_rows_from_mask(const uint8_t *mask, int64_t total, sebp_rows **
     if (status != SEBP_SUCCESS)
         return status;
     count = 0;
-    for (int64_t i = 0; i < total; i++)
+    for (int64_t i = 0; i < total; i++) {
         if (mask[i] != 0)
             made->indices[count++] = i;
+    }
     return sebp_rows_finish(made, count, rows);
 }
 
@@ -95,9 +96,10 @@ sebp_status sebp_rows_from_lengths(const int64_t *lengths, int64_t sequences,
     if (status != SEBP_SUCCESS)
         return status;
     count = 0;
-    for (int64_t s = 0; s < sequences; s++)
+    for (int64_t s = 0; s < sequences; s++) {
         for (int64_t i = 0; i < lengths[s]; i++)
             made->indices[count++] = s * sequence_length + i;
+    }
     return sebp_rows_finish(made, count, rows);
 }
 
@@ -108,7 +110,7 @@ sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t count, int64_
         return SEBP_ERROR_NULL;
     if (count < 0 || total < 0)
         return SEBP_ERROR_SIZE;
-    if (count > total) /* not each once: said before `count` of them are read */
+    if (count > total) /* some come twice: refused before `count` indices are read */
         return SEBP_ERROR_ROWS;
     if (count > SEBP_MAX_IN_ARRAY)
         return SEBP_ERROR_OVERFLOW;

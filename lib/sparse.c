@@ -13,7 +13,7 @@
 #include "call.h"
 #include "integers.h"
 
-/* All but the indices. */
+/* Checks all but the indices. */
 static sebp_status check_counts(const sebp_sparse *view)
 {
     int64_t elements;
@@ -44,7 +44,7 @@ sebp_status sebp_sparse_check(const sebp_sparse *view)
     return SEBP_SUCCESS;
 }
 
-/* Reads the indices where the device has them. */
+/* Checks the indices, in the device's memory. */
 void sebp_check_sparse(sebp_call *call, const char *name, const sebp_sparse *view)
 {
     if (!sebp_call_goes_on(call))

@@ -39,7 +39,7 @@ double sebp_sparsegrad_cost(const sebp_basis *basis, int64_t rows, sebp_rotation
     return 0;
 }
 
-/* The cheapest order that is not among those tried, a bit for each; AUTO where all are. */
+/* The cheapest order that has not been tried, by the bits of `tried`; AUTO where all have. */
 static sebp_rotation cheapest(const sebp_basis *basis, int64_t m, unsigned tried)
 {
     sebp_rotation best = SEBP_ROTATE_AUTO;
@@ -62,30 +62,30 @@ sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m)
 /* ---- the gradient ---- */
 
 /* One side of R: dY with u_out, or X with u_in. */
-typedef struct side {
+typedef struct basis_side {
     sebp_operand factor; /* m x width on the active rows, width N or K */
     sebp_matrix basis;   /* rank x width */
     int64_t width, rank;
     float *wide; /* a panel of rows of a bf16 factor, widened */
-} side;
+} basis_side;
 
-/* Products are gone through in panels three times: to see how much scratch memory what is between
- * them takes, to reserve what they need themselves, and to run. */
-typedef enum pass { MEASURE, RESERVE, RUN } pass;
+/* The chain of products is gone through three times, in panels: to measure the scratch memory that
+ * intermediate results take, to reserve what the products need themselves, and to run. */
+typedef enum chain_pass { MEASURE, RESERVE, RUN } chain_pass;
 
-typedef struct chain {
+typedef struct product_chain {
     sebp_call *call;
-    side out, in;
+    basis_side out, in;
     sebp_dtype dtype; /* of both factors */
     const sebp_matrix *r;
-    bool add; /* to R */
-    pass pass;
+    bool add; /* add to R */
+    chain_pass pass;
     float *scratch;
-    int64_t room;  /* floats there may be */
-    int64_t taken; /* of them */
-} chain;
+    int64_t room;  /* the bound of scratch memory, in floats */
+    int64_t taken; /* floats of it in use */
+} product_chain;
 
-static float *take(chain *chain, int64_t floats)
+static float *take(product_chain *chain, int64_t floats)
 {
     const int64_t line = 16;
     int64_t at = chain->taken;
@@ -93,7 +93,7 @@ static float *take(chain *chain, int64_t floats)
     return chain->pass == RUN ? chain->scratch + at : NULL;
 }
 
-static void multiply(const chain *chain, sebp_product product)
+static void multiply(const product_chain *chain, sebp_product product)
 {
     sebp_plan plan = {.product = product};
     if (chain->pass == MEASURE)
@@ -103,7 +103,7 @@ static void multiply(const chain *chain, sebp_product product)
         sebp_run_product(chain->call, &plan);
 }
 
-static bool goes_on(const chain *chain)
+static bool goes_on(const product_chain *chain)
 {
     return sebp_call_goes_on(chain->call);
 }
@@ -113,17 +113,17 @@ static sebp_operand dense(const float *data, int64_t stride, bool transposed)
     return (sebp_operand){data, stride, NULL, transposed};
 }
 
-/* A side's vectors, `first` on, and of each its elements `at` on: rank x width. */
-static sebp_operand vectors(const side *side, int64_t first, int64_t at, bool transposed)
+/* The vectors of a side from `first` on, and of each the elements from `at` on: rank x width. */
+static sebp_operand vectors(const basis_side *side, int64_t first, int64_t at, bool transposed)
 {
     return dense((const float *)side->basis.data + first * side->basis.stride + at,
                  side->basis.stride, transposed);
 }
 
-/* R (+)= T V^T: T, count x depth, of the first side's vectors from `at` on; V, of all the other's,
- * their elements from `from` on. */
-static void to_r(const chain *chain, const side *first, int64_t at, int64_t count, const float *t,
-                 int64_t depth, int64_t from, bool accumulate)
+/* R (+)= T V^T. T: count x depth, belongs to the first side's vectors from `at` on. V: all vectors
+ * of the other side, their elements from `from` on. */
+static void to_r(const product_chain *chain, const basis_side *first, int64_t at, int64_t count,
+                 const float *t, int64_t depth, int64_t from, bool accumulate)
 {
     float *r = chain->r->data;
     sebp_product part = {.k = depth, .c_stride = chain->r->stride, .accumulate = accumulate};
@@ -143,38 +143,39 @@ static void to_r(const chain *chain, const side *first, int64_t at, int64_t coun
     multiply(chain, part);
 }
 
-/* Parts of one size, of at most `max`, at least 1. */
+/* The size of even pieces of at most `max` each; at least 1. */
 static int64_t even_part(int64_t whole, int64_t max)
 {
     return sebp_div_ceil(whole, sebp_div_ceil(whole, sebp_max(max, 1)));
 }
 
-/* Floats that a row takes, of both factors, where it is widened. */
-static int64_t wide_floats(const chain *chain)
+/* Floats that a row of both factors takes where they are widened to f32. */
+static int64_t wide_floats(const product_chain *chain)
 {
     return chain->dtype == SEBP_BF16 ? chain->out.width + chain->in.width : 0;
 }
 
-static void take_wide(chain *chain, int64_t rows)
+static void take_wide(product_chain *chain, int64_t rows)
 {
     bool is_wide = wide_floats(chain) > 0;
     chain->out.wide = take(chain, is_wide ? rows * chain->out.width : 0);
     chain->in.wide = take(chain, is_wide ? rows * chain->in.width : 0);
 }
 
-/* Of the active rows `count` from `first` on, as f32. */
-static sebp_operand rows_of(const chain *chain, const side *side, int64_t first, int64_t count)
+/* `count` of the active rows, from `first` on, as f32. */
+static sebp_operand rows_of(const product_chain *chain, const basis_side *side, int64_t first,
+                            int64_t count)
 {
     sebp_operand rows = side->factor;
-    if (rows.rows)
+    if (rows.rows != NULL) {
         rows.rows += first;
-    else
+    } else {
         rows.data =
             (const char *)rows.data + first * rows.stride * (int64_t)sebp_dtype_bytes(chain->dtype);
+    }
     if (chain->dtype == SEBP_F32)
         return rows;
-    sebp_matrix from = {(void *)(uintptr_t)rows.data, count, side->width, rows.stride,
-                        chain->dtype};
+    sebp_matrix from = sebp_input_view(rows.data, count, side->width, rows.stride, chain->dtype);
     sebp_matrix to = sebp_matrix_f32(side->wide, count, side->width);
     sebp_call *call = chain->call;
     if (chain->pass == RUN && sebp_call_goes_on(call)) {
@@ -185,9 +186,9 @@ static sebp_operand rows_of(const chain *chain, const side *side, int64_t first,
 }
 
 /* (u_out^T dY^T) (X u_in), in panels of rows. */
-static void rotate_factors(chain *chain)
+static void rotate_factors(product_chain *chain)
 {
-    const side *out = &chain->out, *in = &chain->in;
+    const basis_side *out = &chain->out, *in = &chain->in;
     int64_t m = chain->call->m, p = out->rank, q = in->rank;
     int64_t rows = even_part(m, chain->room / (p + q + wide_floats(chain)));
     take_wide(chain, rows);
@@ -214,9 +215,9 @@ static void rotate_factors(chain *chain)
     }
 }
 
-/* ((u_out^T dY^T) X) u_in where out is first, u_out^T (dY^T (X u_in)) where in is: in panels of the
- * first side's vectors, and of rows. Shapes are told for out. */
-static void rotate_one(chain *chain, const side *first, const side *second)
+/* ((u_out^T dY^T) X) u_in where `first` is out, u_out^T (dY^T (X u_in)) where it is in. In panels
+ * of the first side's vectors and of rows. The comments name the shapes for out. */
+static void rotate_one(product_chain *chain, const basis_side *first, const basis_side *second)
 {
     int64_t m = chain->call->m, width = second->width;
     int64_t lines = even_part(first->rank, chain->room / 2 / width);
@@ -245,9 +246,9 @@ static void rotate_one(chain *chain, const side *first, const side *second)
     }
 }
 
-/* (u_out^T (dY^T X)) u_in where out is first, u_out^T ((dY^T X) u_in) where in is: in panels of the
- * other side's columns. Shapes are told for out. */
-static void rotate_gradient(chain *chain, const side *first, const side *second)
+/* (u_out^T (dY^T X)) u_in where `first` is out, u_out^T ((dY^T X) u_in) where it is in. In panels
+ * of the other side's columns. The comments name the shapes for out. */
+static void rotate_gradient(product_chain *chain, const basis_side *first, const basis_side *second)
 {
     int64_t width = first->width, rank = first->rank;
     int64_t cols = even_part(second->width, chain->room / (width + rank));
@@ -273,11 +274,11 @@ static void rotate_gradient(chain *chain, const side *first, const side *second)
     }
 }
 
-static void rotate(chain *chain, sebp_rotation order)
+static void rotate(product_chain *chain, sebp_rotation order)
 {
-    side *out = &chain->out, *in = &chain->in;
+    basis_side *out = &chain->out, *in = &chain->in;
     switch (order) {
-    case SEBP_ROTATE_AUTO: /* which has been settled before */
+    case SEBP_ROTATE_AUTO: /* replaced by an order before */
         break;
     case SEBP_ROTATE_FACTORS:
         rotate_factors(chain);
@@ -302,12 +303,12 @@ static void gradient_on_rows(sebp_call *call, const sebp_basis *basis, const seb
                              const sebp_matrix *x, sebp_rotation order, const sebp_matrix *r)
 {
     const sebp_backend *backend = call->backend;
-    const int64_t slack = 4 * 16; /* four parts are taken, in whole lines */
-    chain chain = {.call = call, .dtype = dy->dtype, .r = r};
-    chain.out = (side){.factor = sebp_active_operand(call, dy, false)};
-    chain.in = (side){.factor = sebp_x_operand(call, x, false)};
+    const int64_t slack = 4 * 16; /* at most four arrays are taken, each in whole cache lines */
+    product_chain chain = {.call = call, .dtype = dy->dtype, .r = r};
+    chain.out = (basis_side){.factor = sebp_active_operand(call, dy, false)};
+    chain.in = (basis_side){.factor = sebp_x_operand(call, x, false)};
     sebp_basis_on_device(call, basis, &chain.out.basis, &chain.in.basis);
-    side *sides[] = {&chain.out, &chain.in};
+    basis_side *sides[] = {&chain.out, &chain.in};
     for (int i = 0; i < 2; i++) {
         sides[i]->width = sides[i]->basis.cols;
         sides[i]->rank = sides[i]->basis.rows;
@@ -320,7 +321,7 @@ static void gradient_on_rows(sebp_call *call, const sebp_basis *basis, const seb
         to_r(&chain, &chain.out, 0, chain.out.rank, NULL, 0, 0, chain.add);
         return;
     }
-    rotate(&chain, order); /* in the first pass the products have taken all they take */
+    rotate(&chain, order); /* in pass MEASURE, which runs no product */
     sebp_reserve_scratch(call, chain.taken * (int64_t)sizeof(float), "the rotated factors");
     for (chain.pass = RESERVE; chain.pass <= RUN && goes_on(&chain); chain.pass++) {
         chain.taken = 0;
@@ -330,14 +331,15 @@ static void gradient_on_rows(sebp_call *call, const sebp_basis *basis, const seb
     sebp_reserve_scratch(call, 0, "");
 }
 
-/* By the cheapest order that there is scratch memory for: where there is none nothing was written. */
+/* Takes the cheapest order that there is enough scratch memory for. An order that lacks memory has
+ * written nothing. */
 static void gradient_by_cheapest(sebp_call *call, const sebp_basis *basis, const sebp_matrix *dy,
                                  const sebp_matrix *x, sebp_rotation *order, const sebp_matrix *r)
 {
     unsigned tried = 0;
     sebp_rotation next = cheapest(basis, call->m, tried);
     while (next != SEBP_ROTATE_AUTO) {
-        call->status = SEBP_SUCCESS; /* of the one before there was no memory */
+        call->status = SEBP_SUCCESS; /* the order before lacked memory */
         *order = next;
         tried |= 1U << next;
         gradient_on_rows(call, basis, dy, x, next, r);
@@ -364,8 +366,9 @@ sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_basis *ba
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_sparsegrad_gradient");
     if (!sebp_require(&call, "basis", basis) || !sebp_require(&call, "dy", dy) ||
-        !sebp_require(&call, "x", x) || !sebp_require(&call, "r", r))
+        !sebp_require(&call, "x", x) || !sebp_require(&call, "r", r)) {
         return call.status;
+    }
     enum { DY, X, R, OUT, IN, COUNT };
     const sebp_argument arguments[COUNT] = {
         [DY] = {"dy", dy, false},
@@ -410,8 +413,9 @@ sebp_status sebp_sparsegrad_update(sebp_context *context, const sebp_basis *basi
         return SEBP_ERROR_NULL;
     sebp_call call = sebp_call_begin(context, "sebp_sparsegrad_update");
     if (!sebp_require(&call, "basis", basis) || !sebp_require(&call, "s", s) ||
-        !sebp_require(&call, "w", w))
+        !sebp_require(&call, "w", w)) {
         return call.status;
+    }
     const sebp_argument arguments[] = {{"w", w, true},
                                        {"the basis's out", &basis->out, false},
                                        {"the basis's in", &basis->in, false}};

@@ -12,7 +12,7 @@
 
 #include "internal.h"
 
-/* A page. What says that it is larger is no struct, and may not be there to be read. */
+/* A page. A size beyond it is an error, and that much memory may not be there to be read. */
 enum { MAX_BYTES = 4096 };
 
 static size_t size_of(const void *given)

@@ -100,3 +100,8 @@ int64_t min_int64(int64_t a, int64_t b)
 {
     return a < b ? a : b;
 }
+
+int64_t div_ceil_int64(int64_t whole, int64_t part)
+{
+    return whole / part + (whole % part != 0);
+}

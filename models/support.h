@@ -56,4 +56,7 @@ float random_normal(uint64_t *state);
 
 int64_t min_int64(int64_t a, int64_t b);
 
+/** The quotient rounded up; whole >= 0, part > 0. */
+int64_t div_ceil_int64(int64_t whole, int64_t part);
+
 #endif

@@ -85,15 +85,15 @@ static int pretrain(struct shared *shared, struct report *r)
 static void show_run(const struct options *o, enum method method, double rate, uint64_t seed,
                      const char *set, const struct result *result)
 {
-    fprintf(stderr, "%-18s  seed %llu  rate %-7.3g  %s %s %.4f, %.1f ms a step\n",
-            method_names[method], (unsigned long long)seed, rate, set, o->metric,
-            metric_of(o, result->score), 1e3 * result->step_seconds);
+    fprintf(stderr, "%-18s  seed %" PRIu64 "  rate %-7.3g  %s %s %.4f, %.1f ms a step\n",
+            method_names[method], seed, rate, set, o->metric, metric_of(o, result->score),
+            1e3 * result->step_seconds);
 }
 
 static int complain_about_run(int status, enum method method, double rate, uint64_t seed)
 {
-    return complain(status, "that was %s with seed %llu and rate %g", method_names[method],
-                    (unsigned long long)seed, rate);
+    return complain(status, "that was %s with seed %" PRIu64 " and rate %g", method_names[method],
+                    seed, rate);
 }
 
 /** The rate that does best on the validation part; of equal ones that of least loss. */

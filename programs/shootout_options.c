@@ -92,7 +92,7 @@ static int check_options(struct options *o)
     int64_t vectors = o->wanted[SPARSEGRAD]                    ? larger
                       : o->wanted[LEADING] || o->wanted[FIXED] ? min_int64(o->basis_rank, larger)
                                                                : 0;
-    if (o->basis_steps * o->model.layers < (vectors + directions - 1) / directions) {
+    if (o->basis_steps * o->model.layers < div_ceil_int64(vectors, directions)) {
         return complain(REFUSED,
                         "--basis-steps: %" PRId64 " steps of %" PRId64
                         " layers are too few for %" PRId64 " vectors",

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE /* MAP_ANONYMOUS */
 
 #include <errno.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,11 +23,11 @@
 /** The most memory this process has held since it began, or since forget_peak(). */
 static int64_t peak_memory(void)
 {
-    long long kilobytes = -1;
+    int64_t kilobytes = -1;
     char line[256];
     FILE *status = fopen("/proc/self/status", "r");
     while (status != NULL && fgets(line, sizeof line, status) != NULL) {
-        if (sscanf(line, "VmHWM: %lld kB", &kilobytes) == 1) {
+        if (sscanf(line, "VmHWM: %" SCNd64 " kB", &kilobytes) == 1) {
             break;
         }
     }
@@ -37,7 +38,7 @@ static int64_t peak_memory(void)
     if (kilobytes < 0 && getrusage(RUSAGE_SELF, &usage) == 0) {
         kilobytes = usage.ru_maxrss;
     }
-    return 1024 * (int64_t)kilobytes;
+    return 1024 * kilobytes;
 }
 
 /** Counts the peak from here on, where the kernel allows it. */

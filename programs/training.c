@@ -73,7 +73,7 @@ int train(struct bert *m, struct pool *pool, const struct training *training, do
 
 int64_t step_count(const struct dataset *data, int64_t batch, int64_t epochs, int64_t limit)
 {
-    int64_t steps = (data->count + batch - 1) / batch * epochs;
+    int64_t steps = div_ceil_int64(data->count, batch) * epochs;
     return limit > 0 ? min_int64(limit, steps) : steps;
 }
 

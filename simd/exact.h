@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file exact.h
- * Refuses compilers' flags that let them compute something else than what is written.
+ * Refuses compiler flags that change what the code computes.
  *
- * The kernels find NaN and Inf, tell -0 from 0 by comparing, and sum in an order that makes the
- * results the same bits for any threads and rows. Compilers tell of these flags by macros; configure
- * looks for those of which they do not.
+ * The kernels find NaN and Inf, tell -0 from 0, and sum in a fixed order, so that results have the
+ * same bits for any number of threads. Compilers announce some of these flags by macros; configure
+ * looks for the others.
  */
 #ifndef SEBP_EXACT_H
 #define SEBP_EXACT_H

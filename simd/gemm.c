@@ -17,7 +17,7 @@ enum {
     TILE_COLS = TILE_VECS * VEC_LANES,
     LINE_BYTES = 64,                   /* of cache */
     LINE = LINE_BYTES / sizeof(float), /* in floats */
-    FRACTION = 1 << 16                 /* one, where lines are counted in fractions */
+    FRACTION = 1 << 16                 /* 1 in fixed point, to count lines by fractions */
 };
 
 /* A vector stored at each unit may spill into the next unit, which is written after it; with more
@@ -79,7 +79,7 @@ INLINE vec lanes_bf16(const void *even, const void *odd, int64_t at, int64_t n)
 INLINE const char *memory_row(const sebp_slab *from, int64_t row, int64_t element_bytes)
 {
     return (const char *)from->data +
-           (from->rows ? from->rows[row] : row) * from->stride * element_bytes;
+           (from->rows != NULL ? from->rows[row] : row) * from->stride * element_bytes;
 }
 
 /* Memory rows are lanes: blocks of VEC_LANES lanes x VEC_LANES units are transposed in registers.
@@ -161,12 +161,13 @@ INLINE void pack_f32(float *packed, int64_t sliver_units, int width, const sebp_
 INLINE void pack_bf16(float *packed, int64_t sliver_units, int width, const sebp_slab *from,
                       int64_t lane, int64_t lanes, int64_t at, int64_t depth)
 {
-    if (from->lanes_are_rows)
+    if (from->lanes_are_rows) {
         pack_transposed(packed, sliver_units, width, from, lane, lanes, at, depth, 2, BF16_UNIT,
                         units_bf16);
-    else
+    } else {
         pack_straight(packed, sliver_units, width, from, lane, lanes, at, depth, 2, BF16_UNIT,
                       lanes_bf16);
+    }
 }
 
 void SEBP_NAME(pack_a_f32)(float *packed, int64_t sliver_units, const sebp_slab *from, int64_t lane,
@@ -231,7 +232,7 @@ INLINE void store_row(float *to, const vec *sum, int64_t cols, bool accumulate, 
         vec result = sum[j];
         if (accumulate)
             result = vec_add(vec_load_first(to + at, n), result);
-        if (bias)
+        if (bias != NULL)
             result = vec_add(result, vec_load_first(bias + at, n));
         vec_store_first(to + at, result, n);
     }
@@ -248,7 +249,7 @@ INLINE void add_unit(int height, bool pack_b, arithmetic with, const sebp_tile_w
     if (pack_b) {
         const char *const *row = work->b_rows + u * with.unit_elements;
         const char *even = row[0] + work->b_at, *odd = NULL;
-        if (with.unit_elements == 2 && row[1])
+        if (with.unit_elements == 2 && row[1] != NULL)
             odd = row[1] + work->b_at;
         for (int j = 0; j < TILE_VECS; j++)
             lanes[j] = with.load(even, odd, (int64_t)j * VEC_LANES, VEC_LANES);
@@ -274,12 +275,13 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
     enum { ROUND = TILE_ROWS * TILE_VECS < 16 ? 8 : 4 };
     const int64_t units = work->units, rounds = units / ROUND;
     const int64_t row_lines = (TILE_COLS * with.element_bytes + LINE_BYTES - 1) / LINE_BYTES;
-    const int64_t more = work->ahead && rounds ? work->ahead_lines * FRACTION / rounds : 0;
+    const int64_t more = work->ahead != NULL && rounds ? work->ahead_lines * FRACTION / rounds : 0;
     int64_t line = work->ahead_line, due = line * FRACTION;
     vec sum[TILE_ROWS][TILE_VECS];
-    for (int i = 0; i < height; i++)
+    for (int i = 0; i < height; i++) {
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
+    }
     const bool is_whole = work->rows == height && work->cols == TILE_COLS;
     const int64_t fetched = is_whole && !work->stream ? height : 0;
     int64_t u = 0;
@@ -289,10 +291,11 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
             for (int j = 0; j < TILE_COLS; j += LINE)
                 __builtin_prefetch(work->c[i] + work->c_at + j, 0, 2);
         }
-        for (due += more; line * FRACTION < due; line++)
+        for (due += more; line * FRACTION < due; line++) {
             __builtin_prefetch(work->ahead[line / row_lines] + work->ahead_at +
                                    line % row_lines * LINE_BYTES,
                                0, 2);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < ROUND; i++)
             add_unit(height, pack_b, with, work, u + i, sum);
@@ -301,10 +304,11 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         add_unit(height, pack_b, with, work, u, sum);
     if (is_whole && work->stream) {
 #pragma GCC unroll 16
-        for (int i = 0; i < height; i++)
+        for (int i = 0; i < height; i++) {
             for (int j = 0; j < TILE_VECS; j++)
                 vec_stream(work->c[i] + work->c_at + (int64_t)j * VEC_LANES, sum[i][j]);
-    } else if (is_whole && !work->bias) {
+        }
+    } else if (is_whole && work->bias == NULL) {
         /* nearly every tile: straight from the registers */
 #pragma GCC unroll 16
         for (int i = 0; i < height; i++) {

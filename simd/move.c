@@ -22,7 +22,7 @@ void SEBP_NAME(expand_rows)(char *data, int64_t stride, const int64_t *rows, int
     if (row_bytes == 0) {
         return;
     }
-    /* Once a row is in its place, so are all before it. */
+    /* If a row is in its place already, so are all rows before it. */
     for (int64_t i = count - 1; i >= 0 && rows[i] != i; i--) {
         memcpy(data + rows[i] * stride, data + i * stride, (size_t)row_bytes);
     }

@@ -2,8 +2,8 @@
 /** @file scan.c What one row of dY tells: whether it is active, and how long it is. */
 #include "kernels.h"
 
-/* Vecs between two looks at what was read: a zero row is read at the speed of memory, an active one
- * is mostly settled by its first block. */
+/* Vecs read between two tests: a zero row is read at the speed of memory, an active one is usually
+ * recognised in its first block. */
 #define BLOCK_VECS 8
 
 static inline bool any_nonzero(const void *row, bool is_bf16, int64_t n)
@@ -85,7 +85,7 @@ double SEBP_NAME(square_sum_bf16)(const uint16_t *row, int64_t n)
     return square_sum(row, true, n);
 }
 
-/* Those of the first n lanes. */
+/* The bits of the first n lanes. */
 static inline uint32_t lanes_at_least(vec v, uint32_t min, int64_t n)
 {
     return vec_at_least(v, min) & (uint32_t)((UINT64_C(1) << n) - 1);

@@ -7,7 +7,7 @@ typedef struct lanes {
     vec beta1, gain1, beta2, gain2, root2, epsilon, rate, keep;
 } lanes;
 
-/* The steps of a vec of elements, and their new moments in *m and *v. */
+/* The steps of a vec of elements; *m and *v become their new moments. */
 static inline vec step_of(const lanes *by, vec g, vec *m, vec *v)
 {
     *m = vec_fma(by->beta1, *m, vec_mul(by->gain1, g));

@@ -2,7 +2,7 @@
 /** @file sum.c Sums of rows: for db, and of a sparse matrix times a dense one. */
 #include "kernels.h"
 
-/* Rows that are walked along together: the sum is loaded and stored once for all of them. */
+/* Rows that are added together: the sum is loaded and stored once for all of them. */
 #define ROWS_AT_ONCE 8
 
 /* Only the rows' order matters for each column, so every tier gives the same bits. */

@@ -16,15 +16,15 @@ enum { BLOCKS = 4096, GAP = 4096 };
 static const size_t ARENA = (size_t)1 << 30;
 
 /* A piece of memory that is allocated. */
-typedef struct piece {
+typedef struct device_memory {
     size_t first, bytes; /* within the arena */
-} piece;
+} device_memory;
 
 struct counting {
     sebp_cpu *cpu;
     char *handles; /* pages that nobody may touch */
     char *memory;  /* what lies behind them */
-    piece pieces[BLOCKS];
+    device_memory pieces[BLOCKS];
     int live;
     size_t used; /* of the arena */
     void *scratch;
@@ -45,7 +45,7 @@ static void *behind(const counting *device, const void *pointer, int64_t bytes)
                   "a device was handed memory of the host");
     size_t first = (size_t)(at - device->handles);
     for (int i = 0; i < device->live; i++) {
-        const piece *piece = &device->pieces[i];
+        const device_memory *piece = &device->pieces[i];
         if (first >= piece->first && first + (size_t)bytes <= piece->first + piece->bytes)
             return device->memory + first;
     }
@@ -59,7 +59,7 @@ static void *take(counting *device, int64_t bytes)
     if (device->live == 0)
         device->used = 0;
     ck_assert_msg(device->used + room + GAP <= ARENA, "the tests' device is full");
-    device->pieces[device->live++] = (piece){device->used, room};
+    device->pieces[device->live++] = (device_memory){device->used, room};
     char *handle = device->handles + device->used;
     memset(device->memory + device->used, TESTING_POISON, room);
     device->used += room + GAP;
@@ -195,7 +195,7 @@ static sebp_operand behind_operand(const counting *device, const sebp_operand *o
 {
     sebp_operand found = *operand;
     found.rows = behind_list(device, operand->rows, rows);
-    sebp_matrix lies = {(void *)(uintptr_t)operand->data, rows, cols, operand->stride, dtype};
+    sebp_matrix lies = sebp_input_view(operand->data, rows, cols, operand->stride, dtype);
     found.data = behind_rows(device, &lies, found.rows, rows).data;
     return found;
 }

@@ -2,6 +2,7 @@
 #include "reference.h"
 
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -10,7 +11,7 @@
 static void *array(int64_t count, size_t bytes)
 {
     void *data = calloc(count > 0 ? (size_t)count : 1, bytes);
-    ck_assert_msg(data != NULL, "no memory for a reference of %lld elements", (long long)count);
+    ck_assert_msg(data != NULL, "no memory for a reference of %" PRId64 " elements", count);
     return data;
 }
 
@@ -404,9 +405,9 @@ void reference_check(const reference *want, const sebp_matrix *got, reference_mo
         }
         double off = distance(testing_get(got, i, j), value);
         if (!(off <= bound)) {
-            ck_abort_msg("%s(%lld, %lld) of %lld x %lld is %.9g, not %.9g: bound %.3g", what,
-                         (long long)i, (long long)j, (long long)want->rows, (long long)want->cols,
-                         testing_get(got, i, j), value, bound);
+            ck_abort_msg("%s(%" PRId64 ", %" PRId64 ") of %" PRId64 " x %" PRId64
+                         " is %.9g, not %.9g: bound %.3g",
+                         what, i, j, want->rows, want->cols, testing_get(got, i, j), value, bound);
         }
         computed += want->magnitude[at] != 0;
         nonzeros += want->magnitude[at] != 0 && value != 0;
@@ -415,8 +416,8 @@ void reference_check(const reference *want, const sebp_matrix *got, reference_mo
     ck_assert_msg(want->terms == 0 || want->rows * want->cols == 0 || computed > 0,
                   "%s: nothing was computed, which proves nothing", what);
     ck_assert_msg(computed < 16 || nonzeros > computed / 4,
-                  "%s: %lld of %lld sums are zero, which proves nothing", what,
-                  (long long)(computed - nonzeros), (long long)computed);
+                  "%s: %" PRId64 " of %" PRId64 " sums are zero, which proves nothing", what,
+                  computed - nonzeros, computed);
     testing_check_matrix(got);
 }
 

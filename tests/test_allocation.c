@@ -11,6 +11,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <inttypes.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -344,7 +345,7 @@ static int is_poison(const sebp_matrix *matrix)
 
 /* Calls that are made to fail. `result` takes a new set or context. They do nothing besides: where
  * the library is linked in, Check's own memory would be counted as the library's. */
-typedef sebp_status (*call)(sebp_context *context, void **result);
+typedef sebp_status (*library_call)(sebp_context *context, void **result);
 
 static sebp_status call_backward(sebp_context *context, void **result)
 {
@@ -740,9 +741,9 @@ static void destroy_state(void *state)
 
 static const struct target {
     const char *name;
-    call call;
+    library_call call;
     void (*destroy)(void *result);
-    int least; /* allocations there must be */
+    int min; /* allocations there must be */
 } targets[] = {
     {"context_create", call_create, destroy_context, 1},
     {"rows_all", call_all, destroy_rows, 1},
@@ -864,15 +865,15 @@ static void fail_each(const struct target *target, sebp_gemm gemm)
         done = asked_for < n; /* none was left to fail */
         if (done) {
             ck_assert_int_eq(status, SEBP_SUCCESS);
-            ck_assert_msg(n > target->least, "%s asked for memory %lld times", target->name,
-                          (long long)n - 1);
+            ck_assert_msg(n > target->min, "%s asked for memory %" PRId64 " times", target->name,
+                          n - 1);
         } else {
-            ck_assert_msg(status == SEBP_ERROR_MEMORY, "%s, allocation %lld: %s", target->name,
-                          (long long)n, sebp_status_string(status));
-            ck_assert_msg(result == NULL, "%s, allocation %lld: result written", target->name,
-                          (long long)n);
-            ck_assert_msg(outputs_are_poison(), "%s, allocation %lld: outputs written",
-                          target->name, (long long)n);
+            ck_assert_msg(status == SEBP_ERROR_MEMORY, "%s, allocation %" PRId64 ": %s",
+                          target->name, n, sebp_status_string(status));
+            ck_assert_msg(result == NULL, "%s, allocation %" PRId64 ": result written",
+                          target->name, n);
+            ck_assert_msg(outputs_are_poison(), "%s, allocation %" PRId64 ": outputs written",
+                          target->name, n);
             int is_on_context =
                 strncmp(target->name, "linear", 6) == 0 || strncmp(target->name, "norm", 4) == 0 ||
                 strncmp(target->name, "cross", 5) == 0 ||
@@ -889,8 +890,8 @@ static void fail_each(const struct target *target, sebp_gemm gemm)
         check_result(target, result, first, first_outputs);
         destroy_result(target, result);
         sebp_context_destroy(context);
-        ck_assert_msg(live_count == 0, "%s, allocation %lld: %d allocations leaked", target->name,
-                      (long long)n, live_count);
+        ck_assert_msg(live_count == 0, "%s, allocation %" PRId64 ": %d allocations leaked",
+                      target->name, n, live_count);
     }
     destroy_result(target, first);
     for (int i = 0; i < OUTPUTS; i++) {

@@ -8,6 +8,7 @@
 #include "config.h"
 
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -140,8 +141,8 @@ static void compare(sebp_matrix *got, sebp_matrix *want, double bound)
 {
     sebp_matrix a = take(tested, got), b = take(scalar, want);
     if (bound == 0) {
-        ck_assert_msg(testing_same_bits(&a, &b), "%lldx%lld: other bits", (long long)a.rows,
-                      (long long)a.cols);
+        ck_assert_msg(testing_same_bits(&a, &b), "%" PRId64 "x%" PRId64 ": other bits", a.rows,
+                      a.cols);
     }
     for (int64_t i = 0; i < a.rows; i++) {
         for (int64_t j = 0; j < a.cols; j++) {
@@ -149,8 +150,8 @@ static void compare(sebp_matrix *got, sebp_matrix *want, double bound)
             double room = bound * (1 + fabs(y));
             if (a.dtype == SEBP_BF16)
                 room += fabs(y) / 128;
-            ck_assert_msg(!(fabs(x - y) > room) && isnan(x) == isnan(y), "(%lld, %lld): %g, not %g",
-                          (long long)i, (long long)j, x, y);
+            ck_assert_msg(!(fabs(x - y) > room) && isnan(x) == isnan(y),
+                          "(%" PRId64 ", %" PRId64 "): %g, not %g", i, j, x, y);
         }
     }
     testing_release(&a);
@@ -230,7 +231,7 @@ START_TEST(scan_rows)
                                               limit, want));
             for (int64_t i = 0; i < rows; i++) {
                 ck_assert_msg(got[i] == want[i] || fabs(got[i] - want[i]) <= 1e-12 * want[i],
-                              "measure %d of row %lld: %g, not %g", measure, (long long)i, got[i],
+                              "measure %d of row %" PRId64 ": %g, not %g", measure, i, got[i],
                               want[i]);
                 found += want[i] != 0;
             }
@@ -248,18 +249,19 @@ END_TEST
 
 /* An operand of a product on both devices: `own` of memory rows, `listed` of them where it has a
  * list. */
-typedef struct factor {
+typedef struct operand_pair {
     sebp_operand tested, scalar;
-} factor;
+} operand_pair;
 
-static factor make_factor(int64_t rows, int64_t cols, bool transposed, sebp_dtype dtype,
-                          testing_values values)
+static operand_pair make_factor(int64_t rows, int64_t cols, bool transposed, sebp_dtype dtype,
+                                testing_values values)
 {
     bool is_listed = testing_chance(0.5);
     int64_t memory_rows = transposed ? cols : rows, memory_cols = transposed ? rows : cols;
     int64_t total = is_listed ? memory_rows + testing_between(0, 20) : memory_rows;
     sebp_matrix matrix = testing_random_matrix(total, memory_cols, dtype, values);
-    factor made = {{.stride = matrix.stride, .transposed = transposed}, {.transposed = transposed}};
+    operand_pair made = {{.stride = matrix.stride, .transposed = transposed},
+                         {.transposed = transposed}};
     made.scalar.stride = matrix.stride;
     made.tested.data = put(tested, &matrix).data;
     made.scalar.data = put(scalar, &matrix).data;
@@ -274,7 +276,7 @@ static factor make_factor(int64_t rows, int64_t cols, bool transposed, sebp_dtyp
     return made;
 }
 
-static void drop_factor(factor *factor)
+static void drop_factor(operand_pair *factor)
 {
     drop(tested, (void *)(uintptr_t)factor->tested.data);
     drop(scalar, (void *)(uintptr_t)factor->scalar.data);
@@ -304,8 +306,8 @@ static void one_product(void)
     bool is_scattered = testing_chance(0.5);
     on_tested.accumulate = testing_chance(0.4);
     on_tested.other_rows_are_free = is_scattered && !on_tested.accumulate && testing_chance(0.5);
-    factor a = make_factor(m, k, testing_chance(0.5), dtype, values);
-    factor b = make_factor(k, n, testing_chance(0.5), dtype, values);
+    operand_pair a = make_factor(m, k, testing_chance(0.5), dtype, values);
+    operand_pair b = make_factor(k, n, testing_chance(0.5), dtype, values);
 
     int64_t total = is_scattered ? m + testing_between(0, 20) : m;
     sebp_matrix c = testing_random_matrix(total, n, testing_dtype(), values);

@@ -149,14 +149,14 @@ START_TEST(copied_context)
 END_TEST
 
 /* _i: the GEMM. One that another thread has made, and was the only one to use. */
-typedef struct other {
+typedef struct other_context {
     sebp_context *context;
     layer *l;
-} other;
+} other_context;
 
 static void *compute_in_thread(void *argument)
 {
-    other *other = argument;
+    other_context *other = argument;
     compute_first(other->context, other->l);
     return NULL;
 }
@@ -167,7 +167,7 @@ START_TEST(context_of_another_thread)
         return;
     }
     layer l = make_layer();
-    other other = {testing_context(gemms[_i], 2, 0), &l};
+    other_context other = {testing_context(gemms[_i], 2, 0), &l};
     pthread_t thread;
     ck_assert_int_eq(pthread_create(&thread, NULL, compute_in_thread, &other), 0);
     ck_assert_int_eq(pthread_join(thread, NULL), 0);

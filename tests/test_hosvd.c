@@ -6,6 +6,7 @@
 #include "config.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -134,8 +135,8 @@ static void check_vectors(const sebp_matrix *vectors, const double *sum, double 
                 dot += testing_get(vectors, i, k) * testing_get(vectors, j, k);
             }
             ck_assert_msg(fabs(dot - (i == j)) < 2e-6 * sqrt((double)size),
-                          "vectors %lld and %lld of %lld: %g", (long long)i, (long long)j,
-                          (long long)size, dot);
+                          "vectors %" PRId64 " and %" PRId64 " of %" PRId64 ": %g", i, j, size,
+                          dot);
         }
         double *product = array(size);
         for (int64_t j = 0; j < size; j++) {
@@ -150,11 +151,11 @@ static void check_vectors(const sebp_matrix *vectors, const double *sum, double 
             residual = fmax(residual, fabs(product[j] - value * testing_get(vectors, i, j)));
         }
         free(product);
-        ck_assert_msg(residual < bound, "vector %lld of %lld: residual %g", (long long)i,
-                      (long long)size, residual);
-        ck_assert_msg(fabs(value - values[size - 1 - i]) < bound, "eigenvalue %lld is %g, not %g",
-                      (long long)i, value, values[size - 1 - i]);
-        ck_assert_msg(value < last + bound && largest > 0, "order or sign of %lld", (long long)i);
+        ck_assert_msg(residual < bound, "vector %" PRId64 " of %" PRId64 ": residual %g", i, size,
+                      residual);
+        ck_assert_msg(fabs(value - values[size - 1 - i]) < bound,
+                      "eigenvalue %" PRId64 " is %g, not %g", i, value, values[size - 1 - i]);
+        ck_assert_msg(value < last + bound && largest > 0, "order or sign of %" PRId64, i);
         last = value;
         kept += values[size - 1 - i];
     }
@@ -222,7 +223,7 @@ static void check_residuals(const sebp_matrix *vectors, const double *sum)
             square += dot * dot;
         }
         residual = sqrt(fmax(0, square - value * value)) / value;
-        ck_assert_msg(residual < 1e-3, "vector %lld: residual %g of its eigenvalue", (long long)i,
+        ck_assert_msg(residual < 1e-3, "vector %" PRId64 ": residual %g of its eigenvalue", i,
                       residual);
     }
 }
@@ -821,9 +822,9 @@ START_TEST(sums_come_back)
         sebp_matrix out = testing_matrix(N, N, N, SEBP_F32), in = testing_matrix(K, K, K, SEBP_F32);
         ck_assert_int_eq(sebp_basis_sums_export(sums, &energy, &out, &in), SEBP_SUCCESS);
         sebp_status status = sebp_basis_sums_import(other, count, energy, &out, &in);
-        ck_assert_msg(status == SEBP_SUCCESS, "%lld gradients of %lldx%lld times %g: %s",
-                      (long long)count, (long long)N, (long long)K, scale,
-                      sebp_status_string(status));
+        ck_assert_msg(status == SEBP_SUCCESS,
+                      "%" PRId64 " gradients of %" PRId64 "x%" PRId64 " times %g: %s", count, N, K,
+                      scale, sebp_status_string(status));
         if (energy == 0) { /* any number of zero gradients */
             ck_assert_int_eq(sebp_basis_sums_import(other, INT64_C(1) << 50, 0, &out, &in),
                              SEBP_SUCCESS);

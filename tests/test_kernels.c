@@ -12,6 +12,7 @@
 #include "config.h"
 
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -51,7 +52,7 @@ START_TEST(nonzero)
         flush_denormals(testing_chance(0.5));
         bool found = any_nonzero(kernels, is_bf16, row.data, n);
         flush_denormals(0);
-        check(found == expected, "%d of %lld elements", found, (long long)n);
+        check(found == expected, "%d of %" PRId64 " elements", found, n);
         active += expected;
         inactive += !expected;
         release(&row);
@@ -101,7 +102,7 @@ START_TEST(above)
         flush_denormals(testing_chance(0.5));
         bool found = any_above(kernels, is_bf16, row.data, n, limit);
         flush_denormals(0);
-        check(found == expected, "%d for %a of %lld elements", found, (double)limit, (long long)n);
+        check(found == expected, "%d for %a of %" PRId64 " elements", found, (double)limit, n);
         active += expected;
         inactive += !expected;
         release(&row);
@@ -172,8 +173,8 @@ START_TEST(move)
         unsigned char *expected = twin_of(&to);
         for (int64_t i = 0; i < count; i++) {
             for (int64_t j = 0; j < row_bytes; j++) {
-                expected[(to_rows ? to_rows[i] : i) * to_stride + j] =
-                    from.data[(from_rows ? from_rows[i] : i) * from_stride + j];
+                expected[(to_rows != NULL ? to_rows[i] : i) * to_stride + j] =
+                    from.data[(from_rows != NULL ? from_rows[i] : i) * from_stride + j];
             }
         }
         kernels->move_rows((char *)to.data, to_stride, to_rows, (const char *)from.data,
@@ -320,7 +321,7 @@ START_TEST(add_rows)
         float *expected = twin_of(&sum);
         for (int64_t j = 0; j < cols; j++) {
             for (int64_t i = 0; i < count; i++) {
-                int64_t row = rows ? rows[i] : i;
+                int64_t row = rows != NULL ? rows[i] : i;
                 expected[j] += (float)get(from.data, is_bf16, row * stride + j);
             }
         }
@@ -419,8 +420,9 @@ START_TEST(at_least)
         int64_t got = kernels->list_at_least((void *)row.data, n, min, first, list, kept);
         flush_denormals(0);
         check(count == 5 + wanted && above == 7 + wanted - equal && got == wanted,
-              "%lld and %lld are counted, %lld listed, of %lld and %lld", (long long)count - 5,
-              (long long)above - 7, (long long)got, (long long)wanted, (long long)(wanted - equal));
+              "%" PRId64 " and %" PRId64 " are counted, %" PRId64 " listed, of %" PRId64
+              " and %" PRId64,
+              count - 5, above - 7, got, wanted, wanted - equal);
         for (int64_t i = 0; i < n; i++) {
             uint32_t magnitude;
             memcpy(&magnitude, (const float *)(void *)row.data + i, sizeof magnitude);
@@ -428,13 +430,13 @@ START_TEST(at_least)
                 check(list[listed] == first + i &&
                           memcmp(&kept[listed], (const float *)(void *)row.data + i,
                                  sizeof(float)) == 0,
-                      "element %lld is not listed", (long long)i);
+                      "element %" PRId64 " is not listed", i);
                 listed++;
             }
         }
         int64_t none =
             kernels->list_at_least((void *)row.data, n, (uint32_t)1 << 31, first, list, kept);
-        check(none == 0, "%lld are above all there is", (long long)none);
+        check(none == 0, "%" PRId64 " are above all there is", none);
         most_listed = wanted > most_listed ? wanted : most_listed;
         most_equal = equal > most_equal ? equal : most_equal;
         release(&row);
@@ -637,7 +639,7 @@ static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t l
         int64_t along = at + u * elements + i;
         int64_t row = from->lanes_are_rows ? lane : along;
         int64_t col = from->lanes_are_rows ? along : lane;
-        int64_t element = (from->rows ? from->rows[row] : row) * from->stride + col;
+        int64_t element = (from->rows != NULL ? from->rows[row] : row) * from->stride + col;
         if (is_bf16) {
             uint32_t half = ((const uint16_t *)from->data)[element];
             unit |= half << (pairs && i == 0 ? 0 : 16);
@@ -826,9 +828,9 @@ START_TEST(tile)
                 /* Each product and each addition rounds once. */
                 double bound = (double)(depth + 3) * (FLT_EPSILON / 2) * magnitude;
                 check(fabs(c_rows[i][c_first + j] - sum) <= (integers ? 0 : bound),
-                      "%lld x %lld, %lld units: (%lld, %lld) is %a, not %a", (long long)rows,
-                      (long long)cols, (long long)units, (long long)i, (long long)j,
-                      (double)c_rows[i][c_first + j], sum);
+                      "%" PRId64 " x %" PRId64 ", %" PRId64 " units: (%" PRId64 ", %" PRId64
+                      ") is %a, not %a",
+                      rows, cols, units, i, j, (double)c_rows[i][c_first + j], sum);
                 *twin = c_rows[i][c_first + j];
             }
         }

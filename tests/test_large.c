@@ -3,6 +3,7 @@
  * More than 2^31 elements, where an int would not do. Wants about 9 GiB of memory, so only where
  * SEBP_TEST_LARGE is set.
  */
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,8 +35,7 @@ static sebp_matrix zeros(int64_t rows, int64_t cols, int64_t stride)
 {
     sebp_matrix matrix = {calloc((size_t)(rows * stride), sizeof(uint16_t)), rows, cols, stride,
                           SEBP_BF16};
-    ck_assert_msg(matrix.data != NULL, "no memory for %lld x %lld", (long long)rows,
-                  (long long)stride);
+    ck_assert_msg(matrix.data != NULL, "no memory for %" PRId64 " x %" PRId64, rows, stride);
     return matrix;
 }
 

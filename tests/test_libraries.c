@@ -6,6 +6,7 @@
  */
 #include "config.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -221,9 +222,9 @@ END_TEST
 /* Of this process, in bytes; 0: not known. */
 static double resident_bytes(void)
 {
-    long long all = 0, resident = 0;
+    int64_t all = 0, resident = 0;
     FILE *file = fopen("/proc/self/statm", "r");
-    if (file != NULL && fscanf(file, "%lld %lld", &all, &resident) != 2) {
+    if (file != NULL && fscanf(file, "%" SCNd64 " %" SCNd64, &all, &resident) != 2) {
         resident = 0;
     }
     if (file != NULL) {

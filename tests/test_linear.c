@@ -3,6 +3,7 @@
  * The linear layer against the double-precision reference, on random shapes, strides, dtypes, row
  * sets and options; exactly on small integers; and at its edges.
  */
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -258,7 +259,7 @@ static void check_left_alone(const problem *p, const output *out, const char *wh
 {
     for (int64_t i = 0; i < p->M; i++) {
         if (!reference_rows_have(&p->active, i) && !same_row(&out->now, &out->before, i)) {
-            ck_abort_msg("inactive row %lld of %s was written to", (long long)i, what);
+            ck_abort_msg("inactive row %" PRId64 " of %s was written to", i, what);
         }
     }
 }
@@ -733,8 +734,8 @@ static void check_slope(sebp_context *context, const problem *p, const sebp_matr
         double slope = (above - below) / (2 * step);
         double got = testing_get(gradient, i, j);
         ck_assert_msg(fabs(slope - got) <= 1e-4 * (1 + fabs(above)),
-                      "d%s(%lld, %lld) is %g but the slope is %g", what, (long long)i, (long long)j,
-                      got, slope);
+                      "d%s(%" PRId64 ", %" PRId64 ") is %g but the slope is %g", what, i, j, got,
+                      slope);
     }
 }
 

@@ -4,6 +4,7 @@
  * sets and options; exactly on small integers; against finite differences; merged; and bad input.
  */
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,12 +44,12 @@ static void expect(sebp_status got, sebp_status want, const sebp_context *contex
 }
 
 /* How the values of a problem are drawn. */
-typedef enum values {
+typedef enum value_kind {
     REAL,
     INTEGER, /* so small that every product and every sum is exact */
-} values;
+} value_kind;
 
-static sebp_matrix make_matrix(int64_t rows, int64_t cols, sebp_dtype dtype, values values)
+static sebp_matrix make_matrix(int64_t rows, int64_t cols, sebp_dtype dtype, value_kind values)
 {
     int64_t stride = cols + (testing_chance(0.5) ? 0 : testing_between(1, 19));
     sebp_matrix matrix = testing_matrix(rows, cols, stride, dtype);
@@ -65,7 +66,7 @@ static sebp_matrix make_matrix(int64_t rows, int64_t cols, sebp_dtype dtype, val
 typedef struct problem {
     int64_t M, N, K, r, m;
     int has_bias;
-    values values;
+    value_kind values;
     double scale;
     sebp_rows *rows;       /* NULL: all */
     reference_rows active; /* the same as plain indices */
@@ -113,7 +114,7 @@ static void poison_inactive(const problem *p, const sebp_matrix *matrix)
 }
 
 static problem make_problem(int64_t M, int64_t N, int64_t K, int64_t r, sebp_dtype dtype,
-                            values values)
+                            value_kind values)
 {
     problem p = {.M = M, .N = N, .K = K, .r = r, .values = values};
     p.has_bias = testing_chance(0.7);
@@ -214,9 +215,9 @@ static void check(const problem *p, const sebp_matrix *got, int64_t i, int64_t j
     bound += got->dtype == SEBP_BF16 ? roundings * 0x1p-8 * want.magnitude : 0;
     bound = p->values == INTEGER ? 0 : bound;
     if (!(fabs(value - want.value) <= bound)) {
-        ck_abort_msg("%s(%lld, %lld) is %.9g, not %.9g +- %.3g (M %lld, N %lld, K %lld, r %lld)",
-                     what, (long long)i, (long long)j, value, want.value, bound, (long long)p->M,
-                     (long long)p->N, (long long)p->K, (long long)p->r);
+        ck_abort_msg("%s(%" PRId64 ", %" PRId64 ") is %.9g, not %.9g +- %.3g (M %" PRId64
+                     ", N %" PRId64 ", K %" PRId64 ", r %" PRId64 ")",
+                     what, i, j, value, want.value, bound, p->M, p->N, p->K, p->r);
     }
 }
 
@@ -318,15 +319,15 @@ static void check_backward(const problem *p)
     }
 }
 
-static int64_t random_size(int64_t most)
+static int64_t random_size(int64_t max)
 {
-    return testing_chance(0.05) ? 0 : testing_between(1, testing_chance(0.5) ? 12 : most);
+    return testing_chance(0.05) ? 0 : testing_between(1, testing_chance(0.5) ? 12 : max);
 }
 
 /* How much was compared: a pass on nothing would prove nothing. */
 static int64_t compared;
 
-static void check_random(sebp_context *context, values values)
+static void check_random(sebp_context *context, value_kind values)
 {
     sebp_dtype dtype = testing_chance(0.5) ? SEBP_F32 : SEBP_BF16;
     problem p = make_problem(random_size(60), random_size(60), random_size(60), random_size(20),
@@ -421,8 +422,8 @@ static void check_slope(sebp_context *context, const problem *p, const sebp_matr
         double slope = (above - loss(context, p)) / 2, got = testing_get(gradient, i, j);
         testing_set(input, i, j, value);
         ck_assert_msg(fabs(slope - got) <= 1e-4 * (1 + fabs(above)),
-                      "d%s(%lld, %lld) is %g but the slope is %g", what, (long long)i, (long long)j,
-                      got, slope);
+                      "d%s(%" PRId64 ", %" PRId64 ") is %g but the slope is %g", what, i, j, got,
+                      slope);
     }
 }
 
@@ -484,7 +485,7 @@ START_TEST(merged_layer_is_an_ordinary_one)
     sebp_context *context = make_context(SEBP_GEMM_AUTO, 2, "");
     for (int round = 0; round < testing_rounds(80); round++) {
         int64_t K = random_size(60), N = random_size(60), r = random_size(20);
-        values values = _i ? INTEGER : REAL;
+        value_kind values = _i ? INTEGER : REAL;
         double scale = _i ? -2 : 2 * testing_uniform();
         sebp_matrix a = make_matrix(K, r, testing_chance(0.5) ? SEBP_F32 : SEBP_BF16, values);
         sebp_matrix b = make_matrix(r, N, testing_chance(0.5) ? SEBP_F32 : SEBP_BF16, values);

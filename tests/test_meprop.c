@@ -3,6 +3,7 @@
  * MeProp's gradient: exactly the k largest elements of dW, on small integers, where ties are many;
  * the same as choosing from the whole dW; and bad input.
  */
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,9 +57,9 @@ static void check_top(const sebp_sparse *got, const double *all)
     qsort(order, (size_t)got->count, sizeof *order, reference_by_index);
     for (int64_t i = 0; i < got->count; i++) {
         if (got->indices[i] != order[i] || (double)got->values[i] != all[order[i]]) {
-            ck_abort_msg("element %lld of %lld is %lld: %g, not %lld: %g", (long long)i,
-                         (long long)got->count, (long long)got->indices[i], (double)got->values[i],
-                         (long long)order[i], all[order[i]]);
+            ck_abort_msg(
+                "element %" PRId64 " of %" PRId64 " is %" PRId64 ": %g, not %" PRId64 ": %g", i,
+                got->count, got->indices[i], (double)got->values[i], order[i], all[order[i]]);
         }
     }
     free(order);

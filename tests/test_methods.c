@@ -52,13 +52,13 @@ static const struct {
 };
 
 /* All of it on the host, or on the device. */
-typedef struct world {
+typedef struct method_world {
     counting *device; /* NULL: the host */
     sebp_context *context;
     sebp_matrix at[PLACES];
     sebp_sparse in_r, in_w; /* kept elements of R, and of W */
     double numbers[4];      /* what a method gives the host */
-} world;
+} method_world;
 
 /* The same for both. */
 static sebp_matrix given[PLACES];
@@ -123,7 +123,7 @@ static sebp_sparse copy_sparse(const sebp_sparse *sparse)
     return copy;
 }
 
-static void fill_world(world *world)
+static void fill_world(method_world *world)
 {
     for (int i = 0; i < PLACES; i++) {
         world->at[i] = world->device != NULL ? counting_put(world->device, &given[i])
@@ -139,7 +139,7 @@ static void fill_world(world *world)
     memset(world->numbers, 0, sizeof world->numbers);
 }
 
-static void empty_world(world *world)
+static void empty_world(method_world *world)
 {
     for (int i = 0; i < PLACES; i++) {
         if (world->device != NULL)
@@ -168,7 +168,7 @@ static int same_sparse(counting *device, const sebp_sparse *on, const sebp_spars
 }
 
 /* That the device has what `want` says, bit for bit. */
-static void check_world(const world *on, const sebp_matrix *want, const sebp_sparse *in_r,
+static void check_world(const method_world *on, const sebp_matrix *want, const sebp_sparse *in_r,
                         const sebp_sparse *in_w, const char *what)
 {
     for (int i = 0; i < PLACES; i++) {
@@ -192,54 +192,55 @@ static sebp_linear_options accumulating(void)
     return options;
 }
 
-static sebp_status linear_forward(world *w)
+static sebp_status linear_forward(method_world *w)
 {
     return sebp_linear_forward(w->context, &w->at[X], &w->at[W], &w->at[BIAS], rows, NULL,
                                &w->at[Y]);
 }
 
-static sebp_status linear_forward_all(world *w)
+static sebp_status linear_forward_all(method_world *w)
 {
     return sebp_linear_forward(w->context, &w->at[X], &w->at[W], NULL, NULL, NULL, &w->at[Y]);
 }
 
-static sebp_status backward(world *w, const sebp_rows *of, const sebp_linear_options *options)
+static sebp_status backward(method_world *w, const sebp_rows *of,
+                            const sebp_linear_options *options)
 {
     return sebp_linear_backward(w->context, &w->at[DY], &w->at[X], &w->at[W], of, options,
                                 &w->at[DX], &w->at[DW], &w->at[DB]);
 }
 
-static sebp_status linear_backward(world *w)
+static sebp_status linear_backward(method_world *w)
 {
     return backward(w, rows, NULL);
 }
 
-static sebp_status linear_backward_adds(world *w)
+static sebp_status linear_backward_adds(method_world *w)
 {
     const sebp_linear_options options = accumulating();
     return backward(w, rows, &options);
 }
 
-static sebp_status linear_backward_finds(world *w)
+static sebp_status linear_backward_finds(method_world *w)
 {
     return backward(w, NULL, NULL);
 }
 
-static sebp_status linear_backward_top(world *w)
+static sebp_status linear_backward_top(method_world *w)
 {
     sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     options.rule = sebp_rule_top(5);
     return backward(w, NULL, &options);
 }
 
-static sebp_status linear_backward_energy(world *w)
+static sebp_status linear_backward_energy(method_world *w)
 {
     sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     options.rule = sebp_rule_energy(0.3);
     return backward(w, NULL, &options);
 }
 
-static sebp_status rows_are_found(world *w)
+static sebp_status rows_are_found(method_world *w)
 {
     sebp_rows *found;
     sebp_dropped dropped;
@@ -257,92 +258,92 @@ static sebp_status rows_are_found(world *w)
     return status;
 }
 
-static sebp_status lora_forward(world *w)
+static sebp_status lora_forward(method_world *w)
 {
     return sebp_lora_forward(w->context, &w->at[X], &w->at[W], &w->at[BIAS], &w->at[A], &w->at[B],
                              0.5, rows, NULL, &w->at[H], &w->at[Y]);
 }
 
-static sebp_status lora_backward(world *w)
+static sebp_status lora_backward(method_world *w)
 {
     return sebp_lora_backward(w->context, &w->at[DY], &w->at[X], &w->at[W], &w->at[A], &w->at[B],
                               &w->at[H], 0.5, rows, NULL, &w->at[DH], &w->at[DX], &w->at[DA],
                               &w->at[DBB]);
 }
 
-static sebp_status lora_merge(world *w)
+static sebp_status lora_merge(method_world *w)
 {
     return sebp_lora_merge(w->context, &w->at[A], &w->at[B], 0.5, &w->at[W]);
 }
 
-static sebp_status meprop(world *w)
+static sebp_status meprop(method_world *w)
 {
     return sebp_meprop_gradient(w->context, &w->at[DY], &w->at[X], rows, NULL, &w->in_w);
 }
 
-static sebp_status sparse_top(world *w)
+static sebp_status sparse_top(method_world *w)
 {
     return sebp_sparse_top(w->context, &w->at[R], &w->in_r);
 }
 
-static sebp_status sparse_take(world *w)
+static sebp_status sparse_take(method_world *w)
 {
     return sebp_sparse_take(w->context, &w->at[R], &w->in_r);
 }
 
-static sebp_status sparse_add(world *w)
+static sebp_status sparse_add(method_world *w)
 {
     return sebp_sparse_add(w->context, &w->in_w, &w->at[W]);
 }
 
-static sebp_status rotate(world *w, sebp_rotation rotation)
+static sebp_status rotate(method_world *w, sebp_rotation rotation)
 {
     return sebp_sparsegrad_gradient(w->context, basis, &w->at[DY], &w->at[X], rows, NULL, rotation,
                                     &w->at[R]);
 }
 
-static sebp_status sparsegrad_auto(world *w)
+static sebp_status sparsegrad_auto(method_world *w)
 {
     return rotate(w, SEBP_ROTATE_AUTO);
 }
 
-static sebp_status sparsegrad_factors(world *w)
+static sebp_status sparsegrad_factors(method_world *w)
 {
     return rotate(w, SEBP_ROTATE_FACTORS);
 }
 
-static sebp_status sparsegrad_dy(world *w)
+static sebp_status sparsegrad_dy(method_world *w)
 {
     return rotate(w, SEBP_ROTATE_DY);
 }
 
-static sebp_status sparsegrad_x(world *w)
+static sebp_status sparsegrad_x(method_world *w)
 {
     return rotate(w, SEBP_ROTATE_X);
 }
 
-static sebp_status sparsegrad_out_in(world *w)
+static sebp_status sparsegrad_out_in(method_world *w)
 {
     return rotate(w, SEBP_ROTATE_OUT_IN);
 }
 
-static sebp_status sparsegrad_in_out(world *w)
+static sebp_status sparsegrad_in_out(method_world *w)
 {
     return rotate(w, SEBP_ROTATE_IN_OUT);
 }
 
-static sebp_status sparsegrad_update(world *w)
+static sebp_status sparsegrad_update(method_world *w)
 {
     return sebp_sparsegrad_update(w->context, basis, &w->in_r, &w->at[W]);
 }
 
-static sebp_status adamw(world *w)
+static sebp_status adamw(method_world *w)
 {
     return sebp_adamw_step(w->context, &w->at[GRADIENT], 3, NULL, &w->at[W], &w->at[MOMENT1],
                            &w->at[MOMENT2]);
 }
 
-static sebp_status weight_decay(world *w)
+static sebp_status weight_decay(method_world *w)
 {
     sebp_adamw_options options = SEBP_ADAMW_OPTIONS_INIT;
     options.weight_decay = 0.1;
@@ -351,7 +352,7 @@ static sebp_status weight_decay(world *w)
 
 static const struct {
     const char *name;
-    sebp_status (*run)(world *w);
+    sebp_status (*run)(method_world *w);
 } methods[] = {
     {"linear_forward", linear_forward},
     {"linear_forward_all", linear_forward_all},
@@ -383,15 +384,15 @@ enum { METHODS = sizeof methods / sizeof *methods };
 /* ---- tests ---- */
 
 /* Runs a method on the host, for what it is to give. */
-static world run_on_host(int which)
+static method_world run_on_host(int which)
 {
-    world host = {.context = testing_context(SEBP_GEMM_AUTO, 2, (int64_t)4 << 20)};
+    method_world host = {.context = testing_context(SEBP_GEMM_AUTO, 2, (int64_t)4 << 20)};
     fill_world(&host);
     testing_succeed(methods[which].run(&host), host.context);
     return host;
 }
 
-static void free_host(world *host)
+static void free_host(method_world *host)
 {
     empty_world(host);
     sebp_context_destroy(host->context);
@@ -401,7 +402,7 @@ START_TEST(gives_the_same_bits)
 {
     for (int dtype = SEBP_F32; dtype <= SEBP_BF16; dtype++) {
         make_given((sebp_dtype)dtype);
-        world host = run_on_host(_i), on = {0};
+        method_world host = run_on_host(_i), on = {0};
         on.context = counting_context(&on.device);
         fill_world(&on);
         testing_succeed(methods[_i].run(&on), on.context);
@@ -421,7 +422,7 @@ END_TEST
 START_TEST(survives_failures)
 {
     make_given(SEBP_F32);
-    world host = run_on_host(_i), on = {0};
+    method_world host = run_on_host(_i), on = {0};
     on.context = counting_context(&on.device);
     int failed = 0;
     for (sebp_status status = SEBP_ERROR_BACKEND; status != SEBP_SUCCESS; failed++) {
@@ -463,7 +464,7 @@ START_TEST(transfers)
 {
     const int64_t list = ACTIVE * (int64_t)sizeof(int64_t);
     make_given(SEBP_F32);
-    world on = {0};
+    method_world on = {0};
     on.context = counting_context(&on.device);
     fill_world(&on);
     testing_succeed(linear_backward(&on), on.context);
@@ -496,7 +497,7 @@ START_TEST(row_sets_outlive_contexts)
 {
     make_given(SEBP_F32);
     for (int i = 0; i < 3; i++) {
-        world on = {0};
+        method_world on = {0};
         on.context = counting_context(&on.device);
         fill_world(&on);
         testing_succeed(linear_backward(&on), on.context);
@@ -512,7 +513,7 @@ END_TEST
 START_TEST(host_memory_alone)
 {
     make_given(SEBP_F32);
-    world on = {0};
+    method_world on = {0};
     on.context = counting_context(&on.device);
     fill_world(&on);
 

@@ -5,6 +5,7 @@
  * imported and continued; bad input.
  */
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,8 +17,8 @@
 /* A host's parallel_for that shows whether a result hangs on the order of tasks. */
 static void run_backwards(void *pool, int64_t tasks, sebp_task task, void *work)
 {
-    int64_t *most = pool;
-    *most = tasks > *most ? tasks : *most;
+    int64_t *max = pool;
+    *max = tasks > *max ? tasks : *max;
     for (int64_t i = tasks - 1; i >= 0; i--) {
         task(work, i);
     }
@@ -133,8 +134,8 @@ static void check_element(const problem *was, const problem *is, int64_t i, int6
                      testing_get(&is->w, i, j)};
     if (!(fabs(got[0] - m) <= m_bound) || !(fabs(got[1] - v) <= v_bound) ||
         !(fabs(got[2] - w) <= w_bound)) {
-        ck_abort_msg("(%lld, %lld): %g %g %g, not %g %g %g", (long long)i, (long long)j, got[0],
-                     got[1], got[2], m, v, w);
+        ck_abort_msg("(%" PRId64 ", %" PRId64 "): %g %g %g, not %g %g %g", i, j, got[0], got[1],
+                     got[2], m, v, w);
     }
 }
 
@@ -298,11 +299,11 @@ static void free_sparse(sebp_sparse *sparse)
 
 /* What a state must hold and give: plain arrays over all elements, stepped by the dense step on
  * weights of zero. */
-typedef struct twin {
+typedef struct state_twin {
     int64_t steps, elements;
     float *moment1, *moment2;
     unsigned char *visited;
-} twin;
+} state_twin;
 
 static void *zeros(int64_t count, size_t bytes)
 {
@@ -311,13 +312,13 @@ static void *zeros(int64_t count, size_t bytes)
     return data;
 }
 
-static twin make_twin(int64_t elements)
+static state_twin make_twin(int64_t elements)
 {
-    return (twin){0, elements, zeros(elements, sizeof(float)), zeros(elements, sizeof(float)),
-                  zeros(elements, 1)};
+    return (state_twin){0, elements, zeros(elements, sizeof(float)), zeros(elements, sizeof(float)),
+                        zeros(elements, 1)};
 }
 
-static void free_twin(twin *twin)
+static void free_twin(state_twin *twin)
 {
     free(twin->moment1);
     free(twin->moment2);
@@ -325,7 +326,7 @@ static void free_twin(twin *twin)
 }
 
 /* Steps the twin, and a sparse step beside it; both must agree to the last bit. */
-static void step_both(sebp_context *context, sebp_sparse_adamw *state, twin *twin,
+static void step_both(sebp_context *context, sebp_sparse_adamw *state, state_twin *twin,
                       const sebp_adamw_options *options, const sebp_sparse *gradient)
 {
     int64_t n = gradient->count;
@@ -348,9 +349,8 @@ static void step_both(sebp_context *context, sebp_sparse_adamw *state, twin *twi
         twin->moment2[gradient->indices[i]] = v[i];
         twin->visited[gradient->indices[i]] = 1;
         if (gradient->values[i] != w[i]) {
-            ck_abort_msg("step %lld: element %lld moves by %a, not %a", (long long)twin->steps,
-                         (long long)gradient->indices[i], (double)gradient->values[i],
-                         (double)w[i]);
+            ck_abort_msg("step %" PRId64 ": element %" PRId64 " moves by %a, not %a", twin->steps,
+                         gradient->indices[i], (double)gradient->values[i], (double)w[i]);
         }
     }
     testing_check(gradient->values);
@@ -361,25 +361,25 @@ static void step_both(sebp_context *context, sebp_sparse_adamw *state, twin *twi
 }
 
 /* A state copied out. */
-typedef struct copy {
+typedef struct state_copy {
     int64_t steps, count;
     int64_t *indices;
     float *moment1, *moment2;
-} copy;
+} state_copy;
 
-static copy export_state(const sebp_sparse_adamw *state)
+static state_copy export_state(const sebp_sparse_adamw *state)
 {
     int64_t count = sebp_sparse_adamw_count(state);
-    copy made = {sebp_sparse_adamw_steps(state), count,
-                 testing_alloc((size_t)count * sizeof(int64_t), 0),
-                 testing_alloc((size_t)count * sizeof(float), 0),
-                 testing_alloc((size_t)count * sizeof(float), 0)};
+    state_copy made = {sebp_sparse_adamw_steps(state), count,
+                       testing_alloc((size_t)count * sizeof(int64_t), 0),
+                       testing_alloc((size_t)count * sizeof(float), 0),
+                       testing_alloc((size_t)count * sizeof(float), 0)};
     ck_assert_int_eq(sebp_sparse_adamw_export(state, made.indices, made.moment1, made.moment2),
                      SEBP_SUCCESS);
     return made;
 }
 
-static int same_copy(const copy *a, const copy *b)
+static int same_copy(const state_copy *a, const state_copy *b)
 {
     size_t count = (size_t)a->count;
     return a->steps == b->steps && a->count == b->count &&
@@ -388,7 +388,7 @@ static int same_copy(const copy *a, const copy *b)
            memcmp(a->moment2, b->moment2, count * sizeof *a->moment2) == 0;
 }
 
-static void free_copy(copy *copy)
+static void free_copy(state_copy *copy)
 {
     testing_free(copy->indices);
     testing_free(copy->moment1);
@@ -396,16 +396,16 @@ static void free_copy(copy *copy)
 }
 
 /* Whether a state holds what its twin does. */
-static void check_state(const sebp_sparse_adamw *state, const twin *twin)
+static void check_state(const sebp_sparse_adamw *state, const state_twin *twin)
 {
-    copy got = export_state(state);
+    state_copy got = export_state(state);
     int64_t at = 0;
     ck_assert_int_eq(got.steps, twin->steps);
     for (int64_t i = 0; i < twin->elements; i++) {
         if (twin->visited[i]) {
             ck_assert(at < got.count && got.indices[at] == i);
             if (got.moment1[at] != twin->moment1[i] || got.moment2[at] != twin->moment2[i]) {
-                ck_abort_msg("the moments of element %lld differ", (long long)i);
+                ck_abort_msg("the moments of element %" PRId64 " differ", i);
             }
             at++;
         }
@@ -417,8 +417,8 @@ static void check_state(const sebp_sparse_adamw *state, const twin *twin)
 static sebp_sparse_adamw *make_state(int64_t rows, int64_t cols, const sebp_sparse *support)
 {
     sebp_sparse_adamw *state = NULL;
-    ck_assert_int_eq(sebp_sparse_adamw_create(rows, cols, support ? support->indices : NULL,
-                                              support ? support->count : 0, &state),
+    ck_assert_int_eq(sebp_sparse_adamw_create(rows, cols, support != NULL ? support->indices : NULL,
+                                              support != NULL ? support->count : 0, &state),
                      SEBP_SUCCESS);
     return state;
 }
@@ -432,7 +432,7 @@ START_TEST(sparse_step_is_the_dense_one_on_its_elements)
         sebp_adamw_options options = random_options();
         sebp_sparse support = random_sparse(rows, cols, fabs(testing_uniform()));
         sebp_sparse_adamw *state = make_state(rows, cols, _i ? &support : NULL);
-        twin twin = make_twin(rows * cols);
+        state_twin twin = make_twin(rows * cols);
         for (int64_t i = 0; _i && i < support.count; i++) {
             twin.visited[support.indices[i]] = 1;
         }
@@ -516,7 +516,7 @@ START_TEST(training_goes_on_after_import)
         }
         for (int step = 0; step < 10; step++) {
             if (step == 5) {
-                copy saved = export_state(states[0]);
+                state_copy saved = export_state(states[0]);
                 ck_assert_int_eq(sebp_sparse_adamw_import(states[1], saved.steps, saved.indices,
                                                           saved.moment1, saved.moment2,
                                                           saved.count),
@@ -546,7 +546,7 @@ START_TEST(training_goes_on_after_import)
             testing_free(gradient[1].values);
             free_sparse(&gradient[0]);
         }
-        copy last[2] = {export_state(states[0]), export_state(states[1])};
+        state_copy last[2] = {export_state(states[0]), export_state(states[1])};
         ck_assert(same_copy(&last[0], &last[1]));
         for (int i = 0; i < 2; i++) {
             free_copy(&last[i]);
@@ -718,7 +718,7 @@ END_TEST
         float values[3] = {1, -2, 3};                                                              \
         sebp_sparse view = {indices, values, 3, 3, 5}, *gradient = &view;                          \
         sebp_adamw_options options = SEBP_ADAMW_OPTIONS_INIT;                                      \
-        copy before = export_state(state);                                                         \
+        state_copy before = export_state(state);                                                   \
         change;                                                                                    \
         float were[3] = {values[0], values[1], values[2]};                                         \
         sebp_status got = sebp_sparse_adamw_step(context, state, &options, gradient);              \
@@ -726,7 +726,7 @@ END_TEST
         ck_assert_msg(strstr(sebp_context_message(context), word) != NULL, "%s: \"%s\"", #change,  \
                       sebp_context_message(context));                                              \
         ck_assert_mem_eq(values, were, sizeof were);                                               \
-        copy after = export_state(state);                                                          \
+        state_copy after = export_state(state);                                                    \
         ck_assert_msg(same_copy(&before, &after), "%s: the state has changed", #change);           \
         free_copy(&before);                                                                        \
         free_copy(&after);                                                                         \
@@ -808,7 +808,7 @@ START_TEST(states_refuse_bad_input)
         float m[3] = {1, -2, 3}, v[3] = {0, 2, INFINITY}, no[3] = {1, NAN, 1},
               minus[3] = {1, 1, -1};
         ck_assert_int_eq(sebp_sparse_adamw_import(state, 7, good, m, v, 3), SEBP_SUCCESS);
-        copy before = export_state(state);
+        state_copy before = export_state(state);
 #define IMPORT(want, ...) ck_assert_int_eq(sebp_sparse_adamw_import(__VA_ARGS__), want)
         IMPORT(SEBP_ERROR_NULL, NULL, 1, good, m, v, 3);
         IMPORT(SEBP_ERROR_NULL, state, 1, NULL, m, v, 3);
@@ -836,7 +836,7 @@ START_TEST(states_refuse_bad_input)
         ck_assert_int_eq(sebp_sparse_adamw_export(state, NULL, moments, moments), SEBP_ERROR_NULL);
         ck_assert_int_eq(sebp_sparse_adamw_export(state, indices, NULL, moments), SEBP_ERROR_NULL);
         ck_assert_int_eq(sebp_sparse_adamw_export(state, indices, moments, NULL), SEBP_ERROR_NULL);
-        copy after = export_state(state);
+        state_copy after = export_state(state);
         ck_assert(same_copy(&before, &after) && after.steps == 7);
         free_copy(&before);
         free_copy(&after);

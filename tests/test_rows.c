@@ -3,6 +3,7 @@
  * Row sets: every constructor and every rule against plain loops, ties and edges included.
  */
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -172,10 +173,10 @@ static void find_and_check(const sebp_matrix *dy, const sebp_rule *rule)
     expect_success(sebp_rows_find(context, dy, rule, &rows));
     reference_rows want = reference_rows_find(dy, rule);
     ck_assert_msg(reference_rows_equal(&want, rows),
-                  "rule %d on %lld x %lld %s: %lld rows found, %lld expected, or others",
-                  (int)rule->kind, (long long)dy->rows, (long long)dy->cols,
-                  sebp_dtype_name(dy->dtype), (long long)sebp_rows_count(rows),
-                  (long long)want.count);
+                  "rule %d on %" PRId64 " x %" PRId64 " %s: %" PRId64 " rows found, %" PRId64
+                  " expected, or others",
+                  (int)rule->kind, dy->rows, dy->cols, sebp_dtype_name(dy->dtype),
+                  sebp_rows_count(rows), want.count);
 
     sebp_dropped dropped = {-1, -1}, expected = reference_dropped(dy, &want);
     expect_success(sebp_rows_dropped(context, dy, rows, &dropped));
@@ -338,21 +339,21 @@ START_TEST(energy_is_minimal)
         sebp_rows *rows = NULL;
         expect_success(sebp_rows_find(context, &dy, &rule, &rows));
         const int64_t *kept = sebp_rows_indices(rows);
-        double dropped = 0, least = INFINITY, most_dropped = 0;
+        double dropped = 0, min_kept = INFINITY, max_dropped = 0;
         int64_t next = 0;
         for (int64_t i = 0; i < M; i++) {
             if (next < sebp_rows_count(rows) && kept[next] == i) {
-                least = fmin(least, energies[i]);
+                min_kept = fmin(min_kept, energies[i]);
                 next++;
             } else {
                 dropped += energies[i];
-                most_dropped = fmax(most_dropped, energies[i]);
+                max_dropped = fmax(max_dropped, energies[i]);
             }
         }
         ck_assert_int_gt(next, 0);
         ck_assert_double_le(dropped, delta * total * (1 + 1e-9));
-        ck_assert_double_gt(dropped + least, delta * total * (1 - 1e-9));
-        ck_assert_double_le(most_dropped, least * (1 + 1e-9));
+        ck_assert_double_gt(dropped + min_kept, delta * total * (1 - 1e-9));
+        ck_assert_double_le(max_dropped, min_kept * (1 + 1e-9));
         sebp_rows_destroy(rows);
         free(energies);
         testing_release(&dy);

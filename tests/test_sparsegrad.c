@@ -4,6 +4,7 @@
  * back to the weight, against double precision and exactly on integers; ten steps against the
  * layer as the paper has it, with rotated weights; and bad input.
  */
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -347,9 +348,9 @@ static void check_tops(sebp_context *const *contexts, const sebp_matrix *r, cons
             testing_succeed(sebp_sparse_top(contexts[t], r, &top), contexts[t]);
             for (int64_t i = 0; i < k; i++) {
                 if (top.indices[i] != want[i] || (double)top.values[i] != all[want[i]]) {
-                    ck_abort_msg("%d threads: element %lld of %lld is %lld, not %lld",
-                                 context_threads[t], (long long)i, (long long)k,
-                                 (long long)top.indices[i], (long long)want[i]);
+                    ck_abort_msg("%d threads: element %" PRId64 " of %" PRId64 " is %" PRId64
+                                 ", not %" PRId64,
+                                 context_threads[t], i, k, top.indices[i], want[i]);
                 }
             }
             testing_free_sparse(&top);
@@ -361,7 +362,7 @@ static void check_tops(sebp_context *const *contexts, const sebp_matrix *r, cons
 }
 
 /* Values in an order that is hard on a selection in one pass. */
-typedef enum shape {
+typedef enum value_shape {
     RANDOM,
     TIES,
     EQUAL,
@@ -373,9 +374,9 @@ typedef enum shape {
     DENORMALS,
     BITS,
     SHAPES
-} shape;
+} value_shape;
 
-static void fill_shape(const sebp_matrix *r, shape shape)
+static void fill_shape(const sebp_matrix *r, value_shape shape)
 {
     int64_t total = r->rows * r->cols;
     int is_large = 0;
@@ -433,7 +434,7 @@ START_TEST(top)
     for (int round = 0; round < testing_rounds(12); round++) {
         int64_t rows = testing_between(1, 40), cols = testing_between(1, 40), all = rows * cols;
         sebp_matrix r = testing_matrix(rows, cols, testing_stride(cols), SEBP_F32);
-        fill_shape(&r, (shape)_i);
+        fill_shape(&r, (value_shape)_i);
         check_tops(contexts, &r, (int64_t[]){1, testing_between(1, all), all - (all > 1), all}, 4);
         testing_release(&r);
     }
@@ -442,7 +443,7 @@ START_TEST(top)
         int64_t rows = testing_between(200, 300), cols = testing_between(200, 300);
         int64_t all = rows * cols;
         sebp_matrix r = testing_matrix(rows, cols, testing_stride(cols), SEBP_F32);
-        fill_shape(&r, (shape)_i);
+        fill_shape(&r, (value_shape)_i);
         check_tops(contexts, &r,
                    (int64_t[]){1, testing_between(1, 100), testing_between(1, 10000),
                                testing_between(8000, 12000), testing_between(1, all), all - 1, all},
@@ -520,7 +521,7 @@ START_TEST(take_and_add)
 
         sebp_matrix r = testing_random_matrix(rows, cols, SEBP_F32, TESTING_REAL);
         for (int64_t i = 0; i < rows * cols; i++) { /* what is not kept is not read */
-            if (!bsearch(&i, s.indices, (size_t)s.count, sizeof i, reference_by_index)) {
+            if (bsearch(&i, s.indices, (size_t)s.count, sizeof i, reference_by_index) == NULL) {
                 testing_set(&r, i / cols, i % cols, NAN);
             }
         }

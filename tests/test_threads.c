@@ -21,14 +21,14 @@
 #define CALLS   6
 
 /* One layer, and what one thread alone makes of it. */
-typedef struct layer {
+typedef struct test_layer {
     int64_t M, N, K;
     sebp_matrix dy, x, w, bias;
     sebp_rows *rows;
     sebp_matrix dx, dw, db, y;
-} layer;
+} test_layer;
 
-static void make_outputs(const layer *sizes, sebp_matrix out[4])
+static void make_outputs(const test_layer *sizes, sebp_matrix out[4])
 {
     out[0] = testing_matrix(sizes->M, sizes->K, sizes->K, SEBP_F32);
     out[1] = testing_matrix(sizes->N, sizes->K, sizes->K, SEBP_F32);
@@ -36,7 +36,7 @@ static void make_outputs(const layer *sizes, sebp_matrix out[4])
     out[3] = testing_matrix(sizes->M, sizes->N, sizes->N, SEBP_F32);
 }
 
-static sebp_status compute(sebp_context *context, const layer *l, const sebp_matrix out[4])
+static sebp_status compute(sebp_context *context, const test_layer *l, const sebp_matrix out[4])
 {
     sebp_status status = sebp_linear_backward(context, &l->dy, &l->x, &l->w, l->rows, NULL, &out[0],
                                               &out[1], &out[2]);
@@ -58,15 +58,15 @@ static sebp_context *make_context(sebp_gemm gemm, int threads, sebp_parallel_for
     return context;
 }
 
-static int equal_to_first(const layer *l, const sebp_matrix out[4])
+static int equal_to_first(const test_layer *l, const sebp_matrix out[4])
 {
     return testing_same_bits(&l->dx, &out[0]) && testing_same_bits(&l->dw, &out[1]) &&
            testing_same_bits(&l->db, &out[2]) && testing_same_bits(&l->y, &out[3]);
 }
 
-static layer make_layer(sebp_dtype dtype, testing_values values)
+static test_layer make_layer(sebp_dtype dtype, testing_values values)
 {
-    layer l = {.M = 400, .N = 70, .K = 90};
+    test_layer l = {.M = 400, .N = 70, .K = 90};
     l.dy = testing_matrix(l.M, l.N, l.N, dtype);
     l.x = testing_matrix(l.M, l.K, l.K, dtype);
     l.w = testing_matrix(l.N, l.K, l.K, dtype);
@@ -98,7 +98,7 @@ static layer make_layer(sebp_dtype dtype, testing_values values)
     return l;
 }
 
-static void free_layer(layer *l)
+static void free_layer(test_layer *l)
 {
     sebp_matrix *all[] = {&l->dy, &l->x, &l->w, &l->bias, &l->dx, &l->dw, &l->db, &l->y};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
@@ -110,7 +110,7 @@ static void free_layer(layer *l)
 /* What a thread of a test does; it may not fail the test itself, so it counts. */
 typedef struct worker {
     pthread_t thread;
-    const layer *layer;
+    const test_layer *layer;
     sebp_gemm gemm;
     sebp_matrix out[4];
     pthread_barrier_t *start;
@@ -149,7 +149,7 @@ START_TEST(contexts_at_once)
 {
     sebp_info info = {.size_bytes = sizeof info};
     ck_assert_int_eq(sebp_info_get(NULL, &info), SEBP_SUCCESS);
-    layer l = make_layer(SEBP_F32, TESTING_INTEGER);
+    test_layer l = make_layer(SEBP_F32, TESTING_INTEGER);
     worker workers[THREADS];
     pthread_barrier_t start;
     pthread_barrier_init(&start, NULL, THREADS);
@@ -192,7 +192,7 @@ typedef struct pool {
 static void *take_tasks(void *argument)
 {
     pool *self = argument;
-    long long i;
+    int64_t i;
     while ((i = atomic_fetch_add(&self->next, 1)) < self->tasks) {
         self->task(self->work, i);
         atomic_fetch_add(&self->done, 1);
@@ -234,7 +234,7 @@ static void run_backwards(void *argument, int64_t tasks, sebp_task task, void *w
 /* _i: the dtype. The library's own GEMM gives the same bits whoever runs its tasks. */
 START_TEST(host_pools)
 {
-    layer l = make_layer(_i ? SEBP_BF16 : SEBP_F32, TESTING_REAL);
+    test_layer l = make_layer(_i ? SEBP_BF16 : SEBP_F32, TESTING_REAL);
     for (int threads = 1; threads <= 4; threads++) {
         for (int backwards = 0; backwards < 2; backwards++) {
             pool host = {.threads = threads};
@@ -265,7 +265,7 @@ END_TEST
 /* As many threads as asked for, OpenMP's or one, and always the same bits. */
 START_TEST(thread_counts)
 {
-    layer l = make_layer(_i ? SEBP_BF16 : SEBP_F32, TESTING_REAL);
+    test_layer l = make_layer(_i ? SEBP_BF16 : SEBP_F32, TESTING_REAL);
     for (int threads = 1; threads <= 9; threads++) {
         sebp_context *context = make_context(SEBP_GEMM_NATIVE, threads, NULL, NULL);
         sebp_matrix out[4];

@@ -6,6 +6,7 @@
 #include "testing.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +39,7 @@ typedef struct header {
     size_t bytes;
 } header;
 
-static int number_from_environment(const char *name, unsigned long long *value)
+static int number_from_environment(const char *name, uint64_t *value)
 {
     const char *text = getenv(name);
     if (text == NULL || *text == '\0') {
@@ -80,10 +81,10 @@ static void gemm_from_environment(void)
 
 int testing_main(Suite *(*make_suite)(void))
 {
-    unsigned long long seed = (unsigned long long)time(NULL);
+    uint64_t seed = (uint64_t)time(NULL);
     number_from_environment("SEBP_TEST_SEED", &seed);
     random_state = seed;
-    unsigned long long percent = 100;
+    uint64_t percent = 100;
     number_from_environment("SEBP_TEST_ROUNDS", &percent);
     rounds_percent = (long)percent;
     unsetenv("SEBP_NUM_THREADS");
@@ -100,7 +101,7 @@ int testing_main(Suite *(*make_suite)(void))
         perror("mmap");
         return 1;
     }
-    printf("SEBP_TEST_SEED=%llu SEBP_TEST_ROUNDS=%llu\n", seed, percent);
+    printf("SEBP_TEST_SEED=%" PRIu64 " SEBP_TEST_ROUNDS=%" PRIu64 "\n", seed, percent);
     fflush(stdout);
 
     SRunner *runner = srunner_create(make_suite());
@@ -342,7 +343,7 @@ void testing_check_matrix(const sebp_matrix *matrix)
         const unsigned char *tail = row_bytes(matrix, i) + (size_t)matrix->cols * element;
         for (size_t j = 0; j < gap; j++) {
             if (tail[j] != TESTING_POISON) {
-                ck_abort_msg("written into the gap after row %lld", (long long)i);
+                ck_abort_msg("written into the gap after row %" PRId64, i);
             }
         }
     }

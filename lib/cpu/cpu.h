@@ -47,13 +47,14 @@ typedef struct sebp_topology {
     char hwloc[32]; /* its version at run time; "": built without */
 } sebp_topology;
 
-/** Reads it anew: hwloc where built with it, else the operating system's own files. */
+/** Reads the topology as it is now: by hwloc if it was built in, else from the operating system's
+ * own files. */
 void sebp_topology_read(sebp_topology *topology);
 
-/** The physical cores that the quota leaves room for, at least 1. */
+/** The number of physical cores that the quota leaves room for, at least 1. */
 int sebp_topology_default_threads(const sebp_topology *topology);
 
-/** Logical CPUs, one for each of `threads` threads, by the rule of `placement`. */
+/** Chooses a logical CPU for each of `threads` threads, by the rule of `placement`. */
 sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus);
 
 /** Whether this build can bind threads to CPUs. */
@@ -85,16 +86,16 @@ typedef struct sebp_cpu {
  * done. */
 void sebp_cpu_parallel(sebp_cpu *cpu, int64_t tasks, sebp_task task, void *work);
 
-/** 1 in a copy that a fork has made, else cpu->threads. */
+/** The number of threads that work: 1 in a copy that a fork has made, else cpu->threads. */
 int sebp_cpu_threads(const sebp_cpu *cpu);
 
-/** Whether the context is such a copy, or is not to use OpenMP as a parent had threads. */
+/** Whether the context is such a copy, or must not use OpenMP because a parent had threads. */
 bool sebp_cpu_is_forked(const sebp_cpu *cpu);
 
-/** From now on binds each of the threads at its first piece of work, as cpu->placement says. */
+/** From now on each thread is bound at its first piece of work, as cpu->placement says. */
 sebp_status sebp_cpu_bind(sebp_cpu *cpu);
 
-/** Has every thread bound that is to be, before a library underneath uses them. */
+/** Binds every thread that is to be bound, before a library underneath uses them. */
 void sebp_cpu_bind_now(sebp_cpu *cpu);
 
 /** Gives the threads back the affinity that the calling thread had. */
@@ -102,11 +103,11 @@ void sebp_cpu_unbind(sebp_cpu *cpu);
 
 /* fork.c */
 
-/** How many forks this process is away from the one that has loaded the library. */
+/** How many forks lie between the process that loaded the library and this one. */
 unsigned sebp_cpu_forks(void);
 
-/** Whether a parent of this process had threads: OpenMP, which may wait for them, is not to be
- * used. */
+/** Whether a parent of this process had threads. OpenMP might wait for them for ever, so it is not
+ * used then. */
 bool sebp_cpu_openmp_is_lost(void);
 
 /* backend.c */
@@ -126,8 +127,8 @@ typedef struct sebp_cpu_environment {
 sebp_status sebp_cpu_create(const sebp_context_options *options,
                             const sebp_cpu_environment *environment, sebp_cpu **cpu);
 
-/** Whether `bytes` to be written are better sent past the caches: too many to be found there by who
- * reads them. */
+/** Whether writes of `bytes` should go past the caches: they are so many that a reader would not
+ * find them there. */
 bool sebp_cpu_streams(const sebp_cpu *cpu, int64_t bytes);
 
 /** The bound of scratch memory less what is reserved for a method. */

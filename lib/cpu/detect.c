@@ -71,7 +71,7 @@ typedef struct tier {
 #define AVX512BF16 NULL, NULL
 #endif
 
-/* Each above those before it. No machine has both NEON and AVX, so their order is of no account. */
+/* In ascending order. No machine has both NEON and AVX, so their order does not matter. */
 static const tier tiers[] = {
     {"scalar", &sebp_kernels_scalar, has_scalar},
     {"neon", NEON},
@@ -89,17 +89,19 @@ static bool is_runnable(const tier *candidate)
 
 const sebp_kernels *sebp_cpu_tier(int index)
 {
-    for (int i = 0; i < TIERS; i++)
+    for (int i = 0; i < TIERS; i++) {
         if (is_runnable(&tiers[i]) && index-- == 0)
             return tiers[i].kernels;
+    }
     return NULL;
 }
 
 bool sebp_cpu_isa_is_known(const char *isa)
 {
-    for (int i = 0; i < TIERS; i++)
+    for (int i = 0; i < TIERS; i++) {
         if (strcmp(tiers[i].isa, isa) == 0)
             return true;
+    }
     return false;
 }
 

@@ -23,7 +23,7 @@ enum {
 
 /* ---- making and unmaking ---- */
 
-/* Those that the options, the environment or the machine gives. */
+/* The number of threads that the options ask for, else the environment, else the machine. */
 static int wanted_threads(const sebp_context_options *options,
                           const sebp_cpu_environment *environment, const sebp_topology *topology)
 {
@@ -34,8 +34,8 @@ static int wanted_threads(const sebp_context_options *options,
     return (int)sebp_min(sebp_topology_default_threads(topology), SEBP_MAX_THREADS);
 }
 
-/* A pool of the host's has as many as that; OpenMP no more than OMP_THREAD_LIMIT, and in a child
-   that has lost OpenMP's threads one. */
+/* A pool of the host's has as many threads as are wanted. OpenMP has no more than OMP_THREAD_LIMIT,
+ * and one in a child process that has lost OpenMP's threads. */
 static int count_threads(const sebp_context_options *options,
                          const sebp_cpu_environment *environment, const sebp_topology *topology)
 {
@@ -124,9 +124,9 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
     if (bytes > cpu->workspace_bytes)
         return NULL;
     if (bytes > cpu->scratch_bytes || cpu->scratch == NULL) {
-        bytes = sebp_min(sebp_max(bytes + ALIGNMENT - 1, ALIGNMENT) / ALIGNMENT * ALIGNMENT,
-                         cpu->workspace_bytes);
-        free(cpu->scratch); /* before the next is had, so that both never add up */
+        bytes =
+            sebp_min(sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT), cpu->workspace_bytes);
+        free(cpu->scratch); /* before the new memory is allocated, so that the two never add up */
         cpu->scratch = NULL;
         cpu->scratch_bytes = 0;
         void *scratch = NULL;

@@ -7,6 +7,7 @@
 #include "config.h"
 #endif
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,18 +24,18 @@
 
 #ifdef SEBP_HAVE_LAPACK
 
-/* For each of n, to LAPACK's ssyevr: 26 and a block of its reduction of 40. */
+/* LAPACK's ssyevr needs 26 n floats, and a block of its reduction 40 n. */
 enum { WORK_FLOATS = 66 };
 
-/* What is the upper triangle row by row is the lower one column by column; eigenvectors come as
- * columns, so as memory rows. Eigenvalues come in ascending order. */
+/* LAPACK counts by columns, we by rows: our upper triangle is its lower one, and an eigenvector,
+ * which is a column to it, is a row to us. Eigenvalues come in ascending order. */
 enum { LAYOUT = LAPACK_COL_MAJOR };
 static const char TRIANGLE = 'L';
 
 /*
- * Lets LAPACK have no more threads than the device works on, one where the host has a pool of its
- * own. Most of all where that is one: after a fork a BLAS on OpenMP would wait for ever for threads
- * that are gone. Gives the number that there was, for restore_threads().
+ * LAPACK gets no more threads than the device works on, and one where the host has a pool of its
+ * own. This matters most after a fork: a BLAS on OpenMP would wait for ever for threads that are
+ * gone. Returns the number that there was, for restore_threads().
  */
 static int limit_threads(const sebp_cpu *cpu)
 {
@@ -75,9 +76,8 @@ static sebp_status check_lapack(const char *routine, lapack_int info, char why[S
 }
 
 /*
- * All eigenvectors, by divide and conquer, in place: ssyevr would do with less memory, but gives f32
- * vectors that are not orthogonal where many eigenvalues are near zero, as those of few gradients
- * are.
+ * All eigenvectors, in place, by divide and conquer. ssyevr would need less memory. But where many
+ * eigenvalues are near zero, as with the sums of few gradients, its f32 vectors are not orthogonal.
  */
 static sebp_status solve_all(const sebp_matrix *sum, const sebp_matrix *vectors, float *values,
                              char why[SEBP_WHY_BYTES])
@@ -85,7 +85,7 @@ static sebp_status solve_all(const sebp_matrix *sum, const sebp_matrix *vectors,
     int64_t n = sum->rows, work_count = 1 + 6 * n + 2 * n * n, iwork_count = 3 + 5 * n;
     if (work_count > INT32_MAX) {
         snprintf(why, SEBP_WHY_BYTES,
-                 "LAPACK has no workspace for all vectors of %lld: ask for fewer", (long long)n);
+                 "LAPACK has no workspace for all vectors of %" PRId64 ": ask for fewer", n);
         return SEBP_ERROR_OVERFLOW;
     }
     float *work = malloc((size_t)work_count * sizeof *work);
@@ -123,7 +123,7 @@ static void mirror(float *data, int64_t n, bool to_lower)
 }
 
 /*
- * The eigenvectors of the largest eigenvalues, fewer than all: for a part ssyevr does bisection and
+ * The eigenvectors of the largest eigenvalues, fewer than all; for these ssyevr uses bisection and
  * inverse iteration. It destroys a triangle and the diagonal, so the other triangle keeps the sum.
  */
 static sebp_status solve_leading(const sebp_matrix *sum, const sebp_matrix *vectors, float *values,
@@ -159,7 +159,7 @@ static sebp_status solve_leading(const sebp_matrix *sum, const sebp_matrix *vect
     return status;
 }
 
-/* Whether what LAPACK has found is numbers. */
+/* Whether all that LAPACK has found is finite. */
 static bool are_numbers(const float *values, const sebp_matrix *vectors)
 {
     bool finite = true;

@@ -11,23 +11,24 @@
 
 #include "operations.h"
 
-enum { WALK_PART = 16 << 10 /* elements worth a thread of their own */ };
+enum { WALK_PIECE = 16 << 10 /* elements worth a thread of their own */ };
 
 /* ---- element by element ---- */
 
-/* Matrices of one shape that are walked together. */
-typedef struct walk {
+/* Matrices of one shape, gone through together. */
+typedef struct element_walk {
     const sebp_kernels *kernels;
     const sebp_matrix *matrices[4];
     int64_t rows, cols; /* one row where no matrix has gaps */
-    int64_t parts;
+    int64_t pieces;
     sebp_adamw_work step;
     float factor;
-} walk;
+} element_walk;
 
-static walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int count)
+static element_walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int count)
 {
-    walk walk = {.kernels = cpu->kernels, .rows = matrices[0]->rows, .cols = matrices[0]->cols};
+    element_walk walk = {
+        .kernels = cpu->kernels, .rows = matrices[0]->rows, .cols = matrices[0]->cols};
     bool has_gaps = false;
     for (int i = 0; i < count; i++) {
         walk.matrices[i] = matrices[i];
@@ -38,20 +39,21 @@ static walk start_walk(sebp_cpu *cpu, const sebp_matrix *const *matrices, int co
         walk.rows = elements > 0;
         walk.cols = elements;
     }
-    walk.parts = sebp_min(sebp_div_ceil(elements, WALK_PART), sebp_cpu_threads(cpu));
+    walk.pieces = sebp_min(sebp_div_ceil(elements, WALK_PIECE), sebp_cpu_threads(cpu));
     return walk;
 }
 
-/* Where part `part` starts among all elements: at a line of each matrix, where they start at one. */
-static int64_t part_start(const walk *walk, int64_t part)
+/* The index of the first element of piece number `piece`. It begins at a cache line of each matrix,
+ * if the matrix does. */
+static int64_t piece_start(const element_walk *walk, int64_t piece)
 {
     enum { LINE_ELEMENTS = 32 };
     int64_t lines = sebp_div_ceil(walk->rows * walk->cols, LINE_ELEMENTS);
-    return sebp_min(lines * part / walk->parts * LINE_ELEMENTS, walk->rows * walk->cols);
+    return sebp_min(lines * piece / walk->pieces * LINE_ELEMENTS, walk->rows * walk->cols);
 }
 
-/* Element `at` of all of the walk's i-th matrix. */
-static void *element_of(const walk *walk, int i, int64_t at)
+/* The walk's i-th matrix at element `at`, counted without the gaps between rows. */
+static void *element_of(const element_walk *walk, int i, int64_t at)
 {
     const sebp_matrix *matrix = walk->matrices[i];
     int64_t element = at / walk->cols * matrix->stride + at % walk->cols;
@@ -59,17 +61,17 @@ static void *element_of(const walk *walk, int i, int64_t at)
 }
 
 /* How many elements from `at` on lie in one row and before `end`. */
-static int64_t run_length(const walk *walk, int64_t at, int64_t end)
+static int64_t run_length(const element_walk *walk, int64_t at, int64_t end)
 {
     return sebp_min(end - at, walk->cols - at % walk->cols);
 }
 
-static void adamw_part(void *work, int64_t part)
+static void adamw_piece(void *work, int64_t piece)
 {
-    const walk *walk = work;
+    const element_walk *walk = work;
     sebp_adamw_work step = walk->step;
-    int64_t end = part_start(walk, part + 1);
-    for (int64_t at = part_start(walk, part); at < end; at += step.n) {
+    int64_t end = piece_start(walk, piece + 1);
+    for (int64_t at = piece_start(walk, piece); at < end; at += step.n) {
         step.g = element_of(walk, 0, at);
         step.w = element_of(walk, 1, at);
         step.moment1 = element_of(walk, 2, at);
@@ -85,7 +87,7 @@ sebp_status sebp_cpu_adamw(void *device, const sebp_adamw_options *options, int6
 {
     sebp_cpu *cpu = device;
     const sebp_matrix *matrices[] = {gradient, w, moment1, moment2};
-    walk walk = start_walk(cpu, matrices, 4);
+    element_walk walk = start_walk(cpu, matrices, 4);
     double t = (double)step;
     walk.step = (sebp_adamw_work){
         .beta1 = (float)options->beta1,
@@ -100,15 +102,15 @@ sebp_status sebp_cpu_adamw(void *device, const sebp_adamw_options *options, int6
         .w_is_bf16 = w->dtype == SEBP_BF16,
         .step_alone = step_alone,
     };
-    sebp_cpu_parallel(cpu, walk.parts, adamw_part, &walk);
+    sebp_cpu_parallel(cpu, walk.pieces, adamw_piece, &walk);
     return SEBP_SUCCESS;
 }
 
-static void scale_part(void *work, int64_t part)
+static void scale_piece(void *work, int64_t piece)
 {
-    const walk *walk = work;
-    int64_t end = part_start(walk, part + 1);
-    for (int64_t n, at = part_start(walk, part); at < end; at += n) {
+    const element_walk *walk = work;
+    int64_t end = piece_start(walk, piece + 1);
+    for (int64_t n, at = piece_start(walk, piece); at < end; at += n) {
         n = run_length(walk, at, end);
         if (walk->matrices[0]->dtype == SEBP_F32)
             walk->kernels->scale_f32(element_of(walk, 0, at), n, walk->factor);
@@ -120,9 +122,9 @@ static void scale_part(void *work, int64_t part)
 sebp_status sebp_cpu_scale(void *device, const sebp_matrix *matrix, double factor)
 {
     sebp_cpu *cpu = device;
-    walk walk = start_walk(cpu, &matrix, 1);
+    element_walk walk = start_walk(cpu, &matrix, 1);
     walk.factor = (float)factor;
-    sebp_cpu_parallel(cpu, walk.parts, scale_part, &walk);
+    sebp_cpu_parallel(cpu, walk.pieces, scale_piece, &walk);
     return SEBP_SUCCESS;
 }
 

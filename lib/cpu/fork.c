@@ -24,18 +24,18 @@
 
 #include "cpu.h"
 
-/* Written in a child alone, while it has one thread, or before there are contexts. */
+/* Written in a child while it has one thread, or before there are contexts. */
 static unsigned forks;
-static bool parent_had_threads; /* a thread of this one's parent, or of its parent's */
+static bool parent_had_threads; /* this process's parent, or one of its parents */
 static atomic_bool has_threads; /* looked at before each fork, by the thread that forks */
 
-/* Not known counts as several. */
+/* Where it cannot be known the answer is no. */
 static bool is_single_threaded(void)
 {
 #ifdef HAVE_SINGLE_THREADED
     return __libc_single_threaded != 0;
 #else
-    struct stat tasks; /* a folder has a link to itself, one from above, and one for each in it */
+    struct stat tasks; /* a folder has two links of its own, and one for each folder in it */
     return stat("/proc/self/task", &tasks) == 0 && tasks.st_nlink == 3;
 #endif
 }
@@ -51,7 +51,7 @@ static void in_child(void)
     parent_had_threads = parent_had_threads || has_threads;
 }
 
-/* When the library is loaded, as a process may use OpenMP, and fork, before it makes a context. */
+/* At load time, as a process may use OpenMP, and fork, before it makes a context. */
 __attribute__((constructor)) static void watch_forks(void)
 {
     pthread_atfork(before_fork, NULL, in_child);

@@ -29,8 +29,8 @@
 enum {
     K_BLOCK = 512, /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
     K_WHOLE = 768, /* but this depth is one block, so that C is written once */
-    NARROW = 16,   /* columns: tiles of no more read more of B for each multiply-add, and do */
-    K_BLOCK_NARROW = 384, /* better where its sliver, 24 KiB, leaves room in L1 */
+    NARROW = 16,   /* columns of a narrow tile: it reads more of B for each multiply-add, and */
+    K_BLOCK_NARROW = 384, /* is faster where a sliver of B, 24 KiB, leaves room in L1 */
     K_WHOLE_NARROW = 512,
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
@@ -39,13 +39,11 @@ enum {
     ROUNDS = 2         /* chunks to a worker at most */
 };
 
-typedef sebp_native_plan job;
-
-/* A job being done. */
-typedef struct run {
-    const job *job;
+/* A product being done. */
+typedef struct native_run {
+    const sebp_native_plan *plan;
     char *scratch;
-} run;
+} native_run;
 
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
 static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple)
@@ -53,192 +51,195 @@ static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple
     return sebp_min(whole, sebp_div_ceil(whole, multiple) * index / count * multiple);
 }
 
-/* Units that a packed sliver of `width` lanes is apart from the next. */
-static int64_t sliver_units(const job *job, int64_t width)
+/* Units from the start of one packed sliver of `width` lanes to the next. */
+static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
 {
-    return sebp_round_up(job->units * width + job->kernels->slack, 16);
+    return sebp_round_up(plan->units * width + plan->kernels->slack, 16);
 }
 
-/* The grid with the least work for the busiest worker: computing its tiles, and packing A for every
- * column of chunks and B for every row of them. Packing an element costs about as much as PACKING
- * multiply-adds of a tile. */
-static void choose_grid(job *job, int64_t threads)
+/* Chooses the grid that gives the busiest worker the smallest amount of work: computing its tiles,
+ * and packing A for every column of chunks and B for every row of them. Packing an element costs
+ * about as much as PACKING multiply-adds of a tile. */
+static void choose_grid(sebp_native_plan *plan, int64_t threads)
 {
     enum { PACKING = 24 };
-    int64_t rows = sebp_div_ceil(job->product->m, job->kernels->tile_rows);
-    int64_t cols = sebp_div_ceil(job->product->n, job->kernels->tile_cols);
+    int64_t rows = sebp_div_ceil(plan->product->m, plan->kernels->tile_rows);
+    int64_t cols = sebp_div_ceil(plan->product->n, plan->kernels->tile_cols);
     double best = 0;
     for (int64_t grid_m = 1; grid_m <= sebp_min(rows, ROUNDS * threads); grid_m++) {
         for (int64_t grid_n = 1; grid_n <= cols && grid_m * grid_n <= ROUNDS * threads; grid_n++) {
-            double m = (double)(sebp_div_ceil(rows, grid_m) * job->kernels->tile_rows);
-            double n = (double)(sebp_div_ceil(cols, grid_n) * job->kernels->tile_cols);
+            double m = (double)(sebp_div_ceil(rows, grid_m) * plan->kernels->tile_rows);
+            double n = (double)(sebp_div_ceil(cols, grid_n) * plan->kernels->tile_cols);
             double cost =
                 (double)sebp_div_ceil(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
             if (best == 0 || cost < best) {
                 best = cost;
-                job->grid_m = grid_m;
-                job->grid_n = grid_n;
+                plan->grid_m = grid_m;
+                plan->grid_n = grid_n;
             }
         }
     }
 }
 
-static int64_t packed_a_bytes(const job *job)
+static int64_t packed_a_bytes(const sebp_native_plan *plan)
 {
-    return sebp_div_ceil(job->panel, job->kernels->tile_rows) *
-           sliver_units(job, job->kernels->tile_rows) * 4;
+    return sebp_div_ceil(plan->panel, plan->kernels->tile_rows) *
+           sliver_units(plan, plan->kernels->tile_rows) * 4;
 }
 
-static int64_t packed_b_bytes(const job *job)
+static int64_t packed_b_bytes(const sebp_native_plan *plan)
 {
-    return sebp_div_ceil(job->block_n, job->kernels->tile_cols) *
-           sliver_units(job, job->kernels->tile_cols) * 4;
+    return sebp_div_ceil(plan->block_n, plan->kernels->tile_cols) *
+           sliver_units(plan, plan->kernels->tile_cols) * 4;
 }
 
-/* Floats from one row of a block of C to the next: an odd number of lines, as rows a power of two
- * apart would meet in the same few places of a cache. */
-static int64_t block_stride(const job *job)
+/* Floats from one row of a block of C to the next: an odd number of cache lines, as rows a power of
+ * two apart would compete for the same few places of a cache. */
+static int64_t block_stride(const sebp_native_plan *plan)
 {
-    return sebp_round_up(job->block_n, 32) + 16;
+    return sebp_round_up(plan->block_n, 32) + 16;
 }
 
-static int64_t block_c_bytes(const job *job)
+static int64_t block_c_bytes(const sebp_native_plan *plan)
 {
-    return job->in_blocks ? sebp_round_up(job->block_m * block_stride(job) * 4, 64) : 0;
+    return plan->in_blocks ? sebp_round_up(plan->block_m * block_stride(plan) * 4, 64) : 0;
 }
 
-/* The bias of a block's columns, where it is converted. */
-static int64_t bias_bytes(const job *job)
+/* Room for the bias of a block's columns as f32. */
+static int64_t bias_bytes(const sebp_native_plan *plan)
 {
-    return sebp_round_up(job->block_n * 4, 64);
+    return sebp_round_up(plan->block_n * 4, 64);
 }
 
 /* Pointers to the memory rows of B in a block of the depth, and one past an odd end. */
-static int64_t b_rows_bytes(const job *job)
+static int64_t b_rows_bytes(const sebp_native_plan *plan)
 {
-    return sebp_round_up((job->units * job->unit_elements + 1) * (int64_t)sizeof(char *), 64);
+    return sebp_round_up((plan->units * plan->unit_elements + 1) * (int64_t)sizeof(char *), 64);
 }
 
 /* Pointers to the rows of C that a panel adds to. */
-static int64_t c_rows_bytes(const job *job)
+static int64_t c_rows_bytes(const sebp_native_plan *plan)
 {
-    return sebp_round_up(job->panel * (int64_t)sizeof(float *), 64);
+    return sebp_round_up(plan->panel * (int64_t)sizeof(float *), 64);
 }
 
-static int64_t worker_bytes(const job *job)
+static int64_t worker_bytes(const sebp_native_plan *plan)
 {
-    return packed_a_bytes(job) + packed_b_bytes(job) + block_c_bytes(job) + bias_bytes(job) +
-           b_rows_bytes(job) + c_rows_bytes(job);
+    return packed_a_bytes(plan) + packed_b_bytes(plan) + block_c_bytes(plan) + bias_bytes(plan) +
+           b_rows_bytes(plan) + c_rows_bytes(plan);
 }
 
-/* Whether an f32 C that is written once can be written past the caches: large, its vectors aligned,
- * and nothing of it read. Elsewhere a tile would first have to fetch what it overwrites. */
+/* Whether an f32 C that is written once can be written past the caches: it is large, its vectors
+ * are aligned, and nothing of it is read. In any other case a tile would have to fetch what it
+ * overwrites. */
 static bool can_stream(const sebp_cpu *cpu, const sebp_product *product)
 {
-    return product->c_dtype == SEBP_F32 && !product->accumulate && !product->bias &&
+    return product->c_dtype == SEBP_F32 && !product->accumulate && product->bias == NULL &&
            (uintptr_t)product->c % 64 == 0 && product->c_stride % 16 == 0 &&
            sebp_cpu_streams(cpu, product->m * product->n * 4);
 }
 
 /* Sizes the blocks: first by the caches, then down to the workspace's bound. */
-static void size_blocks(job *job, const sebp_cpu *cpu)
+static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
 {
-    const sebp_product *product = job->product;
-    const sebp_kernels *kernels = job->kernels;
-    int64_t units = sebp_div_ceil(product->k, job->unit_elements);
+    const sebp_product *product = plan->product;
+    const sebp_kernels *kernels = plan->kernels;
+    int64_t units = sebp_div_ceil(product->k, plan->unit_elements);
     bool narrow = kernels->tile_cols <= NARROW;
-    job->units = units;
+    plan->units = units;
     if (units > (narrow ? K_WHOLE_NARROW : K_WHOLE)) /* in blocks of one size */
-        job->units = sebp_div_ceil(units, sebp_div_ceil(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
+        plan->units = sebp_div_ceil(units, sebp_div_ceil(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
     int64_t threads = sebp_cpu_threads(cpu);
-    choose_grid(job, threads);
-    int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, job->grid_m), kernels->tile_rows);
-    int64_t chunk_n = sebp_round_up(sebp_div_ceil(product->n, job->grid_n), kernels->tile_cols);
+    choose_grid(plan, threads);
+    int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, plan->grid_m), kernels->tile_rows);
+    int64_t chunk_n = sebp_round_up(sebp_div_ceil(product->n, plan->grid_n), kernels->tile_cols);
 
     int64_t a_bytes = (int64_t)cpu->topology.l2_bytes * A_SHARE_NUM / A_SHARE_DEN;
-    int64_t slivers = sebp_max(1, a_bytes / (sliver_units(job, kernels->tile_rows) * 4));
+    int64_t slivers = sebp_max(1, a_bytes / (sliver_units(plan, kernels->tile_rows) * 4));
     int64_t chunk_slivers = chunk_m / kernels->tile_rows;
     slivers = sebp_div_ceil(chunk_slivers,
                             sebp_div_ceil(chunk_slivers, slivers)); /* panels of one size */
-    job->panel = slivers * kernels->tile_rows;
-    int64_t b_bytes = sliver_units(job, kernels->tile_cols) * 4;
+    plan->panel = slivers * kernels->tile_rows;
+    int64_t b_bytes = sliver_units(plan, kernels->tile_cols) * 4;
     int64_t b_slivers = sebp_max(1, B_BYTES / b_bytes);
     int64_t chunk_columns = chunk_n / kernels->tile_cols;
-    job->block_n =
+    plan->block_n =
         sebp_div_ceil(chunk_columns, sebp_div_ceil(chunk_columns, b_slivers)) * kernels->tile_cols;
-    job->block_m = chunk_m;
-    job->in_blocks =
+    plan->block_m = chunk_m;
+    plan->in_blocks =
         product->c_dtype != SEBP_F32 ||
-        (units > job->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
-    job->stream = units <= job->units && can_stream(cpu, product);
-    if (job->in_blocks)
-        job->block_m = sebp_round_up(sebp_min(chunk_m, sebp_max(1, C_BYTES / (job->block_n * 4))),
-                                     kernels->tile_rows);
-
-    job->workers = sebp_min(threads, job->grid_m * job->grid_n);
-    int64_t bound = sebp_cpu_workspace(cpu);
-    while (job->workers * worker_bytes(job) > bound) {
-        if (job->block_n > kernels->tile_cols)
-            job->block_n = sebp_round_up(job->block_n / 2, kernels->tile_cols);
-        else if (job->panel > kernels->tile_rows)
-            job->panel = sebp_round_up(job->panel / 2, kernels->tile_rows);
-        else if (block_c_bytes(job) && job->block_m > kernels->tile_rows)
-            job->block_m = sebp_round_up(job->block_m / 2, kernels->tile_rows);
-        else
-            job->workers--; /* one worker of one tile takes far less than half the smallest bound */
+        (units > plan->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
+    plan->stream = units <= plan->units && can_stream(cpu, product);
+    if (plan->in_blocks) {
+        plan->block_m = sebp_round_up(sebp_min(chunk_m, sebp_max(1, C_BYTES / (plan->block_n * 4))),
+                                      kernels->tile_rows);
     }
-    job->worker_bytes = worker_bytes(job);
+
+    plan->workers = sebp_min(threads, plan->grid_m * plan->grid_n);
+    int64_t bound = sebp_cpu_workspace(cpu);
+    while (plan->workers * worker_bytes(plan) > bound) {
+        if (plan->block_n > kernels->tile_cols)
+            plan->block_n = sebp_round_up(plan->block_n / 2, kernels->tile_cols);
+        else if (plan->panel > kernels->tile_rows)
+            plan->panel = sebp_round_up(plan->panel / 2, kernels->tile_rows);
+        else if (block_c_bytes(plan) && plan->block_m > kernels->tile_rows)
+            plan->block_m = sebp_round_up(plan->block_m / 2, kernels->tile_rows);
+        else
+            plan->workers--; /* one tile needs far less than half of the smallest bound */
+    }
+    plan->worker_bytes = worker_bytes(plan);
 }
 
 /* A block of C being summed: rows [m0, m1) and columns [n0, n1) of the product. */
-typedef struct block {
+typedef struct c_block {
     int64_t m0, m1, n0, n1;
     float *packed_a, *packed_b;
     const char **b_rows; /* of the block of the depth at hand, where they are its steps */
     float **c_rows;      /* of the panel at hand: column 0 of C, or of its f32 block */
     float *c;            /* f32 block of a bf16 C; else NULL */
     const float *bias;   /* for columns n0 on; or NULL */
-} block;
+} c_block;
 
-static void list_c_rows(const job *job, const block *block, int64_t i0, int64_t i1)
+static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1)
 {
-    const sebp_product *product = job->product;
+    const sebp_product *product = plan->product;
     for (int64_t i = i0; i < i1; i++) {
-        if (block->c)
-            block->c_rows[i - i0] = block->c + (i - block->m0) * block_stride(job);
-        else
-            block->c_rows[i - i0] = (float *)product->c +
-                                    (product->c_rows ? product->c_rows[i] : i) * product->c_stride;
+        if (block->c != NULL) {
+            block->c_rows[i - i0] = block->c + (i - block->m0) * block_stride(plan);
+        } else {
+            block->c_rows[i - i0] =
+                (float *)product->c +
+                (product->c_rows != NULL ? product->c_rows[i] : i) * product->c_stride;
+        }
     }
 }
 
-/* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B from column j0
- * on. The first panel finds the sliver not packed yet, and asks for the memory rows of the next
- * one. */
-static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1, int64_t j0,
-                      float *sliver, int64_t at, int64_t depth)
+/* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
+ * column j0. The first panel also packs the sliver, and prefetches the rows of the next one. */
+static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
+                      int64_t j0, float *sliver, int64_t at, int64_t depth)
 {
-    const sebp_kernels *kernels = job->kernels;
-    const sebp_product *product = job->product;
+    const sebp_kernels *kernels = plan->kernels;
+    const sebp_product *product = plan->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
     int64_t cols = sebp_min(kernels->tile_cols, block->n1 - j0);
-    bool is_first = i0 == block->m0, is_straight = !job->b.lanes_are_rows;
+    bool is_first = i0 == block->m0, is_straight = !plan->b.lanes_are_rows;
     sebp_tile_work work = {
-        .units = sebp_div_ceil(depth, job->unit_elements),
+        .units = sebp_div_ceil(depth, plan->unit_elements),
         .a = block->packed_a,
         .b = sliver,
         .pack_b = is_first && is_straight && cols == kernels->tile_cols,
         .b_rows = block->b_rows,
         .b_at = j0 * bytes,
         .c = block->c_rows,
-        .c_at = block->c ? j0 - block->n0 : j0,
+        .c_at = block->c != NULL ? j0 - block->n0 : j0,
         .cols = cols,
         .accumulate = at > 0 || product->accumulate,
-        .stream = job->stream,
-        .bias = at == 0 && block->bias ? block->bias + (j0 - block->n0) : NULL,
+        .stream = plan->stream,
+        .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
     if (is_first && !work.pack_b)
-        job->pack_b(sliver, sliver_units(job, kernels->tile_cols), &job->b, j0, cols, at, depth);
+        plan->pack_b(sliver, sliver_units(plan, kernels->tile_cols), &plan->b, j0, cols, at, depth);
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, kernels->tile_rows), lines = 0;
     if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1) {
         work.ahead = block->b_rows;
@@ -249,137 +250,139 @@ static void run_panel(const job *job, const block *block, int64_t i0, int64_t i1
         work.rows = sebp_min(kernels->tile_rows, i1 - i);
         work.ahead_line = lines * tile / tiles;
         work.ahead_lines = lines * (tile + 1) / tiles - work.ahead_line;
-        job->tile(&work);
-        work.a += sliver_units(job, kernels->tile_rows);
+        plan->tile(&work);
+        work.a += sliver_units(plan, kernels->tile_rows);
         work.c += kernels->tile_rows;
         work.pack_b = false;
     }
 }
 
-static void list_b_rows(const job *job, const block *block, int64_t at, int64_t depth)
+static void list_b_rows(const sebp_native_plan *plan, const c_block *block, int64_t at,
+                        int64_t depth)
 {
-    if (job->b.lanes_are_rows)
+    if (plan->b.lanes_are_rows)
         return;
-    int64_t row_bytes = job->b.stride * (int64_t)sebp_dtype_bytes(job->product->dtype);
+    int64_t row_bytes = plan->b.stride * (int64_t)sebp_dtype_bytes(plan->product->dtype);
     for (int64_t k = 0; k < depth; k++) {
-        int64_t row = job->b.rows ? job->b.rows[at + k] : at + k;
-        block->b_rows[k] = (const char *)job->b.data + row * row_bytes;
+        int64_t row = plan->b.rows != NULL ? plan->b.rows[at + k] : at + k;
+        block->b_rows[k] = (const char *)plan->b.data + row * row_bytes;
     }
     block->b_rows[depth] = NULL;
 }
 
 /* Sums a block over the whole depth. */
-static void sum_block(const job *job, const block *block)
+static void sum_block(const sebp_native_plan *plan, const c_block *block)
 {
-    const sebp_kernels *kernels = job->kernels;
-    int64_t k = job->product->k, k_block = job->units * job->unit_elements;
-    int64_t a_units = sliver_units(job, kernels->tile_rows);
-    int64_t b_units = sliver_units(job, kernels->tile_cols);
-    bool one_panel = block->m1 - block->m0 <= job->panel;
+    const sebp_kernels *kernels = plan->kernels;
+    int64_t k = plan->product->k, k_block = plan->units * plan->unit_elements;
+    int64_t a_units = sliver_units(plan, kernels->tile_rows);
+    int64_t b_units = sliver_units(plan, kernels->tile_cols);
+    bool one_panel = block->m1 - block->m0 <= plan->panel;
     for (int64_t at = 0; at < k; at += k_block) {
         int64_t depth = sebp_min(k_block, k - at);
-        list_b_rows(job, block, at, depth);
-        for (int64_t i0 = block->m0; i0 < block->m1; i0 += job->panel) {
-            int64_t i1 = sebp_min(i0 + job->panel, block->m1);
-            list_c_rows(job, block, i0, i1);
-            job->pack_a(block->packed_a, a_units, &job->a, i0, i1 - i0, at, depth);
+        list_b_rows(plan, block, at, depth);
+        for (int64_t i0 = block->m0; i0 < block->m1; i0 += plan->panel) {
+            int64_t i1 = sebp_min(i0 + plan->panel, block->m1);
+            list_c_rows(plan, block, i0, i1);
+            plan->pack_a(block->packed_a, a_units, &plan->a, i0, i1 - i0, at, depth);
             float *sliver = block->packed_b;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += kernels->tile_cols) {
-                run_panel(job, block, i0, i1, j0, sliver, at, depth);
-                if (!one_panel) /* else the sliver is done with and its place stays in cache */
+                run_panel(plan, block, i0, i1, j0, sliver, at, depth);
+                if (!one_panel) /* else the next sliver takes its place, which stays in cache */
                     sliver += b_units;
             }
         }
     }
 }
 
-/* Where row i of the product lies in C, from column n0 of the block on. */
-static char *c_part(const job *job, const block *block, int64_t i)
+/* The address in C of row i of the product, at column n0 of the block. */
+static char *c_part(const sebp_native_plan *plan, const c_block *block, int64_t i)
 {
-    const sebp_product *product = job->product;
-    int64_t row = product->c_rows ? product->c_rows[i] : i;
+    const sebp_product *product = plan->product;
+    int64_t row = product->c_rows != NULL ? product->c_rows[i] : i;
     return (char *)product->c +
            (row * product->c_stride + block->n0) * (int64_t)sebp_dtype_bytes(product->c_dtype);
 }
 
-/* Brings what C holds into its f32 block. */
-static void load_block(const job *job, const block *block)
+/* Loads C into its f32 block. */
+static void load_block(const sebp_native_plan *plan, const c_block *block)
 {
     int64_t n = block->n1 - block->n0;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        float *to = block->c + (i - block->m0) * block_stride(job);
-        if (job->product->c_dtype == SEBP_F32)
-            memcpy(to, c_part(job, block, i), (size_t)n * sizeof *to);
+        float *to = block->c + (i - block->m0) * block_stride(plan);
+        if (plan->product->c_dtype == SEBP_F32)
+            memcpy(to, c_part(plan, block, i), (size_t)n * sizeof *to);
         else
-            job->kernels->f32_from_bf16(to, (const uint16_t *)c_part(job, block, i), n);
+            plan->kernels->f32_from_bf16(to, (const uint16_t *)c_part(plan, block, i), n);
     }
 }
 
-static void store_block(const job *job, const block *block)
+static void store_block(const sebp_native_plan *plan, const c_block *block)
 {
     int64_t n = block->n1 - block->n0;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        const float *from = block->c + (i - block->m0) * block_stride(job);
-        if (job->product->c_dtype == SEBP_F32)
-            memcpy(c_part(job, block, i), from, (size_t)n * sizeof *from);
+        const float *from = block->c + (i - block->m0) * block_stride(plan);
+        if (plan->product->c_dtype == SEBP_F32)
+            memcpy(c_part(plan, block, i), from, (size_t)n * sizeof *from);
         else
-            job->kernels->bf16_from_f32((uint16_t *)c_part(job, block, i), from, n);
+            plan->kernels->bf16_from_f32((uint16_t *)c_part(plan, block, i), from, n);
     }
 }
 
-static void run_chunk(const job *job, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char *scratch)
+static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                      char *scratch)
 {
-    const sebp_product *product = job->product;
-    block block = {.packed_a = (float *)scratch};
-    scratch += packed_a_bytes(job);
+    const sebp_product *product = plan->product;
+    c_block block = {.packed_a = (float *)scratch};
+    scratch += packed_a_bytes(plan);
     block.packed_b = (float *)scratch;
-    scratch += packed_b_bytes(job);
-    if (block_c_bytes(job))
+    scratch += packed_b_bytes(plan);
+    if (block_c_bytes(plan))
         block.c = (float *)scratch;
-    scratch += block_c_bytes(job);
+    scratch += block_c_bytes(plan);
     block.b_rows = (const char **)scratch;
-    scratch += b_rows_bytes(job);
+    scratch += b_rows_bytes(plan);
     block.c_rows = (float **)scratch;
-    scratch += c_rows_bytes(job);
+    scratch += c_rows_bytes(plan);
     float *bias = (float *)scratch;
-    for (int64_t m = m0; m < m1; m += job->block_m) {
-        for (int64_t n = n0; n < n1; n += job->block_n) {
+    for (int64_t m = m0; m < m1; m += plan->block_m) {
+        for (int64_t n = n0; n < n1; n += plan->block_n) {
             block.m0 = m;
-            block.m1 = sebp_min(m + job->block_m, m1);
+            block.m1 = sebp_min(m + plan->block_m, m1);
             block.n0 = n;
-            block.n1 = sebp_min(n + job->block_n, n1);
-            if (product->bias) {
+            block.n1 = sebp_min(n + plan->block_n, n1);
+            if (product->bias != NULL) {
                 block.bias = (const float *)product->bias + n;
                 if (product->bias_dtype == SEBP_BF16) {
-                    job->kernels->f32_from_bf16(bias, (const uint16_t *)product->bias + n,
-                                                block.n1 - n);
+                    plan->kernels->f32_from_bf16(bias, (const uint16_t *)product->bias + n,
+                                                 block.n1 - n);
                     block.bias = bias;
                 }
             }
-            if (block.c && product->accumulate)
-                load_block(job, &block);
-            sum_block(job, &block);
-            if (block.c)
-                store_block(job, &block);
+            if (block.c != NULL && product->accumulate)
+                load_block(plan, &block);
+            sum_block(plan, &block);
+            if (block.c != NULL)
+                store_block(plan, &block);
         }
     }
 }
 
 static void run_worker(void *work, int64_t worker)
 {
-    const run *run = work;
-    const job *job = run->job;
-    const sebp_product *product = job->product;
-    for (int64_t chunk = worker; chunk < job->grid_m * job->grid_n; chunk += job->workers) {
-        int64_t i = chunk / job->grid_n, j = chunk % job->grid_n;
-        run_chunk(job, cut(product->m, job->grid_m, i, job->kernels->tile_rows),
-                  cut(product->m, job->grid_m, i + 1, job->kernels->tile_rows),
-                  cut(product->n, job->grid_n, j, job->kernels->tile_cols),
-                  cut(product->n, job->grid_n, j + 1, job->kernels->tile_cols),
-                  run->scratch + worker * job->worker_bytes);
+    const native_run *run = work;
+    const sebp_native_plan *plan = run->plan;
+    const sebp_product *product = plan->product;
+    for (int64_t chunk = worker; chunk < plan->grid_m * plan->grid_n; chunk += plan->workers) {
+        int64_t i = chunk / plan->grid_n, j = chunk % plan->grid_n;
+        run_chunk(plan, cut(product->m, plan->grid_m, i, plan->kernels->tile_rows),
+                  cut(product->m, plan->grid_m, i + 1, plan->kernels->tile_rows),
+                  cut(product->n, plan->grid_n, j, plan->kernels->tile_cols),
+                  cut(product->n, plan->grid_n, j + 1, plan->kernels->tile_cols),
+                  run->scratch + worker * plan->worker_bytes);
     }
-    if (job->stream)
-        job->kernels->stream_fence();
+    if (plan->stream)
+        plan->kernels->stream_fence();
 }
 
 /* k = 0: a product that adds nothing. Each row becomes the bias, or zero, or stays. */
@@ -389,9 +392,9 @@ static void fill_rows(const sebp_cpu *cpu, const sebp_product *product)
         return;
     size_t bytes = sebp_dtype_bytes(product->c_dtype);
     for (int64_t i = 0; i < product->m; i++) {
-        int64_t row = product->c_rows ? product->c_rows[i] : i;
+        int64_t row = product->c_rows != NULL ? product->c_rows[i] : i;
         char *to = (char *)product->c + row * product->c_stride * (int64_t)bytes;
-        if (!product->bias)
+        if (product->bias == NULL)
             memset(to, 0, (size_t)product->n * bytes);
         else if (product->bias_dtype == product->c_dtype)
             memcpy(to, product->bias, (size_t)product->n * bytes);
@@ -428,7 +431,7 @@ int64_t sebp_native_scratch(const sebp_native_plan *plan)
 
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
 {
-    run run = {plan, scratch};
+    native_run run = {plan, scratch};
     if (plan->product->k == 0)
         fill_rows(cpu, plan->product);
     else

@@ -30,23 +30,25 @@ static int64_t element_bytes(const sebp_product *product)
 
 static sebp_onednn_plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
 {
-    sebp_onednn_plan plan = {.panels_of_k =
-                                 product->a.transposed && (product->a.rows || product->b.rows)};
+    sebp_onednn_plan plan = {.panels_of_k = product->a.transposed &&
+                                            (product->a.rows != NULL || product->b.rows != NULL)};
     if (plan.panels_of_k) {
-        plan.row_bytes = ((product->a.rows ? product->m : 0) + (product->b.rows ? product->n : 0)) *
+        plan.row_bytes = ((product->a.rows != NULL ? product->m : 0) +
+                          (product->b.rows != NULL ? product->n : 0)) *
                          element_bytes(product);
         plan.rows = product->k;
     } else {
-        plan.expand = product->c_rows && product->other_rows_are_free;
-        plan.scatter = product->c_rows && !plan.expand;
+        plan.expand = product->c_rows != NULL && product->other_rows_are_free;
+        plan.scatter = product->c_rows != NULL && !plan.expand;
         plan.row_bytes =
-            (product->a.rows ? product->k * element_bytes(product) : 0) +
+            (product->a.rows != NULL ? product->k * element_bytes(product) : 0) +
             (plan.scatter ? product->n * (int64_t)sebp_dtype_bytes(product->c_dtype) : 0);
         plan.rows = product->m;
     }
-    if (plan.row_bytes)
+    if (plan.row_bytes) {
         plan.rows =
             sebp_min(sebp_min(plan.rows, PANEL_ROWS), sebp_cpu_workspace(cpu) / plan.row_bytes);
+    }
     return plan;
 }
 
@@ -55,16 +57,16 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
 {
     if (sebp_cpu_is_forked(cpu))
         return "native:forked";
-    if (cpu->parallel_for)
+    if (cpu->parallel_for != NULL)
         return "native:host-pool";
     if (product->k == 0)
         return "native:empty";
-    if (!product->a.transposed && product->b.rows)
+    if (!product->a.transposed && product->b.rows != NULL)
         return "native:gathered-depth";
-    if (product->a.transposed && product->c_rows)
+    if (product->a.transposed && product->c_rows != NULL)
         return "native:scattered-transpose";
     *plan = make_plan(cpu, product);
-    if (plan->panels_of_k && (product->b.transposed || product->bias))
+    if (plan->panels_of_k && (product->b.transposed || product->bias != NULL))
         return "native:gathered-transpose";
     if (plan->rows == 0)
         return "native:workspace";
@@ -73,10 +75,11 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
     if (!cpu->kernels->bf16_dots)
         return "native:no-bf16";
     if (product->k % 2)
-        return "native:odd-depth"; /* seen to be many times slower */
-    if (product->c_dtype == SEBP_BF16 &&
-        (product->accumulate || product->bias || (plan->panels_of_k && plan->rows < product->k)))
-        return "native:rounds-once"; /* it would round a sum that goes on */
+        return "native:odd-depth"; /* measured: many times slower */
+    if (product->c_dtype == SEBP_BF16 && (product->accumulate || product->bias != NULL ||
+                                          (plan->panels_of_k && plan->rows < product->k))) {
+        return "native:rounds-once"; /* oneDNN would round the sum before all is added */
+    }
     return NULL;
 }
 
@@ -86,14 +89,14 @@ int64_t sebp_onednn_scratch(const sebp_onednn_plan *plan)
 }
 
 /* One dense product, row-major: C (+)= op(A) op(B). */
-typedef struct dense {
+typedef struct dense_product {
     int64_t m, n, k;
     sebp_dtype dtype, c_dtype;
     const void *a, *b;
     void *c;
     int64_t a_stride, b_stride, c_stride;
     bool a_transposed, b_transposed, accumulate;
-} dense;
+} dense_product;
 
 #if SEBP_ONEDNN_MAJOR >= 3
 
@@ -169,7 +172,19 @@ static dnnl_data_type_t data_type(sebp_dtype dtype)
     return dtype == SEBP_F32 ? dnnl_f32 : dnnl_bf16;
 }
 
-static dnnl_status_t matmul(const dense *dense)
+/* What oneDNN makes for one product; NULL: not made. */
+typedef struct matmul_objects {
+    dnnl_engine_t engine;
+    dnnl_primitive_attr_t attributes;
+    dnnl_post_ops_t operations;
+    description of[3]; /* A, B, C */
+    dnnl_primitive_desc_t recipe;
+    dnnl_primitive_t primitive;
+    dnnl_stream_t stream;
+    dnnl_exec_arg_t arguments[3];
+} matmul_objects;
+
+static dnnl_status_t describe_matrices(const dense_product *dense, description of[3])
 {
     dnnl_dims_t dims[3] = {{dense->m, dense->k}, {dense->k, dense->n}, {dense->m, dense->n}};
     dnnl_dims_t strides[3] = {{dense->a_stride, 1}, {dense->b_stride, 1}, {dense->c_stride, 1}};
@@ -177,68 +192,80 @@ static dnnl_status_t matmul(const dense *dense)
         strides[0][0] = 1, strides[0][1] = dense->a_stride;
     if (dense->b_transposed)
         strides[1][0] = 1, strides[1][1] = dense->b_stride;
-    void *data[3] = {(void *)(uintptr_t)dense->a, (void *)(uintptr_t)dense->b, dense->c};
-    static const int names[3] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST};
-
-    description of[3];
-    memset(of, 0, sizeof of);
-    dnnl_engine_t engine = NULL;
-    dnnl_stream_t stream = NULL;
-    dnnl_post_ops_t operations = NULL;
-    dnnl_primitive_attr_t attributes = NULL;
-    dnnl_primitive_desc_t recipe = NULL;
-    dnnl_primitive_t primitive = NULL;
-    dnnl_exec_arg_t arguments[3] = {{0, NULL}, {0, NULL}, {0, NULL}};
-
-    dnnl_status_t status = dnnl_engine_create(&engine, dnnl_cpu, 0);
-    for (int i = 0; i < 3 && status == dnnl_success; i++)
+    dnnl_status_t status = dnnl_success;
+    for (int i = 0; i < 3 && status == dnnl_success; i++) {
         status =
             describe(&of[i], dims[i], data_type(i < 2 ? dense->dtype : dense->c_dtype), strides[i]);
-    if (status == dnnl_success)
-        status = dnnl_primitive_attr_create(&attributes);
-    if (status == dnnl_success && dense->accumulate) {
-        status = dnnl_post_ops_create(&operations);
-        if (status == dnnl_success)
-            status = append_sum(operations);
-        if (status == dnnl_success)
-            status = dnnl_primitive_attr_set_post_ops(attributes, operations);
     }
-    if (status == dnnl_success)
-        status = describe_matmul(&recipe, of, attributes, engine);
-    if (status == dnnl_success)
-        status = dnnl_primitive_create(&primitive, recipe);
-    if (status == dnnl_success)
-        status = dnnl_stream_create(&stream, engine, dnnl_stream_default_flags);
-    for (int i = 0; i < 3 && status == dnnl_success; i++) {
-        arguments[i].arg = names[i];
-        status = dnnl_memory_create(&arguments[i].memory, described(&of[i]), engine, data[i]);
-    }
-    if (status == dnnl_success)
-        status = dnnl_primitive_execute(primitive, stream, 3, arguments);
-    if (status == dnnl_success)
-        status = dnnl_stream_wait(stream);
-
-    for (int i = 0; i < 3; i++) {
-        if (arguments[i].memory)
-            dnnl_memory_destroy(arguments[i].memory);
-        forget(&of[i]);
-    }
-    if (stream)
-        dnnl_stream_destroy(stream);
-    if (primitive)
-        dnnl_primitive_destroy(primitive);
-    if (recipe)
-        dnnl_primitive_desc_destroy(recipe);
-    if (operations)
-        dnnl_post_ops_destroy(operations);
-    if (attributes)
-        dnnl_primitive_attr_destroy(attributes);
-    if (engine)
-        dnnl_engine_destroy(engine);
     return status;
 }
 
-static dnnl_status_t multiply(const dense *dense)
+static dnnl_status_t make_matmul(const dense_product *dense, matmul_objects *made)
+{
+    static const int names[3] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST};
+    /* oneDNN has plain pointers also to what it only reads. */
+    void *data[3] = {(void *)(uintptr_t)dense->a, (void *)(uintptr_t)dense->b, dense->c};
+    dnnl_status_t status = dnnl_engine_create(&made->engine, dnnl_cpu, 0);
+    if (status == dnnl_success)
+        status = describe_matrices(dense, made->of);
+    if (status == dnnl_success)
+        status = dnnl_primitive_attr_create(&made->attributes);
+    if (status == dnnl_success && dense->accumulate) {
+        status = dnnl_post_ops_create(&made->operations);
+        if (status == dnnl_success)
+            status = append_sum(made->operations);
+        if (status == dnnl_success)
+            status = dnnl_primitive_attr_set_post_ops(made->attributes, made->operations);
+    }
+    if (status == dnnl_success)
+        status = describe_matmul(&made->recipe, made->of, made->attributes, made->engine);
+    if (status == dnnl_success)
+        status = dnnl_primitive_create(&made->primitive, made->recipe);
+    if (status == dnnl_success)
+        status = dnnl_stream_create(&made->stream, made->engine, dnnl_stream_default_flags);
+    for (int i = 0; i < 3 && status == dnnl_success; i++) {
+        made->arguments[i].arg = names[i];
+        status = dnnl_memory_create(&made->arguments[i].memory, described(&made->of[i]),
+                                    made->engine, data[i]);
+    }
+    return status;
+}
+
+static void destroy_matmul(matmul_objects *made)
+{
+    for (int i = 0; i < 3; i++) {
+        if (made->arguments[i].memory != NULL)
+            dnnl_memory_destroy(made->arguments[i].memory);
+        forget(&made->of[i]);
+    }
+    if (made->stream != NULL)
+        dnnl_stream_destroy(made->stream);
+    if (made->primitive != NULL)
+        dnnl_primitive_destroy(made->primitive);
+    if (made->recipe != NULL)
+        dnnl_primitive_desc_destroy(made->recipe);
+    if (made->operations != NULL)
+        dnnl_post_ops_destroy(made->operations);
+    if (made->attributes != NULL)
+        dnnl_primitive_attr_destroy(made->attributes);
+    if (made->engine != NULL)
+        dnnl_engine_destroy(made->engine);
+}
+
+static dnnl_status_t matmul(const dense_product *dense)
+{
+    matmul_objects made;
+    memset(&made, 0, sizeof made);
+    dnnl_status_t status = make_matmul(dense, &made);
+    if (status == dnnl_success)
+        status = dnnl_primitive_execute(made.primitive, made.stream, 3, made.arguments);
+    if (status == dnnl_success)
+        status = dnnl_stream_wait(made.stream);
+    destroy_matmul(&made);
+    return status;
+}
+
+static dnnl_status_t multiply(const dense_product *dense)
 {
     if (dense->dtype == SEBP_BF16)
         return matmul(dense);
@@ -248,7 +275,7 @@ static dnnl_status_t multiply(const dense *dense)
 }
 
 /* Rows moved by all threads: each takes an even part of the list. */
-typedef struct move {
+typedef struct row_move {
     const sebp_kernels *kernels;
     char *to;
     int64_t to_stride;
@@ -256,44 +283,44 @@ typedef struct move {
     const char *from;
     int64_t from_stride;
     const int64_t *from_rows;
-    int64_t count, row_bytes, parts;
-} move;
+    int64_t count, row_bytes, pieces;
+} row_move;
 
-static void move_part(void *work, int64_t part)
+static void move_piece(void *work, int64_t piece)
 {
-    const move *move = work;
-    int64_t first = move->count * part / move->parts;
-    int64_t count = move->count * (part + 1) / move->parts - first;
-    move->kernels->move_rows(move->to + (move->to_rows ? 0 : first * move->to_stride),
-                             move->to_stride, move->to_rows ? move->to_rows + first : NULL,
-                             move->from + (move->from_rows ? 0 : first * move->from_stride),
-                             move->from_stride, move->from_rows ? move->from_rows + first : NULL,
-                             count, move->row_bytes);
+    const row_move *move = work;
+    int64_t first = move->count * piece / move->pieces;
+    int64_t count = move->count * (piece + 1) / move->pieces - first;
+    move->kernels->move_rows(
+        move->to + (move->to_rows != NULL ? 0 : first * move->to_stride), move->to_stride,
+        move->to_rows != NULL ? move->to_rows + first : NULL,
+        move->from + (move->from_rows != NULL ? 0 : first * move->from_stride), move->from_stride,
+        move->from_rows != NULL ? move->from_rows + first : NULL, count, move->row_bytes);
 }
 
-/* `count` of an operand's memory rows, `cols` wide, from its list's `first` on: gathered into
- * *scratch, which then moves on, or as they lie if the operand has no list. Returns where they are.
- */
+/* Gathers `count` of an operand's memory rows, `cols` wide, from the `first` of its list on, into
+ * *scratch, which then moves on. Without a list the rows stay where they are. Returns their
+ * address. */
 static const void *take_rows(sebp_cpu *cpu, const sebp_operand *operand, int64_t element,
                              int64_t first, int64_t count, int64_t cols, char **scratch,
                              int64_t *stride)
 {
     *stride = operand->stride;
-    if (!operand->rows)
+    if (operand->rows == NULL)
         return (const char *)operand->data + first * operand->stride * element;
-    move move = {cpu->kernels,          *scratch,
-                 cols * element,        NULL,
-                 operand->data,         operand->stride * element,
-                 operand->rows + first, count,
-                 cols * element,        cpu->threads};
-    sebp_cpu_parallel(cpu, move.parts, move_part, &move);
+    row_move move = {cpu->kernels,          *scratch,
+                     cols * element,        NULL,
+                     operand->data,         operand->stride * element,
+                     operand->rows + first, count,
+                     cols * element,        cpu->threads};
+    sebp_cpu_parallel(cpu, move.pieces, move_piece, &move);
     const char *rows = *scratch;
     *scratch += count * cols * element;
     *stride = cols;
     return rows;
 }
 
-/* The first row from the bias, the others from the first. */
+/* Copies the bias into the first row, and that row into the others. */
 static void fill_bias(sebp_cpu *cpu, const sebp_product *product, float *c, int64_t stride,
                       int64_t rows)
 {
@@ -302,17 +329,17 @@ static void fill_bias(sebp_cpu *cpu, const sebp_product *product, float *c, int6
         cpu->kernels->f32_from_bf16(c, product->bias, product->n);
     else
         memcpy(c, product->bias, (size_t)row_bytes);
-    move move = {cpu->kernels,
-                 (char *)(c + stride),
-                 stride * (int64_t)sizeof *c,
-                 NULL,
-                 (char *)c,
-                 0,
-                 NULL,
-                 rows - 1,
-                 row_bytes,
-                 cpu->threads};
-    sebp_cpu_parallel(cpu, move.parts, move_part, &move);
+    row_move move = {cpu->kernels,
+                     (char *)(c + stride),
+                     stride * (int64_t)sizeof *c,
+                     NULL,
+                     (char *)c,
+                     0,
+                     NULL,
+                     rows - 1,
+                     row_bytes,
+                     cpu->threads};
+    sebp_cpu_parallel(cpu, move.pieces, move_piece, &move);
 }
 
 /* dW: the gathered rows are steps of the depth, and panels add up in C. */
@@ -323,15 +350,15 @@ static dnnl_status_t product_over_depth(sebp_cpu *cpu, const sebp_product *produ
     for (int64_t at = 0; at < product->k && status == dnnl_success; at += rows) {
         int64_t count = sebp_min(rows, product->k - at), element = element_bytes(product);
         char *room = scratch;
-        dense dense = {.m = product->m,
-                       .n = product->n,
-                       .k = count,
-                       .dtype = product->dtype,
-                       .c_dtype = product->c_dtype,
-                       .c = product->c,
-                       .c_stride = product->c_stride,
-                       .a_transposed = true,
-                       .accumulate = at > 0 || product->accumulate};
+        dense_product dense = {.m = product->m,
+                               .n = product->n,
+                               .k = count,
+                               .dtype = product->dtype,
+                               .c_dtype = product->c_dtype,
+                               .c = product->c,
+                               .c_stride = product->c_stride,
+                               .a_transposed = true,
+                               .accumulate = at > 0 || product->accumulate};
         dense.a =
             take_rows(cpu, &product->a, element, at, count, product->m, &room, &dense.a_stride);
         dense.b =
@@ -351,49 +378,51 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
     for (int64_t at = 0; at < product->m && status == dnnl_success; at += plan->rows) {
         int64_t count = sebp_min(plan->rows, product->m - at);
         char *room = scratch;
-        dense dense = {.m = count,
-                       .n = product->n,
-                       .k = product->k,
-                       .dtype = product->dtype,
-                       .c_dtype = product->c_dtype,
-                       .a_stride = product->a.stride,
-                       .b = product->b.data,
-                       .b_stride = product->b.stride,
-                       .a_transposed = product->a.transposed,
-                       .b_transposed = product->b.transposed,
-                       .accumulate = product->accumulate || product->bias};
-        if (product->a.transposed) /* not gathered, so that there is but one panel */
+        dense_product dense = {.m = count,
+                               .n = product->n,
+                               .k = product->k,
+                               .dtype = product->dtype,
+                               .c_dtype = product->c_dtype,
+                               .a_stride = product->a.stride,
+                               .b = product->b.data,
+                               .b_stride = product->b.stride,
+                               .a_transposed = product->a.transposed,
+                               .b_transposed = product->b.transposed,
+                               .accumulate = product->accumulate || product->bias != NULL};
+        if (product->a.transposed) { /* not gathered, so there is only one panel */
             dense.a = product->a.data;
-        else
+        } else {
             dense.a =
                 take_rows(cpu, &product->a, element, at, count, product->k, &room, &dense.a_stride);
-        const int64_t *c_rows = product->c_rows ? product->c_rows + at : NULL;
+        }
+        const int64_t *c_rows = product->c_rows != NULL ? product->c_rows + at : NULL;
         dense.c = (char *)product->c + at * product->c_stride * c_element;
         dense.c_stride = product->c_stride;
-        move back = {cpu->kernels, product->c, product->c_stride * c_element,
-                     c_rows,       room,       product->n * c_element,
-                     NULL,         count,      product->n * c_element,
-                     cpu->threads};
+        row_move back = {cpu->kernels, product->c, product->c_stride * c_element,
+                         c_rows,       room,       product->n * c_element,
+                         NULL,         count,      product->n * c_element,
+                         cpu->threads};
         if (plan->scatter) {
             dense.c = room;
             dense.c_stride = product->n;
             if (product->accumulate) {
-                move bring = {cpu->kernels, room,       product->n * c_element,
-                              NULL,         product->c, product->c_stride * c_element,
-                              c_rows,       count,      product->n * c_element,
-                              cpu->threads};
-                sebp_cpu_parallel(cpu, bring.parts, move_part, &bring);
+                row_move bring = {cpu->kernels, room,       product->n * c_element,
+                                  NULL,         product->c, product->c_stride * c_element,
+                                  c_rows,       count,      product->n * c_element,
+                                  cpu->threads};
+                sebp_cpu_parallel(cpu, bring.pieces, move_piece, &bring);
             }
         }
-        if (product->bias)
+        if (product->bias != NULL)
             fill_bias(cpu, product, dense.c, dense.c_stride, count);
         status = multiply(&dense);
         if (plan->scatter && status == dnnl_success)
-            sebp_cpu_parallel(cpu, back.parts, move_part, &back);
+            sebp_cpu_parallel(cpu, back.pieces, move_piece, &back);
     }
-    if (plan->expand && status == dnnl_success)
+    if (plan->expand && status == dnnl_success) {
         cpu->kernels->expand_rows(product->c, product->c_stride * c_element, product->c_rows,
                                   product->m, product->n * c_element);
+    }
     return status;
 }
 

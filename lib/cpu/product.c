@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file product.c
- * Products: who does each, the library's own GEMM or oneDNN, settled once and then run.
+ * Products: each is planned once, for the library's own GEMM or for oneDNN, and then run.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -14,7 +14,7 @@ enum { LARGE = 512 /* of a product's sizes */ };
 
 /* What a plan holds for a CPU. */
 typedef struct cpu_plan {
-    enum { BY_NOBODY, BY_NATIVE, BY_ONEDNN } by; /* nobody: C has no elements */
+    enum { BY_NOBODY, BY_NATIVE, BY_ONEDNN } by; /* none is needed: C has no elements */
     int64_t scratch_bytes;
     union {
         sebp_native_plan native;
@@ -29,9 +29,10 @@ static cpu_plan *plan_of(sebp_plan *plan)
     return (cpu_plan *)(void *)plan->device;
 }
 
-/* Whether oneDNN is to do a product if it can. Left to choose, it has the large products of f32 that
- * it takes as they lie, where it measures a few percent faster. Where rows must be gathered for it,
- * where few are left, with B transposed (the forward) and with bf16, our own does. */
+/* Whether oneDNN should do a product if it can. Where the choice is ours, it gets the large f32
+ * products whose matrices it can read in place: there it measures a few percent faster. Our own
+ * GEMM does those that gather rows, have few rows left, have B transposed (the forward), or are
+ * bf16. */
 static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product)
 {
     bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
@@ -79,7 +80,7 @@ sebp_status sebp_cpu_run_product(void *device, sebp_plan *plan)
     if (made->by == BY_NOBODY)
         return SEBP_SUCCESS;
     if (made->scratch_bytes + cpu->reserved_bytes > cpu->scratch_bytes) {
-        plan->path = "a product was not planned"; /* what a method has in scratch would be lost */
+        plan->path = "a product was not planned"; /* the method's scratch memory would be lost */
         return SEBP_ERROR_BACKEND;
     }
     void *scratch = sebp_cpu_scratch(cpu, made->scratch_bytes);

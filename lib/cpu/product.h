@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file product.h The two that do products on a CPU: each plans one, then runs it. */
+/** @file product.h The two ways to do products on a CPU: each plans a product, then runs it. */
 #ifndef SEBP_CPU_PRODUCT_H
 #define SEBP_CPU_PRODUCT_H
 
@@ -26,8 +26,8 @@ typedef struct sebp_native_plan {
     int64_t worker_bytes;
 } sebp_native_plan;
 
-/** m, n >= 1. `product` is to stay where it is as long as the plan. What it needs is within the bound
- * of the workspace. */
+/** m, n >= 1. `product` must stay where it is as long as the plan is used. What the plan needs is
+ * within the bound of the workspace. */
 void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
                               sebp_native_plan *plan);
 /** Scratch bytes. */

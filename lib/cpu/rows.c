@@ -15,23 +15,23 @@
 enum {
     LINE_BYTES = 64,
     SCAN_BLOCK_BYTES = 64 << 10, /* of dY, to one block of rows */
-    SCAN_BLOCK_ROWS = 16,        /* at least, so that threads do not share lines of scores */
-    ZERO_PART_BYTES = 128 << 10, /* worth a thread of its own */
-    SUM_COLS = 512               /* sums held at a time: 2 KiB */
+    SCAN_BLOCK_ROWS = 16, /* at least, so that threads do not write to the same lines of scores */
+    ZERO_PIECE_BYTES = 128 << 10, /* worth a thread of its own */
+    SUM_COLS = 512                /* sums held at a time: 2 KiB */
 };
 
 /* ---- finding rows ---- */
 
-typedef struct scan {
+typedef struct row_scan {
     const sebp_kernels *kernels;
     const sebp_matrix *dy;
     sebp_measure measure;
     float limit;
     double *score;
     int64_t block_rows, blocks, workers;
-} scan;
+} row_scan;
 
-static double measure_row(const scan *scan, int64_t i)
+static double measure_row(const row_scan *scan, int64_t i)
 {
     const sebp_kernels *kernels = scan->kernels;
     int64_t at = i * scan->dy->stride, n = scan->dy->cols;
@@ -39,22 +39,22 @@ static double measure_row(const scan *scan, int64_t i)
     const uint16_t *bf16 = f32 == NULL ? (const uint16_t *)scan->dy->data + at : NULL;
     switch (scan->measure) {
     case SEBP_MEASURE_NONZERO:
-        return f32 ? kernels->any_nonzero_f32(f32, n) : kernels->any_nonzero_bf16(bf16, n);
+        return f32 != NULL ? kernels->any_nonzero_f32(f32, n) : kernels->any_nonzero_bf16(bf16, n);
     case SEBP_MEASURE_ABOVE:
-        return f32 ? kernels->any_above_f32(f32, n, scan->limit)
-                   : kernels->any_above_bf16(bf16, n, scan->limit);
+        return f32 != NULL ? kernels->any_above_f32(f32, n, scan->limit)
+                           : kernels->any_above_bf16(bf16, n, scan->limit);
     case SEBP_MEASURE_SQUARE_SUM:
         break;
     }
-    double sum = f32 ? kernels->square_sum_f32(f32, n) : kernels->square_sum_bf16(bf16, n);
+    double sum = f32 != NULL ? kernels->square_sum_f32(f32, n) : kernels->square_sum_bf16(bf16, n);
     return isfinite(sum) ? sum : INFINITY;
 }
 
-/* Blocks in turn: padding, which is read to its end, lies in runs that one thread would get whole.
- */
+/* Workers take blocks in turn. Padding must be read to its end and lies in long runs, each of which
+ * would otherwise fall to one worker. */
 static void scan_blocks(void *work, int64_t worker)
 {
-    const scan *scan = work;
+    const row_scan *scan = work;
     for (int64_t block = worker; block < scan->blocks; block += scan->workers) {
         int64_t first = block * scan->block_rows;
         int64_t end = sebp_min(first + scan->block_rows, scan->dy->rows);
@@ -63,7 +63,8 @@ static void scan_blocks(void *work, int64_t worker)
     }
 }
 
-/* The largest float that is not above `limit`: for a float v, |v| > limit is |v| > that. */
+/* The largest float that is not above `limit`. For a float v, |v| > limit if and only if |v| >
+ * that. */
 static float float_below(double limit)
 {
     float nearest = (float)limit;
@@ -77,32 +78,32 @@ sebp_status sebp_cpu_scan_rows(void *device, const sebp_matrix *dy, sebp_measure
     int64_t row_bytes = sebp_max(dy->cols * (int64_t)sebp_dtype_bytes(dy->dtype), 1);
     int64_t block_rows = sebp_max(SCAN_BLOCK_BYTES / row_bytes, SCAN_BLOCK_ROWS);
     int64_t blocks = sebp_div_ceil(dy->rows, block_rows);
-    scan scan = {.kernels = cpu->kernels,
-                 .dy = dy,
-                 .measure = measure,
-                 .limit = float_below(limit),
-                 .score = score,
-                 .block_rows = block_rows,
-                 .blocks = blocks,
-                 .workers = sebp_min(blocks, sebp_cpu_threads(cpu))};
+    row_scan scan = {.kernels = cpu->kernels,
+                     .dy = dy,
+                     .measure = measure,
+                     .limit = float_below(limit),
+                     .score = score,
+                     .block_rows = block_rows,
+                     .blocks = blocks,
+                     .workers = sebp_min(blocks, sebp_cpu_threads(cpu))};
     sebp_cpu_parallel(cpu, scan.workers, scan_blocks, &scan);
     return SEBP_SUCCESS;
 }
 
 /* ---- filling the other rows with zeros ---- */
 
-typedef struct zeroing {
+typedef struct row_zeroing {
     const sebp_kernels *kernels;
     char *data;
     int64_t row_bytes, stride_bytes;
     const int64_t *rows; /* `count` rows that are left as they are */
     int64_t count;
     int64_t others; /* the number of rows to zero */
-    int64_t parts;
+    int64_t pieces;
     bool stream;
-} zeroing;
+} row_zeroing;
 
-static void zero_rows(const zeroing *zeroing, int64_t first, int64_t rows)
+static void zero_rows(const row_zeroing *zeroing, int64_t first, int64_t rows)
 {
     char *at = zeroing->data + first * zeroing->stride_bytes;
     if (zeroing->stride_bytes == zeroing->row_bytes) {
@@ -115,7 +116,7 @@ static void zero_rows(const zeroing *zeroing, int64_t first, int64_t rows)
 
 /* How many listed rows lie before the other row number `other`: the i-th listed row has
  * rows[i] - i other rows before it. */
-static int64_t listed_before(const zeroing *zeroing, int64_t other)
+static int64_t listed_before(const row_zeroing *zeroing, int64_t other)
 {
     int64_t low = 0, high = zeroing->count;
     while (low < high) {
@@ -128,11 +129,11 @@ static int64_t listed_before(const zeroing *zeroing, int64_t other)
     return low;
 }
 
-static void zero_part(void *work, int64_t part)
+static void zero_piece(void *work, int64_t piece)
 {
-    const zeroing *zeroing = work;
-    int64_t other = zeroing->others * part / zeroing->parts;
-    int64_t end = zeroing->others * (part + 1) / zeroing->parts;
+    const row_zeroing *zeroing = work;
+    int64_t other = zeroing->others * piece / zeroing->pieces;
+    int64_t end = zeroing->others * (piece + 1) / zeroing->pieces;
     for (int64_t listed = listed_before(zeroing, other); other < end; listed++) {
         /* the others from here up to the next listed row */
         int64_t until = listed < zeroing->count ? zeroing->rows[listed] - listed : zeroing->others;
@@ -152,17 +153,17 @@ sebp_status sebp_cpu_zero_other_rows(void *device, const sebp_matrix *to, const 
     int64_t element = (int64_t)sebp_dtype_bytes(to->dtype);
     int64_t row_bytes = to->cols * element, others = to->rows - count;
     int64_t bytes = others * row_bytes;
-    zeroing zeroing = {.kernels = cpu->kernels,
-                       .data = to->data,
-                       .row_bytes = row_bytes,
-                       .stride_bytes = to->stride * element,
-                       .rows = rows,
-                       .count = count,
-                       .others = others,
-                       .parts =
-                           sebp_min(sebp_div_ceil(bytes, ZERO_PART_BYTES), sebp_cpu_threads(cpu)),
-                       .stream = sebp_cpu_streams(cpu, bytes)};
-    sebp_cpu_parallel(cpu, zeroing.parts, zero_part, &zeroing);
+    row_zeroing zeroing = {
+        .kernels = cpu->kernels,
+        .data = to->data,
+        .row_bytes = row_bytes,
+        .stride_bytes = to->stride * element,
+        .rows = rows,
+        .count = count,
+        .others = others,
+        .pieces = sebp_min(sebp_div_ceil(bytes, ZERO_PIECE_BYTES), sebp_cpu_threads(cpu)),
+        .stream = sebp_cpu_streams(cpu, bytes)};
+    sebp_cpu_parallel(cpu, zeroing.pieces, zero_piece, &zeroing);
     return SEBP_SUCCESS;
 }
 
@@ -175,22 +176,23 @@ typedef struct column_sums {
     int64_t count;
     const sebp_matrix *to;
     bool accumulate;
-    int64_t part_cols;
+    int64_t piece_cols;
 } column_sums;
 
-/* The sums are taken apart from `to`, so that a bf16 result is rounded once. */
+/* The sums are made in f32 beside `to`, so that a bf16 result is rounded once. */
 static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
 {
     const sebp_kernels *kernels = sums->kernels;
     const sebp_matrix *from = sums->from;
     float sum[SUM_COLS] = {0}, held[SUM_COLS];
-    /* With no rows `from` may have no data, and any stride. */
-    if (sums->count > 0 && from->dtype == SEBP_F32)
+    /* Without rows `from` may have no data, and any stride. */
+    if (sums->count > 0 && from->dtype == SEBP_F32) {
         kernels->add_rows_f32(sum, (const float *)from->data + first, from->stride, sums->rows,
                               sums->count, cols);
-    else if (sums->count > 0)
+    } else if (sums->count > 0) {
         kernels->add_rows_bf16(sum, (const uint16_t *)from->data + first, from->stride, sums->rows,
                                sums->count, cols);
+    }
     void *to = (char *)sums->to->data + first * (int64_t)sebp_dtype_bytes(sums->to->dtype);
     if (sums->accumulate) {
         if (sums->to->dtype == SEBP_F32)
@@ -206,53 +208,53 @@ static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
         kernels->bf16_from_f32(to, sum, cols);
 }
 
-static void sum_part(void *work, int64_t part)
+static void sum_piece(void *work, int64_t piece)
 {
     const column_sums *sums = work;
-    int64_t first = part * sums->part_cols;
-    int64_t end = sebp_min(first + sums->part_cols, sums->to->cols);
+    int64_t first = piece * sums->piece_cols;
+    int64_t end = sebp_min(first + sums->piece_cols, sums->to->cols);
     for (; first < end; first += SUM_COLS)
         sum_chunk(sums, first, sebp_min(SUM_COLS, end - first));
 }
 
-/* Each column is summed by one thread, in the order of its rows: the bits do not depend on how many
- * threads there are. */
+/* Each column is summed by one thread in the order of its rows, so the bits do not depend on the
+ * number of threads. */
 sebp_status sebp_cpu_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                               int64_t count, const sebp_matrix *to, bool accumulate)
 {
     sebp_cpu *cpu = device;
     const int64_t line = LINE_BYTES / (int64_t)sizeof(float);
     int64_t cols = to->cols;
-    int64_t part_cols = sebp_div_ceil(sebp_div_ceil(cols, sebp_cpu_threads(cpu)), line) * line;
+    int64_t piece_cols = sebp_div_ceil(sebp_div_ceil(cols, sebp_cpu_threads(cpu)), line) * line;
     column_sums sums = {.kernels = cpu->kernels,
                         .from = from,
                         .rows = rows,
                         .count = count,
                         .to = to,
                         .accumulate = accumulate,
-                        .part_cols = part_cols};
+                        .piece_cols = piece_cols};
     if (cols > 0)
-        sebp_cpu_parallel(cpu, sebp_div_ceil(cols, part_cols), sum_part, &sums);
+        sebp_cpu_parallel(cpu, sebp_div_ceil(cols, piece_cols), sum_piece, &sums);
     return SEBP_SUCCESS;
 }
 
 /* ---- rows widened ---- */
 
-typedef struct widening {
+typedef struct row_widening {
     const sebp_kernels *kernels;
     const sebp_matrix *from;
     const int64_t *rows;
     int64_t count;
     const sebp_matrix *to;
-    int64_t parts;
-} widening;
+    int64_t pieces;
+} row_widening;
 
-static void widen_part(void *work, int64_t part)
+static void widen_piece(void *work, int64_t piece)
 {
-    const widening *widening = work;
+    const row_widening *widening = work;
     const sebp_matrix *from = widening->from, *to = widening->to;
-    int64_t end = widening->count * (part + 1) / widening->parts;
-    for (int64_t i = widening->count * part / widening->parts; i < end; i++) {
+    int64_t end = widening->count * (piece + 1) / widening->pieces;
+    for (int64_t i = widening->count * piece / widening->pieces; i < end; i++) {
         int64_t at = (widening->rows != NULL ? widening->rows[i] : i) * from->stride;
         float *row = (float *)to->data + i * to->stride;
         if (from->dtype == SEBP_F32)
@@ -266,12 +268,12 @@ sebp_status sebp_cpu_widen_rows(void *device, const sebp_matrix *from, const int
                                 int64_t count, const sebp_matrix *to)
 {
     sebp_cpu *cpu = device;
-    widening widening = {.kernels = cpu->kernels,
-                         .from = from,
-                         .rows = rows,
-                         .count = count,
-                         .to = to,
-                         .parts = sebp_min(count, sebp_cpu_threads(cpu))};
-    sebp_cpu_parallel(cpu, widening.parts, widen_part, &widening);
+    row_widening widening = {.kernels = cpu->kernels,
+                             .from = from,
+                             .rows = rows,
+                             .count = count,
+                             .to = to,
+                             .pieces = sebp_min(count, sebp_cpu_threads(cpu))};
+    sebp_cpu_parallel(cpu, widening.pieces, widen_piece, &widening);
     return SEBP_SUCCESS;
 }

@@ -15,13 +15,13 @@ enum { SPARSE_COLS = 128 /* of a sparse product, at a time */ };
 
 /* ---- S by lines ---- */
 
-/* S by those of its rows, or of its columns, that hold any element: line i has elements start[i] to
- * start[i + 1] - 1. */
+/* The elements of S, ordered by rows or by columns, without the empty ones. Line i, a row or a
+ * column, has the elements start[i] to start[i + 1] - 1. */
 typedef struct lines_of {
     int64_t count;   /* p' or q' */
-    int64_t *lines;  /* which they are */
-    int64_t *start;  /* of each its first element: count + 1 */
-    int64_t *places; /* of each element its column, or row */
+    int64_t *lines;  /* the index of each line */
+    int64_t *start;  /* the first element of each line: count + 1 */
+    int64_t *places; /* the column, or row, of each element */
     float *values;
 } lines_of;
 
@@ -33,7 +33,7 @@ static void free_lines(lines_of *lines)
     free(lines->values);
 }
 
-/* Room for `elements` in at most `max` lines. */
+/* Makes room for `elements` in at most `max` lines. */
 static sebp_status make_lines(int64_t max, int64_t elements, lines_of *lines)
 {
     *lines = (lines_of){
@@ -42,8 +42,10 @@ static sebp_status make_lines(int64_t max, int64_t elements, lines_of *lines)
         .places = malloc((size_t)elements * sizeof(int64_t)),
         .values = malloc((size_t)elements * sizeof(float)),
     };
-    if (lines->lines && lines->start && lines->places && lines->values)
+    if (lines->lines != NULL && lines->start != NULL && lines->places != NULL &&
+        lines->values != NULL) {
         return SEBP_SUCCESS;
+    }
     free_lines(lines);
     return SEBP_ERROR_MEMORY;
 }
@@ -69,7 +71,7 @@ static sebp_status list_rows(const sebp_sparse *s, lines_of *rows)
     return SEBP_SUCCESS;
 }
 
-/* The same by columns: sorted, counting, so that in a column rows ascend. */
+/* S by columns, by a counting sort: within a column rows ascend. */
 static sebp_status list_cols(const sebp_sparse *s, const lines_of *rows, lines_of *cols)
 {
     sebp_status status = make_lines(s->cols, s->count, cols);
@@ -87,7 +89,7 @@ static sebp_status list_cols(const sebp_sparse *s, const lines_of *rows, lines_o
             cols->values[at] = rows->values[i];
         }
     }
-    /* Each start has moved on to its column's end; columns without elements go. */
+    /* Each start has moved on to the end of its column. Columns without elements are left out. */
     int64_t first = 0;
     for (int64_t col = 0; col < s->cols; col++) {
         int64_t end = start[col];
@@ -109,11 +111,11 @@ typedef struct sparse_product {
     const sebp_matrix *from, *to;
 } sparse_product;
 
-static void sparse_part(void *work, int64_t part)
+static void sparse_piece(void *work, int64_t piece)
 {
     const sparse_product *product = work;
     const lines_of *lines = product->lines;
-    int64_t first = part * SPARSE_COLS;
+    int64_t first = piece * SPARSE_COLS;
     int64_t cols = sebp_min(SPARSE_COLS, product->to->cols - first);
     const float *from = (const float *)product->from->data + first;
     float *to = (float *)product->to->data + first;
@@ -125,34 +127,35 @@ static void sparse_part(void *work, int64_t part)
     }
 }
 
-/* Lines differ in length, columns do not: each thread has columns of its own, so few at a time that
- * those of all rows stay in its caches. */
+/* Lines differ in length but columns do not, so each thread takes columns of its own: so few at a
+ * time that those of all rows stay in its caches. */
 static void multiply_sparse(sebp_cpu *cpu, const lines_of *lines, const sebp_matrix *from,
                             const sebp_matrix *to)
 {
     sparse_product product = {.kernels = cpu->kernels, .lines = lines, .from = from, .to = to};
     if (to->cols > 0)
-        sebp_cpu_parallel(cpu, sebp_div_ceil(to->cols, SPARSE_COLS), sparse_part, &product);
+        sebp_cpu_parallel(cpu, sebp_div_ceil(to->cols, SPARSE_COLS), sparse_piece, &product);
 }
 
 /* ---- the update ---- */
 
 /*
- * With S by rows: T = S in, p' x K, then W += out[I]^T T, in panels of W's columns. By columns:
- * T = S^T out, q' x N, then W += T^T in[J], in panels of its rows. Each element of W is added to
- * once. The first pass has the memory for the products, the second runs them.
+ * With S by rows: T = S in, p' x K, then W += out[I]^T T, in panels of W's columns. With S by
+ * columns: T = S^T out, q' x N, then W += T^T in[J], in panels of W's rows. Each element of W is
+ * added to once. The first pass reserves memory for the products, the second runs them.
  */
 static sebp_status add_lines(sebp_cpu *cpu, const lines_of *lines, bool by_cols,
                              const sebp_matrix *out, const sebp_matrix *in, const sebp_matrix *w)
 {
-    const sebp_matrix *near = by_cols ? out : in; /* what S is multiplied into */
+    const sebp_matrix *near = by_cols ? out : in; /* T is the product of S and it */
     const sebp_matrix *far = by_cols ? in : out;
     int64_t width = near->cols, count = lines->count;
     int64_t room = sebp_cpu_max_scratch(cpu) / (int64_t)sizeof(float);
     int64_t panels = sebp_div_ceil(width, sebp_max(room / count, 1));
     int64_t panel = sebp_div_ceil(width, panels);
     int64_t step = (by_cols ? w->stride : 1) * (int64_t)sebp_dtype_bytes(w->dtype);
-    /* Lines that follow each other, as all of them do, are a matrix that any GEMM takes as it lies. */
+    /* If the lines follow each other, as all of them do, they are a matrix that any GEMM can read
+     * in place. */
     int64_t first = lines->lines[0];
     bool is_run = lines->lines[count - 1] - first == count - 1;
     const float *far_data = (const float *)far->data + (is_run ? first * far->stride : 0);

@@ -39,15 +39,15 @@ int sebp_cpu_threads(const sebp_cpu *cpu)
 
 #ifdef __linux__
 
-/* One thread of the context: where it runs, and who was bound there last. */
-typedef struct place {
+/* A thread of the context: its CPU, and the thread that was bound there last. */
+typedef struct thread_place {
     int cpu;
     pid_t bound; /* a thread's id; 0: none yet */
-} place;
+} thread_place;
 
 struct sebp_binding {
     cpu_set_t before[SEBP_MASK_SETS]; /* the calling thread's mask before it was bound */
-    place places[];                   /* of each thread; the calling thread comes first */
+    thread_place places[];            /* of each thread; the calling thread comes first */
 };
 
 static pid_t thread_id(void)
@@ -58,7 +58,7 @@ static pid_t thread_id(void)
 sebp_status sebp_cpu_bind(sebp_cpu *cpu)
 {
     size_t threads = (size_t)cpu->threads;
-    struct sebp_binding *binding = calloc(1, sizeof *binding + threads * sizeof(place));
+    struct sebp_binding *binding = calloc(1, sizeof *binding + threads * sizeof(thread_place));
     int *cpus = calloc(threads, sizeof *cpus);
     sebp_status status = SEBP_ERROR_MEMORY;
     if (binding != NULL && cpus != NULL)
@@ -74,12 +74,12 @@ sebp_status sebp_cpu_bind(sebp_cpu *cpu)
     return status;
 }
 
-/* Binds the thread that calls, unless it is bound already. OpenMP may have replaced a thread since
- * the last call, and the next call may come from another one, hence the id. That a CPU has gone
- * offline is no reason to fail: the thread then runs where the system puts it. */
+/* Binds the calling thread, unless it is bound already. OpenMP may have replaced a thread since the
+ * last call, and the next call may come from another one; hence the id. A CPU that has gone offline
+ * is no reason to fail: the thread then runs where the system puts it. */
 static void bind_this_thread(sebp_cpu *cpu, int thread)
 {
-    place *place = &cpu->binding->places[thread];
+    thread_place *place = &cpu->binding->places[thread];
     pid_t self = thread_id();
     if (place->bound == self)
         return;
@@ -92,7 +92,7 @@ static void bind_this_thread(sebp_cpu *cpu, int thread)
     place->bound = self;
 }
 
-/* A forked child is bound as the thread is that it copies, under another id. */
+/* A forked child is bound as the thread was that it copies, but under another id. */
 static void unbind_this_thread(const sebp_cpu *cpu, int thread)
 {
     pid_t bound = cpu->binding->places[thread].bound;
@@ -100,10 +100,11 @@ static void unbind_this_thread(const sebp_cpu *cpu, int thread)
         sched_setaffinity(0, sizeof cpu->binding->before, cpu->binding->before);
 }
 
-/* Whether the thread that calls was bound as the calling thread, and the others after it. */
+/* Whether this thread is the one that was bound as the calling thread, and the others are bound
+ * too. */
 static bool is_bound(const sebp_cpu *cpu)
 {
-    const place *places = cpu->binding->places;
+    const thread_place *places = cpu->binding->places;
     return !is_copy(cpu) && places[0].bound == thread_id() && places[cpu->threads - 1].bound != 0;
 }
 
@@ -143,7 +144,7 @@ static void run_range(sebp_task task, void *work, int64_t first, int64_t end)
 
 #ifdef _OPENMP
 
-/* Always with all threads, as OpenMP ends those that a smaller team leaves over. */
+/* With all threads each time, as OpenMP ends those that a smaller team leaves over. */
 static void run_openmp(sebp_cpu *cpu, int64_t tasks, sebp_task task, void *work)
 {
 #pragma omp parallel num_threads(cpu->threads)

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file top.c
- * Top-k in linear time, on all threads. A sample tells about how large an element must be; those that
- * are are counted, block by block, which says where each goes, then listed: somewhat more than k,
- * and these cut to k. Where the sample was wrong, or too many are equal, the k-th magnitude is found
- * among all of them, digit by digit. Whatever the sample says, the result is the same.
+ * Top-k in linear time, on all threads. A sample says roughly how large an element must be. Those
+ * that are as large are counted block by block, which tells where each goes in a list, and then
+ * listed: somewhat more than k, which are then cut to k. Where the sample was wrong, or too many
+ * elements are equal, the k-th magnitude is found among all of them, digit by digit. The result
+ * never depends on the sample.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -20,18 +21,18 @@
 enum {
     DIGIT_BITS = 11,
     DIGITS = 1 << DIGIT_BITS,
-    MIN_DIGITS = 4 << 10, /* elements worth their digits' counts */
+    MIN_DIGITS = 4 << 10, /* elements that are worth counting digits for */
     MAX_DIGITS = 1 << 20, /* elements to one set of 32-bit counts */
-    MIN_ROOM = 16 << 10,  /* elements beside k */
+    MIN_ROOM = 16 << 10,  /* elements in addition to k */
     MIN_BLOCK = 8 << 10,  /* elements */
     MAX_BLOCKS = 1 << 10,
     SAMPLED_ONE_OF = 128,
     MAX_SAMPLES = 64 << 10,
-    RUN = 8 /* samples that follow each other: few, as what is large lies together */
+    RUN = 8 /* neighbours in a sample: few, as large elements lie together */
 };
 
-/* A block of elements whose magnitudes are looked at: how many are at least some minimum, how many
- * above it; and where in a list the latter go, with how many of the ties. */
+/* A block of elements: how many magnitudes are at least some minimum, and how many above it. Those
+ * above it go to index `at` of a list, with `ties` of those that equal it. */
 typedef struct block_count {
     int64_t at_least, above;
     int64_t ties, at;
@@ -48,9 +49,9 @@ struct sebp_top {
 
 /* ---- passes over the elements ---- */
 
-/* Elements of a matrix, as they follow each other, in blocks that threads take in turn: what is
- * large may lie in one corner. */
-typedef struct ranking {
+/* The elements of a matrix in their order, in blocks that threads take in turn: the large ones may
+ * all lie in one corner. */
+typedef struct element_ranking {
     const sebp_kernels *kernels;
     const sebp_matrix *from;
     int64_t cols; /* one row where there are no gaps */
@@ -62,11 +63,12 @@ typedef struct ranking {
     const block_count *listed;
     int64_t first;
     const sebp_sparse *list;
-} ranking;
+} element_ranking;
 
-static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64_t size)
+static element_ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64_t size)
 {
-    ranking ranking = {.kernels = cpu->kernels, .from = from, .cols = from->cols, .size = size};
+    element_ranking ranking = {
+        .kernels = cpu->kernels, .from = from, .cols = from->cols, .size = size};
     ranking.elements = from->rows * from->cols;
     if (from->stride == from->cols)
         ranking.cols = ranking.elements;
@@ -75,15 +77,15 @@ static ranking start_ranking(const sebp_cpu *cpu, const sebp_matrix *from, int64
     return ranking;
 }
 
-/* The elements from `at` on that lie in one row and before `end`, and how many they are. */
-static const float *run_of(const ranking *ranking, int64_t at, int64_t end, int64_t *n)
+/* The elements from `at` on that lie in one row and before `end`; *n is how many. */
+static const float *run_of(const element_ranking *ranking, int64_t at, int64_t end, int64_t *n)
 {
     int64_t row = at / ranking->cols, col = at % ranking->cols;
     *n = sebp_min(end - at, ranking->cols - col);
     return (const float *)ranking->from->data + row * ranking->from->stride + col;
 }
 
-static int64_t block_end(const ranking *ranking, int64_t block)
+static int64_t block_end(const element_ranking *ranking, int64_t block)
 {
     return sebp_min((block + 1) * ranking->size, ranking->elements);
 }
@@ -95,10 +97,11 @@ static uint32_t magnitude_bits(float value)
     return bits & 0x7FFFFFFF;
 }
 
-/* Two counts for each digit, so that equal ones that follow each other need not wait. */
+/* Two counts for each digit: where neighbours have the same digit, one addition need not wait for
+ * the other. */
 static void count_digits_part(void *work, int64_t worker)
 {
-    const ranking *ranking = work;
+    const element_ranking *ranking = work;
     int64_t *counts = ranking->counts + worker * DIGITS;
     memset(counts, 0, DIGITS * sizeof *counts);
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
@@ -121,20 +124,22 @@ static void count_digits(sebp_cpu *cpu, const sebp_matrix *from, uint32_t mask, 
                          int shift, int64_t *counts)
 {
     int64_t share = sebp_div_ceil(from->rows * from->cols, sebp_cpu_threads(cpu));
-    ranking ranking = start_ranking(cpu, from, sebp_min(sebp_max(share, MIN_DIGITS), MAX_DIGITS));
+    element_ranking ranking =
+        start_ranking(cpu, from, sebp_min(sebp_max(share, MIN_DIGITS), MAX_DIGITS));
     ranking.mask = mask;
     ranking.found = found;
     ranking.shift = shift;
     ranking.counts = counts;
     sebp_cpu_parallel(cpu, ranking.workers, count_digits_part, &ranking);
-    for (int64_t worker = 1; worker < ranking.workers; worker++)
+    for (int64_t worker = 1; worker < ranking.workers; worker++) {
         for (int d = 0; d < DIGITS; d++)
             counts[d] += counts[worker * DIGITS + d];
+    }
 }
 
 static void count_at_least_part(void *work, int64_t worker)
 {
-    const ranking *ranking = work;
+    const element_ranking *ranking = work;
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
         int64_t end = block_end(ranking, block), at_least = 0, above = 0;
         for (int64_t n, at = block * ranking->size; at < end; at += n) {
@@ -148,13 +153,13 @@ static void count_at_least_part(void *work, int64_t worker)
 static void count_at_least(sebp_cpu *cpu, const sebp_matrix *from, uint32_t min, int64_t size,
                            block_count *blocks)
 {
-    ranking ranking = start_ranking(cpu, from, size);
+    element_ranking ranking = start_ranking(cpu, from, size);
     ranking.min = min;
     ranking.counted = blocks;
     sebp_cpu_parallel(cpu, ranking.workers, count_at_least_part, &ranking);
 }
 
-/* A run of a block of whose ties some, but not all, are listed: there is one such block at most. */
+/* A run of a block of whose ties some are listed, but not all. There is one such block at most. */
 static int64_t list_some_ties(const float *run, int64_t n, uint32_t min, int64_t *ties,
                               int64_t first, int64_t *indices, float *values)
 {
@@ -171,7 +176,7 @@ static int64_t list_some_ties(const float *run, int64_t n, uint32_t min, int64_t
 
 static void list_at_least_part(void *work, int64_t worker)
 {
-    const ranking *ranking = work;
+    const element_ranking *ranking = work;
     uint32_t min = ranking->min;
     for (int64_t block = worker; block < ranking->blocks; block += ranking->workers) {
         const block_count *its = &ranking->listed[block];
@@ -182,11 +187,12 @@ static void list_at_least_part(void *work, int64_t worker)
         for (int64_t n, listed, at = block * ranking->size; at < end; at += n) {
             const float *run = run_of(ranking, at, end, &n);
             int64_t first = ranking->first + at;
-            if (some)
+            if (some) {
                 listed = list_some_ties(run, n, min, &ties, first, indices, values);
-            else
+            } else {
                 listed = ranking->kernels->list_at_least(run, n, min + (ties == 0), first, indices,
                                                          values);
+            }
             indices += listed;
             values += listed;
         }
@@ -196,7 +202,7 @@ static void list_at_least_part(void *work, int64_t worker)
 static void list_at_least(sebp_cpu *cpu, const sebp_matrix *from, uint32_t min, int64_t first,
                           int64_t size, const block_count *blocks, const sebp_sparse *list)
 {
-    ranking ranking = start_ranking(cpu, from, size);
+    element_ranking ranking = start_ranking(cpu, from, size);
     ranking.min = min;
     ranking.listed = blocks;
     ranking.first = first;
@@ -235,30 +241,29 @@ static void cut(sebp_cpu *cpu, sebp_top *top)
     uint32_t min = kth_magnitude(cpu, top, &all, top->k, &ties);
     for (int64_t i = 0; i < list->count; i++) {
         uint32_t bits = magnitude_bits(list->values[i]);
-        bool is_kept = (bits > min) | ((bits == min) & (ties > 0)); /* no guess for a branch */
+        bool is_kept = (bits > min) | ((bits == min) & (ties > 0)); /* without a branch */
         ties -= bits == min;
         list->indices[kept] = list->indices[i];
         list->values[kept] = list->values[i];
         kept += is_kept;
     }
     list->count = kept;
-    top->min = min < 0x7FFFFFFF ? min + 1 : min; /* of equal ones the first are kept */
+    top->min = min < 0x7FFFFFFF ? min + 1 : min; /* of equal elements the first are kept */
 }
 
-/* A magnitude that somewhat more than k elements of a panel have, most likely, by a sample of lines
- * from all over it. It lies behind the list while it is looked at. */
+/* Guesses a magnitude that somewhat more than k elements of a panel have, from a sample of short
+ * runs all over it. The sample lies behind the list meanwhile. */
 static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel)
 {
     int64_t elements = panel->rows * panel->cols;
-    int64_t max = top->room - top->list.count;
-    max = max < MAX_SAMPLES ? max : MAX_SAMPLES;
-    int64_t runs = elements / SAMPLED_ONE_OF < max ? elements / SAMPLED_ONE_OF / RUN : max / RUN;
+    int64_t max = sebp_min(top->room - top->list.count, MAX_SAMPLES);
+    int64_t runs = sebp_min(elements / SAMPLED_ONE_OF, max) / RUN;
     int64_t step = runs > 0 ? elements / runs : 0, count = 0;
     float *sample = top->list.values + top->list.count;
     uint64_t mixed = 1;
     for (int64_t run = 0; run < runs; run++) {
-        mixed =
-            mixed * UINT64_C(6364136223846793005) + 1; /* no column is sampled more than others */
+        /* Pseudo-random, so that no column is sampled more often than others. */
+        mixed = mixed * UINT64_C(6364136223846793005) + 1;
         int64_t at = run * step + (int64_t)((mixed >> 33) % (uint64_t)(step - RUN));
         int64_t row = at / panel->cols, col = at % panel->cols;
         for (int i = 0; i < RUN; i++) {
@@ -277,19 +282,18 @@ static uint32_t guess_min(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix 
     return kth_magnitude(cpu, top, &samples, rank, &ties);
 }
 
-/* A panel in blocks, and how many elements there are in all of them. */
-typedef struct tally {
+/* A panel in blocks, and the counts of all blocks together. */
+typedef struct block_tally {
     int64_t size, blocks;
     int64_t at_least, above;
-} tally;
+} block_tally;
 
-static tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel,
-                          uint32_t min)
+static block_tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix *panel,
+                                uint32_t min)
 {
     int64_t elements = panel->rows * panel->cols;
-    tally tally = {.size = (elements + MAX_BLOCKS - 1) / MAX_BLOCKS};
-    tally.size = tally.size > MIN_BLOCK ? tally.size : MIN_BLOCK;
-    tally.blocks = (elements + tally.size - 1) / tally.size;
+    block_tally tally = {.size = sebp_max(sebp_div_ceil(elements, MAX_BLOCKS), MIN_BLOCK)};
+    tally.blocks = sebp_div_ceil(elements, tally.size);
     count_at_least(cpu, panel, min, tally.size, top->blocks);
     for (int64_t i = 0; i < tally.blocks; i++) {
         tally.at_least += top->blocks[i].at_least;
@@ -298,15 +302,15 @@ static tally count_blocks(sebp_cpu *cpu, const sebp_top *top, const sebp_matrix 
     return tally;
 }
 
-/* Lists those above, and of those just at `min` the first `ties`. */
+/* Lists the elements above `min`, and the first `ties` of those that equal it. */
 static void list_blocks(sebp_cpu *cpu, sebp_top *top, const sebp_matrix *panel, int64_t first,
-                        uint32_t min, const tally *tally, int64_t ties)
+                        uint32_t min, const block_tally *tally, int64_t ties)
 {
     sebp_sparse *list = &top->list;
     for (int64_t i = 0; i < tally->blocks; i++) {
         block_count *block = &top->blocks[i];
         int64_t equal = block->at_least - block->above;
-        block->ties = equal < ties ? equal : ties;
+        block->ties = sebp_min(equal, ties);
         block->at = list->count;
         ties -= block->ties;
         list->count += block->above + block->ties;
@@ -318,7 +322,7 @@ sebp_status sebp_cpu_top_feed(void *device, sebp_top *top, const sebp_matrix *pa
 {
     sebp_cpu *cpu = device;
     int64_t elements = panel->rows * panel->cols, k = top->k;
-    int64_t room = top->room - top->list.count; /* k at least */
+    int64_t room = top->room - top->list.count; /* at least k */
     if (elements == 0)
         return SEBP_SUCCESS;
     uint32_t min = top->min;
@@ -326,9 +330,9 @@ sebp_status sebp_cpu_top_feed(void *device, sebp_top *top, const sebp_matrix *pa
         uint32_t guess = guess_min(cpu, top, panel);
         min = guess > min ? guess : min;
     }
-    tally tally = count_blocks(cpu, top, panel, min);
+    block_tally tally = count_blocks(cpu, top, panel, min);
     int64_t ties = tally.at_least - tally.above;
-    /* Below `min` none is wanted if that is known, or if k are not below it. */
+    /* Nothing below `min` is wanted if that was known before, or if k elements are not below it. */
     bool is_low = min == top->min || tally.at_least >= k;
     if (is_low && tally.above < k && tally.at_least > room) {
         ties = k - tally.above; /* this is the k-th magnitude */
@@ -365,8 +369,9 @@ sebp_status sebp_cpu_top_begin(void *device, int64_t k, sebp_top **made)
 {
     int64_t room;
     if (__builtin_add_overflow(k, sebp_max(k, MIN_ROOM), &room) ||
-        room > PTRDIFF_MAX / (int64_t)sizeof(int64_t))
+        room > PTRDIFF_MAX / (int64_t)sizeof(int64_t)) {
         return SEBP_ERROR_OVERFLOW;
+    }
     size_t elements = (size_t)room, threads = (size_t)sebp_cpu_threads(device);
     sebp_top *top = calloc(1, sizeof *top);
     if (top == NULL)

@@ -29,18 +29,18 @@ enum { ASSUMED_L2 = 512 << 10, PATH_BYTES = 4096 };
 /* ---- the mask ---- */
 
 /* The CPUs that this process may use. */
-typedef struct boundary {
-    int max; /* of them, where the mask may hold more; 0: it holds just these */
+typedef struct cpu_boundary {
+    int max; /* how many of them it may use at once; 0: all */
 #ifdef __linux__
     cpu_set_t mask[SEBP_MASK_SETS];
 #endif
-} boundary;
+} cpu_boundary;
 
 #ifdef __linux__
 
 #if defined _OPENMP && _OPENMP >= 201511
 
-/* Puts the CPUs of a place of OpenMP's into `mask`; false: it has none, or more than a mask holds. */
+/* Puts the CPUs of an OpenMP place into `mask`. false: it has none, or more than a mask holds. */
 static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
 {
     int cpus[SEBP_MASK_SETS * CPU_SETSIZE];
@@ -55,11 +55,12 @@ static bool read_place(int place, cpu_set_t *mask, size_t mask_bytes)
 }
 
 /*
- * OMP_PROC_BIND and its kin have OpenMP bind the thread that loads it, so that the mask of this
- * thread is one of its places and says nothing about the process: that has them all. As the list may
- * name CPUs that the process was never given, there are no more than OpenMP counts.
+ * Variables such as OMP_PROC_BIND make OpenMP bind the thread that loads it. The mask of this
+ * thread is then one of OpenMP's places and says nothing about the process, which has all of them.
+ * The list of places may name CPUs that the process was never given, so the number of CPUs is at
+ * most what OpenMP counts.
  */
-static void widen_to_places(boundary *boundary)
+static void widen_to_places(cpu_boundary *boundary)
 {
     cpu_set_t place[SEBP_MASK_SETS], all[SEBP_MASK_SETS];
     bool is_place = false;
@@ -85,7 +86,7 @@ static void widen_to_places(boundary *boundary)
 
 #endif
 
-static void read_boundary(boundary *boundary)
+static void read_boundary(cpu_boundary *boundary)
 {
     boundary->max = 0;
     CPU_ZERO_S(sizeof boundary->mask, boundary->mask);
@@ -233,16 +234,17 @@ static bool is_first_of_core(int cpu, const cpu_set_t *mask, size_t mask_bytes)
         last = first;
         if (*at == '-' && sscanf(at, "-%d%n", &last, &read) == 1)
             at += read;
-        for (int sibling = first; sibling <= last && sibling < cpu; sibling++)
+        for (int sibling = first; sibling <= last && sibling < cpu; sibling++) {
             if (CPU_ISSET_S((size_t)sibling, mask_bytes, mask))
                 return false;
+        }
         if (*at != ',')
             break;
     }
     return true;
 }
 
-static void read_from_system(const boundary *boundary, sebp_topology *topology)
+static void read_from_system(const cpu_boundary *boundary, sebp_topology *topology)
 {
     const cpu_set_t *mask = boundary->mask;
     size_t mask_bytes = sizeof boundary->mask;
@@ -275,8 +277,8 @@ static void read_from_system(const boundary *boundary, sebp_topology *topology)
 
 #ifdef SEBP_HAVE_HWLOC
 
-/* Takes the CPUs out of a topology that are not within the boundary; false: none is left. */
-static bool restrict_hwloc(hwloc_topology_t hwloc, const boundary *boundary)
+/* Removes the CPUs outside the boundary from a topology. false: none is left. */
+static bool restrict_hwloc(hwloc_topology_t hwloc, const cpu_boundary *boundary)
 {
 #ifdef __linux__
     hwloc_bitmap_t cpus = hwloc_bitmap_alloc();
@@ -295,7 +297,7 @@ static bool restrict_hwloc(hwloc_topology_t hwloc, const boundary *boundary)
 }
 
 /* The machine within the boundary; NULL: hwloc failed. */
-static hwloc_topology_t load_hwloc(const boundary *boundary)
+static hwloc_topology_t load_hwloc(const cpu_boundary *boundary)
 {
     unsigned long flags =
         HWLOC_TOPOLOGY_FLAG_IS_THISSYSTEM | HWLOC_TOPOLOGY_FLAG_DONT_CHANGE_BINDING;
@@ -323,7 +325,7 @@ static size_t cache_bytes(hwloc_topology_t hwloc, hwloc_obj_type_t type)
     return cache != NULL ? (size_t)cache->attr->cache.size : 0;
 }
 
-static bool read_from_hwloc(const boundary *boundary, sebp_topology *topology)
+static bool read_from_hwloc(const cpu_boundary *boundary, sebp_topology *topology)
 {
     snprintf(topology->hwloc, sizeof topology->hwloc, "unknown");
     hwloc_topology_t hwloc = load_hwloc(boundary);
@@ -416,7 +418,7 @@ bool sebp_topology_can_place(void)
 
 sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus)
 {
-    boundary boundary;
+    cpu_boundary boundary;
     read_boundary(&boundary);
     hwloc_topology_t hwloc = load_hwloc(&boundary);
     if (hwloc == NULL)
@@ -466,7 +468,7 @@ static int at_least_one(int count)
 
 void sebp_topology_read(sebp_topology *topology)
 {
-    boundary boundary;
+    cpu_boundary boundary;
     read_boundary(&boundary);
     memset(topology, 0, sizeof *topology);
     if (!read_from_hwloc(&boundary, topology))
@@ -474,7 +476,7 @@ void sebp_topology_read(sebp_topology *topology)
     topology->logical_cpus = at_least_one(topology->logical_cpus);
     if (boundary.max > 0 && boundary.max < topology->logical_cpus)
         topology->logical_cpus = boundary.max;
-    /* Also of a machine that does not tell them apart. */
+    /* The machine may not tell cores apart. */
     if (topology->cores <= 0 || topology->cores > topology->logical_cpus)
         topology->cores = topology->logical_cpus;
     topology->numa_nodes = at_least_one(topology->numa_nodes);
