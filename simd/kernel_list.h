@@ -127,9 +127,10 @@ KERNEL(void, dropout,
        (void *y, const void *x, bool is_bf16, int64_t n, const sebp_dropout *how, uint64_t group))
 /* y = a function of layers.h, for tests. */
 KERNEL(void, elementary, (float *y, const float *x, int64_t n, int function))
-/* The max of n >= 1 elements and the sum of exp(x - max). Where an element is NaN or +Inf, or all
- * are -Inf, the sum is NaN. */
-KERNEL(void, softmax_sum, (const void *x, bool is_bf16, int64_t n, float *max, double *sum))
+/* The max of n >= 1 elements and the sum of exp(x - max), which `exps` keeps unless it is NULL; exps may
+ * be x of f32. Where an element is NaN or +Inf, or all are -Inf, the sum is NaN. */
+KERNEL(void, softmax_sum,
+       (const void *x, bool is_bf16, int64_t n, float *max, double *sum, float *exps))
 KERNEL(double, row_sum, (const void *x, bool is_bf16, int64_t n))
 KERNEL(void, softmax, (const sebp_softmax_row *row))
 KERNEL(void, rotary, (const sebp_rotary_row *row))

@@ -73,10 +73,11 @@ typedef struct sebp_activation_back_row {
     void *dx, *dup; /* dup: with up alone; each may be NULL */
 } sebp_activation_back_row;
 
-/** to[j] = factor exp(x[j] - max) - shift, where no x[j] is above max. to may be x. */
+/** to[j] = factor exp(x[j] - max) - shift, where no x[j] is above max; x_is_exp: x is already the
+ * exponential, f32. to may be x. */
 typedef struct sebp_softmax_row {
     int64_t n;
-    bool x_is_bf16, to_is_bf16;
+    bool x_is_bf16, to_is_bf16, x_is_exp;
     const void *x;
     float max, factor, shift;
     void *to;

@@ -32,7 +32,7 @@ static inline float row_max(const void *x, bool is_bf16, int64_t n)
     return vec_max_lane(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
 }
 
-static inline double exp_sum(const void *x, bool is_bf16, int64_t n, float max)
+static inline double exp_sum(const void *x, bool is_bf16, int64_t n, float max, float *exps)
 {
     const vec maxes = vec_set1(max);
     double total = 0;
@@ -43,26 +43,35 @@ static inline double exp_sum(const void *x, bool is_bf16, int64_t n, float max)
         for (; next + 2 * VEC_LANES <= size; next += 2 * VEC_LANES) {
             for (int i = 0; i < 2; i++) {
                 vec v = vec_load_at(x, is_bf16, first + next + i * VEC_LANES);
-                sum[i] = vec_add(sum[i], vec_exp_negative(vec_sub(v, maxes)));
+                vec e = vec_exp_negative(vec_sub(v, maxes));
+                sum[i] = vec_add(sum[i], e);
+                if (exps != NULL) {
+                    vec_store(exps + first + next + i * VEC_LANES, e);
+                }
             }
         }
         FOR_EACH_VEC(size - next, {
             vec v = vec_sub(load_lanes(x, is_bf16, first + next + at, lanes), maxes);
-            sum[0] = vec_add(sum[0], first_lanes(vec_exp_negative(v), lanes));
+            vec e = vec_exp_negative(v);
+            sum[0] = vec_add(sum[0], first_lanes(e, lanes));
+            if (exps != NULL) {
+                store_lanes(exps, false, first + next + at, e, lanes);
+            }
         });
         total += (double)vec_sum(vec_add(sum[0], sum[1]));
     }
     return total;
 }
 
-void SEBP_NAME(softmax_sum)(const void *x, bool is_bf16, int64_t n, float *max, double *sum)
+void SEBP_NAME(softmax_sum)(const void *x, bool is_bf16, int64_t n, float *max, double *sum,
+                            float *exps)
 {
     if (is_bf16) {
         *max = row_max(x, true, n);
-        *sum = exp_sum(x, true, n, *max);
+        *sum = exp_sum(x, true, n, *max, exps);
     } else {
         *max = row_max(x, false, n);
-        *sum = exp_sum(x, false, n, *max);
+        *sum = exps != NULL ? exp_sum(x, false, n, *max, exps) : exp_sum(x, false, n, *max, NULL);
     }
 }
 
@@ -83,6 +92,16 @@ double SEBP_NAME(row_sum)(const void *x, bool is_bf16, int64_t n)
     return is_bf16 ? plain_sum(x, true, n) : plain_sum(x, false, n);
 }
 
+/* Of exponentials, which are f32. */
+static inline void softmax_of_exps(const sebp_softmax_row *row, bool to_is_bf16)
+{
+    const vec factor = vec_set1(row->factor), shift = vec_set1(row->shift);
+    FOR_EACH_VEC(row->n, {
+        vec e = load_lanes(row->x, false, at, lanes);
+        store_lanes(row->to, to_is_bf16, at, vec_sub(vec_mul(e, factor), shift), lanes);
+    });
+}
+
 static inline void softmax(const sebp_softmax_row *row, bool x_is_bf16, bool to_is_bf16)
 {
     const vec max = vec_set1(row->max), factor = vec_set1(row->factor),
@@ -95,7 +114,9 @@ static inline void softmax(const sebp_softmax_row *row, bool x_is_bf16, bool to_
 
 void SEBP_NAME(softmax)(const sebp_softmax_row *row)
 {
-    if (row->x_is_bf16) {
+    if (row->x_is_exp) {
+        softmax_of_exps(row, row->to_is_bf16);
+    } else if (row->x_is_bf16) {
         if (row->to_is_bf16) {
             softmax(row, true, true);
         } else {

@@ -21,7 +21,15 @@ static double logit(const sebp_cpu *cpu, const sebp_matrix *logits, int64_t row,
     return (double)value;
 }
 
-/* Adds a chunk's logits to what is known of their row. */
+/* Whether a row is looked at and made its gradient at once, in f32: then the gradient's place holds its
+ * exponentials meanwhile, which are computed once. */
+static bool keeps_exps(const sebp_cross_entropy_work *work)
+{
+    return work->look && work->dlogits != NULL && work->dlogits->dtype == SEBP_F32 &&
+           work->logits->cols == work->classes;
+}
+
+/* Adds a chunk's logits to what is known of their row. The logits may be lost. */
 static void look(const entropy_job *job, int64_t i, int64_t label)
 {
     const sebp_cross_entropy_work *work = job->work;
@@ -29,13 +37,18 @@ static void look(const entropy_job *job, int64_t i, int64_t label)
     const void *row = sebp_element(logits, i, 0);
     const bool is_bf16 = logits->dtype == SEBP_BF16;
     sebp_softmax_state *state = &work->state[i];
+    const int64_t col = label - work->first_class;
+    const bool has_label = col >= 0 && col < logits->cols;
+    const double at_label = has_label ? logit(job->cpu, logits, i, col) : 0;
+    double sum = work->smoothing > 0 ? job->cpu->kernels->row_sum(row, is_bf16, logits->cols) : 0;
     float max;
     double exp_sum;
-    job->cpu->kernels->softmax_sum(row, is_bf16, logits->cols, &max, &exp_sum);
+    job->cpu->kernels->softmax_sum(row, is_bf16, logits->cols, &max, &exp_sum,
+                                   keeps_exps(work) ? sebp_element(work->dlogits, i, 0) : NULL);
     const bool is_lowest = isinf(max) && max < 0;
-    double sum = work->smoothing > 0 || is_lowest
-                     ? job->cpu->kernels->row_sum(row, is_bf16, logits->cols)
-                     : 0;
+    if (is_lowest && !keeps_exps(work)) {
+        sum = job->cpu->kernels->row_sum(row, is_bf16, logits->cols);
+    }
     if (work->first_class == 0) {
         *state = (sebp_softmax_state){.max = (double)max, .exp_sum = exp_sum};
     } else if (is_lowest) {
@@ -50,9 +63,8 @@ static void look(const entropy_job *job, int64_t i, int64_t label)
     } else {
         state->exp_sum += exp_sum * exp((double)max - state->max);
     }
-    int64_t col = label - work->first_class;
-    if (col >= 0 && col < logits->cols) {
-        state->label = logit(job->cpu, logits, i, col);
+    if (has_label) {
+        state->label = at_label;
     }
     state->sum += sum;
 }
@@ -68,7 +80,8 @@ static void write_gradient(const entropy_job *job, int64_t i, int64_t label)
     sebp_softmax_row row = {.n = dlogits->cols,
                             .x_is_bf16 = work->logits->dtype == SEBP_BF16,
                             .to_is_bf16 = dlogits->dtype == SEBP_BF16,
-                            .x = sebp_element(work->logits, i, 0),
+                            .x_is_exp = keeps_exps(work),
+                            .x = sebp_element(keeps_exps(work) ? dlogits : work->logits, i, 0),
                             .max = (float)state->max,
                             .factor = (float)factor,
                             .shift = (float)shift,

@@ -56,6 +56,12 @@ static void sum_part(void *data, int64_t part)
     int64_t first = lines * part / job->parts * COLUMN_PART;
     int64_t end = sebp_min(lines * (part + 1) / job->parts * COLUMN_PART, sums->to->cols);
     for (int64_t g = 0; g < sums->groups; g++) {
+        if (g + 1 < sums->groups) {
+            sebp_matrix next = *sums->from; /* the columns of this part */
+            next.data = sebp_element(sums->from, 0, first);
+            next.cols = end - first;
+            sebp_fetch_row(&next, sums->rows[sums->start[g + 1]]);
+        }
         sebp_cpu_sum_listed(job->cpu,
                             &(sebp_row_sum){.from = sebp_element(sums->from, 0, first),
                                             .from_dtype = sums->from->dtype,
