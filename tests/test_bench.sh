@@ -100,6 +100,19 @@ succeeds "$bench" --csv --quick --verify-only --activity .5
 csv 4
 prints ',verified$'
 
+# Attention
+for dtype in f32 bf16; do
+    succeeds "$bench" --attention --quick --verify-only --dtype $dtype --threads 3
+    prints '^ +256 +128 +128 +yes +'$dtype' verified$'
+done
+succeeds "$bench" --attention --verify-only --sequence 301
+prints '^ +2107 +301 +64 +no +f32 verified$'
+succeeds "$bench" --attention --quick --csv --repetitions 2 --seconds 0
+if [ "$(grep -c ',ok$' "$work/out")" -eq 20 ] &&
+    awk -F, 'NR > 1 && !($10 > 0 && $11 > 0 && $12 > 0 && $14 > 0) { bad = 1 }
+        NF != 15 { bad = 1 } END { exit bad }' "$work/out"; then pass; else fail 'malformed csv'; fi
+refuses '--attention goes' "$bench" --attention --forward
+refuses '--attention goes' "$bench" --attention --shape 1x2:3
 # Row-wise layers
 succeeds "$bench" --layer --quick --verify-only --dtype both --threads 3
 prints '^verified$'

@@ -19,51 +19,20 @@
 #include "config.h"
 #endif
 
-#include <math.h>
 #include <string.h>
 
-#include "attention.h"
+#include "attention_meeting.h"
 
 enum {
     KEYS = 224,              /* to a block, about */
     QUERIES = 128,           /* to a block, about */
     BLOCK_BYTES = 640 << 10, /* of packed and computed blocks */
-    MAX_SLIVERS = 64,
-    OVERHEAD = 60 /* keys whose scores cost as much as the rest of an item */
+    OVERHEAD = 60            /* keys whose scores cost as much as the rest of an item */
 };
-
-/* Scratch memory of one worker. */
-typedef struct worker {
-    float *k, *v;                /* k_block x d */
-    float *q, *dout;             /* block of queries x d; Q scaled */
-    float *q_lanes, *dout_lanes; /* packed slivers of B: lanes are queries */
-    float *p, *ds;               /* P^T, dS^T: k_block x score_stride */
-    float *lse, *delta;
-    float *dk, *dv; /* k_block x d */
-    float *dq;      /* dQ^T: slivers x d x lanes, of a block or of whole texts */
-    float *dbias;   /* as ds */
-    float *bias, *factor;
-    sebp_held_dropout dropout;
-} worker;
-
-/* Queries of a head and keys that meet; their tiles, for each sliver. */
-typedef struct meeting {
-    int64_t text, head;
-    sebp_span queries, keys;
-    int64_t slivers;
-    sebp_span tiles[MAX_SLIVERS];
-} meeting;
 
 static bool wants_keys(const sebp_attention *attention)
 {
     return attention->dk != NULL || attention->dv != NULL;
-}
-
-/* Floats from a row of scores to the next: not a power of two, whose rows would meet in the same few
- * places of a cache. */
-static int64_t score_stride(const sebp_attention_job *job)
-{
-    return job->slivers * job->lanes + 16;
 }
 
 static int64_t block_bytes(const sebp_attention_job *job)
@@ -94,229 +63,6 @@ static int64_t text_slivers(const sebp_attention_job *job)
     return job->group * sebp_div_ceil(job->max_q, job->lanes);
 }
 
-static worker lay_out(const sebp_attention_job *job, int64_t dq_slivers, sebp_room *room)
-{
-    const int64_t d = job->d, lanes = job->lanes, slivers = job->slivers, keys = job->k_block;
-    const int64_t queries = slivers * lanes, scores = keys * score_stride(job);
-    /* Blocks that are read as a second factor are read up to a whole tile's columns. */
-    worker own = {
-        .k = sebp_take_floats(room, (keys + 1) * d),
-        .v = sebp_take_floats(room, (keys + 1) * d),
-        .q = sebp_take_floats(room, queries * d + lanes),
-        .dout = sebp_take_floats(room, queries * d + lanes),
-        .q_lanes = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
-        .dout_lanes = sebp_take_floats(room, slivers * sebp_attention_sliver(job, d, lanes)),
-        .p = sebp_take_floats(room, scores),
-        .ds = sebp_take_floats(room, scores),
-        .lse = sebp_take_floats(room, queries),
-        .delta = sebp_take_floats(room, queries),
-        .dk = sebp_take_floats(room, keys * d),
-        .dv = sebp_take_floats(room, keys * d),
-        .dq = sebp_take_floats(room, dq_slivers * d * lanes),
-        .factor = sebp_take_floats(room, lanes),
-    };
-    if (job->attention->bias != NULL)
-        own.bias = sebp_take_floats(room, sebp_attention_sliver(job, keys, lanes));
-    if (job->attention->dbias != NULL)
-        own.dbias = sebp_take_floats(room, scores);
-    own.dropout.scales = sebp_take_floats(room, keys * job->dropout_stride);
-    own.dropout.text = -1;
-    return own;
-}
-
-/* ---- what a meeting reads ---- */
-
-static sebp_span keys_from(const sebp_attention_job *job, int64_t text, int64_t first)
-{
-    return (sebp_span){first, sebp_min(first + job->k_block, sebp_keys(job, text))};
-}
-
-static sebp_span queries_from(const sebp_attention_job *job, int64_t text, int64_t first)
-{
-    return (sebp_span){first, sebp_min(first + job->slivers * job->lanes, sebp_queries(job, text))};
-}
-
-static void load_keys(const sebp_attention_job *job, int64_t text, int64_t kv_head, sebp_span keys,
-                      const worker *own)
-{
-    const int64_t row = job->k_first[text] + keys.first, count = keys.end - keys.first;
-    sebp_attention_load(job, job->attention->k, row, count, kv_head, 1, own->k);
-    sebp_attention_load(job, job->attention->v, row, count, kv_head, 1, own->v);
-}
-
-static void load_queries(const sebp_attention_job *job, const meeting *at, const worker *own)
-{
-    const sebp_attention *attention = job->attention;
-    const int64_t row = job->q_first[at->text] + at->queries.first, col = at->head * job->d;
-    const int64_t count = at->queries.end - at->queries.first;
-    sebp_attention_load(job, attention->q, row, count, at->head, (float)attention->scale, own->q);
-    sebp_attention_load(job, attention->dout, row, count, at->head, 1, own->dout);
-    for (int64_t i = 0; i < at->slivers; i++) {
-        const int64_t first = i * job->lanes, lanes = sebp_min(job->lanes, count - first);
-        const int64_t at_sliver = i * sebp_attention_sliver(job, job->d, job->lanes);
-        sebp_attention_transpose(job, own->q + first * job->d, lanes, own->q_lanes + at_sliver);
-        sebp_attention_transpose(job, own->dout + first * job->d, lanes,
-                                 own->dout_lanes + at_sliver);
-    }
-    job->kernels->dot_rows(own->delta, sebp_attention_at(attention->out, row, col),
-                           attention->out->stride, sebp_attention_at(attention->dout, row, col),
-                           attention->dout->stride, job->is_bf16, count, job->d);
-    for (int64_t i = 0; i < at->slivers * job->lanes; i++) {
-        /* A lane without a query, or whose query sees nothing, has a P of 0. */
-        float lse = -INFINITY;
-        if (i < count)
-            lse = *(const float *)sebp_attention_at(attention->lse, row + i, at->head);
-        own->lse[i] = lse == -INFINITY ? INFINITY : lse;
-        if (lse == -INFINITY)
-            own->delta[i] = 0;
-    }
-}
-
-/* ---- a meeting ---- */
-
-static sebp_span sliver_span(const sebp_attention_job *job, const meeting *at, int64_t sliver)
-{
-    const int64_t first = at->queries.first + sliver * job->lanes;
-    return (sebp_span){first, sebp_min(first + job->lanes, at->queries.end)};
-}
-
-/* False where no query of them sees any of the keys. */
-static bool meet(const sebp_attention_job *job, int64_t text, int64_t head, sebp_span queries,
-                 sebp_span keys, meeting *at)
-{
-    *at = (meeting){.text = text, .head = head, .queries = queries, .keys = keys};
-    at->slivers = sebp_div_ceil(queries.end - queries.first, job->lanes);
-    bool any = false;
-    for (int64_t i = 0; i < at->slivers; i++) {
-        at->tiles[i] = sebp_seen_tiles(job, text, sliver_span(job, at, i), keys);
-        any = any || at->tiles[i].first < at->tiles[i].end;
-    }
-    return any;
-}
-
-/* The keys that a sliver of a meeting needs, counted from the first. */
-static sebp_span sliver_keys(const sebp_attention_job *job, const meeting *at, int64_t sliver)
-{
-    return (sebp_span){
-        at->tiles[sliver].first * job->tile_rows,
-        sebp_min(at->tiles[sliver].end * job->tile_rows, at->keys.end - at->keys.first)};
-}
-
-/* P^T and dS^T of those tiles that are seen. */
-static void find_scores(const sebp_attention_job *job, const meeting *at, worker *own, bool of_bias)
-{
-    const sebp_kernels *kernels = job->kernels;
-    const int64_t lanes = job->lanes, d = job->d, stride = score_stride(job);
-    for (int64_t i = 0; i < at->slivers; i++) {
-        const sebp_span keys = sliver_keys(job, at, i);
-        if (keys.first >= keys.end)
-            continue;
-        const int64_t first = keys.first * stride + i * lanes;
-        /* S^T = K Q^T, dP^T = V dout^T: keys x lanes */
-        sebp_small_product product = {.rows = keys.end - keys.first,
-                                      .cols = lanes,
-                                      .units = d,
-                                      .a = own->k + keys.first * d,
-                                      .a_row = d,
-                                      .a_unit = 1,
-                                      .b = own->q_lanes + i * sebp_attention_sliver(job, d, lanes),
-                                      .b_unit = lanes,
-                                      .c = own->p + first,
-                                      .c_row = stride};
-        kernels->small_product(&product);
-        product.a = own->v + keys.first * d;
-        product.b = own->dout_lanes + i * sebp_attention_sliver(job, d, lanes);
-        product.c = own->ds + first;
-        kernels->small_product(&product);
-        const int64_t query = at->queries.first + i * lanes;
-        sebp_scores scores = {
-            .scores = own->p + first, .stride = stride, .rows = keys.end - keys.first};
-        sebp_set_seen(job, at->text, query, at->keys.first + keys.first, &scores);
-        sebp_attention_add(job, at->text, at->head, query, at->keys, keys.first, &own->dropout,
-                           own->bias, &scores);
-        kernels->scores_gradient(&scores, own->ds + first, own->lse + i * lanes,
-                                 own->delta + i * lanes, of_bias);
-    }
-}
-
-/* dQ^T += K^T dS^T: d x lanes, in the slivers from `dq` on. */
-static void add_dq(const sebp_attention_job *job, const meeting *at, const worker *own, float *dq)
-{
-    const int64_t lanes = job->lanes, d = job->d;
-    for (int64_t i = 0; i < at->slivers; i++) {
-        const sebp_span keys = sliver_keys(job, at, i);
-        if (keys.first >= keys.end)
-            continue;
-        const sebp_small_product product = {.rows = d,
-                                            .cols = lanes,
-                                            .units = keys.end - keys.first,
-                                            .a = own->k + keys.first * d,
-                                            .a_row = 1,
-                                            .a_unit = d,
-                                            .b = own->ds + keys.first * score_stride(job) +
-                                                 i * lanes,
-                                            .b_unit = score_stride(job),
-                                            .c = dq + i * d * lanes,
-                                            .c_row = lanes,
-                                            .accumulate = true};
-        job->kernels->small_product(&product);
-    }
-}
-
-/* The slivers that see a tile of keys: they follow each other. */
-static sebp_span seeing_slivers(const meeting *at, int64_t tile)
-{
-    int64_t first = 0, end;
-    while (first < at->slivers && !(at->tiles[first].first <= tile && tile < at->tiles[first].end))
-        first++;
-    for (end = first; end < at->slivers; end++) {
-        if (!(at->tiles[end].first <= tile && tile < at->tiles[end].end))
-            break;
-    }
-    return (sebp_span){first, end};
-}
-
-/* dV += P^T dout, dK += dS^T Q: keys x d. Tiles that the same slivers see go together. */
-static void add_dkv(const sebp_attention_job *job, const meeting *at, const worker *own)
-{
-    const int64_t lanes = job->lanes, d = job->d, count = at->keys.end - at->keys.first;
-    const int64_t tiles = sebp_div_ceil(count, job->tile_rows);
-    int64_t end;
-    for (int64_t tile = 0; tile < tiles; tile = end) {
-        const sebp_span slivers = seeing_slivers(at, tile);
-        for (end = tile + 1; end < tiles; end++) {
-            const sebp_span next = seeing_slivers(at, end);
-            if (next.first != slivers.first || next.end != slivers.end)
-                break;
-        }
-        if (slivers.first >= slivers.end)
-            continue;
-        const int64_t key = tile * job->tile_rows, query = slivers.first * lanes;
-        const int64_t queries =
-            sebp_min(slivers.end * lanes, at->queries.end - at->queries.first) - query;
-        sebp_small_product product = {.rows = sebp_min(end * job->tile_rows, count) - key,
-                                      .cols = d,
-                                      .units = queries,
-                                      .a_row = score_stride(job),
-                                      .a_unit = 1,
-                                      .b_unit = d,
-                                      .c_row = d,
-                                      .accumulate = true};
-        if (job->attention->dv != NULL) {
-            product.a = own->p + key * score_stride(job) + query;
-            product.b = own->dout + query * d;
-            product.c = own->dv + key * d;
-            job->kernels->small_product(&product);
-        }
-        if (job->attention->dk != NULL) {
-            product.a = own->ds + key * score_stride(job) + query;
-            product.b = own->q + query * d;
-            product.c = own->dk + key * d;
-            job->kernels->small_product(&product);
-        }
-    }
-}
-
 /* ---- what an item writes ---- */
 
 static void store_rows(const sebp_attention_job *job, const sebp_matrix *to, int64_t row,
@@ -332,7 +78,7 @@ static void store_rows(const sebp_attention_job *job, const sebp_matrix *to, int
 }
 
 static void store_dq(const sebp_attention_job *job, int64_t text, int64_t head, sebp_span queries,
-                     const worker *own, int64_t dq_sliver)
+                     const sebp_backward_worker *own, int64_t dq_sliver)
 {
     const sebp_matrix *dq = job->attention->dq;
     for (int64_t i = 0; i < job->lanes; i++)
@@ -353,7 +99,7 @@ static void clear(float *data, int64_t count)
 /* A block of keys against all queries that see it, of the heads that share it; with_dq for dQ of
  * whole texts. */
 static void run_keys(const sebp_attention_job *job, int64_t text, int64_t kv_head, sebp_span keys,
-                     bool with_dq, worker *own)
+                     bool with_dq, sebp_backward_worker *own)
 {
     const int64_t queries = job->slivers * job->lanes, row = job->k_first[text] + keys.first;
     const sebp_span seeing = sebp_seeing_queries(job, text, keys);
@@ -361,20 +107,21 @@ static void run_keys(const sebp_attention_job *job, int64_t text, int64_t kv_hea
     clear(own->dk, (keys.end - keys.first) * job->d);
     clear(own->dv, (keys.end - keys.first) * job->d);
     if (seeing.first < seeing.end)
-        load_keys(job, text, kv_head, keys, own);
+        sebp_meeting_load_keys(job, text, kv_head, keys, own);
     for (int64_t i = 0; i < job->group; i++) {
         for (int64_t first = seeing.first / queries * queries; first < seeing.end;
              first += queries) {
-            meeting at;
-            if (!meet(job, text, kv_head * job->group + i, queries_from(job, text, first), keys,
-                      &at))
+            sebp_meeting at;
+            if (!sebp_meet(job, text, kv_head * job->group + i, sebp_queries_from(job, text, first),
+                           keys, &at))
                 continue;
-            load_queries(job, &at, own);
-            find_scores(job, &at, own, false);
-            add_dkv(job, &at, own);
+            sebp_meeting_load_queries(job, &at, own);
+            sebp_meeting_scores(job, &at, own, false);
+            sebp_meeting_add_dkv(job, &at, own);
             if (with_dq)
-                add_dq(job, &at, own,
-                       own->dq + (i * head_slivers + first / job->lanes) * job->d * job->lanes);
+                sebp_meeting_add_dq(job, &at, own,
+                                    own->dq + (i * head_slivers + first / job->lanes) * job->d *
+                                                  job->lanes);
         }
     }
     store_rows(job, job->attention->dk, row, keys.end - keys.first, kv_head, own->dk);
@@ -408,12 +155,12 @@ static void run_text(const sebp_attention_job *job, int64_t text, int64_t block,
                      void *worker_of)
 {
     (void)block;
-    worker *own = worker_of;
+    sebp_backward_worker *own = worker_of;
     const int64_t queries = sebp_queries(job, text), keys = sebp_keys(job, text);
     const int64_t head_slivers = sebp_div_ceil(queries, job->lanes);
     clear(own->dq, job->group * head_slivers * job->d * job->lanes);
     for (int64_t key = 0; key < keys; key += job->k_block)
-        run_keys(job, text, kv_head, keys_from(job, text, key), true, own);
+        run_keys(job, text, kv_head, sebp_keys_from(job, text, key), true, own);
     for (int64_t i = 0; i < job->group; i++) {
         store_dq(job, text, kv_head * job->group + i, (sebp_span){0, queries}, own,
                  i * head_slivers);
@@ -427,7 +174,7 @@ static int64_t query_blocks(const sebp_attention_job *job, int64_t text)
 
 static double query_cost(const sebp_attention_job *job, int64_t text, int64_t block)
 {
-    const sebp_span queries = queries_from(job, text, block * job->slivers * job->lanes);
+    const sebp_span queries = sebp_queries_from(job, text, block * job->slivers * job->lanes);
     return cost_of(sebp_div_ceil(queries.end - queries.first, job->lanes),
                    sebp_seen_keys(job, text, queries));
 }
@@ -435,19 +182,19 @@ static double query_cost(const sebp_attention_job *job, int64_t text, int64_t bl
 static void run_queries(const sebp_attention_job *job, int64_t text, int64_t block, int64_t head,
                         void *worker_of)
 {
-    worker *own = worker_of;
-    const sebp_span queries = queries_from(job, text, block * job->slivers * job->lanes);
+    sebp_backward_worker *own = worker_of;
+    const sebp_span queries = sebp_queries_from(job, text, block * job->slivers * job->lanes);
     const sebp_span seen = sebp_seen_keys(job, text, queries);
     clear(own->dq, job->slivers * job->d * job->lanes);
     for (int64_t key = seen.first / job->k_block * job->k_block; key < seen.end;
          key += job->k_block) {
-        meeting at;
-        if (!meet(job, text, head, queries, keys_from(job, text, key), &at))
+        sebp_meeting at;
+        if (!sebp_meet(job, text, head, queries, sebp_keys_from(job, text, key), &at))
             continue;
-        load_keys(job, text, head / job->group, at.keys, own);
-        load_queries(job, &at, own);
-        find_scores(job, &at, own, false);
-        add_dq(job, &at, own, own->dq);
+        sebp_meeting_load_keys(job, text, head / job->group, at.keys, own);
+        sebp_meeting_load_queries(job, &at, own);
+        sebp_meeting_scores(job, &at, own, false);
+        sebp_meeting_add_dq(job, &at, own, own->dq);
     }
     store_dq(job, text, head, queries, own, 0);
 }
@@ -460,15 +207,15 @@ static int64_t key_blocks(const sebp_attention_job *job, int64_t text)
 static double key_cost(const sebp_attention_job *job, int64_t text, int64_t block)
 {
     const sebp_span queries =
-        sebp_seeing_queries(job, text, keys_from(job, text, block * job->k_block));
+        sebp_seeing_queries(job, text, sebp_keys_from(job, text, block * job->k_block));
     return cost_of(job->group * (sebp_div_ceil(queries.end - queries.first, job->lanes) + 1),
-                   keys_from(job, text, block * job->k_block));
+                   sebp_keys_from(job, text, block * job->k_block));
 }
 
 static void run_key_block(const sebp_attention_job *job, int64_t text, int64_t block,
                           int64_t kv_head, void *worker_of)
 {
-    run_keys(job, text, kv_head, keys_from(job, text, block * job->k_block), false, worker_of);
+    run_keys(job, text, kv_head, sebp_keys_from(job, text, block * job->k_block), false, worker_of);
 }
 
 /* The blocks of a bias, as if it were one text. */
@@ -489,28 +236,29 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
                      void *worker_of)
 {
     (void)text;
-    worker *own = worker_of;
+    sebp_backward_worker *own = worker_of;
     const sebp_matrix *dbias = job->attention->dbias;
     const int64_t width = sebp_div_ceil(job->max_k, job->k_block);
     const int64_t queries = job->slivers * job->lanes;
     const int64_t query = block / width * queries, key = block % width * job->k_block;
     const bool shared = dbias->rows == job->max_q;
     const int64_t last_head = shared ? job->attention->heads : first_head + 1;
-    clear(own->dbias, job->k_block * score_stride(job));
+    clear(own->dbias, job->k_block * sebp_score_stride(job));
     for (int64_t i = 0; i < job->texts; i++) {
         if (query >= sebp_queries(job, i) || key >= sebp_keys(job, i))
             continue;
         for (int64_t head = first_head; head < last_head; head++) {
-            meeting at;
-            if (!meet(job, i, head, queries_from(job, i, query), keys_from(job, i, key), &at))
+            sebp_meeting at;
+            if (!sebp_meet(job, i, head, sebp_queries_from(job, i, query),
+                           sebp_keys_from(job, i, key), &at))
                 continue;
-            load_keys(job, i, head / job->group, at.keys, own);
-            load_queries(job, &at, own);
-            find_scores(job, &at, own, true);
+            sebp_meeting_load_keys(job, i, head / job->group, at.keys, own);
+            sebp_meeting_load_queries(job, &at, own);
+            sebp_meeting_scores(job, &at, own, true);
             for (int64_t s = 0; s < at.slivers; s++) {
-                const sebp_span seen = sliver_keys(job, &at, s);
+                const sebp_span seen = sebp_sliver_keys(job, &at, s);
                 for (int64_t row = seen.first; row < seen.end; row++) {
-                    const int64_t from = row * score_stride(job) + s * job->lanes;
+                    const int64_t from = row * sebp_score_stride(job) + s * job->lanes;
                     for (int64_t e = from; e < from + job->lanes; e++)
                         own->dbias[e] += own->ds[e];
                 }
@@ -524,7 +272,7 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
         job->kernels->store_lanes(sebp_attention_at(dbias, first_head * job->max_q + first, key),
                                   false, dbias->stride, sebp_min(job->lanes, last - first),
                                   sebp_min(job->k_block, job->max_k - key),
-                                  own->dbias + first - query, score_stride(job), own->factor);
+                                  own->dbias + first - query, sebp_score_stride(job), own->factor);
     }
 }
 
@@ -534,8 +282,8 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
 static int64_t worker_bytes(const sebp_attention_job *job, int64_t dq_slivers)
 {
     sebp_room room = {NULL, 0};
-    lay_out(job, dq_slivers, &room);
-    return sebp_round_up((int64_t)sizeof(worker), 64) + room.bytes;
+    sebp_backward_lay_out(job, dq_slivers, &room);
+    return sebp_round_up((int64_t)sizeof(sebp_backward_worker), 64) + room.bytes;
 }
 
 /* Whether dQ, dK and dV are found together. */
@@ -562,10 +310,11 @@ static void run_pass(sebp_cpu *cpu, sebp_attention_pass *pass, int64_t workers, 
                      int64_t dq_slivers)
 {
     for (int64_t i = 0; i < workers; i++) {
-        const int64_t own_bytes = sebp_round_up((int64_t)sizeof(worker), 64);
+        const int64_t own_bytes = sebp_round_up((int64_t)sizeof(sebp_backward_worker), 64);
         sebp_room room = {scratch + i * pass->worker_size + own_bytes, 0};
-        worker *own = (worker *)(void *)(scratch + i * pass->worker_size);
-        *own = lay_out(pass->job, dq_slivers, &room);
+        sebp_backward_worker *own =
+            (sebp_backward_worker *)(void *)(scratch + i * pass->worker_size);
+        *own = sebp_backward_lay_out(pass->job, dq_slivers, &room);
     }
     pass->workers = scratch;
     sebp_attention_measure(pass);
