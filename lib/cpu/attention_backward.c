@@ -26,7 +26,7 @@
 enum {
     KEYS = 224,              /* to a block, about */
     QUERIES = 128,           /* to a block, about */
-    BLOCK_BYTES = 640 << 10, /* of packed and computed blocks */
+    BLOCK_BYTES = 704 << 10, /* of packed and computed blocks */
     OVERHEAD = 60            /* keys whose scores cost as much as the rest of an item */
 };
 
