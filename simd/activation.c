@@ -4,7 +4,7 @@
 #include "rows.h"
 #include "vec_math.h"
 
-static inline vec value_of(int function, vec x)
+SPECIALIZED vec value_of(int function, vec x)
 {
     switch (function) {
     case FUNCTION_GELU:
@@ -19,7 +19,7 @@ static inline vec value_of(int function, vec x)
 }
 
 /* f'(x), and f(x) in *value. The compiler computes once what both have in common. */
-static inline vec slope_of(int function, vec x, vec *value)
+SPECIALIZED vec slope_of(int function, vec x, vec *value)
 {
     *value = value_of(function, x);
     switch (function) {
@@ -37,7 +37,7 @@ static inline vec slope_of(int function, vec x, vec *value)
     }
 }
 
-static inline void forward(const sebp_activation_row *row, int function, bool is_bf16)
+SPECIALIZED void forward(const sebp_activation_row *row, int function, bool is_bf16)
 {
     if (row->up != NULL) {
         FOR_EACH_VEC(row->n, {
@@ -53,7 +53,7 @@ static inline void forward(const sebp_activation_row *row, int function, bool is
     }
 }
 
-static inline void backward(const sebp_activation_back_row *row, int function, bool is_bf16)
+SPECIALIZED void backward(const sebp_activation_back_row *row, int function, bool is_bf16)
 {
     if (row->up == NULL) {
         FOR_EACH_VEC(row->n, {
@@ -111,8 +111,8 @@ void SEBP_NAME(activation_backward)(const sebp_activation_back_row *row)
     }
 }
 
-static inline void dropout(void *y, const void *x, bool is_bf16, int64_t n, const sebp_dropout *how,
-                           uint64_t group)
+SPECIALIZED void dropout(void *y, const void *x, bool is_bf16, int64_t n, const sebp_dropout *how,
+                         uint64_t group)
 {
     row_scales scales = {.dropout = how, .group = group};
     FOR_EACH_VEC(n, {

@@ -16,7 +16,7 @@ static inline float total_of(const vec sums[SUMS])
 }
 
 /* h = residual + dropout(x) */
-static inline void add_residual(const sebp_norm_row *row, bool is_bf16)
+SPECIALIZED void add_residual(const sebp_norm_row *row, bool is_bf16)
 {
     row_scales scales = {.dropout = row->dropout, .group = row->group};
     if (row->dropout != NULL) {
@@ -38,7 +38,7 @@ static inline void add_residual(const sebp_norm_row *row, bool is_bf16)
     }
 }
 
-static inline float mean_of(const void *h, bool is_bf16, int64_t n)
+SPECIALIZED float mean_of(const void *h, bool is_bf16, int64_t n)
 {
     vec sums[SUMS] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
     int64_t next = 0;
@@ -52,7 +52,7 @@ static inline float mean_of(const void *h, bool is_bf16, int64_t n)
     return total_of(sums) / (float)n;
 }
 
-static inline float mean_square_of(const void *h, bool is_bf16, int64_t n, float mean)
+SPECIALIZED float mean_square_of(const void *h, bool is_bf16, int64_t n, float mean)
 {
     vec sums[SUMS] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()}, means = vec_set1(mean);
     int64_t next = 0;
@@ -73,7 +73,7 @@ static inline float mean_square_of(const void *h, bool is_bf16, int64_t n, float
 
 /* The mean and the mean square about it, block by block (Chan, Golub, LeVeque, 1979): the row is read
  * from afar once. */
-static inline void moments_of(const void *h, bool is_bf16, int64_t n, float *mean, float *square)
+SPECIALIZED void moments_of(const void *h, bool is_bf16, int64_t n, float *mean, float *square)
 {
     double center = 0, total = 0;
     for (int64_t first = 0; first < n; first += BLOCK) {
@@ -90,7 +90,7 @@ static inline void moments_of(const void *h, bool is_bf16, int64_t n, float *mea
     *square = (float)(total / (double)n);
 }
 
-static inline void norm_forward(const sebp_norm_row *row, bool is_bf16)
+SPECIALIZED void norm_forward(const sebp_norm_row *row, bool is_bf16)
 {
     const void *h = row->h != NULL ? row->h : row->x;
     if (row->h != NULL) {
@@ -157,7 +157,7 @@ static inline void add_lanes(float *to, int64_t at, vec v, int64_t lanes)
  *
  * where an RMSNorm, which takes off no mean, has no mean(g).
  */
-static inline void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
+SPECIALIZED void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
 {
     const lanes_of_row by = {vec_set1(row->mean), vec_set1(row->inverse)};
     vec g_sum = vec_zero(), along_sum = vec_zero();

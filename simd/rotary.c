@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include "rows.h"
 
-static inline void turn_halves(const sebp_rotary_row *row, bool is_bf16, int64_t head)
+SPECIALIZED void turn_halves(const sebp_rotary_row *row, bool is_bf16, int64_t head)
 {
     const int64_t half = row->dims / 2;
     const vec sign = vec_set1(row->inverse ? -1.0f : 1.0f);
@@ -23,7 +23,7 @@ static inline void turn_halves(const sebp_rotary_row *row, bool is_bf16, int64_t
  * that its place, even or odd, asks for is taken. */
 enum { COPY = 256 };
 
-static inline void turn_pairs(const sebp_rotary_row *row, bool is_bf16, int64_t head)
+SPECIALIZED void turn_pairs(const sebp_rotary_row *row, bool is_bf16, int64_t head)
 {
     float x[1 + COPY + VEC_LANES], cosine[COPY], sine[COPY];
     const float sign = row->inverse ? -1.0f : 1.0f;
@@ -53,7 +53,7 @@ static inline void turn_pairs(const sebp_rotary_row *row, bool is_bf16, int64_t 
     }
 }
 
-static inline void rotary(const sebp_rotary_row *row, bool is_bf16)
+SPECIALIZED void rotary(const sebp_rotary_row *row, bool is_bf16)
 {
     for (int64_t head = 0; head < row->heads * row->head_size; head += row->head_size) {
         if (row->interleaved) {

@@ -9,6 +9,10 @@
 #include "philox.h"
 #include "vec.h"
 
+/** Of a function that is compiled once for each set of its constant arguments, as the compiler by itself
+ * may leave their tests in the loop. */
+#define SPECIALIZED __attribute__((always_inline)) static inline
+
 /** Runs what follows `n` with `at` and `lanes` for each vec of n elements: in whole ones `lanes` is known to
  * the compiler. */
 #define FOR_EACH_VEC(n, ...)                                                                       \

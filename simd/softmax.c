@@ -12,7 +12,7 @@ enum {
 };
 
 /* NaN is lost here, and found again in the exponentials. */
-static inline float row_max(const void *x, bool is_bf16, int64_t n)
+SPECIALIZED float row_max(const void *x, bool is_bf16, int64_t n)
 {
     vec lowest = vec_set1(-INFINITY), max[SUMS] = {lowest, lowest, lowest, lowest};
     int64_t next = 0, whole = n - n % (SUMS * VEC_LANES);
@@ -32,7 +32,7 @@ static inline float row_max(const void *x, bool is_bf16, int64_t n)
     return vec_max_lane(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
 }
 
-static inline double exp_sum(const void *x, bool is_bf16, int64_t n, float max, float *exps)
+SPECIALIZED double exp_sum(const void *x, bool is_bf16, int64_t n, float max, float *exps)
 {
     const vec maxes = vec_set1(max);
     double total = 0;
@@ -75,7 +75,7 @@ void SEBP_NAME(softmax_sum)(const void *x, bool is_bf16, int64_t n, float *max, 
     }
 }
 
-static inline double plain_sum(const void *x, bool is_bf16, int64_t n)
+SPECIALIZED double plain_sum(const void *x, bool is_bf16, int64_t n)
 {
     double total = 0;
     for (int64_t first = 0; first < n; first += BLOCK) {
@@ -93,7 +93,7 @@ double SEBP_NAME(row_sum)(const void *x, bool is_bf16, int64_t n)
 }
 
 /* Of exponentials, which are f32. */
-static inline void softmax_of_exps(const sebp_softmax_row *row, bool to_is_bf16)
+SPECIALIZED void softmax_of_exps(const sebp_softmax_row *row, bool to_is_bf16)
 {
     const vec factor = vec_set1(row->factor), shift = vec_set1(row->shift);
     FOR_EACH_VEC(row->n, {
@@ -102,7 +102,7 @@ static inline void softmax_of_exps(const sebp_softmax_row *row, bool to_is_bf16)
     });
 }
 
-static inline void softmax(const sebp_softmax_row *row, bool x_is_bf16, bool to_is_bf16)
+SPECIALIZED void softmax(const sebp_softmax_row *row, bool x_is_bf16, bool to_is_bf16)
 {
     const vec max = vec_set1(row->max), factor = vec_set1(row->factor),
               shift = vec_set1(row->shift);

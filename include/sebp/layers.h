@@ -44,8 +44,10 @@ typedef struct sebp_norm_options {
     double gain_offset;    /**< added to gain: 1 where weights are kept less 1 (Gemma); finite */
     double dropout;        /**< probability p of dropout of x, in [0, 1); 0: none */
     uint64_t seed, offset; /**< of dropout (random.h); the backward's are the forward's */
-    sebp_inactive inactive; /**< inactive rows of h and y, of dh and dx */
-    sebp_write dh_write;    /**< backward only, as the next two */
+    sebp_inactive
+        inactive;        /**< inactive rows of h and y, of dh and dx; of a dh that accumulates they
+                               stay */
+    sebp_write dh_write; /**< backward only, as the next two */
     sebp_write dgain_write;
     sebp_write dshift_write;
 } sebp_norm_options;

@@ -4,6 +4,8 @@
 #include "config.h"
 #endif
 
+#include <string.h>
+
 #include "layers.h"
 
 enum { COLUMN_PART = 64 }; /* columns that one thread adds up, at least */
@@ -26,6 +28,11 @@ static void gather_piece(void *data, int64_t piece)
         for (int t = 0; t < work->tables; t++) {
             sebp_fetch_row(work->from[t], next >= 0 ? work->indices[t][next] : -1);
             from[t] = sebp_element(work->from[t], work->indices[t][at], 0);
+        }
+        if (work->tables == 1) {
+            size_t bytes = (size_t)work->to->cols * sebp_dtype_bytes(work->to->dtype);
+            memcpy(sebp_element(work->to, at, 0), from[0], bytes);
+            continue;
         }
         job->kernels->sum_vectors(sebp_element(work->to, at, 0), from, work->tables,
                                   work->to->dtype == SEBP_BF16, work->to->cols);
