@@ -75,8 +75,8 @@ static const struct {
 enum { ARRAYS = 5, CLASSES = 30522, HEAD = 64 };
 
 typedef struct bench {
-    const machine *machine;
-    const options *options;
+    const machine *m;
+    const options *asked;
     int64_t rows, cols;
     sebp_dtype dtype;
     sebp_matrix at[ARRAYS];
@@ -90,13 +90,13 @@ static sebp_matrix new_matrix(const bench *b, int64_t rows, int64_t cols, sebp_d
 {
     sebp_matrix made = {NULL, rows, cols, cols, dtype};
     made.data = allocate(matrix_bytes(&made));
-    fill_random(&made, b->options->seed + (uint64_t)cols, b->machine->memory_threads);
+    fill_random(&made, b->asked->seed + (uint64_t)cols, b->m->memory_threads);
     return made;
 }
 
 static void triad(const bench *b)
 {
-    const int threads = b->machine->memory_threads;
+    const int threads = b->m->memory_threads;
     const int64_t bytes = (int64_t)matrix_bytes(&b->at[0]), count = bytes / (int64_t)sizeof(float);
     float *to = b->at[0].data;
     const float *one = b->at[1].data, *other = b->at[2].data;
@@ -110,7 +110,7 @@ static void triad(const bench *b)
 
 static void copy(const bench *b)
 {
-    const int threads = b->machine->memory_threads;
+    const int threads = b->m->memory_threads;
     const int64_t bytes = (int64_t)matrix_bytes(&b->at[0]);
     EACH_THREAD
     for (int t = 0; t < threads; t++) {
@@ -122,7 +122,7 @@ static void copy(const bench *b)
 
 static sebp_status run_norm(const bench *b, int what)
 {
-    sebp_context *context = b->machine->contexts[b->machine->gemm];
+    sebp_context *context = b->m->contexts[b->m->gemm];
     const sebp_matrix *at = b->at;
     sebp_norm_options options = SEBP_NORM_OPTIONS_INIT;
     options.norm = what == RMS_NORM || what == RMS_NORM_BACK ? SEBP_RMS_NORM : SEBP_LAYER_NORM;
@@ -143,7 +143,7 @@ static sebp_status run_norm(const bench *b, int what)
 
 static sebp_status run_activation(const bench *b, int what)
 {
-    sebp_context *context = b->machine->contexts[b->machine->gemm];
+    sebp_context *context = b->m->contexts[b->m->gemm];
     const sebp_matrix *at = b->at;
     switch (what) {
     case GELU:
@@ -165,7 +165,7 @@ static sebp_status run_activation(const bench *b, int what)
 
 static sebp_status run_other(const bench *b, int what)
 {
-    sebp_context *context = b->machine->contexts[b->machine->gemm];
+    sebp_context *context = b->m->contexts[b->m->gemm];
     const sebp_matrix *at = b->at;
     sebp_rotary_options rotary = SEBP_ROTARY_OPTIONS_INIT;
     sebp_matrix logits = at[1], dlogits = at[0];
@@ -210,8 +210,7 @@ static void perform(const bench *b, int what)
         status = run_other(b, what);
     }
     if (status != SEBP_SUCCESS) {
-        die(FAILED, "%s: %s", works[what].name,
-            sebp_context_message(b->machine->contexts[b->machine->gemm]));
+        die(FAILED, "%s: %s", works[what].name, sebp_context_message(b->m->contexts[b->m->gemm]));
     }
 }
 
@@ -262,10 +261,10 @@ static void print_results(bench *b)
     }
     for (int what = 0; what < WORKS; what++) {
         double ms = fastest[what], speed = bytes_of(b, what) / ms;
-        if (b->options->csv) {
+        if (b->asked->csv) {
             printf("%s,%" PRId64 ",%" PRId64 ",%s,%d,%s,%d,%.4f,%.2f,%.3f\n", works[what].name,
-                   b->rows, b->cols, sebp_dtype_name(b->dtype), b->machine->threads, sebp_isa(),
-                   b->count, ms, speed * 1e-6, speed / best);
+                   b->rows, b->cols, sebp_dtype_name(b->dtype), b->m->threads, sebp_isa(), b->count,
+                   ms, speed * 1e-6, speed / best);
         } else {
             printf("%-20s %10.3f %10.1f %12.2f\n", works[what].name, ms, speed * 1e-6,
                    speed / best);
@@ -277,8 +276,8 @@ static void measure(bench *b)
 {
     double begin = now_ms();
     for (b->count = 0; b->count < MAX_ROUNDS; b->count++) {
-        if (b->count >= b->options->repetitions &&
-            now_ms() - begin >= b->options->seconds * WORKS * 100) {
+        if (b->count >= b->asked->repetitions &&
+            now_ms() - begin >= b->asked->seconds * WORKS * 100) {
             break;
         }
         for (int what = 0; what < WORKS; what++) {
@@ -292,12 +291,12 @@ static void measure(bench *b)
     }
 }
 
-static void run_bench(const machine *machine, const options *o, int64_t cols, sebp_dtype dtype)
+static void run_bench(const machine *m, const options *o, int64_t cols, sebp_dtype dtype)
 {
     bench *b = allocate(sizeof *b);
     memset(b, 0, sizeof *b);
-    b->machine = machine;
-    b->options = o;
+    b->m = m;
+    b->asked = o;
     b->cols = cols;
     b->rows = (o->quick ? INT64_C(1) << 20 : INT64_C(8) << 20) / cols;
     b->dtype = dtype;
@@ -349,21 +348,21 @@ static void run_bench(const machine *machine, const options *o, int64_t cols, se
     free(b);
 }
 
-void measure_layers(const machine *machine, const options *o)
+void measure_layers(const machine *m, const options *o)
 {
     if (o->csv) {
         puts("layer,rows,cols,dtype,threads,isa,repetitions,ms,gbs,efficiency");
     } else {
-        print_machine_line(machine);
+        print_machine_line(m);
         puts("Times are the best seen. efficiency = bytes that must move / bandwidth / time;\n"
              "the bandwidth is that of the copy or the triad");
     }
     for (int bf16 = 0; bf16 < 2; bf16++) {
         if (o->dtypes >> bf16 & 1) {
             const sebp_dtype dtype = bf16 ? SEBP_BF16 : SEBP_F32;
-            run_bench(machine, o, 768, dtype);
+            run_bench(m, o, 768, dtype);
             if (!o->quick) {
-                run_bench(machine, o, 4096, dtype);
+                run_bench(m, o, 4096, dtype);
             }
         }
     }

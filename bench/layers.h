@@ -7,6 +7,6 @@
 #include "options.h"
 
 /* Times and prints the row-wise layers. */
-void measure_layers(const machine *machine, const options *o);
+void measure_layers(const machine *m, const options *o);
 
 #endif

@@ -151,8 +151,9 @@ sebp_status sebp_embedding_backward(sebp_context *context, const sebp_matrix *dy
     grouping grouped;
 
     if (!sebp_require_views(&call, arguments, COUNT) ||
-        (dy->rows > 0 && !sebp_require(&call, "indices", indices)))
+        (dy->rows > 0 && !sebp_require(&call, "indices", indices))) {
         return call.status;
+    }
     sebp_check_host_memory(&call); /* the indices lie there */
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);

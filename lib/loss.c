@@ -108,8 +108,9 @@ sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix *logits,
     sebp_cross_entropy_options options;
 
     if (!sebp_require(&call, "logits", logits) || !sebp_require(&call, "loss", loss) ||
-        (logits->rows > 0 && !sebp_require(&call, "labels", labels)))
+        (logits->rows > 0 && !sebp_require(&call, "labels", labels))) {
         return call.status;
+    }
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_same_dtype(&call, &arguments[DLOGITS], &arguments[LOGITS]);
@@ -145,21 +146,21 @@ sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix *logits,
 
 /* ---- hidden states and the head ---- */
 
-typedef struct head {
+typedef struct loss_head {
     sebp_call *call;
     const sebp_cross_entropy_options *options;
     const sebp_matrix *hidden, *weight, *bias, *dhidden, *dweight, *dbias;
     int64_t classes, chunk;       /* V; classes of a chunk */
     sebp_matrix logits, gradient; /* m x chunk, in scratch memory; the gradient of hidden's dtype */
     sebp_cross_entropy_work entropy;
-} head;
+} loss_head;
 
 /* The products of a chunk; those that are not wanted have m = 0. */
 typedef struct chunk_products {
     sebp_plan logits, dhidden, dweight;
 } chunk_products;
 
-static bool wants_gradient(const head *head)
+static bool wants_gradient(const loss_head *head)
 {
     return head->dhidden != NULL || head->dweight != NULL || head->dbias != NULL;
 }
@@ -179,7 +180,7 @@ static sebp_matrix cols_of(const sebp_matrix *matrix, int64_t first, int64_t col
 }
 
 /* Plans the products of the chunk of classes from `first` on. */
-static void plan_chunk(const head *head, int64_t first, chunk_products *to)
+static void plan_chunk(const loss_head *head, int64_t first, chunk_products *to)
 {
     sebp_call *call = head->call;
     const int64_t m = call->m, k = head->hidden->cols;
@@ -221,8 +222,8 @@ static void plan_chunk(const head *head, int64_t first, chunk_products *to)
 }
 
 /* One chunk's logits, and of them the loss's state or the gradients, or both. */
-static void run_chunk(head *head, int64_t first, bool looks, bool has_logits, bool takes_gradient,
-                      const char **paths)
+static void run_chunk(loss_head *head, int64_t first, bool looks, bool has_logits,
+                      bool takes_gradient, const char **paths)
 {
     sebp_call *call = head->call;
     chunk_products to;
@@ -262,7 +263,7 @@ static void run_chunk(head *head, int64_t first, bool looks, bool has_logits, bo
 
 /* Cuts scratch memory into the rows' states, the logits and, where they are not of its dtype, the
  * gradient; settles the size of a chunk. */
-static void lay_out(head *head)
+static void lay_out(loss_head *head)
 {
     sebp_call *call = head->call;
     const sebp_backend *backend = call->backend;
@@ -300,7 +301,7 @@ static void lay_out(head *head)
     }
 }
 
-static void run_head(head *head, double *loss)
+static void run_head(loss_head *head, double *loss)
 {
     sebp_call *call = head->call;
     const char *paths[] = {NULL, NULL, NULL, NULL};
@@ -336,8 +337,9 @@ static void find_labelled(sebp_call *call, const int64_t *labels, int64_t rows,
             indices[found++] = i;
     }
     if (indices == NULL ||
-        sebp_rows_from_indices(indices, found, rows, &call->found) != SEBP_SUCCESS)
+        sebp_rows_from_indices(indices, found, rows, &call->found) != SEBP_SUCCESS) {
         no_memory(call, rows);
+    }
     free(indices);
     if (sebp_call_goes_on(call))
         sebp_use_rows(call, call->found, rows);
@@ -360,8 +362,9 @@ sebp_status sebp_linear_cross_entropy(sebp_context *context, const sebp_matrix *
     sebp_cross_entropy_options options;
 
     if (!sebp_require_views(&call, arguments, BIAS) || !sebp_require(&call, "loss", loss) ||
-        (hidden->rows > 0 && !sebp_require(&call, "labels", labels)))
+        (hidden->rows > 0 && !sebp_require(&call, "labels", labels))) {
         return call.status;
+    }
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_same_dtype(&call, &arguments[WEIGHT], &arguments[HIDDEN]);
@@ -377,21 +380,21 @@ sebp_status sebp_linear_cross_entropy(sebp_context *context, const sebp_matrix *
     find_labelled(&call, labels, hidden->rows, options.ignore_label, count);
     if (!sebp_call_goes_on(&call))
         return sebp_call_end(&call);
-    head head = {.call = &call,
-                 .options = &options,
-                 .hidden = hidden,
-                 .weight = weight,
-                 .bias = bias,
-                 .dhidden = dhidden,
-                 .dweight = dweight,
-                 .dbias = dbias,
-                 .classes = weight->rows,
-                 .entropy = {.list = {call.rows->indices, call.m},
-                             .labels = labels,
-                             .ignore_label = options.ignore_label,
-                             .smoothing = options.smoothing,
-                             .scale = scale_of(&options, count),
-                             .classes = weight->rows}};
+    loss_head head = {.call = &call,
+                      .options = &options,
+                      .hidden = hidden,
+                      .weight = weight,
+                      .bias = bias,
+                      .dhidden = dhidden,
+                      .dweight = dweight,
+                      .dbias = dbias,
+                      .classes = weight->rows,
+                      .entropy = {.list = {call.rows->indices, call.m},
+                                  .labels = labels,
+                                  .ignore_label = options.ignore_label,
+                                  .smoothing = options.smoothing,
+                                  .scale = scale_of(&options, count),
+                                  .classes = weight->rows}};
     lay_out(&head);
     if (sebp_call_goes_on(&call))
         run_head(&head, loss);

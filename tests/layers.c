@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "config.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,8 +61,8 @@ void layer_near(const sebp_matrix *got, int64_t row, int64_t col, double want, d
                : isinf(want) ? value == want
                              : fabs(value - want) <= bound;
     if (!same) {
-        ck_abort_msg("%s[%lld,%lld] is %.9g, not %.9g within %.3g", what, (long long)row,
-                     (long long)col, value, want, bound);
+        ck_abort_msg("%s[%" PRId64 ",%" PRId64 "] is %.9g, not %.9g within %.3g", what, row, col,
+                     value, want, bound);
     }
 }
 
@@ -73,7 +74,7 @@ void layer_inactive(const sebp_matrix *got, const layer_rows *rows, sebp_inactiv
             double value = testing_get(got, i, j);
             double old = inactive == SEBP_INACTIVE_ZERO ? 0 : testing_get(before, i, j);
             if (!(value == old || (isnan(value) && isnan(old)))) {
-                ck_abort_msg("%s: inactive row %lld holds %g", what, (long long)i, value);
+                ck_abort_msg("%s: inactive row %" PRId64 " holds %g", what, i, value);
             }
         }
     }
@@ -81,8 +82,8 @@ void layer_inactive(const sebp_matrix *got, const layer_rows *rows, sebp_inactiv
 
 void layer_not_vacuous(int64_t nonzeros, int64_t elements)
 {
-    ck_assert_msg(elements > 0 && nonzeros * 3 > elements, "%lld of %lld elements are not zero",
-                  (long long)nonzeros, (long long)elements);
+    ck_assert_msg(elements > 0 && nonzeros * 3 > elements,
+                  "%" PRId64 " of %" PRId64 " elements are not zero", nonzeros, elements);
 }
 
 sebp_matrix layer_output(int64_t rows, int64_t cols, sebp_dtype dtype)

@@ -7,6 +7,8 @@
  */
 #include "config.h"
 
+#include <inttypes.h>
+
 #include "kernel_harness.h"
 
 /* Outputs of a kernel: one buffer for the tier, one for scalar, of the same contents. */
@@ -41,7 +43,7 @@ static void compare(output *made, double relative, const char *what)
         double bound = relative * (1 + fabs(want));
         bound += relative > 0 && made->is_bf16 ? fabs(want) * 0x1p-7 : 0;
         check(fabs(got - want) <= bound || (isnan(got) && isnan(want)) || got == want,
-              "%s[%lld] is %.9g, not %.9g", what, (long long)i, got, want);
+              "%s[%" PRId64 "] is %.9g, not %.9g", what, i, got, want);
     }
     /* What lies around it is as it was: poison. */
     unsigned char *data = made->tier.data, *open = made->tier.open;
@@ -240,10 +242,10 @@ START_TEST(softmax)
         plain[1] = sebp_kernels_scalar.row_sum(x.data, is_bf16, n);
         check(isnan(sum[1]) ? isnan(sum[0])
                             : max[0] == max[1] && fabs(sum[0] - sum[1]) <= 2e-5 * sum[1],
-              "sum of %lld: %.9g, not %.9g", (long long)n, sum[0], sum[1]);
+              "sum of %" PRId64 ": %.9g, not %.9g", n, sum[0], sum[1]);
         check(plain[0] == plain[1] || (isnan(plain[0]) && isnan(plain[1])) ||
                   fabs(plain[0] - plain[1]) <= 1e-5 * (double)n,
-              "plain sum of %lld: %.9g, not %.9g", (long long)n, plain[0], plain[1]);
+              "plain sum of %" PRId64 ": %.9g, not %.9g", n, plain[0], plain[1]);
         sebp_softmax_row row = {.n = n,
                                 .x_is_bf16 = is_bf16,
                                 .to_is_bf16 = to_bf16,
