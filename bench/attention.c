@@ -27,7 +27,7 @@ typedef struct shape_case {
     sebp_dtype dtype;
 } shape_case;
 
-typedef struct work {
+typedef struct attention_work {
     const machine *machine;
     const options *options;
     shape_case of;
@@ -36,9 +36,9 @@ typedef struct work {
     sebp_matrix at[WIDE], lse, x, w, y;
     double ms[TIMED][MAX_ROUNDS];
     int count;
-} work;
+} attention_work;
 
-static void check_status(const work *work, sebp_status status)
+static void check_status(const attention_work *work, sebp_status status)
 {
     if (status != SEBP_SUCCESS) {
         die(FAILED, "%s: %s", sebp_context_message(work->machine->contexts[SEBP_GEMM_NATIVE]),
@@ -46,7 +46,7 @@ static void check_status(const work *work, sebp_status status)
     }
 }
 
-static void perform(work *work, int what)
+static void perform(attention_work *work, int what)
 {
     sebp_context *context = work->machine->contexts[SEBP_GEMM_NATIVE];
     const sebp_matrix *at = work->at;
@@ -77,21 +77,22 @@ static double dot(const sebp_matrix *a, int64_t i, const sebp_matrix *b, int64_t
 }
 
 /* P of query i and key j of a text, by the lse that is being verified too. */
-static double probability(const work *work, int64_t i, int64_t j, int64_t h)
+static double probability(const attention_work *work, int64_t i, int64_t j, int64_t h)
 {
     int64_t d = work->of.head_size;
     double score = dot(&work->at[Q], i, &work->at[K], j, h * d, d) / sqrt((double)d);
     return exp(score - element(&work->lse, i, h));
 }
 
-static int sees(const work *work, int64_t i, int64_t j)
+static int sees(const attention_work *work, int64_t i, int64_t j)
 {
     return !work->of.causal || j <= i;
 }
 
 /* An element of out, dQ or dV, in double precision, and a bound: that of a sum of as many terms as
  * the text is long, and as many again for the error of each P. */
-static double reference(const work *work, int which, int64_t row, int64_t col, double *bound)
+static double reference(const attention_work *work, int which, int64_t row, int64_t col,
+                        double *bound)
 {
     const sebp_matrix *at = work->at;
     const int64_t length = work->of.length, d = work->of.head_size;
@@ -125,7 +126,7 @@ static double reference(const work *work, int which, int64_t row, int64_t col, d
     return sum;
 }
 
-static void verify(work *work)
+static void verify(attention_work *work)
 {
     static const struct {
         int which;
@@ -141,15 +142,17 @@ static void verify(work *work)
         int64_t zero = 0;
         for (int64_t e = 0; e < a->rows * a->cols; e++) {
             double value = element(a, e / a->cols, e % a->cols);
-            if (!isfinite(value))
+            if (!isfinite(value)) {
                 die(FAILED, "attention: element %" PRId64 " of %s is %g", e, outputs[o].name,
                     value);
+            }
             zero += value == 0;
         }
         /* A text of one query has no gradient of scores. */
         if (work->of.length > 1 &&
-            zero > a->rows * a->cols / 10 + a->rows / work->of.length * a->cols)
+            zero > a->rows * a->cols / 10 + a->rows / work->of.length * a->cols) {
             die(FAILED, "attention: %" PRId64 " elements of %s are zero", zero, outputs[o].name);
+        }
         for (uint64_t s = 0; s < SAMPLES && outputs[o].which != DK; s++) {
             uint64_t seed = work->options->seed + 50 + (uint64_t)o;
             int64_t row = (int64_t)(random_bits(seed, 2 * s) % (uint64_t)a->rows);
@@ -168,12 +171,12 @@ static void verify(work *work)
 
 /* ---- times ---- */
 
-static double median(const work *work, int what)
+static double median(const attention_work *work, int what)
 {
     return (work->ms[what][(work->count - 1) / 2] + work->ms[what][work->count / 2]) / 2;
 }
 
-static void measure(work *work)
+static void measure(attention_work *work)
 {
     const options *o = work->options;
     double begin = now_ms();
@@ -193,7 +196,7 @@ static void measure(work *work)
 }
 
 /* Gflop/s of a time; pairs of queries and keys are counted that see each other. */
-static double rate(const work *work, double flop, double ms)
+static double rate(const attention_work *work, double flop, double ms)
 {
     const shape_case *of = &work->of;
     double length = (double)of->length;
@@ -216,7 +219,7 @@ static void print_heading(const machine *machine, const options *o)
            "dtype", "forward", "backward", "Gflop/s", "product", "share");
 }
 
-static void print_case(const work *work)
+static void print_case(const attention_work *work)
 {
     const shape_case *of = &work->of;
     const options *o = work->options;
@@ -246,7 +249,7 @@ static void print_case(const work *work)
         printf("%10.3f %10.3f %9.1f %9.1f %6.2f\n", forward, backward, gflops, product, share);
 }
 
-static sebp_matrix filled(const work *work, int64_t rows, int64_t cols, sebp_dtype dtype,
+static sebp_matrix filled(const attention_work *work, int64_t rows, int64_t cols, sebp_dtype dtype,
                           uint64_t seed)
 {
     sebp_matrix made = {NULL, rows, cols, cols, dtype};
@@ -257,8 +260,8 @@ static sebp_matrix filled(const work *work, int64_t rows, int64_t cols, sebp_dty
 
 static void run_case(const machine *machine, const options *o, shape_case of)
 {
-    work *work = allocate(sizeof *work);
-    *work = (struct work){.machine = machine, .options = o, .of = of};
+    attention_work *work = allocate(sizeof *work);
+    *work = (struct attention_work){.machine = machine, .options = o, .of = of};
     work->attention = (sebp_attention_options)SEBP_ATTENTION_OPTIONS_INIT;
     work->attention.heads = HEADS;
     work->attention.causal = of.causal;

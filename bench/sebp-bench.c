@@ -103,10 +103,12 @@ static void lay_out(const group *g, layer *l)
 static sebp_status scattered_rows(const group *g, int64_t active, sebp_rows **rows)
 {
     int64_t *indices = allocate((size_t)active * sizeof *indices), count = 0;
-    for (int64_t i = 0; i < g->shape->m && count < active; i++)
+    for (int64_t i = 0; i < g->shape->m && count < active; i++) {
         if (random_unit(g->options->seed, (uint64_t)i) * (double)(g->shape->m - i) <
-            (double)(active - count))
+            (double)(active - count)) {
             indices[count++] = i;
+        }
+    }
     sebp_status status = sebp_rows_from_indices(indices, count, g->shape->m, rows);
     free(indices);
     return status;
@@ -143,8 +145,8 @@ static void add_runs(group *g, const machine *machine)
         add_run(g, READ);
     add_run(g, FILL);
     add_run(g, FILL_STREAMING);
-    for (int scattered = 0; scattered < 2; scattered++)
-        for (int found = 0; found < 2; found++)
+    for (int scattered = 0; scattered < 2; scattered++) {
+        for (int found = 0; found < 2; found++) {
             for (int i = 0; i < o->activity_count; i++) {
                 if (!(o->patterns >> scattered & 1) || !(o->sources >> found & 1))
                     continue;
@@ -156,6 +158,8 @@ static void add_runs(group *g, const machine *machine)
                 r->active = (int64_t)(r->activity * (double)g->shape->m + 0.5);
                 r->active = r->active < 1 ? 1 : r->active;
             }
+        }
+    }
 }
 
 /* Makes dY as a run that finds its rows wants it: inactive rows zero. */
@@ -168,10 +172,12 @@ static void prepare(const run *r, const layer *l, int threads)
         return;
     fill_memory(found->data, matrix_bytes(found), 0, threads);
     EACH_THREAD
-    for (int t = 0; t < threads; t++)
-        for (int64_t i = r->active * t / threads; i < r->active * (t + 1) / threads; i++)
+    for (int t = 0; t < threads; t++) {
+        for (int64_t i = r->active * t / threads; i < r->active * (t + 1) / threads; i++) {
             memcpy((char *)found->data + (size_t)active[i] * row_bytes,
                    (const char *)dy->data + (size_t)active[i] * row_bytes, row_bytes);
+        }
+    }
 }
 
 static void perform(const machine *machine, const group *g, const run *r, const layer *l)
@@ -179,16 +185,17 @@ static void perform(const machine *machine, const group *g, const run *r, const 
     const sebp_matrix *at = l->at, *filled = &at[g->options->forward ? Y : DX];
     sebp_context *context = machine->contexts[r->gemm];
     sebp_status status = SEBP_SUCCESS;
-    if (r->kind == READ)
+    if (r->kind == READ) {
         read_memory(at[DY].data, matrix_bytes(&at[DY]), machine->memory_threads);
-    else if (r->kind != CALL)
+    } else if (r->kind != CALL) {
         fill_memory(filled->data, matrix_bytes(filled), r->kind == FILL_STREAMING,
                     machine->memory_threads);
-    else if (g->options->forward)
+    } else if (g->options->forward) {
         status = sebp_linear_forward(context, &at[X], &at[W], &at[B], r->rows, NULL, &at[Y]);
-    else
+    } else {
         status = sebp_linear_backward(context, &at[r->found ? FOUND : DY], &at[X], &at[W],
                                       r->found ? NULL : r->rows, NULL, &at[DX], &at[DW], &at[DB]);
+    }
     if (status != SEBP_SUCCESS)
         die(FAILED, "%s: %s", g->shape->name, sebp_context_message(context));
 }
@@ -319,9 +326,10 @@ static void verify_whole(const group *g, const run *r, const layer *l, int which
             nonzero += value != 0.0;
         }
     }
-    if ((double)nonzero < 0.9 * (double)rows * (double)a->cols)
+    if ((double)nonzero < 0.9 * (double)rows * (double)a->cols) {
         die(FAILED, "%s: only %" PRId64 " of %" PRId64 " elements of %s are not zero",
             g->shape->name, nonzero, rows * a->cols, what);
+    }
 }
 
 static void verify(const machine *machine, const group *g, const run *r)
@@ -331,16 +339,18 @@ static void verify(const machine *machine, const group *g, const run *r)
         const char *name;
     } outputs[] = {{Y, "Y"}, {DX, "dX"}, {DW, "dW"}, {DB, "db"}};
     const layer *l = &g->layers[0];
-    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++)
+    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
         if (is_needed(g->options, outputs[i].which)) /* all NaN */
             memset(l->at[outputs[i].which].data, 0xff, matrix_bytes(&l->at[outputs[i].which]));
+    }
     prepare(r, l, machine->memory_threads);
     perform(machine, g, r, l);
-    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++)
+    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
         if (is_needed(g->options, outputs[i].which)) {
             verify_sample(g, r, l, outputs[i].which, outputs[i].name);
             verify_whole(g, r, l, outputs[i].which, outputs[i].name);
         }
+    }
 }
 
 /* ---- Results ---------------------------------------------------------------------------------*/
@@ -356,9 +366,10 @@ static void print_heading(const machine *machine, const options *o)
     print_machine_line(machine);
     if (machine->memory_threads != machine->threads)
         puts("Built without OpenMP: bandwidth is that of 1 thread.");
-    if (!o->verify_only)
+    if (!o->verify_only) {
         puts("Times are medians, bandwidths the best seen. efficiency = limit / compact;\n"
              "limit = activity x dense + bytes that must move / bandwidth");
+    }
 }
 
 /* The fields of a line that are known before anything is measured. */
@@ -396,8 +407,9 @@ static void print_results(const machine *machine, const group *g)
         if (r->kind == READ)
             read = r;
         if ((r->kind == FILL || r->kind == FILL_STREAMING) &&
-            (fill == NULL || r->ms[0] < fill->ms[0]))
+            (fill == NULL || r->ms[0] < fill->ms[0])) {
             fill = r;
+        }
     }
     double row_gflop = (o->forward ? 2e-9 : 4e-9) * (double)g->shape->k * (double)g->shape->n;
     double dense_ms = median(dense);
@@ -455,7 +467,7 @@ static int allocate_layers(group *g, const machine *machine, char *reason, size_
                  needed * 0x1p-30, available * 0x1p-30);
         return 0;
     }
-    for (int i = 0; i < g->layer_count; i++)
+    for (int i = 0; i < g->layer_count; i++) {
         for (int which = 0; which < MATRICES; which++) {
             sebp_matrix *a = &g->layers[i].at[which];
             if (!is_needed(g->options, which))
@@ -463,6 +475,7 @@ static int allocate_layers(group *g, const machine *machine, char *reason, size_
             a->data = allocate(matrix_bytes(a));
             fill_random(a, g->options->seed * MATRICES + (uint64_t)which, machine->memory_threads);
         }
+    }
     return 1;
 }
 
@@ -478,9 +491,10 @@ static void make_rows(group *g)
                                  : tail_rows(g->shape, g->options->seed, r->active, &r->rows);
         if (status != SEBP_SUCCESS)
             die(FAILED, "%s: making rows: %s", g->shape->name, sebp_status_string(status));
-        if (sebp_rows_count(r->rows) != r->active)
+        if (sebp_rows_count(r->rows) != r->active) {
             die(FAILED, "%s: made %" PRId64 " rows for %" PRId64, g->shape->name,
                 sebp_rows_count(r->rows), r->active);
+        }
     }
 }
 
@@ -491,18 +505,20 @@ static void run_group(const machine *machine, group *g)
     g->layer_count = g->cold ? 2 : 1;
     g->run_count = 0;
     add_runs(g, machine);
-    if (!g->options->csv)
+    if (!g->options->csv) {
         printf("\n%s: M %" PRId64 ", K %" PRId64 ", N %" PRId64 ", %s %s, %s\n", s->name, s->m,
                s->k, s->n, sebp_dtype_name(g->dtype), forward_names[g->options->forward],
                cold_names[g->cold]);
+    }
     if (!allocate_layers(g, machine, reason, sizeof reason)) {
         print_unmeasured(machine, g, reason);
         return;
     }
     make_rows(g);
-    for (int i = 0; i < g->run_count; i++)
+    for (int i = 0; i < g->run_count; i++) {
         if (g->runs[i].kind == CALL)
             verify(machine, g, &g->runs[i]);
+    }
     if (g->options->verify_only) {
         print_unmeasured(machine, g, "verified");
     } else {
@@ -511,9 +527,10 @@ static void run_group(const machine *machine, group *g)
     }
     for (int i = 0; i < g->run_count; i++)
         sebp_rows_destroy(g->runs[i].rows);
-    for (int i = 0; i < g->layer_count; i++)
+    for (int i = 0; i < g->layer_count; i++) {
         for (int which = 0; which < MATRICES; which++)
             free(g->layers[i].at[which].data);
+    }
 }
 
 /* All layers, on some of their rows and on all. */
@@ -521,8 +538,8 @@ static void compare_rows(const machine *machine, const options *o)
 {
     print_heading(machine, o);
     run *runs = allocate(MAX_RUNS * sizeof *runs);
-    for (int i = 0; i < o->shape_count; i++)
-        for (int bf16 = 0; bf16 < 2; bf16++)
+    for (int i = 0; i < o->shape_count; i++) {
+        for (int bf16 = 0; bf16 < 2; bf16++) {
             for (int cold = 0; cold < 2; cold++) {
                 group g = {.options = o, .shape = &o->shapes[i], .cold = cold, .runs = runs};
                 if (!(o->dtypes >> bf16 & 1) || !(o->caches >> cold & 1))
@@ -532,6 +549,8 @@ static void compare_rows(const machine *machine, const options *o)
                 if (fflush(stdout) != 0)
                     die(FAILED, "cannot write: %s", strerror(errno));
             }
+        }
+    }
     free(runs);
 }
 
