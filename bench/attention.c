@@ -28,8 +28,8 @@ typedef struct shape_case {
 } shape_case;
 
 typedef struct attention_work {
-    const machine *machine;
-    const options *options;
+    const machine *m;
+    const options *asked;
     shape_case of;
     sebp_attention_options attention;
     sebp_sequences *sequences;
@@ -41,14 +41,14 @@ typedef struct attention_work {
 static void check_status(const attention_work *work, sebp_status status)
 {
     if (status != SEBP_SUCCESS) {
-        die(FAILED, "%s: %s", sebp_context_message(work->machine->contexts[SEBP_GEMM_NATIVE]),
+        die(FAILED, "%s: %s", sebp_context_message(work->m->contexts[SEBP_GEMM_NATIVE]),
             sebp_status_string(status));
     }
 }
 
 static void perform(attention_work *work, int what)
 {
-    sebp_context *context = work->machine->contexts[SEBP_GEMM_NATIVE];
+    sebp_context *context = work->m->contexts[SEBP_GEMM_NATIVE];
     const sebp_matrix *at = work->at;
     if (what == PRODUCT) {
         check_status(work,
@@ -154,7 +154,7 @@ static void verify(attention_work *work)
             die(FAILED, "attention: %" PRId64 " elements of %s are zero", zero, outputs[o].name);
         }
         for (uint64_t s = 0; s < SAMPLES && outputs[o].which != DK; s++) {
-            uint64_t seed = work->options->seed + 50 + (uint64_t)o;
+            uint64_t seed = work->asked->seed + 50 + (uint64_t)o;
             int64_t row = (int64_t)(random_bits(seed, 2 * s) % (uint64_t)a->rows);
             int64_t col = (int64_t)(random_bits(seed, 2 * s + 1) % (uint64_t)a->cols);
             double bound, want = reference(work, outputs[o].which, row, col, &bound);
@@ -178,7 +178,7 @@ static double median(const attention_work *work, int what)
 
 static void measure(attention_work *work)
 {
-    const options *o = work->options;
+    const options *o = work->asked;
     double begin = now_ms();
     for (int what = 0; what < TIMED; what++)
         perform(work, what);
@@ -205,14 +205,14 @@ static double rate(const attention_work *work, double flop, double ms)
     return flop * (double)of->head_size * pairs / ms * 1e-6;
 }
 
-static void print_heading(const machine *machine, const options *o)
+static void print_heading(const machine *m, const options *o)
 {
     if (o->csv) {
         puts("tokens,length,heads,head_size,causal,dtype,threads,isa,repetitions,forward_ms,"
              "backward_ms,gflops,product_gflops,share,status");
         return;
     }
-    print_machine_line(machine);
+    print_machine_line(m);
     puts("Attention of 12 heads, its times in ms, medians; its Gflop/s, forward and backward "
          "together,\nbeside those of a linear layer of 768 by 768 on as many tokens.\n");
     printf("%6s %6s %5s %6s %5s %10s %10s %9s %9s %6s\n", "tokens", "length", "head", "causal",
@@ -222,7 +222,7 @@ static void print_heading(const machine *machine, const options *o)
 static void print_case(const attention_work *work)
 {
     const shape_case *of = &work->of;
-    const options *o = work->options;
+    const options *o = work->asked;
     double forward = 0, backward = 0, gflops = 0, product = 0, share = 0;
     if (!o->verify_only) {
         forward = median(work, FORWARD);
@@ -233,7 +233,7 @@ static void print_case(const attention_work *work)
     }
     if (o->csv) {
         printf("%" PRId64 ",%" PRId64 ",%d,%" PRId64 ",%d,%s,%d,%s,%d,", of->tokens, of->length,
-               HEADS, of->head_size, of->causal, sebp_dtype_name(of->dtype), work->machine->threads,
+               HEADS, of->head_size, of->causal, sebp_dtype_name(of->dtype), work->m->threads,
                sebp_isa(), work->count);
         if (o->verify_only)
             puts(",,,,,verified");
@@ -254,14 +254,14 @@ static sebp_matrix filled(const attention_work *work, int64_t rows, int64_t cols
 {
     sebp_matrix made = {NULL, rows, cols, cols, dtype};
     made.data = allocate(matrix_bytes(&made));
-    fill_random(&made, work->options->seed * 16 + seed, work->machine->memory_threads);
+    fill_random(&made, work->asked->seed * 16 + seed, work->m->memory_threads);
     return made;
 }
 
-static void run_case(const machine *machine, const options *o, shape_case of)
+static void run_case(const machine *m, const options *o, shape_case of)
 {
     attention_work *work = allocate(sizeof *work);
-    *work = (struct attention_work){.machine = machine, .options = o, .of = of};
+    *work = (struct attention_work){.m = m, .asked = o, .of = of};
     work->attention = (sebp_attention_options)SEBP_ATTENTION_OPTIONS_INIT;
     work->attention.heads = HEADS;
     work->attention.causal = of.causal;
@@ -293,10 +293,10 @@ static void run_case(const machine *machine, const options *o, shape_case of)
     free(work);
 }
 
-void measure_attention(const machine *machine, const options *o)
+void measure_attention(const machine *m, const options *o)
 {
     static const int64_t lengths[] = {8, 16, 32, 64, 128, 512, 2048};
-    print_heading(machine, o);
+    print_heading(m, o);
     for (int bf16 = 0; bf16 < 2; bf16++) {
         for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
             for (int wide = 0; wide < 2; wide++) {
@@ -310,7 +310,7 @@ void measure_attention(const machine *machine, const options *o)
                     of.tokens = (of.tokens + length - 1) / length * length;
                     int is_asked = o->dtypes >> bf16 & 1 && (i == 0 || o->sequence == 0);
                     if (is_asked && !(o->quick && o->sequence == 0 && length > 128))
-                        run_case(machine, o, of);
+                        run_case(m, o, of);
                 }
             }
         }
