@@ -27,28 +27,28 @@ typedef struct shape_case {
     sebp_dtype dtype;
 } shape_case;
 
-typedef struct work {
-    const machine *machine;
-    const options *options;
+typedef struct attention_work {
+    const machine *m;
+    const options *asked;
     shape_case of;
     sebp_attention_options attention;
     sebp_sequences *sequences;
     sebp_matrix at[WIDE], lse, x, w, y;
     double ms[TIMED][MAX_ROUNDS];
     int count;
-} work;
+} attention_work;
 
-static void check_status(const work *work, sebp_status status)
+static void check_status(const attention_work *work, sebp_status status)
 {
     if (status != SEBP_SUCCESS) {
-        die(FAILED, "%s: %s", sebp_context_message(work->machine->contexts[SEBP_GEMM_NATIVE]),
+        die(FAILED, "%s: %s", sebp_context_message(work->m->contexts[SEBP_GEMM_NATIVE]),
             sebp_status_string(status));
     }
 }
 
-static void perform(work *work, int what)
+static void perform(attention_work *work, int what)
 {
-    sebp_context *context = work->machine->contexts[SEBP_GEMM_NATIVE];
+    sebp_context *context = work->m->contexts[SEBP_GEMM_NATIVE];
     const sebp_matrix *at = work->at;
     if (what == PRODUCT) {
         check_status(work,
@@ -77,21 +77,22 @@ static double dot(const sebp_matrix *a, int64_t i, const sebp_matrix *b, int64_t
 }
 
 /* P of query i and key j of a text, by the lse that is being verified too. */
-static double probability(const work *work, int64_t i, int64_t j, int64_t h)
+static double probability(const attention_work *work, int64_t i, int64_t j, int64_t h)
 {
     int64_t d = work->of.head_size;
     double score = dot(&work->at[Q], i, &work->at[K], j, h * d, d) / sqrt((double)d);
     return exp(score - element(&work->lse, i, h));
 }
 
-static int sees(const work *work, int64_t i, int64_t j)
+static int sees(const attention_work *work, int64_t i, int64_t j)
 {
     return !work->of.causal || j <= i;
 }
 
 /* An element of out, dQ or dV, in double precision, and a bound: that of a sum of as many terms as
  * the text is long, and as many again for the error of each P. */
-static double reference(const work *work, int which, int64_t row, int64_t col, double *bound)
+static double reference(const attention_work *work, int which, int64_t row, int64_t col,
+                        double *bound)
 {
     const sebp_matrix *at = work->at;
     const int64_t length = work->of.length, d = work->of.head_size;
@@ -125,7 +126,7 @@ static double reference(const work *work, int which, int64_t row, int64_t col, d
     return sum;
 }
 
-static void verify(work *work)
+static void verify(attention_work *work)
 {
     static const struct {
         int which;
@@ -141,17 +142,19 @@ static void verify(work *work)
         int64_t zero = 0;
         for (int64_t e = 0; e < a->rows * a->cols; e++) {
             double value = element(a, e / a->cols, e % a->cols);
-            if (!isfinite(value))
+            if (!isfinite(value)) {
                 die(FAILED, "attention: element %" PRId64 " of %s is %g", e, outputs[o].name,
                     value);
+            }
             zero += value == 0;
         }
         /* A text of one query has no gradient of scores. */
         if (work->of.length > 1 &&
-            zero > a->rows * a->cols / 10 + a->rows / work->of.length * a->cols)
+            zero > a->rows * a->cols / 10 + a->rows / work->of.length * a->cols) {
             die(FAILED, "attention: %" PRId64 " elements of %s are zero", zero, outputs[o].name);
+        }
         for (uint64_t s = 0; s < SAMPLES && outputs[o].which != DK; s++) {
-            uint64_t seed = work->options->seed + 50 + (uint64_t)o;
+            uint64_t seed = work->asked->seed + 50 + (uint64_t)o;
             int64_t row = (int64_t)(random_bits(seed, 2 * s) % (uint64_t)a->rows);
             int64_t col = (int64_t)(random_bits(seed, 2 * s + 1) % (uint64_t)a->cols);
             double bound, want = reference(work, outputs[o].which, row, col, &bound);
@@ -168,14 +171,14 @@ static void verify(work *work)
 
 /* ---- times ---- */
 
-static double median(const work *work, int what)
+static double median(const attention_work *work, int what)
 {
     return (work->ms[what][(work->count - 1) / 2] + work->ms[what][work->count / 2]) / 2;
 }
 
-static void measure(work *work)
+static void measure(attention_work *work)
 {
-    const options *o = work->options;
+    const options *o = work->asked;
     double begin = now_ms();
     for (int what = 0; what < TIMED; what++)
         perform(work, what);
@@ -193,7 +196,7 @@ static void measure(work *work)
 }
 
 /* Gflop/s of a time; pairs of queries and keys are counted that see each other. */
-static double rate(const work *work, double flop, double ms)
+static double rate(const attention_work *work, double flop, double ms)
 {
     const shape_case *of = &work->of;
     double length = (double)of->length;
@@ -202,24 +205,24 @@ static double rate(const work *work, double flop, double ms)
     return flop * (double)of->head_size * pairs / ms * 1e-6;
 }
 
-static void print_heading(const machine *machine, const options *o)
+static void print_heading(const machine *m, const options *o)
 {
     if (o->csv) {
         puts("tokens,length,heads,head_size,causal,dtype,threads,isa,repetitions,forward_ms,"
              "backward_ms,gflops,product_gflops,share,status");
         return;
     }
-    print_machine_line(machine);
+    print_machine_line(m);
     puts("Attention of 12 heads, its times in ms, medians; its Gflop/s, forward and backward "
          "together,\nbeside those of a linear layer of 768 by 768 on as many tokens.\n");
     printf("%6s %6s %5s %6s %5s %10s %10s %9s %9s %6s\n", "tokens", "length", "head", "causal",
            "dtype", "forward", "backward", "Gflop/s", "product", "share");
 }
 
-static void print_case(const work *work)
+static void print_case(const attention_work *work)
 {
     const shape_case *of = &work->of;
-    const options *o = work->options;
+    const options *o = work->asked;
     double forward = 0, backward = 0, gflops = 0, product = 0, share = 0;
     if (!o->verify_only) {
         forward = median(work, FORWARD);
@@ -230,7 +233,7 @@ static void print_case(const work *work)
     }
     if (o->csv) {
         printf("%" PRId64 ",%" PRId64 ",%d,%" PRId64 ",%d,%s,%d,%s,%d,", of->tokens, of->length,
-               HEADS, of->head_size, of->causal, sebp_dtype_name(of->dtype), work->machine->threads,
+               HEADS, of->head_size, of->causal, sebp_dtype_name(of->dtype), work->m->threads,
                sebp_isa(), work->count);
         if (o->verify_only)
             puts(",,,,,verified");
@@ -246,19 +249,19 @@ static void print_case(const work *work)
         printf("%10.3f %10.3f %9.1f %9.1f %6.2f\n", forward, backward, gflops, product, share);
 }
 
-static sebp_matrix filled(const work *work, int64_t rows, int64_t cols, sebp_dtype dtype,
+static sebp_matrix filled(const attention_work *work, int64_t rows, int64_t cols, sebp_dtype dtype,
                           uint64_t seed)
 {
     sebp_matrix made = {NULL, rows, cols, cols, dtype};
     made.data = allocate(matrix_bytes(&made));
-    fill_random(&made, work->options->seed * 16 + seed, work->machine->memory_threads);
+    fill_random(&made, work->asked->seed * 16 + seed, work->m->memory_threads);
     return made;
 }
 
-static void run_case(const machine *machine, const options *o, shape_case of)
+static void run_case(const machine *m, const options *o, shape_case of)
 {
-    work *work = allocate(sizeof *work);
-    *work = (struct work){.machine = machine, .options = o, .of = of};
+    attention_work *work = allocate(sizeof *work);
+    *work = (struct attention_work){.m = m, .asked = o, .of = of};
     work->attention = (sebp_attention_options)SEBP_ATTENTION_OPTIONS_INIT;
     work->attention.heads = HEADS;
     work->attention.causal = of.causal;
@@ -290,10 +293,10 @@ static void run_case(const machine *machine, const options *o, shape_case of)
     free(work);
 }
 
-void measure_attention(const machine *machine, const options *o)
+void measure_attention(const machine *m, const options *o)
 {
     static const int64_t lengths[] = {8, 16, 32, 64, 128, 512, 2048};
-    print_heading(machine, o);
+    print_heading(m, o);
     for (int bf16 = 0; bf16 < 2; bf16++) {
         for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
             for (int wide = 0; wide < 2; wide++) {
@@ -307,7 +310,7 @@ void measure_attention(const machine *machine, const options *o)
                     of.tokens = (of.tokens + length - 1) / length * length;
                     int is_asked = o->dtypes >> bf16 & 1 && (i == 0 || o->sequence == 0);
                     if (is_asked && !(o->quick && o->sequence == 0 && length > 128))
-                        run_case(machine, o, of);
+                        run_case(m, o, of);
                 }
             }
         }

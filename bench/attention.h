@@ -7,6 +7,6 @@
 #include "options.h"
 
 /* Verifies, times and prints attention at short and long texts. */
-void measure_attention(const machine *machine, const options *o);
+void measure_attention(const machine *m, const options *o);
 
 #endif

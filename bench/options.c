@@ -77,18 +77,20 @@ static double number(const char *name, const char *text, double low, double high
     char *after;
     double value = strtod(text, &after);
     if (after == text || *after != '\0' || !(value >= low && value <= high) ||
-        (whole && value != floor(value)))
+        (whole && value != floor(value))) {
         die(USAGE, "--%s: '%s' is not a %snumber from %.0f to %.0f", name, text,
             whole ? "whole " : "", low, high);
+    }
     return value;
 }
 
 /* Which of `count` words a value is. */
 static int word(const char *name, const char *text, const char *const *words, int count)
 {
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < count; i++) {
         if (strcmp(text, words[i]) == 0)
             return i;
+    }
     die(USAGE, "--%s: '%s' is not %s, %s or %s", name, text, words[0], words[1], words[2]);
 }
 
@@ -121,11 +123,13 @@ static void set_methods(options *o, const char *list)
         size_t length = strcspn(at, ",");
         int method = 0;
         while (method < METHODS && (strlen(method_names[method]) != length ||
-                                    strncmp(at, method_names[method], length) != 0))
+                                    strncmp(at, method_names[method], length) != 0)) {
             method++;
-        if (method == METHODS)
+        }
+        if (method == METHODS) {
             die(USAGE, "--method: '%s' is not a list of %s, %s, %s and %s", list, method_names[0],
                 method_names[1], method_names[2], method_names[3]);
+        }
         o->methods |= 1 << method;
         at += length;
         if (*at == '\0')
@@ -163,19 +167,21 @@ static void add_shape_line(options *o, const char *file, int line_number, char *
     const char *name = strtok_r(line, blanks, &state);
     if (name == NULL)
         return;
-    if (strlen(name) >= sizeof s.name || strpbrk(name, ",\"") != NULL)
+    if (strlen(name) >= sizeof s.name || strpbrk(name, ",\"") != NULL) {
         die(USAGE, "%s:%d: the name '%s' is over %zu characters or holds a comma or a quote", file,
             line_number, name, sizeof s.name - 1);
+    }
     strcpy(s.name, name);
     for (int i = 0; i < 4; i++) {
         const char *text = strtok_r(NULL, blanks, &state);
-        if (text == NULL && i == 3)
+        if (text == NULL && i == 3) {
             s.sequence = s.m;
-        else if (text == NULL)
+        } else if (text == NULL) {
             die(USAGE, "%s:%d: a line is: name M K N [SEQUENCE]", file, line_number);
-        else if (!parse_size(&text, '\0', sizes[i]))
+        } else if (!parse_size(&text, '\0', sizes[i])) {
             die(USAGE, "%s:%d: '%s' is not a whole number from 1 to %d", file, line_number, text,
                 MAX_SIZE);
+        }
     }
     const char *rest = strtok_r(NULL, blanks, &state);
     if (rest != NULL)
@@ -297,14 +303,16 @@ static void parse_arguments(options *o, int argc, char **argv)
     if (o->methods != 0 && (o->forward || o->patterns || o->sources || o->caches))
         die(USAGE, "--method goes with neither --forward, --pattern, --rows, --warm nor --cold");
     if (o->attention && (o->methods != 0 || o->forward || o->patterns || o->sources || o->caches ||
-                         o->shape_count > 0 || o->activity_count > 0))
+                         o->shape_count > 0 || o->activity_count > 0)) {
         die(USAGE,
             "--attention goes with --sequence, --dtype, --threads, --repetitions, --seconds, "
             "--seed, --verify-only, --quick and --csv alone");
+    }
     if (o->layer && (o->methods != 0 || o->forward || o->patterns || o->sources || o->caches ||
-                     o->shape_count > 0 || o->activity_count > 0 || o->sequence > 0))
+                     o->shape_count > 0 || o->activity_count > 0 || o->sequence > 0)) {
         die(USAGE, "--layer goes with --dtype, --threads, --repetitions, --seconds, --seed, "
                    "--verify-only, --quick and --csv alone");
+    }
     if (o->methods == 0 && (o->kept > 0 || o->basis_rank > 0 || o->fixed_support))
         die(USAGE, "--kept, --basis-rank and --fixed-support need --method");
 }
@@ -347,9 +355,10 @@ static void complete_options(options *o)
     if (o->caches == 0)
         o->caches = FIRST;
     for (int i = 0; i < o->shape_count && o->sequence > 0; i++) {
-        if (o->shapes[i].m % o->sequence != 0)
+        if (o->shapes[i].m % o->sequence != 0) {
             die(USAGE, "--sequence: the %" PRId64 " rows of %s are not a multiple of %" PRId64,
                 o->shapes[i].m, o->shapes[i].name, o->sequence);
+        }
         o->shapes[i].sequence = o->sequence;
     }
 }

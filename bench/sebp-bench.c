@@ -58,8 +58,8 @@ typedef struct run {
 } run;
 
 typedef struct group {
-    const options *options;
-    const shape *shape;
+    const options *asked;
+    const shape *sizes;
     sebp_dtype dtype;
     int cold;
     layer layers[2]; /* cold calls take them in turn */
@@ -92,8 +92,8 @@ static void lay_out(const group *g, layer *l)
         sebp_matrix *a = &l->at[which];
         int one = which == B || which == DB, weights = which == W || which == DW;
         a->data = NULL;
-        a->rows = one ? 1 : weights ? g->shape->n : g->shape->m;
-        a->cols = which == X || which == DX || weights ? g->shape->k : g->shape->n;
+        a->rows = one ? 1 : weights ? g->sizes->n : g->sizes->m;
+        a->cols = which == X || which == DX || weights ? g->sizes->k : g->sizes->n;
         a->stride = a->cols;
         a->dtype = one || which == DW ? SEBP_F32 : g->dtype;
     }
@@ -103,11 +103,13 @@ static void lay_out(const group *g, layer *l)
 static sebp_status scattered_rows(const group *g, int64_t active, sebp_rows **rows)
 {
     int64_t *indices = allocate((size_t)active * sizeof *indices), count = 0;
-    for (int64_t i = 0; i < g->shape->m && count < active; i++)
-        if (random_unit(g->options->seed, (uint64_t)i) * (double)(g->shape->m - i) <
-            (double)(active - count))
+    for (int64_t i = 0; i < g->sizes->m && count < active; i++) {
+        if (random_unit(g->asked->seed, (uint64_t)i) * (double)(g->sizes->m - i) <
+            (double)(active - count)) {
             indices[count++] = i;
-    sebp_status status = sebp_rows_from_indices(indices, count, g->shape->m, rows);
+        }
+    }
+    sebp_status status = sebp_rows_from_indices(indices, count, g->sizes->m, rows);
     free(indices);
     return status;
 }
@@ -120,7 +122,7 @@ static run *add_run(group *g, run_kind kind)
     memset(r, 0, sizeof *r);
     r->kind = kind;
     r->activity = 1.0;
-    r->active = g->shape->m;
+    r->active = g->sizes->m;
     return r;
 }
 
@@ -129,11 +131,11 @@ static int is_case(const run *r)
     return r->kind == CALL && !r->dense;
 }
 
-static void add_runs(group *g, const machine *machine)
+static void add_runs(group *g, const machine *m)
 {
-    const options *o = g->options;
+    const options *o = g->asked;
     for (int gemm = SEBP_GEMM_AUTO; gemm <= SEBP_GEMM_ONEDNN; gemm++) {
-        if (machine->contexts[gemm] == NULL)
+        if (m->contexts[gemm] == NULL)
             continue;
         run *r = add_run(g, CALL);
         r->dense = 1;
@@ -143,19 +145,21 @@ static void add_runs(group *g, const machine *machine)
         add_run(g, READ);
     add_run(g, FILL);
     add_run(g, FILL_STREAMING);
-    for (int scattered = 0; scattered < 2; scattered++)
-        for (int found = 0; found < 2; found++)
+    for (int scattered = 0; scattered < 2; scattered++) {
+        for (int found = 0; found < 2; found++) {
             for (int i = 0; i < o->activity_count; i++) {
                 if (!(o->patterns >> scattered & 1) || !(o->sources >> found & 1))
                     continue;
                 run *r = add_run(g, CALL);
-                r->gemm = machine->gemm;
+                r->gemm = m->gemm;
                 r->scattered = scattered;
                 r->found = found;
                 r->activity = o->activities[i];
-                r->active = (int64_t)(r->activity * (double)g->shape->m + 0.5);
+                r->active = (int64_t)(r->activity * (double)g->sizes->m + 0.5);
                 r->active = r->active < 1 ? 1 : r->active;
             }
+        }
+    }
 }
 
 /* Makes dY as a run that finds its rows wants it: inactive rows zero. */
@@ -168,42 +172,45 @@ static void prepare(const run *r, const layer *l, int threads)
         return;
     fill_memory(found->data, matrix_bytes(found), 0, threads);
     EACH_THREAD
-    for (int t = 0; t < threads; t++)
-        for (int64_t i = r->active * t / threads; i < r->active * (t + 1) / threads; i++)
+    for (int t = 0; t < threads; t++) {
+        for (int64_t i = r->active * t / threads; i < r->active * (t + 1) / threads; i++) {
             memcpy((char *)found->data + (size_t)active[i] * row_bytes,
                    (const char *)dy->data + (size_t)active[i] * row_bytes, row_bytes);
+        }
+    }
 }
 
-static void perform(const machine *machine, const group *g, const run *r, const layer *l)
+static void perform(const machine *m, const group *g, const run *r, const layer *l)
 {
-    const sebp_matrix *at = l->at, *filled = &at[g->options->forward ? Y : DX];
-    sebp_context *context = machine->contexts[r->gemm];
+    const sebp_matrix *at = l->at, *filled = &at[g->asked->forward ? Y : DX];
+    sebp_context *context = m->contexts[r->gemm];
     sebp_status status = SEBP_SUCCESS;
-    if (r->kind == READ)
-        read_memory(at[DY].data, matrix_bytes(&at[DY]), machine->memory_threads);
-    else if (r->kind != CALL)
+    if (r->kind == READ) {
+        read_memory(at[DY].data, matrix_bytes(&at[DY]), m->memory_threads);
+    } else if (r->kind != CALL) {
         fill_memory(filled->data, matrix_bytes(filled), r->kind == FILL_STREAMING,
-                    machine->memory_threads);
-    else if (g->options->forward)
+                    m->memory_threads);
+    } else if (g->asked->forward) {
         status = sebp_linear_forward(context, &at[X], &at[W], &at[B], r->rows, NULL, &at[Y]);
-    else
+    } else {
         status = sebp_linear_backward(context, &at[r->found ? FOUND : DY], &at[X], &at[W],
                                       r->found ? NULL : r->rows, NULL, &at[DX], &at[DW], &at[DB]);
+    }
     if (status != SEBP_SUCCESS)
-        die(FAILED, "%s: %s", g->shape->name, sebp_context_message(context));
+        die(FAILED, "%s: %s", g->sizes->name, sebp_context_message(context));
 }
 
 /* One repetition: a warm call follows another of itself, a cold one finds nothing in the caches. */
-static void measure(const machine *machine, const group *g, run *r, const layer *l)
+static void measure(const machine *m, const group *g, run *r, const layer *l)
 {
     if (r->kind == CALL)
-        prepare(r, l, machine->memory_threads);
+        prepare(r, l, m->memory_threads);
     if (g->cold)
-        read_memory(machine->flush, machine->flush_bytes, machine->memory_threads);
+        read_memory(m->flush, m->flush_bytes, m->memory_threads);
     else
-        perform(machine, g, r, l);
+        perform(m, g, r, l);
     double begin = now_ms();
-    perform(machine, g, r, l);
+    perform(m, g, r, l);
     r->ms[r->count++] = now_ms() - begin;
 }
 
@@ -213,11 +220,11 @@ static double median(const run *r)
     return (r->ms[(r->count - 1) / 2] + r->ms[r->count / 2]) / 2;
 }
 
-static void measure_all(const machine *machine, group *g)
+static void measure_all(const machine *m, group *g)
 {
     double begin = now_ms();
     for (int round = 0; round < MAX_ROUNDS; round++) {
-        if (round >= g->options->repetitions && now_ms() - begin >= g->options->seconds * 1e3)
+        if (round >= g->asked->repetitions && now_ms() - begin >= g->asked->seconds * 1e3)
             break;
         double best_dense = HUGE_VAL;
         for (int i = 0; i < g->run_count && g->runs[i].dense && round > 0; i++)
@@ -226,7 +233,7 @@ static void measure_all(const machine *machine, group *g)
             run *r = &g->runs[i];
             /* A GEMM far from the fastest will not be the reference: spare its time. */
             if (!(r->dense && round > 0 && r->ms[0] > 2 * best_dense))
-                measure(machine, g, r, &g->layers[round % g->layer_count]);
+                measure(m, g, r, &g->layers[round % g->layer_count]);
         }
     }
     for (int i = 0; i < g->run_count; i++)
@@ -241,8 +248,8 @@ static _Noreturn void wrong(const group *g, const run *r, const char *what, int6
     die(FAILED,
         "%s (M %" PRId64 ", K %" PRId64 ", N %" PRId64 "), %s %s, gemm %s, %s, %s, %" PRId64
         " active rows: %s[%" PRId64 ",%" PRId64 "] is %.9g, should be %.9g",
-        g->shape->name, g->shape->m, g->shape->k, g->shape->n, sebp_dtype_name(g->dtype),
-        forward_names[g->options->forward], gemm_names[r->gemm],
+        g->sizes->name, g->sizes->m, g->sizes->k, g->sizes->n, sebp_dtype_name(g->dtype),
+        forward_names[g->asked->forward], gemm_names[r->gemm],
         r->dense ? "dense" : scattered_names[r->scattered], found_names[r->found], r->active, what,
         row, col, value, expected);
 }
@@ -282,7 +289,7 @@ static void verify_sample(const group *g, const run *r, const layer *l, int whic
     const sebp_matrix *a = &l->at[which];
     const int64_t *active = sebp_rows_indices(r->rows);
     int by_row = which == Y || which == DX;
-    uint64_t seed = g->options->seed + 1000 + (uint64_t)which;
+    uint64_t seed = g->asked->seed + 1000 + (uint64_t)which;
     for (uint64_t s = 0; s < SAMPLES; s++) {
         int64_t i = (int64_t)(random_bits(seed, 2 * s) % (uint64_t)(by_row ? r->active : a->rows));
         int64_t j = (int64_t)(random_bits(seed, 2 * s + 1) % (uint64_t)a->cols);
@@ -319,33 +326,36 @@ static void verify_whole(const group *g, const run *r, const layer *l, int which
             nonzero += value != 0.0;
         }
     }
-    if ((double)nonzero < 0.9 * (double)rows * (double)a->cols)
+    if ((double)nonzero < 0.9 * (double)rows * (double)a->cols) {
         die(FAILED, "%s: only %" PRId64 " of %" PRId64 " elements of %s are not zero",
-            g->shape->name, nonzero, rows * a->cols, what);
+            g->sizes->name, nonzero, rows * a->cols, what);
+    }
 }
 
-static void verify(const machine *machine, const group *g, const run *r)
+static void verify(const machine *m, const group *g, const run *r)
 {
     static const struct {
         int which;
         const char *name;
     } outputs[] = {{Y, "Y"}, {DX, "dX"}, {DW, "dW"}, {DB, "db"}};
     const layer *l = &g->layers[0];
-    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++)
-        if (is_needed(g->options, outputs[i].which)) /* all NaN */
+    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
+        if (is_needed(g->asked, outputs[i].which)) /* all NaN */
             memset(l->at[outputs[i].which].data, 0xff, matrix_bytes(&l->at[outputs[i].which]));
-    prepare(r, l, machine->memory_threads);
-    perform(machine, g, r, l);
-    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++)
-        if (is_needed(g->options, outputs[i].which)) {
+    }
+    prepare(r, l, m->memory_threads);
+    perform(m, g, r, l);
+    for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
+        if (is_needed(g->asked, outputs[i].which)) {
             verify_sample(g, r, l, outputs[i].which, outputs[i].name);
             verify_whole(g, r, l, outputs[i].which, outputs[i].name);
         }
+    }
 }
 
 /* ---- Results ---------------------------------------------------------------------------------*/
 
-static void print_heading(const machine *machine, const options *o)
+static void print_heading(const machine *m, const options *o)
 {
     if (o->csv) {
         puts("shape,M,K,N,sequence,direction,dtype,cache,pattern,rows,activity,active_rows,threads,"
@@ -353,42 +363,43 @@ static void print_heading(const machine *machine, const options *o)
              "compact_ms,compact_min_ms,speedup,limit_ms,efficiency,gflops,status");
         return;
     }
-    print_machine_line(machine);
-    if (machine->memory_threads != machine->threads)
+    print_machine_line(m);
+    if (m->memory_threads != m->threads)
         puts("Built without OpenMP: bandwidth is that of 1 thread.");
-    if (!o->verify_only)
+    if (!o->verify_only) {
         puts("Times are medians, bandwidths the best seen. efficiency = limit / compact;\n"
              "limit = activity x dense + bytes that must move / bandwidth");
+    }
 }
 
 /* The fields of a line that are known before anything is measured. */
-static void print_csv_case(const machine *machine, const group *g, const run *r)
+static void print_csv_case(const machine *m, const group *g, const run *r)
 {
-    const shape *s = g->shape;
+    const shape *s = g->sizes;
     printf("%s,%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%s,%s,%s,%s,%s,%g,%" PRId64
            ",%d,%s,%s,",
-           s->name, s->m, s->k, s->n, s->sequence, forward_names[g->options->forward],
+           s->name, s->m, s->k, s->n, s->sequence, forward_names[g->asked->forward],
            sebp_dtype_name(g->dtype), cold_names[g->cold], scattered_names[r->scattered],
-           found_names[r->found], r->activity, r->active, machine->threads, sebp_isa(),
-           gemm_names[machine->gemm]);
+           found_names[r->found], r->activity, r->active, m->threads, sebp_isa(),
+           gemm_names[m->gemm]);
 }
 
-static void print_unmeasured(const machine *machine, const group *g, const char *status)
+static void print_unmeasured(const machine *m, const group *g, const char *status)
 {
-    if (!g->options->csv)
+    if (!g->asked->csv)
         printf("%s\n", status);
-    for (int i = 0; i < g->run_count && g->options->csv; i++) {
+    for (int i = 0; i < g->run_count && g->asked->csv; i++) {
         if (!is_case(&g->runs[i]))
             continue;
-        print_csv_case(machine, g, &g->runs[i]);
+        print_csv_case(m, g, &g->runs[i]);
         printf(",,,,,,,,,,,,,%s\n", status);
     }
 }
 
-static void print_results(const machine *machine, const group *g)
+static void print_results(const machine *m, const group *g)
 {
     const run *dense = NULL, *read = NULL, *fill = NULL;
-    const options *o = g->options;
+    const options *o = g->asked;
     for (int i = 0; i < g->run_count; i++) {
         const run *r = &g->runs[i];
         if (r->dense && (dense == NULL || median(r) < median(dense)))
@@ -396,12 +407,13 @@ static void print_results(const machine *machine, const group *g)
         if (r->kind == READ)
             read = r;
         if ((r->kind == FILL || r->kind == FILL_STREAMING) &&
-            (fill == NULL || r->ms[0] < fill->ms[0]))
+            (fill == NULL || r->ms[0] < fill->ms[0])) {
             fill = r;
+        }
     }
-    double row_gflop = (o->forward ? 2e-9 : 4e-9) * (double)g->shape->k * (double)g->shape->n;
+    double row_gflop = (o->forward ? 2e-9 : 4e-9) * (double)g->sizes->k * (double)g->sizes->n;
     double dense_ms = median(dense);
-    double dense_gflops = row_gflop * (double)g->shape->m / dense_ms * 1e3;
+    double dense_gflops = row_gflop * (double)g->sizes->m / dense_ms * 1e3;
     double read_ms = read == NULL ? 0 : read->ms[0], fill_ms = fill->ms[0];
     double read_gbs =
         read == NULL ? 0 : (double)matrix_bytes(&g->layers[0].at[DY]) / read_ms * 1e-6;
@@ -419,12 +431,12 @@ static void print_results(const machine *machine, const group *g)
         const run *r = &g->runs[i];
         if (!is_case(r))
             continue;
-        double activity = (double)r->active / (double)g->shape->m, ms = median(r);
+        double activity = (double)r->active / (double)g->sizes->m, ms = median(r);
         double limit_ms = activity * dense_ms + (1 - activity) * fill_ms;
         limit_ms += r->found ? (1 - activity) * read_ms : 0;
         double gflops = row_gflop * (double)r->active / ms * 1e3;
         if (o->csv) {
-            print_csv_case(machine, g, r);
+            print_csv_case(m, g, r);
             printf("%d,%s,%.4f,%.4f,%.2f,%.2f,%.2f,%.4f,%.4f,%.3f,%.4f,%.4f,%.2f,ok\n", r->count,
                    gemm_names[dense->gemm], dense_ms, dense->ms[0], dense_gflops, read_gbs,
                    fill_gbs, ms, r->ms[0], dense_ms / ms, limit_ms, limit_ms / ms, gflops);
@@ -439,14 +451,14 @@ static void print_results(const machine *machine, const group *g)
 /* ---- Groups ----------------------------------------------------------------------------------*/
 
 /* Memory for the layers of a group; 0 and a reason where there is not enough. */
-static int allocate_layers(group *g, const machine *machine, char *reason, size_t room)
+static int allocate_layers(group *g, const machine *m, char *reason, size_t room)
 {
     double needed = 0, available = available_memory();
     for (int i = 0; i < g->layer_count; i++) {
         lay_out(g, &g->layers[i]);
         for (int which = 0; which < MATRICES; which++) {
             const sebp_matrix *a = &g->layers[i].at[which];
-            if (is_needed(g->options, which))
+            if (is_needed(g->asked, which))
                 needed += (double)a->rows * (double)a->cols * (double)sebp_dtype_bytes(a->dtype);
         }
     }
@@ -455,14 +467,15 @@ static int allocate_layers(group *g, const machine *machine, char *reason, size_
                  needed * 0x1p-30, available * 0x1p-30);
         return 0;
     }
-    for (int i = 0; i < g->layer_count; i++)
+    for (int i = 0; i < g->layer_count; i++) {
         for (int which = 0; which < MATRICES; which++) {
             sebp_matrix *a = &g->layers[i].at[which];
-            if (!is_needed(g->options, which))
+            if (!is_needed(g->asked, which))
                 continue;
             a->data = allocate(matrix_bytes(a));
-            fill_random(a, g->options->seed * MATRICES + (uint64_t)which, machine->memory_threads);
+            fill_random(a, g->asked->seed * MATRICES + (uint64_t)which, m->memory_threads);
         }
+    }
     return 1;
 }
 
@@ -472,84 +485,90 @@ static void make_rows(group *g)
         run *r = &g->runs[i];
         if (r->kind != CALL)
             continue;
-        sebp_status status = r->dense ? sebp_rows_all(g->shape->m, &r->rows)
+        sebp_status status = r->dense ? sebp_rows_all(g->sizes->m, &r->rows)
                              : r->scattered
                                  ? scattered_rows(g, r->active, &r->rows)
-                                 : tail_rows(g->shape, g->options->seed, r->active, &r->rows);
+                                 : tail_rows(g->sizes, g->asked->seed, r->active, &r->rows);
         if (status != SEBP_SUCCESS)
-            die(FAILED, "%s: making rows: %s", g->shape->name, sebp_status_string(status));
-        if (sebp_rows_count(r->rows) != r->active)
-            die(FAILED, "%s: made %" PRId64 " rows for %" PRId64, g->shape->name,
+            die(FAILED, "%s: making rows: %s", g->sizes->name, sebp_status_string(status));
+        if (sebp_rows_count(r->rows) != r->active) {
+            die(FAILED, "%s: made %" PRId64 " rows for %" PRId64, g->sizes->name,
                 sebp_rows_count(r->rows), r->active);
+        }
     }
 }
 
-static void run_group(const machine *machine, group *g)
+static void run_group(const machine *m, group *g)
 {
     char reason[128];
-    const shape *s = g->shape;
+    const shape *s = g->sizes;
     g->layer_count = g->cold ? 2 : 1;
     g->run_count = 0;
-    add_runs(g, machine);
-    if (!g->options->csv)
+    add_runs(g, m);
+    if (!g->asked->csv) {
         printf("\n%s: M %" PRId64 ", K %" PRId64 ", N %" PRId64 ", %s %s, %s\n", s->name, s->m,
-               s->k, s->n, sebp_dtype_name(g->dtype), forward_names[g->options->forward],
+               s->k, s->n, sebp_dtype_name(g->dtype), forward_names[g->asked->forward],
                cold_names[g->cold]);
-    if (!allocate_layers(g, machine, reason, sizeof reason)) {
-        print_unmeasured(machine, g, reason);
+    }
+    if (!allocate_layers(g, m, reason, sizeof reason)) {
+        print_unmeasured(m, g, reason);
         return;
     }
     make_rows(g);
-    for (int i = 0; i < g->run_count; i++)
+    for (int i = 0; i < g->run_count; i++) {
         if (g->runs[i].kind == CALL)
-            verify(machine, g, &g->runs[i]);
-    if (g->options->verify_only) {
-        print_unmeasured(machine, g, "verified");
+            verify(m, g, &g->runs[i]);
+    }
+    if (g->asked->verify_only) {
+        print_unmeasured(m, g, "verified");
     } else {
-        measure_all(machine, g);
-        print_results(machine, g);
+        measure_all(m, g);
+        print_results(m, g);
     }
     for (int i = 0; i < g->run_count; i++)
         sebp_rows_destroy(g->runs[i].rows);
-    for (int i = 0; i < g->layer_count; i++)
+    for (int i = 0; i < g->layer_count; i++) {
         for (int which = 0; which < MATRICES; which++)
             free(g->layers[i].at[which].data);
+    }
 }
 
 /* All layers, on some of their rows and on all. */
-static void compare_rows(const machine *machine, const options *o)
+static void compare_rows(const machine *m, const options *o)
 {
-    print_heading(machine, o);
+    print_heading(m, o);
     run *runs = allocate(MAX_RUNS * sizeof *runs);
-    for (int i = 0; i < o->shape_count; i++)
-        for (int bf16 = 0; bf16 < 2; bf16++)
+    for (int i = 0; i < o->shape_count; i++) {
+        for (int bf16 = 0; bf16 < 2; bf16++) {
             for (int cold = 0; cold < 2; cold++) {
-                group g = {.options = o, .shape = &o->shapes[i], .cold = cold, .runs = runs};
+                group g = {.asked = o, .sizes = &o->shapes[i], .cold = cold, .runs = runs};
                 if (!(o->dtypes >> bf16 & 1) || !(o->caches >> cold & 1))
                     continue;
                 g.dtype = bf16 ? SEBP_BF16 : SEBP_F32;
-                run_group(machine, &g);
+                run_group(m, &g);
                 if (fflush(stdout) != 0)
                     die(FAILED, "cannot write: %s", strerror(errno));
             }
+        }
+    }
     free(runs);
 }
 
 int main(int argc, char **argv)
 {
     options o;
-    machine machine;
+    machine m;
     parse_options(&o, argc, argv);
-    open_machine(&machine, &o);
+    open_machine(&m, &o);
     if (o.layer)
-        measure_layers(&machine, &o);
+        measure_layers(&m, &o);
     else if (o.attention)
-        measure_attention(&machine, &o);
+        measure_attention(&m, &o);
     else if (o.methods != 0)
-        compare_methods(&machine, &o);
+        compare_methods(&m, &o);
     else
-        compare_rows(&machine, &o);
+        compare_rows(&m, &o);
     free_options(&o);
-    close_machine(&machine);
+    close_machine(&m);
     return 0;
 }

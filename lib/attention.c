@@ -35,8 +35,9 @@ static void check_options(attention_call *work)
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->scale is %g", o->scale);
     /* One that f32 has no number for would be none, or no bound. */
     if (!(o->softcap >= 0) || !isfinite((float)o->softcap) ||
-        (o->softcap > 0 && (float)o->softcap == 0))
+        (o->softcap > 0 && (float)o->softcap == 0)) {
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->softcap is %g", o->softcap);
+    }
     if (!(o->dropout >= 0 && (float)o->dropout < 1)) {
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->dropout is %g, not in [0, 1)", o->dropout);
     }

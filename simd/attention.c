@@ -65,9 +65,10 @@ INLINE void find_max(const sebp_scores *work, kind of, int64_t row, int64_t end,
 {
     enum { ROUND = 4 }; /* maxima side by side, as one would wait for the one before */
     vec held[ROUND][TILE_VECS], slope;
-    for (int i = 0; i < ROUND; i++)
+    for (int i = 0; i < ROUND; i++) {
         for (int j = 0; j < TILE_VECS; j++)
             held[i][j] = max[j];
+    }
     for (; row + ROUND <= end; row += ROUND) {
 #pragma GCC unroll 4
         for (int i = 0; i < ROUND; i++) {

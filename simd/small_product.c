@@ -35,9 +35,10 @@ INLINE void tile_of(int height, bool along, const sebp_small_product *work, cons
                     const float *b, float *c, int64_t rows, int64_t cols)
 {
     vec sum[TILE_ROWS][TILE_VECS];
-    for (int i = 0; i < height; i++)
+    for (int i = 0; i < height; i++) {
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
+    }
     rows_of_a a = {.row = along ? work->a_row : 1};
     for (int i = 0; i < THIRDS; i++)
         a.third[i] = from_a + (3 * i < height ? 3 * i * a.row : 0);

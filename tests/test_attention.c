@@ -584,8 +584,9 @@ START_TEST(reference_gradients_are_derivatives)
             for (int tries = 0; tries < 10 && count > 0; tries++) {
                 int64_t e = testing_between(0, count - 1);
                 if (inputs[which].rows != NULL &&
-                    !is_active(inputs[which].rows, e / inputs[which].gradient->cols))
+                    !is_active(inputs[which].rows, e / inputs[which].gradient->cols)) {
                     continue;
+                }
                 const double step = 1e-5, was = inputs[which].at[e];
                 double loss[2] = {0, 0};
                 for (int side = 0; side < 2; side++) {

@@ -113,15 +113,17 @@ static void run_keys(const sebp_attention_job *job, int64_t text, int64_t kv_hea
              first += queries) {
             sebp_meeting at;
             if (!sebp_meet(job, text, kv_head * job->group + i, sebp_queries_from(job, text, first),
-                           keys, &at))
+                           keys, &at)) {
                 continue;
+            }
             sebp_meeting_load_queries(job, &at, own);
             sebp_meeting_scores(job, &at, own, false);
             sebp_meeting_add_dkv(job, &at, own);
-            if (with_dq)
+            if (with_dq) {
                 sebp_meeting_add_dq(job, &at, own,
                                     own->dq + (i * head_slivers + first / job->lanes) * job->d *
                                                   job->lanes);
+            }
         }
     }
     store_rows(job, job->attention->dk, row, keys.end - keys.first, kv_head, own->dk);
@@ -250,8 +252,9 @@ static void run_bias(const sebp_attention_job *job, int64_t text, int64_t block,
         for (int64_t head = first_head; head < last_head; head++) {
             sebp_meeting at;
             if (!sebp_meet(job, i, head, sebp_queries_from(job, i, query),
-                           sebp_keys_from(job, i, key), &at))
+                           sebp_keys_from(job, i, key), &at)) {
                 continue;
+            }
             sebp_meeting_load_keys(job, i, head / job->group, at.keys, own);
             sebp_meeting_load_queries(job, &at, own);
             sebp_meeting_scores(job, &at, own, true);
@@ -295,8 +298,9 @@ static bool is_joint(const sebp_attention_job *job, sebp_attention_pass *joint, 
         return false;
     int64_t floats;
     if (__builtin_mul_overflow(text_slivers(job), 4 * job->d * job->lanes, &floats) ||
-        floats > workspace)
+        floats > workspace) {
         return false;
+    }
     sebp_attention_measure(joint);
     const int64_t room = workspace / worker_bytes(job, text_slivers(job));
     const double workers = (double)sebp_min(threads, room);

@@ -236,11 +236,11 @@ void sebp_attention_spread(sebp_cpu *cpu, sebp_attention_pass *pass, int64_t wor
 
 /* ---- rows outside the texts ---- */
 
-typedef struct zeroing {
+typedef struct row_zeroing {
     const sebp_matrix *matrix;
     const int64_t *first, *offset;
     int64_t texts, parts;
-} zeroing;
+} row_zeroing;
 
 static void zero_rows(const sebp_matrix *matrix, int64_t row, int64_t end)
 {
@@ -252,7 +252,7 @@ static void zero_rows(const sebp_matrix *matrix, int64_t row, int64_t end)
 /* The rows after each text of a part, up to the next, and before the first. */
 static void zero_part(void *work, int64_t part)
 {
-    const zeroing *zeroing = work;
+    const row_zeroing *zeroing = work;
     const int64_t texts = zeroing->texts;
     int64_t text = texts * part / zeroing->parts - (part == 0);
     for (; text < texts * (part + 1) / zeroing->parts; text++) {
@@ -268,10 +268,10 @@ static void zero_part(void *work, int64_t part)
 void sebp_attention_zero_others(sebp_cpu *cpu, const sebp_matrix *matrix,
                                 const sebp_sequences *sequences)
 {
-    zeroing zeroing = {.matrix = matrix,
-                       .first = sebp_sequences_firsts(sequences),
-                       .offset = sebp_sequences_offsets(sequences),
-                       .texts = sebp_sequences_count(sequences)};
+    row_zeroing zeroing = {.matrix = matrix,
+                           .first = sebp_sequences_firsts(sequences),
+                           .offset = sebp_sequences_offsets(sequences),
+                           .texts = sebp_sequences_count(sequences)};
     if (zeroing.offset[zeroing.texts] == matrix->rows || matrix->cols == 0)
         return; /* there are none */
     zeroing.parts = sebp_max(1, sebp_min(zeroing.texts, sebp_cpu_threads(cpu)));

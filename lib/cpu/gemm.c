@@ -182,7 +182,7 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
             plan->block_n = sebp_round_up(plan->block_n / 2, kernels->tile_cols);
         else if (plan->panel > kernels->tile_rows)
             plan->panel = sebp_round_up(plan->panel / 2, kernels->tile_rows);
-        else if (block_c_bytes(plan) && plan->block_m > kernels->tile_rows)
+        else if (block_c_bytes(plan) > 0 && plan->block_m > kernels->tile_rows)
             plan->block_m = sebp_round_up(plan->block_m / 2, kernels->tile_rows);
         else
             plan->workers--; /* one tile needs far less than half of the smallest bound */
@@ -337,7 +337,7 @@ static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int6
     scratch += packed_a_bytes(plan);
     block.packed_b = (float *)scratch;
     scratch += packed_b_bytes(plan);
-    if (block_c_bytes(plan))
+    if (block_c_bytes(plan) > 0)
         block.c = (float *)scratch;
     scratch += block_c_bytes(plan);
     block.b_rows = (const char **)scratch;

@@ -45,7 +45,7 @@ static sebp_onednn_plan make_plan(const sebp_cpu *cpu, const sebp_product *produ
             (plan.scatter ? product->n * (int64_t)sebp_dtype_bytes(product->c_dtype) : 0);
         plan.rows = product->m;
     }
-    if (plan.row_bytes) {
+    if (plan.row_bytes > 0) {
         plan.rows =
             sebp_min(sebp_min(plan.rows, PANEL_ROWS), sebp_cpu_workspace(cpu) / plan.row_bytes);
     }
@@ -74,7 +74,7 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
         return product->c_dtype == SEBP_F32 ? NULL : "native:mixed-dtypes";
     if (!cpu->kernels->bf16_dots)
         return "native:no-bf16";
-    if (product->k % 2)
+    if (product->k % 2 != 0)
         return "native:odd-depth"; /* measured: many times slower */
     if (product->c_dtype == SEBP_BF16 && (product->accumulate || product->bias != NULL ||
                                           (plan->panels_of_k && plan->rows < product->k))) {
