@@ -153,14 +153,14 @@ static sebp_status attention_backward_keys(method_world *w)
 
 static sebp_status gradient_norm(method_world *w)
 {
-    const sebp_matrix gradients[] = {w->at[DW], w->at[DB], w->at[R]};
-    return sebp_gradient_norm(w->context, gradients, 3, &w->numbers[0]);
+    const sebp_matrix gradients[] = {w->at[DW], w->at[DB], w->at[R], w->at[LARGE]};
+    return sebp_gradient_norm(w->context, gradients, 4, &w->numbers[0]);
 }
 
 static sebp_status scale(method_world *w)
 {
-    const sebp_matrix gradients[] = {w->at[DW], w->at[DB], w->at[R]};
-    return sebp_scale(w->context, gradients, 3, 0.3);
+    const sebp_matrix gradients[] = {w->at[DW], w->at[DB], w->at[R], w->at[LARGE]};
+    return sebp_scale(w->context, gradients, 4, 0.3);
 }
 
 static const method methods[] = {

@@ -46,6 +46,7 @@ static const struct {
     [DVALUES] = {ROWS, HEAD, 0},
     [SCORE_BIAS] = {TEXT, TEXT, 1},
     [DSCORE_BIAS] = {TEXT, TEXT, 1},
+    [LARGE] = {2, 10000, 0},
 };
 
 static sebp_sparse random_sparse(int64_t height, int64_t width)

@@ -15,6 +15,12 @@
 
 static const double EPS = FLT_EPSILON;
 
+/* Mostly many columns, sometimes so few that each counts, or none. */
+static int64_t some_width(void)
+{
+    return testing_chance(0.3) ? testing_between(0, 8) : testing_between(1, 300);
+}
+
 /* ---- norms ---- */
 
 static sebp_norm_options any_norm(void)
@@ -40,8 +46,8 @@ START_TEST(norm_forward)
 {
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
-        row_choice choice = choose_list(testing_between(1, 70));
-        const int64_t m = choice.total, n = testing_between(1, 300);
+        row_choice choice = choose_list(testing_between(0, 70));
+        const int64_t m = choice.total, n = some_width();
         const sebp_dtype dtype = testing_dtype();
         const sebp_norm_options options = any_norm();
         pair x = make_input(&choice, n, dtype, TESTING_INTEGER);
@@ -94,8 +100,8 @@ START_TEST(norm_backward)
 {
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
-        row_choice choice = choose_list(testing_between(1, 70));
-        const int64_t m = choice.total, n = testing_between(1, 300);
+        row_choice choice = choose_list(testing_between(0, 70));
+        const int64_t m = choice.total, n = some_width();
         const sebp_dtype dtype = testing_dtype();
         const sebp_norm_options options = any_norm();
         pair dy = make_input(&choice, n, dtype, TESTING_REAL);
@@ -144,8 +150,8 @@ START_TEST(activations)
 {
     make_sides(_i);
     for (int round = 0; round < testing_rounds(80); round++) {
-        row_choice choice = choose_list(testing_between(1, 60));
-        const int64_t m = choice.total, n = testing_between(1, 300);
+        row_choice choice = choose_list(testing_between(0, 60));
+        const int64_t m = choice.total, n = some_width();
         const sebp_dtype dtype = testing_dtype();
         const sebp_activation activation = (sebp_activation)testing_between(SEBP_GELU, SEBP_RELU);
         const bool is_gated = testing_chance(0.5), is_backward = testing_chance(0.5);
@@ -198,8 +204,8 @@ START_TEST(dropout)
 {
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
-        row_choice choice = choose_list(testing_between(1, 60));
-        const int64_t m = choice.total, n = testing_between(1, 300);
+        row_choice choice = choose_list(testing_between(0, 60));
+        const int64_t m = choice.total, n = some_width();
         const sebp_dtype dtype = testing_dtype();
         const bool in_place = testing_chance(0.3);
         pair x = make_input(&choice, n, dtype, TESTING_REAL);
@@ -234,7 +240,7 @@ START_TEST(rotary)
 {
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
-        row_choice choice = choose_list(testing_between(1, 60));
+        row_choice choice = choose_list(testing_between(0, 60));
         const int64_t m = choice.total, head_size = testing_between(1, 100);
         const int64_t n = head_size * testing_between(1, 4);
         const int64_t dims = 2 * testing_between(0, head_size / 2);
@@ -272,8 +278,8 @@ START_TEST(gather)
 {
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
-        row_choice choice = choose_list(testing_between(1, 60));
-        const int64_t n = testing_between(1, 300);
+        row_choice choice = choose_list(testing_between(0, 60));
+        const int64_t n = some_width();
         const sebp_dtype dtype = testing_dtype();
         pair to = make_pair(choice.total, n, dtype, TESTING_REAL), tables[SEBP_MAX_TABLES];
         int64_t *indices[SEBP_MAX_TABLES];
@@ -307,7 +313,7 @@ START_TEST(sum_groups)
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
         const int64_t m = testing_between(1, 40), length = testing_between(1, MAX);
-        const int64_t n = testing_between(1, 300), groups = testing_between(0, length);
+        const int64_t n = some_width(), groups = testing_between(0, length);
         pair from = make_pair(m, n, testing_dtype(), TESTING_INTEGER);
         pair to = make_pair(length, n, testing_dtype(), TESTING_INTEGER);
         int64_t *target = choose_rows(length, groups);
