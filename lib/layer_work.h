@@ -7,8 +7,9 @@
  * `rows` lists the `count` rows that are worked on; NULL: the first ones. The other rows of outputs are
  * left.
  *
- * Indices, labels, positions and lists of groups are the host's, and so is the state of a softmax: for
- * now the methods that have them refuse a device with a memory of its own.
+ * Indices, labels, positions and lists of groups are the host's, and so are the state of a softmax and
+ * the list by which its rows find their labels: for now the methods that have them refuse a device with
+ * a memory of its own.
  */
 #ifndef SEBP_LAYER_WORK_H
 #define SEBP_LAYER_WORK_H

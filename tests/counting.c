@@ -7,140 +7,24 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "counting.h"
-#include "lib/cpu/operations.h"
+#include "counting_inside.h"
 #include "lib/internal.h"
 #include "testing.h"
 
-enum { BLOCKS = 4096, GAP = 4096 };
-static const size_t ARENA = (size_t)1 << 30;
-
-/* A piece of memory that is allocated. */
-typedef struct device_memory {
-    size_t first, bytes; /* within the arena */
-} device_memory;
-
-struct counting {
-    sebp_cpu *cpu;
-    char *handles; /* pages that nobody may touch */
-    char *memory;  /* what lies behind them */
-    device_memory pieces[BLOCKS];
-    int live;
-    size_t used; /* of the arena */
-    void *scratch;
-    int64_t operations, fails_at, uploaded, downloaded;
-};
-
 static bool leaked;
 
-/* ---- its memory ---- */
-
-/* What lies behind `bytes` from a pointer into the device's memory on. */
-static void *behind(const counting *device, const void *pointer, int64_t bytes)
-{
-    if (pointer == NULL || bytes <= 0)
-        return NULL;
-    const char *at = pointer;
-    ck_assert_msg(at >= device->handles && at < device->handles + ARENA,
-                  "a device was handed memory of the host");
-    size_t first = (size_t)(at - device->handles);
-    for (int i = 0; i < device->live; i++) {
-        const device_memory *piece = &device->pieces[i];
-        if (first >= piece->first && first + (size_t)bytes <= piece->first + piece->bytes)
-            return device->memory + first;
-    }
-    ck_abort_msg("a device was handed memory that is not allocated");
-}
-
-static void *take(counting *device, int64_t bytes)
-{
-    size_t room = (size_t)sebp_round_up(bytes > 0 ? bytes : 1, 64);
-    ck_assert_int_lt(device->live, BLOCKS);
-    if (device->live == 0)
-        device->used = 0;
-    ck_assert_msg(device->used + room + GAP <= ARENA, "the tests' device is full");
-    device->pieces[device->live++] = (device_memory){device->used, room};
-    char *handle = device->handles + device->used;
-    memset(device->memory + device->used, TESTING_POISON, room);
-    device->used += room + GAP;
-    return handle;
-}
-
-static void give(counting *device, void *handle)
-{
-    for (int i = 0; i < device->live && handle != NULL; i++) {
-        if (device->handles + device->pieces[i].first == (char *)handle) {
-            device->pieces[i] = device->pieces[--device->live];
-            return;
-        }
-    }
-    ck_assert_msg(handle == NULL, "a device was to free what it has not allocated");
-}
-
-static int64_t bytes_of(const sebp_matrix *matrix)
-{
-    if (matrix->rows == 0 || matrix->cols == 0)
-        return 0;
-    return ((matrix->rows - 1) * matrix->stride + matrix->cols) *
-           (int64_t)sebp_dtype_bytes(matrix->dtype);
-}
-
-static sebp_matrix behind_matrix(const counting *device, const sebp_matrix *matrix)
-{
-    sebp_matrix found = *matrix;
-    found.data = behind(device, matrix->data, bytes_of(matrix));
-    return found;
-}
-
-/* Of a matrix whose rows are listed only so far as the list goes. */
-static sebp_matrix behind_rows(const counting *device, const sebp_matrix *matrix,
-                               const int64_t *rows, int64_t count)
-{
-    sebp_matrix used = *matrix;
-    used.rows = rows != NULL ? (count > 0 ? rows[count - 1] + 1 : 0) : count;
-    used.data = behind(device, matrix->data, bytes_of(&used));
-    used.rows = matrix->rows;
-    return used;
-}
-
-static const int64_t *behind_list(const counting *device, const int64_t *rows, int64_t count)
-{
-    return behind(device, rows, count * (int64_t)sizeof *rows);
-}
-
-static sebp_sparse behind_sparse(const counting *device, const sebp_sparse *sparse)
-{
-    sebp_sparse found = *sparse;
-    found.indices = behind(device, sparse->indices, sparse->count * (int64_t)sizeof(int64_t));
-    found.values = behind(device, sparse->values, sparse->count * (int64_t)sizeof(float));
-    return found;
-}
-
 /* ---- its operations ---- */
-
-/* Counts an operation; false where it is to fail. */
-static bool enter(void *device)
-{
-    counting *self = device;
-    return ++self->operations != self->fails_at;
-}
-
-#define ENTER(device, status)                                                                      \
-    do {                                                                                           \
-        if (!enter(device))                                                                        \
-            return status;                                                                         \
-    } while (0)
 
 static sebp_status count_alloc(void *device, int64_t bytes, void **memory)
 {
     ENTER(device, SEBP_ERROR_MEMORY);
-    *memory = take(device, bytes);
+    *memory = counting_allocate(device, bytes);
     return SEBP_SUCCESS;
 }
 
 static void count_free(void *device, void *memory)
 {
-    give(device, memory);
+    counting_return(device, memory);
 }
 
 static sebp_status count_upload(void *device, void *to, const void *from, int64_t bytes)
@@ -148,7 +32,7 @@ static sebp_status count_upload(void *device, void *to, const void *from, int64_
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
     self->uploaded += bytes;
-    return sebp_cpu_copy(self->cpu, behind(self, to, bytes), from, bytes);
+    return sebp_cpu_copy(self->cpu, counting_behind(self, to, bytes), from, bytes);
 }
 
 static sebp_status count_download(void *device, void *to, const void *from, int64_t bytes)
@@ -156,7 +40,7 @@ static sebp_status count_download(void *device, void *to, const void *from, int6
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
     self->downloaded += bytes;
-    return sebp_cpu_copy(self->cpu, to, behind(self, from, bytes), bytes);
+    return sebp_cpu_copy(self->cpu, to, counting_behind(self, from, bytes), bytes);
 }
 
 static sebp_status count_synchronize(void *device)
@@ -173,14 +57,14 @@ static int64_t count_max_scratch(const void *device)
 static sebp_status count_reserve_scratch(void *device, int64_t bytes)
 {
     counting *self = device;
-    give(self, self->scratch);
+    counting_return(self, self->scratch);
     self->scratch = NULL;
     if (bytes == 0)
         return SEBP_SUCCESS;
     ENTER(device, SEBP_ERROR_MEMORY);
     if (bytes > count_max_scratch(device))
         return SEBP_ERROR_MEMORY;
-    self->scratch = take(self, bytes);
+    self->scratch = counting_allocate(self, bytes);
     return SEBP_SUCCESS;
 }
 
@@ -194,9 +78,9 @@ static sebp_operand behind_operand(const counting *device, const sebp_operand *o
                                    sebp_dtype dtype, int64_t rows, int64_t cols)
 {
     sebp_operand found = *operand;
-    found.rows = behind_list(device, operand->rows, rows);
+    found.rows = counting_behind_list(device, operand->rows, rows);
     sebp_matrix lies = sebp_input_view(operand->data, rows, cols, operand->stride, dtype);
-    found.data = behind_rows(device, &lies, found.rows, rows).data;
+    found.data = counting_behind_rows(device, &lies, found.rows, rows).data;
     return found;
 }
 
@@ -207,10 +91,11 @@ static void behind_product(const counting *device, const sebp_product *product, 
     *found = *product;
     found->a = behind_operand(device, &product->a, product->dtype, at ? k : m, at ? m : k);
     found->b = behind_operand(device, &product->b, product->dtype, bt ? n : k, bt ? k : n);
-    found->c_rows = behind_list(device, product->c_rows, m);
+    found->c_rows = counting_behind_list(device, product->c_rows, m);
     sebp_matrix c = {product->c, m, n, product->c_stride, product->c_dtype};
-    found->c = behind_rows(device, &c, found->c_rows, m).data;
-    found->bias = behind(device, product->bias, n * (int64_t)sebp_dtype_bytes(product->bias_dtype));
+    found->c = counting_behind_rows(device, &c, found->c_rows, m).data;
+    found->bias =
+        counting_behind(device, product->bias, n * (int64_t)sebp_dtype_bytes(product->bias_dtype));
 }
 
 static sebp_status count_plan(void *device, sebp_plan *plan)
@@ -244,7 +129,7 @@ static sebp_status count_scan(void *device, const sebp_matrix *dy, sebp_measure 
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
     self->downloaded += dy->rows * (int64_t)sizeof *score;
-    sebp_matrix found = behind_matrix(self, dy);
+    sebp_matrix found = counting_behind_matrix(self, dy);
     return sebp_cpu_scan_rows(self->cpu, &found, measure, limit, score);
 }
 
@@ -253,8 +138,9 @@ static sebp_status count_zero(void *device, const sebp_matrix *to, const int64_t
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_matrix found = behind_matrix(self, to);
-    return sebp_cpu_zero_other_rows(self->cpu, &found, behind_list(self, rows, count), count);
+    sebp_matrix found = counting_behind_matrix(self, to);
+    return sebp_cpu_zero_other_rows(self->cpu, &found, counting_behind_list(self, rows, count),
+                                    count);
 }
 
 static sebp_status count_sum(void *device, const sebp_matrix *from, const int64_t *rows,
@@ -262,8 +148,9 @@ static sebp_status count_sum(void *device, const sebp_matrix *from, const int64_
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    const int64_t *list = behind_list(self, rows, count);
-    sebp_matrix source = behind_rows(self, from, list, count), found = behind_matrix(self, to);
+    const int64_t *list = counting_behind_list(self, rows, count);
+    sebp_matrix source = counting_behind_rows(self, from, list, count),
+                found = counting_behind_matrix(self, to);
     return sebp_cpu_sum_rows(self->cpu, &source, list, count, &found, accumulate);
 }
 
@@ -272,8 +159,9 @@ static sebp_status count_widen(void *device, const sebp_matrix *from, const int6
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    const int64_t *list = behind_list(self, rows, count);
-    sebp_matrix source = behind_rows(self, from, list, count), found = behind_matrix(self, to);
+    const int64_t *list = counting_behind_list(self, rows, count);
+    sebp_matrix source = counting_behind_rows(self, from, list, count),
+                found = counting_behind_matrix(self, to);
     return sebp_cpu_widen_rows(self->cpu, &source, list, count, &found);
 }
 
@@ -284,8 +172,9 @@ static sebp_status count_adamw(void *device, const sebp_adamw_options *options, 
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_matrix g = behind_matrix(self, gradient), to = behind_matrix(self, w);
-    sebp_matrix m = behind_matrix(self, moment1), v = behind_matrix(self, moment2);
+    sebp_matrix g = counting_behind_matrix(self, gradient), to = counting_behind_matrix(self, w);
+    sebp_matrix m = counting_behind_matrix(self, moment1),
+                v = counting_behind_matrix(self, moment2);
     return sebp_cpu_adamw(self->cpu, options, step, &g, &to, &m, &v, step_alone);
 }
 
@@ -293,7 +182,7 @@ static sebp_status count_scale(void *device, const sebp_matrix *matrix, double f
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_matrix found = behind_matrix(self, matrix);
+    sebp_matrix found = counting_behind_matrix(self, matrix);
     return sebp_cpu_scale(self->cpu, &found, factor);
 }
 
@@ -303,15 +192,16 @@ static sebp_status count_check(void *device, const int64_t *indices, int64_t cou
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
     self->downloaded++;
-    return sebp_cpu_check_indices(self->cpu, behind_list(self, indices, count), count, end, valid);
+    return sebp_cpu_check_indices(self->cpu, counting_behind_list(self, indices, count), count, end,
+                                  valid);
 }
 
 static sebp_status count_take(void *device, const sebp_matrix *from, const sebp_sparse *kept)
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_matrix source = behind_matrix(self, from);
-    sebp_sparse found = behind_sparse(self, kept);
+    sebp_matrix source = counting_behind_matrix(self, from);
+    sebp_sparse found = counting_behind_sparse(self, kept);
     return sebp_cpu_take_elements(self->cpu, &source, &found);
 }
 
@@ -319,8 +209,8 @@ static sebp_status count_add(void *device, const sebp_sparse *s, const sebp_matr
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_sparse source = behind_sparse(self, s);
-    sebp_matrix found = behind_matrix(self, to);
+    sebp_sparse source = counting_behind_sparse(self, s);
+    sebp_matrix found = counting_behind_matrix(self, to);
     return sebp_cpu_add_elements(self->cpu, &source, &found);
 }
 
@@ -335,7 +225,7 @@ static sebp_status count_top_feed(void *device, sebp_top *top, const sebp_matrix
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_matrix found = behind_matrix(self, panel);
+    sebp_matrix found = counting_behind_matrix(self, panel);
     return sebp_cpu_top_feed(self->cpu, top, &found, first);
 }
 
@@ -343,7 +233,7 @@ static sebp_status count_top_finish(void *device, const sebp_top *top, const seb
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_sparse found = behind_sparse(self, to);
+    sebp_sparse found = counting_behind_sparse(self, to);
     return sebp_cpu_top_finish(self->cpu, top, &found);
 }
 
@@ -357,9 +247,9 @@ static sebp_status count_update(void *device, const sebp_sparse *s, const sebp_m
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
-    sebp_sparse source = behind_sparse(self, s);
-    sebp_matrix left = behind_matrix(self, out), right = behind_matrix(self, in);
-    sebp_matrix found = behind_matrix(self, w);
+    sebp_sparse source = counting_behind_sparse(self, s);
+    sebp_matrix left = counting_behind_matrix(self, out), right = counting_behind_matrix(self, in);
+    sebp_matrix found = counting_behind_matrix(self, w);
     return sebp_cpu_sparse_update(self->cpu, &source, &left, &right, &found);
 }
 
@@ -387,8 +277,8 @@ static void count_destroy(void *device)
     counting *self = device;
     leaked = self->live != 0;
     sebp_cpu_destroy(self->cpu);
-    munmap(self->handles, ARENA);
-    munmap(self->memory, ARENA);
+    munmap(self->handles, COUNTING_ARENA);
+    munmap(self->memory, COUNTING_ARENA);
     free(self);
 }
 
@@ -419,7 +309,17 @@ const sebp_backend counting_backend = {
     .top_finish = count_top_finish,
     .top_end = count_top_end,
     .sparse_update = count_update,
+    .attention_forward = counting_attention_forward,
+    .attention_backward = counting_attention_backward,
     .eigenvectors = count_eigenvectors,
+    .norm_forward = counting_norm_forward,
+    .norm_backward = counting_norm_backward,
+    .activation = counting_activation,
+    .dropout = counting_dropout,
+    .rotary = counting_rotary,
+    .cross_entropy = counting_cross_entropy,
+    .gather = counting_gather,
+    .sum_groups = counting_sum_groups,
     .scratch_bytes = count_scratch_bytes,
     .info = count_info,
     .destroy = count_destroy,
@@ -435,8 +335,8 @@ counting *counting_make(void)
     ck_assert_ptr_nonnull(device);
     ck_assert_int_eq(sebp_cpu_create(&options, &environment, &device->cpu), SEBP_SUCCESS);
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    device->handles = mmap(NULL, ARENA, PROT_NONE, flags, -1, 0);
-    device->memory = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, flags, -1, 0);
+    device->handles = mmap(NULL, COUNTING_ARENA, PROT_NONE, flags, -1, 0);
+    device->memory = mmap(NULL, COUNTING_ARENA, PROT_READ | PROT_WRITE, flags, -1, 0);
     ck_assert(device->handles != MAP_FAILED && device->memory != MAP_FAILED);
     leaked = false;
     return device;
@@ -478,56 +378,4 @@ int64_t counting_live(const counting *device)
 int counting_has_leaked(void)
 {
     return leaked;
-}
-
-sebp_matrix counting_put(counting *device, const sebp_matrix *matrix)
-{
-    sebp_matrix put = *matrix;
-    int64_t bytes = bytes_of(matrix);
-    put.data = take(device, bytes);
-    if (bytes > 0)
-        memcpy(behind(device, put.data, bytes), matrix->data, (size_t)bytes);
-    return put;
-}
-
-void counting_get(counting *device, const sebp_matrix *from, const sebp_matrix *to)
-{
-    int64_t bytes = bytes_of(from);
-    if (bytes > 0)
-        memcpy(to->data, behind(device, from->data, bytes), (size_t)bytes);
-}
-
-void counting_free(counting *device, void *memory)
-{
-    give(device, memory);
-}
-
-sebp_sparse counting_put_sparse(counting *device, const sebp_sparse *sparse)
-{
-    sebp_sparse put = *sparse;
-    int64_t index_bytes = sparse->count * (int64_t)sizeof *put.indices;
-    int64_t value_bytes = sparse->count * (int64_t)sizeof *put.values;
-    put.indices = take(device, index_bytes);
-    put.values = take(device, value_bytes);
-    if (sparse->count > 0) {
-        memcpy(behind(device, put.indices, index_bytes), sparse->indices, (size_t)index_bytes);
-        memcpy(behind(device, put.values, value_bytes), sparse->values, (size_t)value_bytes);
-    }
-    return put;
-}
-
-void counting_get_sparse(counting *device, const sebp_sparse *from, const sebp_sparse *to)
-{
-    int64_t index_bytes = from->count * (int64_t)sizeof *from->indices;
-    int64_t value_bytes = from->count * (int64_t)sizeof *from->values;
-    if (from->count > 0) {
-        memcpy(to->indices, behind(device, from->indices, index_bytes), (size_t)index_bytes);
-        memcpy(to->values, behind(device, from->values, value_bytes), (size_t)value_bytes);
-    }
-}
-
-void counting_free_sparse(counting *device, sebp_sparse *sparse)
-{
-    give(device, sparse->indices);
-    give(device, sparse->values);
 }

@@ -2,8 +2,8 @@
 /**
  * @file test_backend.c
  * Every operation of a table against the scalar kernels on one thread, on random inputs: integers,
- * of which every order of a sum gives the same bits, and real numbers within a bound. A device gets
- * its tests by its line in `devices`.
+ * of which every order of a sum gives the same bits, and real numbers within a bound. Kept elements
+ * are in test_backend_sparse.c, attention and row-wise layers in test_backend_layers.c.
  */
 #include "config.h"
 
@@ -14,165 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "counting.h"
-#include "lib/cpu/operations.h"
-#include "testing.h"
-
-/* ---- devices ---- */
-
-typedef struct side {
-    const sebp_backend *backend;
-    void *device;
-} side;
-
-static side make_cpu(int threads, sebp_gemm gemm, int64_t workspace)
-{
-    const sebp_context_options options = {
-        .threads = threads, .gemm = gemm, .workspace_bytes = workspace};
-    const sebp_cpu_environment environment = {0};
-    sebp_cpu *cpu;
-    ck_assert_int_eq(sebp_cpu_create(&options, &environment, &cpu), SEBP_SUCCESS);
-    return (side){&sebp_cpu_backend, cpu};
-}
-
-static side make_scalar(void)
-{
-    side made = make_cpu(1, SEBP_GEMM_NATIVE, (int64_t)16 << 20);
-    ((sebp_cpu *)made.device)->kernels = &sebp_kernels_scalar;
-    return made;
-}
-
-static side make_threads(void)
-{
-    return make_cpu(3, SEBP_GEMM_AUTO, (int64_t)64 << 20);
-}
-
-static side make_small(void)
-{
-    return make_cpu(2, SEBP_GEMM_NATIVE, (int64_t)1 << 20);
-}
-
-#ifdef SEBP_HAVE_ONEDNN
-static side make_onednn(void)
-{
-    return make_cpu(2, SEBP_GEMM_ONEDNN, (int64_t)64 << 20);
-}
-#endif
-
-static side make_counting(void)
-{
-    return (side){&counting_backend, counting_make()};
-}
-
-static const struct {
-    const char *name;
-    side (*make)(void);
-} devices[] = {
-    {"cpu", make_threads},
-    {"cpu, little workspace", make_small},
-#ifdef SEBP_HAVE_ONEDNN
-    {"cpu, oneDNN", make_onednn},
-#endif
-    {"counting", make_counting},
-};
-enum { DEVICES = sizeof devices / sizeof *devices };
-
-/* The device under test, and the one that it is compared with. */
-static side tested, scalar;
-
-static void make_sides(int which)
-{
-    tested = devices[which].make();
-    scalar = make_scalar();
-}
-
-static void destroy_sides(void)
-{
-    tested.backend->destroy(tested.device);
-    scalar.backend->destroy(scalar.device);
-    ck_assert_msg(!counting_has_leaked(), "the test has left memory on the device");
-}
-
-static void succeed(sebp_status status)
-{
-    ck_assert_msg(status == SEBP_SUCCESS, "%s", sebp_status_string(status));
-}
-
-/* ---- memory on both ---- */
-
-static int64_t bytes_of(const sebp_matrix *matrix)
-{
-    return matrix->rows * matrix->stride * (int64_t)sebp_dtype_bytes(matrix->dtype);
-}
-
-static void *put_bytes(side to, const void *from, int64_t bytes)
-{
-    void *memory;
-    succeed(to.backend->alloc(to.device, bytes, &memory));
-    if (bytes > 0)
-        succeed(to.backend->upload(to.device, memory, from, bytes));
-    return memory;
-}
-
-static sebp_matrix put(side to, const sebp_matrix *matrix)
-{
-    sebp_matrix copy = *matrix;
-    copy.data = put_bytes(to, matrix->data, bytes_of(matrix));
-    return copy;
-}
-
-/* What a device has in the place of a matrix, which it then has no more. */
-static sebp_matrix take(side from, sebp_matrix *matrix)
-{
-    sebp_matrix host = testing_matrix(matrix->rows, matrix->cols, matrix->stride, matrix->dtype);
-    if (bytes_of(matrix) > 0)
-        succeed(from.backend->download(from.device, host.data, matrix->data, bytes_of(matrix)));
-    from.backend->free(from.device, matrix->data);
-    return host;
-}
-
-static void drop(side of, void *memory)
-{
-    of.backend->free(of.device, memory);
-}
-
-/* Compares what the two devices have: the same bits, or within a bound. */
-static void compare(sebp_matrix *got, sebp_matrix *want, double bound)
-{
-    sebp_matrix a = take(tested, got), b = take(scalar, want);
-    if (bound == 0) {
-        ck_assert_msg(testing_same_bits(&a, &b), "%" PRId64 "x%" PRId64 ": other bits", a.rows,
-                      a.cols);
-    }
-    for (int64_t i = 0; i < a.rows; i++) {
-        for (int64_t j = 0; j < a.cols; j++) {
-            double x = testing_get(&a, i, j), y = testing_get(&b, i, j);
-            double room = bound * (1 + fabs(y));
-            if (a.dtype == SEBP_BF16)
-                room += fabs(y) / 128;
-            ck_assert_msg(!(fabs(x - y) > room) && isnan(x) == isnan(y),
-                          "(%" PRId64 ", %" PRId64 "): %g, not %g", i, j, x, y);
-        }
-    }
-    testing_release(&a);
-    testing_release(&b);
-}
-
-/* A sorted choice of `count` rows of `total`. */
-static int64_t *choose_rows(int64_t total, int64_t count)
-{
-    int64_t *rows = testing_alloc((size_t)count * sizeof *rows, 0);
-    for (int64_t i = 0, taken = 0; i < total && taken < count; i++) {
-        if (testing_between(1, total - i) <= count - taken)
-            rows[taken++] = i;
-    }
-    return rows;
-}
-
-static testing_values some_values(void)
-{
-    return testing_chance(0.5) ? TESTING_INTEGER : TESTING_REAL;
-}
+#include "sides.h"
 
 /* ---- operations ---- */
 
@@ -492,180 +334,6 @@ START_TEST(steps)
 }
 END_TEST
 
-/* ---- kept elements ---- */
-
-static sebp_sparse put_sparse(side to, const sebp_sparse *sparse)
-{
-    sebp_sparse copy = *sparse;
-    copy.indices = put_bytes(to, sparse->indices, sparse->count * (int64_t)sizeof(int64_t));
-    copy.values = put_bytes(to, sparse->values, sparse->count * (int64_t)sizeof(float));
-    return copy;
-}
-
-static void drop_sparse(side of, sebp_sparse *sparse)
-{
-    drop(of, sparse->indices);
-    drop(of, sparse->values);
-}
-
-static sebp_sparse random_sparse(int64_t count, int64_t rows, int64_t cols)
-{
-    sebp_sparse made = testing_sparse(count, rows, cols);
-    int64_t *chosen = choose_rows(rows * cols, count);
-    memcpy(made.indices, chosen, (size_t)count * sizeof *chosen);
-    for (int64_t i = 0; i < count; i++)
-        made.values[i] = (float)testing_uniform();
-    testing_free(chosen);
-    return made;
-}
-
-/* The values of kept elements on both devices, which must be the same bits, and the indices. */
-static void compare_sparse(const sebp_sparse *got, const sebp_sparse *want)
-{
-    size_t count = (size_t)got->count;
-    int64_t *indices = testing_alloc(count * sizeof *indices, 0);
-    float *values = testing_alloc(count * sizeof *values, 0);
-    succeed(tested.backend->download(tested.device, indices, got->indices,
-                                     got->count * (int64_t)sizeof *indices));
-    succeed(tested.backend->download(tested.device, values, got->values,
-                                     got->count * (int64_t)sizeof *values));
-    ck_assert_int_eq(memcmp(indices, want->indices, count * sizeof *indices), 0);
-    ck_assert_int_eq(memcmp(values, want->values, count * sizeof *values), 0);
-    testing_free(indices);
-    testing_free(values);
-}
-
-START_TEST(kept_elements)
-{
-    make_sides(_i);
-    for (int round = 0; round < testing_rounds(60); round++) {
-        int64_t rows = testing_between(1, 30), cols = testing_between(1, 30);
-        int64_t count = testing_between(1, rows * cols);
-        sebp_sparse kept = random_sparse(count, rows, cols);
-        sebp_sparse on = put_sparse(tested, &kept), own = put_sparse(scalar, &kept);
-        bool valid = false;
-        succeed(
-            tested.backend->check_indices(tested.device, on.indices, count, rows * cols, &valid));
-        ck_assert(valid);
-        succeed(tested.backend->check_indices(tested.device, on.indices, count,
-                                              kept.indices[count - 1], &valid));
-        ck_assert(!valid);
-
-        sebp_matrix to = testing_random_matrix(rows, cols, testing_dtype(), TESTING_REAL);
-        sebp_matrix t = put(tested, &to), u = put(scalar, &to);
-        succeed(tested.backend->add_elements(tested.device, &on, &t));
-        succeed(scalar.backend->add_elements(scalar.device, &own, &u));
-        compare(&t, &u, 0);
-        testing_release(&to);
-
-        sebp_matrix from = testing_random_matrix(rows, cols, SEBP_F32, TESTING_REAL);
-        bool is_bad = testing_chance(0.2);
-        if (is_bad) {
-            int64_t at = kept.indices[testing_between(0, count - 1)];
-            testing_set(&from, at / cols, at % cols, NAN);
-        }
-        t = put(tested, &from);
-        u = put(scalar, &from);
-        sebp_status status = tested.backend->take_elements(tested.device, &t, &on);
-        ck_assert_int_eq(status, is_bad ? SEBP_ERROR_NONFINITE : SEBP_SUCCESS);
-        ck_assert_int_eq(scalar.backend->take_elements(scalar.device, &u, &own), status);
-        compare_sparse(&on, &own);
-
-        int64_t repeated = testing_between(0, count - 1);
-        if (count > 1 && repeated > 0) {
-            kept.indices[repeated] = kept.indices[repeated - 1];
-            sebp_sparse twice = put_sparse(tested, &kept);
-            succeed(tested.backend->check_indices(tested.device, twice.indices, count, rows * cols,
-                                                  &valid));
-            ck_assert(!valid);
-            drop_sparse(tested, &twice);
-        }
-        drop(tested, t.data);
-        drop(scalar, u.data);
-        drop_sparse(tested, &on);
-        drop_sparse(scalar, &own);
-        testing_release(&from);
-        testing_free_sparse(&kept);
-    }
-    destroy_sides();
-}
-END_TEST
-
-/* By panels of rows, as a method feeds them; values of few kinds, so that there are ties. */
-static sebp_status choose(side by, const sebp_matrix *matrix, int64_t panel, const sebp_sparse *to)
-{
-    sebp_top *top;
-    succeed(by.backend->top_begin(by.device, to->count, &top));
-    for (int64_t first = 0; first < matrix->rows; first += panel) {
-        sebp_matrix part = *matrix;
-        part.data = (char *)matrix->data + first * matrix->stride * (int64_t)sizeof(float);
-        part.rows = matrix->rows - first < panel ? matrix->rows - first : panel;
-        succeed(by.backend->top_feed(by.device, top, &part, first * matrix->cols));
-    }
-    sebp_status status = by.backend->top_finish(by.device, top, to);
-    by.backend->top_end(by.device, top);
-    return status;
-}
-
-START_TEST(top_k)
-{
-    make_sides(_i);
-    for (int round = 0; round < testing_rounds(40); round++) {
-        int64_t rows = testing_between(1, 200), cols = testing_between(1, 300);
-        int64_t k = testing_between(1, testing_chance(0.3) ? rows * cols : 1 + rows * cols / 50);
-        sebp_matrix matrix = testing_random_matrix(rows, cols, SEBP_F32, some_values());
-        bool is_bad = testing_chance(0.2);
-        if (is_bad)
-            testing_set(&matrix, testing_between(0, rows - 1), 0, INFINITY);
-        sebp_matrix on = put(tested, &matrix), own = put(scalar, &matrix);
-        sebp_sparse empty = testing_sparse(k, rows, cols);
-        sebp_sparse got = put_sparse(tested, &empty), want = put_sparse(scalar, &empty);
-        sebp_status status = choose(tested, &on, testing_between(1, rows), &got);
-        ck_assert_int_eq(status, is_bad ? SEBP_ERROR_NONFINITE : SEBP_SUCCESS);
-        ck_assert_int_eq(choose(scalar, &own, rows, &want), status);
-        compare_sparse(&got, &want);
-        drop_sparse(tested, &got);
-        drop_sparse(scalar, &want);
-        testing_free_sparse(&empty);
-        drop(tested, on.data);
-        drop(scalar, own.data);
-        testing_release(&matrix);
-    }
-    destroy_sides();
-}
-END_TEST
-
-START_TEST(sparse_updates)
-{
-    make_sides(_i);
-    for (int round = 0; round < testing_rounds(40); round++) {
-        int64_t n = testing_between(1, 60), k = testing_between(1, 60);
-        int64_t p = testing_between(1, n), q = testing_between(1, k);
-        sebp_sparse s = random_sparse(testing_between(1, p * q), p, q);
-        sebp_matrix out = testing_random_matrix(p, n, SEBP_F32, TESTING_REAL);
-        sebp_matrix in = testing_random_matrix(q, k, SEBP_F32, TESTING_REAL);
-        sebp_matrix w = testing_random_matrix(n, k, testing_dtype(), TESTING_REAL);
-        sebp_sparse s_on = put_sparse(tested, &s), s_own = put_sparse(scalar, &s);
-        sebp_matrix on[3] = {put(tested, &out), put(tested, &in), put(tested, &w)};
-        sebp_matrix own[3] = {put(scalar, &out), put(scalar, &in), put(scalar, &w)};
-        succeed(tested.backend->sparse_update(tested.device, &s_on, &on[0], &on[1], &on[2]));
-        succeed(scalar.backend->sparse_update(scalar.device, &s_own, &own[0], &own[1], &own[2]));
-        compare(&on[2], &own[2], FLT_EPSILON * (double)(s.count + 20));
-        for (int i = 0; i < 2; i++) {
-            drop(tested, on[i].data);
-            drop(scalar, own[i].data);
-        }
-        drop_sparse(tested, &s_on);
-        drop_sparse(scalar, &s_own);
-        testing_free_sparse(&s);
-        testing_release(&out);
-        testing_release(&in);
-        testing_release(&w);
-    }
-    destroy_sides();
-}
-END_TEST
-
 /* The two leading eigenvectors of a matrix that has known ones: those of a diagonal. */
 START_TEST(eigenvectors)
 {
@@ -681,7 +349,7 @@ START_TEST(eigenvectors)
         tested.backend->eigenvectors(tested.device, &matrix, &vectors, values, why);
     if (status == SEBP_ERROR_UNSUPPORTED) {
         ck_assert_str_ne(why, "");
-        testing_skip(devices[_i].name, why);
+        testing_skip(name_device(_i), why);
     } else {
         ck_assert_msg(status == SEBP_SUCCESS, "%s", why);
         ck_assert(fabsf(values[1] - 12) < 1e-4f && fabsf(values[0] - 11) < 1e-4f);
@@ -697,16 +365,13 @@ static Suite *make_suite(void)
     Suite *suite = suite_create("backend");
     TCase *tests = tcase_create("operations");
     tcase_set_timeout(tests, 300);
-    tcase_add_loop_test(tests, memory, 0, DEVICES);
-    tcase_add_loop_test(tests, scan_rows, 0, DEVICES);
-    tcase_add_loop_test(tests, products, 0, DEVICES);
-    tcase_add_loop_test(tests, plans_run_again, 0, DEVICES);
-    tcase_add_loop_test(tests, listed_rows, 0, DEVICES);
-    tcase_add_loop_test(tests, steps, 0, DEVICES);
-    tcase_add_loop_test(tests, kept_elements, 0, DEVICES);
-    tcase_add_loop_test(tests, top_k, 0, DEVICES);
-    tcase_add_loop_test(tests, sparse_updates, 0, DEVICES);
-    tcase_add_loop_test(tests, eigenvectors, 0, DEVICES);
+    tcase_add_loop_test(tests, memory, 0, count_devices());
+    tcase_add_loop_test(tests, scan_rows, 0, count_devices());
+    tcase_add_loop_test(tests, products, 0, count_devices());
+    tcase_add_loop_test(tests, plans_run_again, 0, count_devices());
+    tcase_add_loop_test(tests, listed_rows, 0, count_devices());
+    tcase_add_loop_test(tests, steps, 0, count_devices());
+    tcase_add_loop_test(tests, eigenvectors, 0, count_devices());
     suite_add_tcase(suite, tests);
     return suite;
 }
