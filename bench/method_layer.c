@@ -40,7 +40,7 @@ static void choose_sizes(layer *l)
     l->adamw.learning_rate = 0.1; /* so that a bf16 weight moves */
 }
 
-void lay_out(layer *l)
+void place_inputs(layer *l)
 {
     choose_sizes(l);
     int64_t m = l->sizes->m, n = l->sizes->n, k = l->sizes->k, r = l->rank, basis_rank;

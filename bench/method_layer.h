@@ -79,7 +79,7 @@ int is_asked(const layer *l, int method);
 void succeed(const layer *l, sebp_status status);
 
 /* Chooses the sizes of all matrices, and how many elements train, for the layer that is set. */
-void lay_out(layer *l);
+void place_inputs(layer *l);
 
 /* Allocates and fills the matrices, and makes what holds them. 0: `reason` says why that cannot be. */
 int open_layer(layer *l, const machine *m, char *reason, size_t room);

@@ -241,7 +241,7 @@ static void compare_on(const machine *m, layer *l)
 {
     const shape *s = l->sizes;
     char reason[128];
-    lay_out(l);
+    place_inputs(l);
     if (!l->asked->csv) {
         printf("\n%s: M %" PRId64 ", K %" PRId64 ", N %" PRId64 ", %s; %" PRId64
                " active rows; %" PRId64 " elements kept, LoRA of rank %" PRId64 "\n",

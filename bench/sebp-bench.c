@@ -86,7 +86,7 @@ static int is_needed(const options *o, int which)
 }
 
 /* Views without data: their shapes and dtypes. Sums over rows are kept in f32, as trainers do. */
-static void lay_out(const group *g, layer *l)
+static void place_inputs(const group *g, layer *l)
 {
     for (int which = 0; which < MATRICES; which++) {
         sebp_matrix *a = &l->at[which];
@@ -455,7 +455,7 @@ static int allocate_layers(group *g, const machine *m, char *reason, size_t room
 {
     double needed = 0, available = available_memory();
     for (int i = 0; i < g->layer_count; i++) {
-        lay_out(g, &g->layers[i]);
+        place_inputs(g, &g->layers[i]);
         for (int which = 0; which < MATRICES; which++) {
             const sebp_matrix *a = &g->layers[i].at[which];
             if (is_needed(g->asked, which))

@@ -4,7 +4,7 @@
 #include "config.h"
 #endif
 
-#include "layers.h"
+#include "layer_call.h"
 
 static void check_activation(sebp_call *call, sebp_activation activation)
 {

@@ -9,7 +9,7 @@
 #include <stdio.h>
 
 #include "integers.h"
-#include "layers.h"
+#include "layer_call.h"
 
 enum {
     CHUNK_ROWS = 1024,   /* measured at a time */

@@ -10,7 +10,7 @@
 #include <string.h>
 
 #include "integers.h"
-#include "layers.h"
+#include "layer_call.h"
 
 static void take_options(sebp_call *call, const sebp_embedding_options *given,
                          sebp_embedding_options *taken)

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 
 #include "integers.h"
-#include "layers.h"
+#include "layer_call.h"
 
 enum {
     MIN_CHUNK = 16,  /* classes */

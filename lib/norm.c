@@ -6,7 +6,7 @@
 
 #include <float.h>
 
-#include "layers.h"
+#include "layer_call.h"
 
 static void take_options(sebp_call *call, const sebp_norm_options *given, sebp_norm_options *taken)
 {

@@ -8,7 +8,7 @@
 #include <inttypes.h>
 #include <math.h>
 
-#include "layers.h"
+#include "layer_call.h"
 
 static const double PI = 3.14159265358979323846;
 

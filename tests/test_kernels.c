@@ -20,7 +20,7 @@
 #include <time.h>
 
 #include "kernel_harness.h"
-#include "lib/random.h"
+#include "lib/philox.h"
 
 static bool any_nonzero(const sebp_kernels *kernels, int is_bf16, const void *row, int64_t n)
 {

@@ -22,7 +22,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "attention.h"
+#include "attention_work.h"
 
 enum {
     KEYS = 224,              /* to a block, about */

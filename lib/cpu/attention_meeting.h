@@ -6,7 +6,7 @@
 #ifndef SEBP_CPU_ATTENTION_MEETING_H
 #define SEBP_CPU_ATTENTION_MEETING_H
 
-#include "attention.h"
+#include "attention_work.h"
 
 enum { SEBP_MAX_SLIVERS = 64 };
 

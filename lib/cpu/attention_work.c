@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-#include "attention.h"
+#include "attention_work.h"
 
 enum {
     LINE = 16,           /* floats to a line of cache */

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file random.c The random numbers of dropout, one at a time. */
+/** @file philox.c The random numbers of dropout, one at a time. */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
 #endif
 
 #include <sebp/random.h>
 
-#include "random.h"
+#include "philox.h"
 
 void sebp_philox(uint32_t counter[4], uint32_t key0, uint32_t key1)
 {

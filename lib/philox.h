@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file random.h The generator behind dropout, one counter at a time. */
-#ifndef SEBP_LIB_RANDOM_H
-#define SEBP_LIB_RANDOM_H
+/** @file philox.h The generator behind dropout, one counter at a time. */
+#ifndef SEBP_LIB_PHILOX_H
+#define SEBP_LIB_PHILOX_H
 
 #include <stdint.h>
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file layers.h What the row-wise layers share: calls on listed rows, and outputs in place. */
-#ifndef SEBP_LIB_LAYERS_H
-#define SEBP_LIB_LAYERS_H
+/** @file layer_call.h What the row-wise layers share: calls on listed rows, and outputs in place. */
+#ifndef SEBP_LIB_LAYER_CALL_H
+#define SEBP_LIB_LAYER_CALL_H
 
 #include "call.h"
 

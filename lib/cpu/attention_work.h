@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
- * @file attention.h
+ * @file attention_work.h
  * What attention's forward and backward on CPUs share: blocks, what a query sees, and the spreading
  * of items of unlike cost over workers.
  *
@@ -8,8 +8,8 @@
  * The queries of a tile are a *sliver*: one lane each. So the softmax is vertical, and P^T lies as
  * out^T = V^T P^T and dQ^T = K^T dS^T need their second factor. Only Q and dout are transposed.
  */
-#ifndef SEBP_CPU_ATTENTION_H
-#define SEBP_CPU_ATTENTION_H
+#ifndef SEBP_CPU_ATTENTION_WORK_H
+#define SEBP_CPU_ATTENTION_WORK_H
 
 #include "operations.h"
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file layers.c What the row-wise layers share. */
+/** @file layer_call.c What the row-wise layers share. */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
 #endif
@@ -7,7 +7,7 @@
 #include <inttypes.h>
 #include <math.h>
 
-#include "layers.h"
+#include "layer_call.h"
 
 static bool is_same_view(const sebp_matrix *one, const sebp_matrix *other)
 {
