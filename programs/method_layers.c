@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "programs/method_layers.h"
+#include "programs/report.h"
 
 static sebp_status lora_forward(struct adapter *adapter, sebp_context *context,
                                 const sebp_rows *rows, const sebp_linear_options *options,
@@ -120,4 +121,18 @@ void begin_dense(struct layer *layer)
     w->gradient = floats(pool, w->rows * w->cols);
     w->moment1 = floats(pool, w->rows * w->cols);
     w->moment2 = floats(pool, w->rows * w->cols);
+}
+
+int complain_about(const struct trainer *trainer, sebp_status status, const char *what)
+{
+    return complain(FAILED, "%s: %s: %s", what, sebp_status_string(status),
+                    sebp_context_message(trainer->model->engine.context));
+}
+
+void destroy_sums(struct trainer *trainer)
+{
+    for (int kind = 0; kind < 2; kind++) {
+        sebp_basis_sums_destroy(trainer->sums[kind]);
+        trainer->sums[kind] = NULL;
+    }
 }

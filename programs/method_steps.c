@@ -10,12 +10,6 @@
 
 /* ---- the basis phase ---- */
 
-int complain_about(const struct trainer *trainer, sebp_status status, const char *what)
-{
-    return complain(FAILED, "%s: %s: %s", what, sebp_status_string(status),
-                    sebp_context_message(trainer->model->engine.context));
-}
-
 static int refuse(const struct tensor *tensor, int64_t step)
 {
     return complain(DIVERGED,
@@ -38,14 +32,6 @@ static int collect(struct trainer *trainer, int64_t step)
         }
     }
     return OK;
-}
-
-void destroy_sums(struct trainer *trainer)
-{
-    for (int kind = 0; kind < 2; kind++) {
-        sebp_basis_sums_destroy(trainer->sums[kind]);
-        trainer->sums[kind] = NULL;
-    }
 }
 
 /** Vectors that a side of `features` directions keeps. */
