@@ -284,7 +284,8 @@ static int experiment(struct pool *pool, sebp_context *context, const struct opt
                                      .batch = model->batch,
                                      .vocabulary = data.vocabulary.count,
                                      .classes = data.classes,
-                                     .pad = data.vocabulary.pad};
+                                     .pad = data.vocabulary.pad,
+                                     .dropout = model->dropout};
     struct report report = {.options = o, .majority = data.majority};
     report.steps = step_count(&data.train, model->batch, model->epochs, model->steps);
     status = bert_create(pool, pool, context, &shape, &m);
