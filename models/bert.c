@@ -5,7 +5,6 @@
  * bert_backward.c.
  */
 #include <math.h>
-#include <string.h>
 
 #include "models/bert.h"
 
@@ -37,16 +36,16 @@ static void add_parameters(struct bert *m)
 static void add_activations(struct pool *pool, struct bert *m)
 {
     const struct bert_shape *shape = &m->shape;
-    const int64_t H = shape->hidden, F = shape->feed_forward, L = shape->length;
-    const int64_t B = shape->batch, C = shape->classes, M = B * L;
+    const int64_t H = shape->hidden, F = shape->feed_forward;
+    const int64_t B = shape->batch, C = shape->classes, M = B * shape->length;
     m->embedding_sum = floats(pool, M * H);
-    m->embedding_moments = allocate(pool, M, sizeof *m->embedding_moments);
+    m->embedding_statistics = floats(pool, M * 2);
     float *input = floats(pool, M * H);
     for (int64_t i = 0; i < shape->layers; i++) {
         struct bert_block *block = &m->blocks[i];
         block->input = input;
         block->qkv_values = floats(pool, M * 3 * H);
-        block->weights = floats(pool, B * shape->heads * L * L);
+        block->lse = floats(pool, M * shape->heads);
         block->context = floats(pool, M * H);
         block->out_sum = floats(pool, M * H);
         block->middle = floats(pool, M * H);
@@ -54,21 +53,21 @@ static void add_activations(struct pool *pool, struct bert *m)
         block->activated = floats(pool, M * F);
         block->down_sum = floats(pool, M * H);
         block->output = input = floats(pool, M * H);
-        block->out_moments = allocate(pool, M, sizeof *block->out_moments);
-        block->down_moments = allocate(pool, M, sizeof *block->down_moments);
+        block->out_statistics = floats(pool, M * 2);
+        block->down_statistics = floats(pool, M * 2);
     }
     m->first = floats(pool, B * H);
     m->pooled = floats(pool, B * H);
+    m->features = floats(pool, B * H);
     m->logits = floats(pool, B * C);
     m->dlogits = floats(pool, B * C);
     m->dpooled = floats(pool, B * H);
     m->dfirst = floats(pool, B * H);
     m->d = floats(pool, M * H);
+    m->dropped = floats(pool, M * H);
     m->dcontext = floats(pool, M * H);
     m->dqkv = floats(pool, M * 3 * H);
     m->dactivated = floats(pool, M * F);
-    m->engine.scratch_each = layer_scratch(shape->heads, H, L);
-    m->engine.scratch = floats(pool, m->engine.threads * m->engine.scratch_each);
 }
 
 static void add_batch(struct pool *pool, struct bert *m)
@@ -79,14 +78,9 @@ static void add_batch(struct pool *pool, struct bert *m)
     batch->positions = allocate(pool, M, sizeof *batch->positions);
     batch->starts = allocate(pool, B + 1, sizeof *batch->starts);
     batch->lengths = allocate(pool, B, sizeof *batch->lengths);
-    batch->squares = allocate(pool, B, sizeof *batch->squares);
     batch->labels = allocate(pool, B, sizeof *batch->labels);
-    batch->all.lengths = allocate(pool, B, sizeof(int64_t));
-    batch->tokens.lengths = batch->lengths;
-    batch->classifying.lengths = allocate(pool, B, sizeof(int64_t));
-    for (int64_t s = 0; s < B && !pool->failed; s++) {
-        batch->classifying.lengths[s] = 1;
-    }
+    batch->query_lengths = allocate(pool, 2 * B, sizeof *batch->query_lengths);
+    batch->key_lengths = allocate(pool, 2 * B, sizeof *batch->key_lengths);
 }
 
 int bert_create(struct pool *pool, struct pool *activations, sebp_context *context,
@@ -94,7 +88,7 @@ int bert_create(struct pool *pool, struct pool *activations, sebp_context *conte
 {
     enum { TENSORS_OUTSIDE_BLOCKS = 8, TENSORS_IN_BLOCK = 12 };
     *m = (struct bert){.shape = *shape};
-    m->engine = (struct engine){.context = context, .threads = sebp_context_threads(context)};
+    m->engine.context = context;
     m->blocks = allocate(pool, shape->layers, sizeof *m->blocks);
     int status = parameters_create(pool, TENSORS_OUTSIDE_BLOCKS + TENSORS_IN_BLOCK * shape->layers,
                                    &m->parameters);
@@ -113,15 +107,22 @@ void bert_initialise(struct bert *m, uint64_t seed, float deviation)
 {
     parameters_initialise(&m->parameters, seed, deviation);
     m->engine.backward_flops = 0.0;
+    m->seed = seed;
+    m->batches = 0;
 }
 
 static void destroy_rows(struct bert_batch *batch)
 {
-    sebp_rows **const sets[] = {&batch->all.rows, &batch->tokens.rows, &batch->classifying.rows,
-                                &batch->texts};
+    sebp_rows **const sets[] = {&batch->all, &batch->tokens, &batch->classifying, &batch->texts};
+    sebp_sequences **const sequences[] = {&batch->sequences, &batch->classifying_queries,
+                                          &batch->classifying_keys};
     for (int i = 0; i < 4; i++) {
         sebp_rows_destroy(*sets[i]);
         *sets[i] = NULL;
+    }
+    for (int i = 0; i < 3; i++) {
+        sebp_sequences_destroy(*sequences[i]);
+        *sequences[i] = NULL;
     }
 }
 
@@ -144,6 +145,7 @@ void bert_batch_begin(struct bert *m)
 {
     m->batch.count = m->batch.rows = 0;
     m->batch.starts[0] = 0;
+    m->batches++;
     destroy_rows(&m->batch);
 }
 
@@ -152,31 +154,34 @@ void bert_batch_add(struct bert *m, const int32_t *ids, int64_t length, int labe
     struct bert_batch *batch = &m->batch;
     const int64_t s = batch->count++, start = batch->rows;
     const int64_t room = m->mode == BERT_PACKED ? length : m->shape.length;
-    const int64_t before = s > 0 ? batch->all.lengths[s - 1] : 0; /* the room of the last text */
     for (int64_t l = 0; l < room; l++) {
         batch->ids[start + l] = l < length ? ids[l] : m->shape.pad;
-        batch->positions[start + l] = (int32_t)l;
+        batch->positions[start + l] = l;
     }
     batch->rows += room;
     batch->starts[s + 1] = batch->rows;
     batch->lengths[s] = length;
-    batch->all.lengths[s] = room;
-    batch->squares[s] = s > 0 ? batch->squares[s - 1] + before * before : 0;
     batch->labels[s] = label;
 }
 
-struct texts bert_texts(const struct bert *m)
+struct bert_region bert_region(const struct bert *m, int64_t layer, bool skip)
 {
     const struct bert_batch *batch = &m->batch;
-    return (struct texts){batch->count, batch->starts, batch->lengths, batch->squares};
+    struct bert_region region = {.queries = batch->sequences, .keys = batch->sequences};
+    region.input = region.rows = skip ? batch->tokens : batch->all;
+    if (skip && layer == m->shape.layers - 1) { /* only [CLS] is looked at */
+        region.rows = batch->classifying;
+        region.queries = batch->classifying_queries;
+        region.keys = batch->classifying_keys != NULL ? batch->classifying_keys : batch->sequences;
+    }
+    return region;
 }
 
-const struct region *bert_keys(const struct bert *m, bool skip)
+struct dropout bert_dropout(const struct bert *m, int64_t layer, enum bert_place place)
 {
-    return skip ? &m->batch.tokens : &m->batch.all;
-}
-
-const struct region *bert_queries(const struct bert *m, int64_t layer, bool skip)
-{
-    return skip && layer == m->shape.layers - 1 ? &m->batch.classifying : bert_keys(m, skip);
+    const uint64_t blocks = (uint64_t)m->shape.layers + 1;
+    return (struct dropout){.probability = m->judging ? 0.0 : m->shape.dropout,
+                            .seed = m->seed,
+                            .offset = (m->batches * blocks + (uint64_t)layer) * BERT_PLACES +
+                                      (uint64_t)place};
 }

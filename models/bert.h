@@ -5,8 +5,8 @@
  *
  * Shapes: B texts of up to L tokens lie in M rows; H hidden, A heads of D = H / A, F feed-forward,
  * C classes, V vocabulary. Matrices are row-major. As in BERT: post-layer-norm blocks, exact GELU,
- * [CLS] pooled through a dense layer and tanh. Left out: dropout, which would need equal masks in
- * every mode, and segment embeddings, as each example is one sentence.
+ * [CLS] pooled through a dense layer and tanh. Left out: segment embeddings, as each example is one
+ * sentence.
  *
  * The modes compute the same loss and gradients, up to rounding, on other rows:
  *
@@ -16,8 +16,17 @@
  *     skip            B L, padded           the same      the same
  *     packed          the tokens alone      the same      the same
  *
- * Those rows are the tokens that are not padding; in the last block, after its attention, only those
- * of [CLS]. Packed, the texts lie end to end, and there is no padding anywhere.
+ * Those rows are the tokens that are not padding; in the last block, after its attention, only
+ * those of [CLS]. Packed, the texts lie end to end, and there is no padding anywhere. Attention is
+ * over the tokens of a text in every mode; dense, the rows of the padding are zero after it.
+ *
+ * Dropout, of one probability, is where BERT has it: after the embedding, of attention's weights,
+ * of what each block adds to its input, twice, and of the pooled rows. What is dropped follows from
+ * the seed, the batch and the place in the model, and is made again in the backward. An element's
+ * number comes from the row that it lies in. So dense, skip backward and skip drop the same
+ * elements and have the same losses, as long as no text of a batch is longer than 64 tokens; packed
+ * drops others. With longer texts skip drops other weights of the last block's attention, which has
+ * queries of [CLS] alone.
  */
 #ifndef SEBP_MODELS_BERT_H
 #define SEBP_MODELS_BERT_H
@@ -37,6 +46,7 @@ enum bert_mode { BERT_DENSE, BERT_SKIP_BACKWARD, BERT_SKIP, BERT_PACKED, BERT_MO
 struct bert_shape {
     int64_t layers, hidden, heads, feed_forward, length, batch, vocabulary, classes;
     int32_t pad;            /* the id that fills padded rows */
+    double dropout;         /* probability, in [0, 1); 0: none */
     bool bare_feed_forward; /* the weights up and down have no gradients and moments of the model */
 };
 
@@ -49,31 +59,36 @@ struct bert_block {
     struct norm after_down; /* on down + what came after the first norm */
 
     /* What the forward keeps for the backward. */
-    float *input;                               /* M x H: the previous block's output */
-    float *qkv_values;                          /* M x 3H */
-    float *weights;                             /* after softmax: see attention_forward() */
-    float *context;                             /* M x H */
-    float *out_sum, *middle;                    /* M x H: before and after the first norm */
-    float *up_values, *activated;               /* M x F: before and after GELU */
-    float *down_sum, *output;                   /* M x H: before and after the second norm */
-    struct moments *out_moments, *down_moments; /* M */
+    float *input;                            /* M x H: the previous block's output */
+    float *qkv_values;                       /* M x 3H */
+    float *lse;                              /* M x A: see sebp_attention_forward() */
+    float *context;                          /* M x H */
+    float *out_sum, *middle;                 /* M x H: before and after the first norm */
+    float *up_values, *activated;            /* M x F: before and after GELU */
+    float *down_sum, *output;                /* M x H: before and after the second norm */
+    float *out_statistics, *down_statistics; /* M x 2 */
 };
 
 /** B texts in M rows. */
 struct bert_batch {
-    int64_t count;             /* B, or less in the last one of a data set */
-    int64_t rows;              /* M */
-    int32_t *ids;              /* M */
-    int32_t *positions;        /* M: places in their texts */
-    int64_t *starts;           /* B + 1: the first row of each, that of [CLS] */
-    int64_t *lengths;          /* B: tokens that are not padding */
-    int64_t *squares;          /* B: see struct texts */
-    int *labels;               /* B */
-    struct region all;         /* every row */
-    struct region tokens;      /* those that are not padding */
-    struct region classifying; /* [CLS] alone, whose rows alone carry a gradient where nothing mixes
-                                  tokens any more: in the last block after its attention */
-    sebp_rows *texts;          /* all B rows, for the two layers on top */
+    int64_t count;      /* B, or less in the last one of a data set */
+    int64_t rows;       /* M */
+    int64_t *ids;       /* M */
+    int64_t *positions; /* M: places in their texts */
+    int64_t *starts;    /* B + 1: the first row of each, that of [CLS] */
+    int64_t *lengths;   /* B: tokens that are not padding */
+    int64_t *labels;    /* B */
+
+    sebp_rows *all;         /* every row */
+    sebp_rows *tokens;      /* those that are not padding */
+    sebp_rows *classifying; /* [CLS] alone, whose rows alone carry a gradient where nothing mixes
+                               tokens any more: in the last block after its attention */
+    sebp_rows *texts;       /* all B rows, for the two layers on top */
+
+    sebp_sequences *sequences;            /* the tokens of each text */
+    sebp_sequences *classifying_queries;  /* [CLS] of each text, */
+    sebp_sequences *classifying_keys;     /* and what it looks at; NULL: sequences */
+    int64_t *query_lengths, *key_lengths; /* 2 B each: of the last two */
 };
 
 struct bert {
@@ -81,6 +96,8 @@ struct bert {
     struct engine engine;
     enum bert_mode mode; /* set before a batch is begun */
     struct bert_batch batch;
+    bool judging;           /* nothing is dropped */
+    uint64_t seed, batches; /* of dropout, and how many batches were begun under it */
 
     struct parameters parameters;
     struct tensor *token, *position; /* V x H, L x H */
@@ -88,18 +105,20 @@ struct bert {
     struct bert_block *blocks;
     struct linear pooler, classifier; /* H -> H, H -> C */
 
-    float *embedding_sum; /* M x H: before the norm; after it: the first block's input */
-    struct moments *embedding_moments;
-    float *first;      /* B x H: the last block's rows of [CLS] */
-    float *pooled;     /* B x H: after tanh */
-    float *logits;     /* B x C */
-    float *dlogits;    /* B x C */
-    float *dpooled;    /* B x H */
-    float *dfirst;     /* B x H */
-    float *d;          /* M x H: the gradient on its way down through the blocks */
-    float *dcontext;   /* M x H */
-    float *dqkv;       /* M x 3H */
-    float *dactivated; /* M x F */
+    float *embedding_sum;        /* M x H: before the norm; after it: the first block's input */
+    float *embedding_statistics; /* M x 2 */
+    float *first;                /* B x H: the last block's rows of [CLS] */
+    float *pooled;               /* B x H: after tanh */
+    float *features;             /* B x H: after dropout */
+    float *logits;               /* B x C */
+    float *dlogits;              /* B x C */
+    float *dpooled;              /* B x H */
+    float *dfirst;               /* B x H */
+    float *d;                    /* M x H: the gradient on its way down through the blocks */
+    float *dropped;              /* M x H: that of a branch, where there is dropout */
+    float *dcontext;             /* M x H */
+    float *dqkv;                 /* M x 3H */
+    float *dactivated;           /* M x F */
 };
 
 /**
@@ -109,10 +128,11 @@ struct bert {
 int bert_create(struct pool *pool, struct pool *activations, sebp_context *context,
                 const struct bert_shape *shape, struct bert *m);
 
-/** Parameters, gradients and moments as they are before the first step. */
+/** Parameters, gradients and moments as they are before the first step. The seed is also that of
+ * dropout. */
 void bert_initialise(struct bert *m, uint64_t seed, float deviation);
 
-/** Frees the row sets: the one thing a model has that lies in no pool. */
+/** Frees the row sets and sequences: all that a model has that lies in no pool. */
 void bert_destroy(struct bert *m);
 
 /** A message about a library call that failed; OK if none did. */
@@ -138,13 +158,27 @@ void bert_clear(struct bert *m);
 
 /* ---- shared by the forward and the backward ---- */
 
-/** The rows of the batch as attention takes them. */
-struct texts bert_texts(const struct bert *m);
+/** The rows of one block. */
+struct bert_region {
+    const sebp_rows *input; /* the keys and values come from them */
+    const sebp_rows *rows;  /* queries, and all that comes after attention */
+    const sebp_sequences *queries, *keys;
+};
 
-/** The rows that keys and values come from. skip: not the padding. */
-const struct region *bert_keys(const struct bert *m, bool skip);
+struct bert_region bert_region(const struct bert *m, int64_t layer, bool skip);
 
-/** The rows of a block that serve as queries: in the last one only [CLS] is looked at. */
-const struct region *bert_queries(const struct bert *m, int64_t layer, bool skip);
+/** Where a block drops. Outside the blocks, which count as one more: the embedding and the pooled
+ * rows. */
+enum bert_place {
+    BERT_ATTENTION,
+    BERT_OUT,
+    BERT_DOWN,
+    BERT_PLACES,
+    BERT_EMBEDDING = BERT_ATTENTION,
+    BERT_POOLED = BERT_OUT
+};
+
+/** What is dropped there in this batch. layer: from 0; outside the blocks their number. */
+struct dropout bert_dropout(const struct bert *m, int64_t layer, enum bert_place place);
 
 #endif

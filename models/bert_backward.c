@@ -7,62 +7,95 @@
 
 #include "models/bert.h"
 
-/** d goes down the residual stream: each branch reads it and adds its own gradient to it. */
-static void block_backward(struct bert *m, const struct bert_block *block,
-                           const struct region *queries, const struct region *keys)
+/** The queries of a block's backward, whose dropout has to be that of the forward. */
+static struct attention backward_attention(struct bert *m, int64_t layer,
+                                           const struct bert_region *region)
 {
-    struct engine *e = &m->engine;
-    const int64_t M = m->batch.rows, H = m->shape.hidden, F = m->shape.feed_forward;
-    const struct texts texts = bert_texts(m);
-    const sebp_rows *rows = queries->rows;
-    norm_backward(e, rows, block->down_sum, block->down_moments, &block->after_down, m->d);
-    linear_backward(e, rows, m->d, block->activated, M, &block->down, m->dactivated,
-                    SEBP_OVERWRITE);
-    gelu_backward(e, rows, block->up_values, m->dactivated, F);
-    linear_backward(e, rows, m->dactivated, block->middle, M, &block->up, m->d, SEBP_ACCUMULATE);
-    norm_backward(e, rows, block->out_sum, block->out_moments, &block->after_out, m->d);
-    linear_backward(e, rows, m->d, block->context, M, &block->out, m->dcontext, SEBP_OVERWRITE);
-    attention_backward(e, &texts, queries, keys, m->shape.heads, H, block->qkv_values,
-                       block->weights, m->dcontext, m->dqkv);
-    for (int64_t s = 0; s < texts.count && queries != keys; s++) {
-        /* Attention spreads the gradient from the queries to all keys. */
-        float *others = m->d + (texts.starts[s] + queries->lengths[s]) * H;
-        memset(others, 0, (size_t)((keys->lengths[s] - queries->lengths[s]) * H) * sizeof(float));
+    const struct bert_batch *batch = &m->batch;
+    const int64_t H = m->shape.hidden;
+    struct attention attention = {m->shape.heads, region->queries, region->keys,
+                                  bert_dropout(m, layer, BERT_ATTENTION),
+                                  m->mode == BERT_DENSE ? SEBP_INACTIVE_ZERO : SEBP_INACTIVE_LEAVE};
+    if (region->queries == batch->sequences) {
+        return attention;
     }
-    linear_backward(e, keys->rows, m->dqkv, block->input, M, &block->qkv, m->d, SEBP_ACCUMULATE);
+    if (m->mode == BERT_SKIP_BACKWARD && attention.dropout.probability > 0.0) {
+        /* Elements are numbered by the longest text of queries, and the forward had them all. */
+        attention.queries = attention.keys = batch->sequences;
+        memset(m->dcontext, 0, (size_t)(batch->rows * H) * sizeof(float));
+        return attention;
+    }
+    for (int64_t s = 0; s < batch->count; s++) { /* the others are no queries, but dq is read */
+        for (int64_t i = 1; i < batch->lengths[s]; i++) {
+            memset(m->dqkv + (batch->starts[s] + i) * 3 * H, 0, (size_t)H * sizeof(float));
+        }
+    }
+    return attention;
 }
 
-void bert_backward(struct bert *m)
+/** d goes down the residual stream: each branch reads it and adds its own gradient to it. */
+static void block_backward(struct bert *m, int64_t layer, bool skip)
 {
     struct engine *e = &m->engine;
-    const int64_t B = m->batch.count, M = m->batch.rows, H = m->shape.hidden;
-    const bool skip = m->mode != BERT_DENSE;
-    const struct region *keys = bert_keys(m, skip);
-    if (e->status != SEBP_SUCCESS) {
-        return;
-    }
-    linear_backward(e, m->batch.texts, m->dlogits, m->pooled, B, &m->classifier, m->dpooled,
+    const struct bert_block *block = &m->blocks[layer];
+    const int64_t M = m->batch.rows, H = m->shape.hidden, F = m->shape.feed_forward;
+    const struct bert_region region = bert_region(m, layer, skip);
+    const struct attention attention = backward_attention(m, layer, &region);
+    const sebp_rows *rows = region.rows;
+    const float *branch =
+        norm_backward(e, rows, block->down_sum, block->down_statistics, M, &block->after_down,
+                      bert_dropout(m, layer, BERT_DOWN), m->d, m->dropped);
+    linear_backward(e, rows, branch, block->activated, M, &block->down, m->dactivated,
                     SEBP_OVERWRITE);
+    gelu_backward(e, rows, block->up_values, M, F, m->dactivated);
+    linear_backward(e, rows, m->dactivated, block->middle, M, &block->up, m->d, SEBP_ACCUMULATE);
+    branch = norm_backward(e, rows, block->out_sum, block->out_statistics, M, &block->after_out,
+                           bert_dropout(m, layer, BERT_OUT), m->d, m->dropped);
+    linear_backward(e, rows, branch, block->context, M, &block->out, m->dcontext, SEBP_OVERWRITE);
+    attention_backward(e, &attention, m->dcontext, block->qkv_values, block->context, block->lse, M,
+                       H, m->dqkv);
+    linear_backward(e, region.input, m->dqkv, block->input, M, &block->qkv, m->d, SEBP_ACCUMULATE);
+}
+
+/** From the loss to the rows of [CLS]. */
+static void head_backward(struct bert *m)
+{
+    struct engine *e = &m->engine;
+    const int64_t B = m->batch.count, H = m->shape.hidden;
+    linear_backward(e, m->batch.texts, m->dlogits, m->features, B, &m->classifier, m->dpooled,
+                    SEBP_OVERWRITE);
+    drop(e, NULL, bert_dropout(m, m->shape.layers, BERT_POOLED), B, H, m->dpooled);
     for (int64_t i = 0; i < B * H; i++) {
         m->dpooled[i] *= 1.0f - m->pooled[i] * m->pooled[i];
     }
     linear_backward(e, m->batch.texts, m->dpooled, m->first, B, &m->pooler, m->dfirst,
                     SEBP_OVERWRITE);
-    if (!skip) { /* the rows of d beside [CLS] are read and so must be zero */
-        memset(m->d, 0, (size_t)(M * H) * sizeof(float));
+}
+
+void bert_backward(struct bert *m)
+{
+    struct engine *e = &m->engine;
+    const struct bert_batch *batch = &m->batch;
+    const int64_t M = batch->rows, H = m->shape.hidden;
+    const bool skip = m->mode != BERT_DENSE;
+    if (has_failed(e)) {
+        return;
     }
-    for (int64_t s = 0; s < B; s++) {
-        memcpy(m->d + m->batch.starts[s] * H, m->dfirst + s * H, (size_t)H * sizeof(float));
+    head_backward(m);
+    for (int64_t s = 0; s < batch->count; s++) { /* the gradient of all rows but [CLS] is zero */
+        const int64_t room = skip ? batch->lengths[s] : batch->starts[s + 1] - batch->starts[s];
+        float *d = m->d + batch->starts[s] * H;
+        memcpy(d, m->dfirst + s * H, (size_t)H * sizeof(float));
+        memset(d + H, 0, (size_t)((room - 1) * H) * sizeof(float));
     }
-    for (int64_t i = m->shape.layers - 1; i >= 0 && e->status == SEBP_SUCCESS; i--) {
-        block_backward(m, &m->blocks[i], bert_queries(m, i, skip), keys);
+    for (int64_t i = m->shape.layers - 1; i >= 0; i--) {
+        block_backward(m, i, skip);
     }
-    if (e->status == SEBP_SUCCESS) {
-        norm_backward(e, keys->rows, m->embedding_sum, m->embedding_moments, &m->after_embedding,
-                      m->d);
-        embedding_backward(e, keys->rows, m->batch.ids, m->batch.positions, m->token, m->position,
-                           m->d);
-    }
+    const sebp_rows *rows = bert_region(m, 0, skip).input;
+    drop(e, rows, bert_dropout(m, m->shape.layers, BERT_EMBEDDING), M, H, m->d);
+    norm_backward(e, rows, m->embedding_sum, m->embedding_statistics, M, &m->after_embedding,
+                  (struct dropout){0}, m->d, NULL);
+    embedding_backward(e, rows, batch->ids, batch->positions, M, m->token, m->position, m->d);
 }
 
 void bert_clear(struct bert *m)
@@ -76,7 +109,7 @@ void bert_clear(struct bert *m)
 void bert_step(struct bert *m, double rate, int64_t step)
 {
     struct engine *e = &m->engine;
-    for (int64_t i = 0; i < m->parameters.tensor_count && e->status == SEBP_SUCCESS; i++) {
+    for (int64_t i = 0; i < m->parameters.tensor_count && !has_failed(e); i++) {
         const struct tensor *tensor = &m->parameters.tensors[i];
         if (tensor->gradient != NULL) {
             keep_status(e, tensor_step(e->context, tensor, rate, step));

@@ -6,16 +6,13 @@
 #ifndef SEBP_MODELS_ENGINE_H
 #define SEBP_MODELS_ENGINE_H
 
-#include <stdint.h>
+#include <stdbool.h>
 
 #include <sebp/sebp.h>
 
 struct engine {
     sebp_context *context;
-    sebp_status status; /* of the first library call that failed; nothing runs after it */
-    int threads;
-    float *scratch; /* for each thread: scratch_each */
-    int64_t scratch_each;
+    sebp_status status;    /* of the first library call that failed; nothing runs after it */
     double backward_flops; /* of the linear layers, summed over the steps */
 };
 
@@ -25,6 +22,11 @@ static inline void keep_status(struct engine *e, sebp_status status)
     if (e->status == SEBP_SUCCESS) {
         e->status = status;
     }
+}
+
+static inline bool has_failed(const struct engine *e)
+{
+    return e->status != SEBP_SUCCESS;
 }
 
 #endif

@@ -1,40 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file layers.c
- * Rows are shared out among threads here; the arithmetic of one row is in arithmetic.c.
+ * Views of a model's arrays, and the library's calls on them.
  */
-#include <math.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "models/layers.h"
-
-/* OpenMP where there is some; without it the program is the same on one thread. */
-#ifdef _OPENMP
-#define DO_PRAGMA(text) _Pragma(#text)
-#define PARALLEL_FOR(count)        DO_PRAGMA(omp parallel for schedule(static) num_threads(count))
-#define PARALLEL_FOR_UNEVEN(count) DO_PRAGMA(omp parallel for schedule(dynamic) num_threads(count))
-static int thread_index(void)
-{
-    return omp_get_thread_num();
-}
-#else
-#define PARALLEL_FOR(count)
-#define PARALLEL_FOR_UNEVEN(count)
-static int thread_index(void)
-{
-    return 0;
-}
-#endif
 
 /* ---- linear ---- */
 
 void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M,
                     const struct linear *linear, float *y)
 {
-    if (e->status != SEBP_SUCCESS) {
+    if (has_failed(e)) {
         return;
     }
     const int64_t N = linear->weight->rows, K = linear->weight->cols;
@@ -54,7 +30,7 @@ void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int
 void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
                      int64_t M, const struct linear *linear, float *dx, sebp_write write)
 {
-    if (e->status != SEBP_SUCCESS) {
+    if (has_failed(e)) {
         return;
     }
     const int64_t N = linear->weight->rows, K = linear->weight->cols;
@@ -78,206 +54,173 @@ void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, c
 
 /* ---- layer norm, GELU, embedding ---- */
 
-void norm_forward(struct engine *e, const sebp_rows *rows, float *sum, const float *residual,
-                  const struct norm *norm, float *y, struct moments *moments)
+static sebp_norm_options norm_options(struct dropout dropout)
 {
-    const int64_t H = norm->scale->cols, count = sebp_rows_count(rows);
-    const int64_t *index = sebp_rows_indices(rows);
-    PARALLEL_FOR(e->threads)
-    for (int64_t i = 0; i < count; i++) {
-        int64_t r = index[i];
-        norm_row(sum + r * H, residual + r * H, norm->scale->value, norm->shift->value, y + r * H,
-                 &moments[r], H);
-    }
+    sebp_norm_options options = SEBP_NORM_OPTIONS_INIT;
+    options.epsilon = 1e-12; /* BERT's */
+    options.dropout = dropout.probability;
+    options.seed = dropout.seed;
+    options.offset = dropout.offset;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    return options;
 }
 
-void norm_backward(struct engine *e, const sebp_rows *rows, const float *sum,
-                   const struct moments *moments, const struct norm *norm, float *d)
+void norm_forward(struct engine *e, const sebp_rows *rows, float *x, const float *residual,
+                  int64_t M, const struct norm *norm, struct dropout dropout, float *y,
+                  float *statistics)
 {
-    const int64_t H = norm->scale->cols, count = sebp_rows_count(rows);
-    const int64_t *index = sebp_rows_indices(rows);
-    PARALLEL_FOR(e->threads)
-    for (int part = 0; part < e->threads; part++) {
-        float *dscale = e->scratch + part * e->scratch_each, *dshift = dscale + H;
-        memset(dscale, 0, 2 * (size_t)H * sizeof(float));
-        for (int64_t i = count * part / e->threads; i < count * (part + 1) / e->threads; i++) {
-            int64_t r = index[i];
-            norm_backward_row(sum + r * H, moments[r], norm->scale->value, d + r * H, dscale,
-                              dshift, H);
-        }
+    if (has_failed(e)) {
+        return;
     }
-    memset(norm->scale->gradient, 0, (size_t)H * sizeof(float));
-    memset(norm->shift->gradient, 0, (size_t)H * sizeof(float));
-    for (int part = 0; part < e->threads; part++) {
-        add_row(norm->scale->gradient, e->scratch + part * e->scratch_each, H);
-        add_row(norm->shift->gradient, e->scratch + part * e->scratch_each + H, H);
-    }
+    const int64_t H = norm->scale->cols;
+    const sebp_norm_options options = norm_options(dropout);
+    sebp_matrix x_view = sebp_matrix_f32(x, M, H), y_view = sebp_matrix_f32(y, M, H);
+    sebp_matrix residual_view = sebp_matrix_f32(residual, M, H);
+    sebp_matrix scale = value_of(norm->scale), shift = value_of(norm->shift);
+    sebp_matrix kept = sebp_matrix_f32(statistics, M, 2);
+    keep_status(e, sebp_norm_forward(e->context, &x_view, residual != NULL ? &residual_view : NULL,
+                                     &scale, &shift, rows, &options, &x_view, &y_view, &kept));
 }
 
-void gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, float *y, int64_t F)
+const float *norm_backward(struct engine *e, const sebp_rows *rows, const float *sum,
+                           const float *statistics, int64_t M, const struct norm *norm,
+                           struct dropout dropout, float *d, float *dropped)
 {
-    const int64_t count = sebp_rows_count(rows), *index = sebp_rows_indices(rows);
-    PARALLEL_FOR(e->threads)
-    for (int64_t i = 0; i < count; i++) {
-        gelu_row(x + index[i] * F, y + index[i] * F, F);
+    const int64_t H = norm->scale->cols;
+    const sebp_norm_options options = norm_options(dropout);
+    const bool drops = dropout.probability > 0.0;
+    sebp_matrix d_view = sebp_matrix_f32(d, M, H), sum_view = sebp_matrix_f32(sum, M, H);
+    sebp_matrix kept = sebp_matrix_f32(statistics, M, 2), scale = value_of(norm->scale);
+    sebp_matrix dscale = gradient_of(norm->scale), dshift = gradient_of(norm->shift);
+    sebp_matrix dropped_view = sebp_matrix_f32(dropped, M, H);
+    if (!has_failed(e)) {
+        keep_status(e, sebp_norm_backward(e->context, &d_view, &sum_view, &kept, &scale, rows,
+                                          &options, &d_view, drops ? &dropped_view : NULL, &dscale,
+                                          &dshift));
     }
+    return drops ? dropped : d;
 }
 
-void gelu_backward(struct engine *e, const sebp_rows *rows, const float *x, float *d, int64_t F)
+void gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
+                  float *y)
 {
-    const int64_t count = sebp_rows_count(rows), *index = sebp_rows_indices(rows);
-    PARALLEL_FOR(e->threads)
-    for (int64_t i = 0; i < count; i++) {
-        gelu_backward_row(x + index[i] * F, d + index[i] * F, F);
+    if (has_failed(e)) {
+        return;
     }
+    sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    sebp_matrix x_view = sebp_matrix_f32(x, M, F), y_view = sebp_matrix_f32(y, M, F);
+    keep_status(
+        e, sebp_activation_forward(e->context, SEBP_GELU, &x_view, NULL, rows, &options, &y_view));
 }
 
-void embedding_forward(struct engine *e, const sebp_rows *rows, const int32_t *ids,
-                       const int32_t *positions, const struct tensor *token,
-                       const struct tensor *position, const struct norm *norm, float *sum, float *y,
-                       struct moments *moments)
+void gelu_backward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
+                   float *d)
 {
-    const int64_t H = token->cols, count = sebp_rows_count(rows);
-    const int64_t *index = sebp_rows_indices(rows);
-    PARALLEL_FOR(e->threads)
-    for (int64_t i = 0; i < count; i++) {
-        int64_t r = index[i];
-        memcpy(sum + r * H, token->value + ids[r] * H, (size_t)H * sizeof(float));
-        norm_row(sum + r * H, position->value + positions[r] * H, norm->scale->value,
-                 norm->shift->value, y + r * H, &moments[r], H);
+    if (has_failed(e)) {
+        return;
     }
+    sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    sebp_matrix x_view = sebp_matrix_f32(x, M, F), d_view = sebp_matrix_f32(d, M, F);
+    keep_status(e, sebp_activation_backward(e->context, SEBP_GELU, &d_view, &x_view, NULL, rows,
+                                            &options, &d_view, NULL));
 }
 
-void embedding_backward(struct engine *e, const sebp_rows *rows, const int32_t *ids,
-                        const int32_t *positions, const struct tensor *token,
+void drop(struct engine *e, const sebp_rows *rows, struct dropout dropout, int64_t M, int64_t H,
+          float *x)
+{
+    if (has_failed(e) || !(dropout.probability > 0.0)) {
+        return;
+    }
+    sebp_dropout_options options = SEBP_DROPOUT_OPTIONS_INIT;
+    options.probability = dropout.probability;
+    options.seed = dropout.seed;
+    options.offset = dropout.offset;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    sebp_matrix view = sebp_matrix_f32(x, M, H);
+    keep_status(e, sebp_dropout_apply(e->context, &view, rows, &options, &view));
+}
+
+void embedding_forward(struct engine *e, const sebp_rows *rows, const int64_t *ids,
+                       const int64_t *positions, int64_t M, const struct tensor *token,
+                       const struct tensor *position, float *sum)
+{
+    if (has_failed(e)) {
+        return;
+    }
+    const sebp_embedding tables[] = {{value_of(token), ids}, {value_of(position), positions}};
+    sebp_embedding_options options = SEBP_EMBEDDING_OPTIONS_INIT;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    sebp_matrix view = sebp_matrix_f32(sum, M, token->cols);
+    keep_status(e, sebp_embedding_forward(e->context, tables, 2, rows, &options, &view));
+}
+
+void embedding_backward(struct engine *e, const sebp_rows *rows, const int64_t *ids,
+                        const int64_t *positions, int64_t M, const struct tensor *token,
                         const struct tensor *position, const float *d)
 {
-    const int64_t H = token->cols, count = sebp_rows_count(rows);
-    const int64_t *index = sebp_rows_indices(rows);
-    memset(position->gradient, 0, (size_t)(position->rows * H) * sizeof(float));
-    PARALLEL_FOR(e->threads)
-    for (int part = 0; part < e->threads;
-         part++) { /* threads share columns: rows may be one token's */
-        int64_t from = H * part / e->threads, columns = H * (part + 1) / e->threads - from;
-        for (int64_t i = 0; i < count; i++) {
-            int64_t r = index[i];
-            const float *row = d + r * H + from;
-            add_row(token->gradient + ids[r] * H + from, row, columns);
-            add_row(position->gradient + positions[r] * H + from, row, columns);
-        }
+    if (has_failed(e)) {
+        return;
     }
+    sebp_embedding_options options = SEBP_EMBEDDING_OPTIONS_INIT;
+    sebp_matrix view = sebp_matrix_f32(d, M, token->cols);
+    sebp_matrix dtoken = gradient_of(token), dposition = gradient_of(position);
+    keep_status(e,
+                sebp_embedding_backward(e->context, &view, positions, rows, &options, &dposition));
+    options.write = SEBP_ACCUMULATE;
+    keep_status(e, sebp_embedding_backward(e->context, &view, ids, rows, &options, &dtoken));
 }
 
 /* ---- attention ---- */
 
-int64_t layer_scratch(int64_t heads, int64_t H, int64_t L)
+static sebp_attention_options attention_options(const struct attention *attention)
 {
-    /* Attention: a transposed D x L and scores L x L; layer norm: two rows of H. */
-    return (H / heads * L + L * L + 2 * H + 15) / 16 * 16;
+    sebp_attention_options options = SEBP_ATTENTION_OPTIONS_INIT;
+    options.heads = attention->heads;
+    options.dropout = attention->dropout.probability;
+    options.seed = attention->dropout.seed;
+    options.offset = attention->dropout.offset;
+    options.inactive = attention->inactive;
+    return options;
 }
 
-/** to: columns x count, from: count x columns with rows `stride` apart. */
-static void transpose(const float *from, int64_t stride, int64_t count, int64_t columns, float *to)
+/** Queries, keys or values of qkv: the columns from part * H on. */
+static sebp_matrix part_of(const float *qkv, int64_t M, int64_t H, int part)
 {
-    for (int64_t i = 0; i < count; i++) {
-        for (int64_t j = 0; j < columns; j++) {
-            to[j * count + i] = from[i * stride + j];
-        }
+    sebp_matrix view = sebp_matrix_f32(qkv + part * H, M, H);
+    view.stride = 3 * H;
+    return view;
+}
+
+void attention_forward(struct engine *e, const struct attention *attention, const float *qkv,
+                       int64_t M, int64_t H, float *context, float *lse)
+{
+    if (has_failed(e)) {
+        return;
     }
+    const sebp_attention_options options = attention_options(attention);
+    sebp_matrix q = part_of(qkv, M, H, 0), k = part_of(qkv, M, H, 1), v = part_of(qkv, M, H, 2);
+    sebp_matrix out = sebp_matrix_f32(context, M, H);
+    sebp_matrix lse_view = sebp_matrix_f32(lse, M, attention->heads);
+    keep_status(e, sebp_attention_forward(e->context, &q, &k, &v, NULL, attention->queries,
+                                          attention->keys, &options, &out, &lse_view));
 }
 
-/** Where the weights of a text and head begin; its rows lie `*room` apart. */
-static int64_t weights_start(const struct texts *texts, int64_t heads, int64_t s, int64_t h,
-                             int64_t *room)
+void attention_backward(struct engine *e, const struct attention *attention, const float *dcontext,
+                        const float *qkv, const float *context, const float *lse, int64_t M,
+                        int64_t H, float *dqkv)
 {
-    *room = texts->starts[s + 1] - texts->starts[s];
-    return heads * texts->squares[s] + h * *room * *room;
-}
-
-void attention_forward(struct engine *e, const struct texts *texts, const struct region *queries,
-                       const struct region *keys, int64_t heads, int64_t H, const float *qkv,
-                       float *weights, float *context)
-{
-    const int64_t D = H / heads;
-    const float scale = 1.0f / sqrtf((float)D);
-    PARALLEL_FOR_UNEVEN(e->threads)
-    for (int64_t task = 0; task < texts->count * heads; task++) {
-        int64_t s = task / heads, h = task % heads, n = keys->lengths[s], room;
-        int64_t first = texts->starts[s];
-        const float *q = qkv + first * 3 * H + h * D, *k = q + H, *v = q + 2 * H;
-        float *own = weights + weights_start(texts, heads, s, h, &room);
-        float *keys_by_feature = e->scratch + thread_index() * e->scratch_each; /* D x n */
-        transpose(k, 3 * H, n, D, keys_by_feature);
-        for (int64_t i = 0; i < queries->lengths[s]; i++) {
-            float *row = own + i * room;
-            row_times_matrix(q + i * 3 * H, 1, keys_by_feature, n, D, row, n);
-            softmax_row(row, scale, texts->tokens[s], n);
-            row_times_matrix(row, 1, v, 3 * H, n, context + (first + i) * H + h * D, D);
-        }
+    if (has_failed(e)) {
+        return;
     }
-}
-
-/**
- * With P = weights and S the scores before scaling and softmax:
- *
- *     dP = dcontext V^T      dV = P^T dcontext
- *     dS = softmax'(P, dP)   dQ = dS K             dK = dS^T Q
- *
- * Queries outside their region have no dcontext: they add nothing to dK and dV, and their dQ is
- * zero, which is written as far as the region of the keys goes: dqkv is used on those rows.
- */
-void attention_backward(struct engine *e, const struct texts *texts, const struct region *queries,
-                        const struct region *keys, int64_t heads, int64_t H, const float *qkv,
-                        const float *weights, const float *dcontext, float *dqkv)
-{
-    const int64_t D = H / heads;
-    const float scale = 1.0f / sqrtf((float)D);
-    PARALLEL_FOR_UNEVEN(e->threads)
-    for (int64_t task = 0; task < texts->count * heads; task++) {
-        int64_t s = task / heads, h = task % heads, room;
-        int64_t first = texts->starts[s], n = keys->lengths[s], count = queries->lengths[s];
-        const float *q = qkv + first * 3 * H + h * D, *k = q + H, *v = q + 2 * H;
-        float *dq = dqkv + first * 3 * H + h * D, *dk = dq + H, *dv = dq + 2 * H;
-        const float *down = dcontext + first * H + h * D;
-        const float *own = weights + weights_start(texts, heads, s, h, &room);
-        float *values_by_feature = e->scratch + thread_index() * e->scratch_each; /* D x n */
-        float *dscores = values_by_feature + D * n;                               /* count x n */
-        transpose(v, 3 * H, n, D, values_by_feature);
-        for (int64_t i = 0; i < count; i++) {
-            float *row = dscores + i * n;
-            row_times_matrix(down + i * H, 1, values_by_feature, n, D, row, n);
-            softmax_backward_row(own + i * room, row, scale, n);
-            row_times_matrix(row, 1, k, 3 * H, n, dq + i * 3 * H, D);
-        }
-        for (int64_t j = 0; j < n; j++) {
-            row_times_matrix(dscores + j, n, q, 3 * H, count, dk + j * 3 * H, D);
-            row_times_matrix(own + j, room, down, H, count, dv + j * 3 * H, D);
-        }
-        for (int64_t i = count; i < n; i++) {
-            memset(dq + i * 3 * H, 0, (size_t)D * sizeof(float));
-        }
-    }
-}
-
-/* ---- loss ---- */
-
-double cross_entropy(const float *logits, const int *labels, int64_t B, int64_t C, float *dlogits)
-{
-    double loss = 0.0;
-    for (int64_t s = 0; s < B; s++) {
-        const float *row = logits + s * C;
-        double max = (double)row[0], sum = 0.0;
-        for (int64_t c = 1; c < C; c++) {
-            max = (double)row[c] > max ? (double)row[c] : max;
-        }
-        for (int64_t c = 0; c < C; c++) {
-            sum += exp((double)row[c] - max);
-        }
-        loss += log(sum) + max - (double)row[labels[s]];
-        for (int64_t c = 0; c < C; c++) {
-            double share = exp((double)row[c] - max) / sum;
-            dlogits[s * C + c] = (float)((share - (c == labels[s])) / (double)B);
-        }
-    }
-    return loss / (double)B;
+    const sebp_attention_options options = attention_options(attention);
+    sebp_matrix q = part_of(qkv, M, H, 0), k = part_of(qkv, M, H, 1), v = part_of(qkv, M, H, 2);
+    sebp_matrix dq = part_of(dqkv, M, H, 0), dk = part_of(dqkv, M, H, 1);
+    sebp_matrix dv = part_of(dqkv, M, H, 2), dout = sebp_matrix_f32(dcontext, M, H);
+    sebp_matrix out = sebp_matrix_f32(context, M, H);
+    sebp_matrix lse_view = sebp_matrix_f32(lse, M, attention->heads);
+    keep_status(e, sebp_attention_backward(e->context, &dout, &q, &k, &v, NULL, &out, &lse_view,
+                                           attention->queries, attention->keys, &options, &dq, &dk,
+                                           &dv, NULL));
 }

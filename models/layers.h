@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file layers.h
- * The layers that models are put together from, forward and backward, each on listed rows among M.
- * The other rows are neither read nor written.
- *
- * Linear layers are the library's. The others are plain loops over the listed rows.
+ * The library's layers as models call them: with a model's tensors, forward and backward, on listed
+ * rows among M. Rows that are not listed are neither read nor written.
  */
 #ifndef SEBP_MODELS_LAYERS_H
 #define SEBP_MODELS_LAYERS_H
@@ -13,7 +11,6 @@
 
 #include <sebp/sebp.h>
 
-#include "models/arithmetic.h"
 #include "models/engine.h"
 #include "models/parameters.h"
 
@@ -45,83 +42,70 @@ void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int
 void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
                      int64_t M, const struct linear *linear, float *dx, sebp_write write);
 
-/* ---- layer norm, GELU, embedding; sum, residual, y, d: M x H ---- */
+/* ---- layer norm, GELU, embedding; x, residual, y, d: M x H ---- */
 
-/** sum += residual; y = norm(sum). Keeps the moments of each row. */
-void norm_forward(struct engine *e, const sebp_rows *rows, float *sum, const float *residual,
-                  const struct norm *norm, float *y, struct moments *moments);
+/** What a layer drops, in a forward and in its backward. */
+struct dropout {
+    double probability;
+    uint64_t seed, offset;
+};
 
-/** d becomes the gradient of the norm's input, in place. */
-void norm_backward(struct engine *e, const sebp_rows *rows, const float *sum,
-                   const struct moments *moments, const struct norm *norm, float *d);
+/** y = norm(sum), where sum = residual + dropout(x) takes the place of x. residual: NULL if there is
+ * none. statistics: M x 2, for the backward. */
+void norm_forward(struct engine *e, const sebp_rows *rows, float *x, const float *residual,
+                  int64_t M, const struct norm *norm, struct dropout dropout, float *y,
+                  float *statistics);
+
+/**
+ * d becomes the gradient of the sum, and of the residual, in place.
+ *
+ * @param dropped  M x H, room for the gradient of x where something was dropped.
+ * @return the gradient of x: d, or `dropped`.
+ */
+const float *norm_backward(struct engine *e, const sebp_rows *rows, const float *sum,
+                           const float *statistics, int64_t M, const struct norm *norm,
+                           struct dropout dropout, float *d, float *dropped);
 
 /** y = GELU(x). x, y: M x F. */
-void gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, float *y, int64_t F);
+void gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
+                  float *y);
 
 /** d becomes the gradient of x, in place. */
-void gelu_backward(struct engine *e, const sebp_rows *rows, const float *x, float *d, int64_t F);
+void gelu_backward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
+                   float *d);
 
-/** y = norm(sum), with sum = token + position of each row. ids, positions: M each. */
-void embedding_forward(struct engine *e, const sebp_rows *rows, const int32_t *ids,
-                       const int32_t *positions, const struct tensor *token,
-                       const struct tensor *position, const struct norm *norm, float *sum, float *y,
-                       struct moments *moments);
+/** Dropout of x in place. Its backward is the same of dx. x: M x H. */
+void drop(struct engine *e, const sebp_rows *rows, struct dropout dropout, int64_t M, int64_t H,
+          float *x);
+
+/** sum = token + position of each row. ids, positions: M each. */
+void embedding_forward(struct engine *e, const sebp_rows *rows, const int64_t *ids,
+                       const int64_t *positions, int64_t M, const struct tensor *token,
+                       const struct tensor *position, float *sum);
 
 /** Adds the rows of d to the gradient of their tokens, and makes that of the positions of them. */
-void embedding_backward(struct engine *e, const sebp_rows *rows, const int32_t *ids,
-                        const int32_t *positions, const struct tensor *token,
+void embedding_backward(struct engine *e, const sebp_rows *rows, const int64_t *ids,
+                        const int64_t *positions, int64_t M, const struct tensor *token,
                         const struct tensor *position, const float *d);
 
 /* ---- attention ---- */
 
-/**
- * Texts among M rows: text s has the rows from starts[s] to starts[s + 1] - 1, its room, of which
- * the first tokens[s] are its tokens and the others padding.
- */
-struct texts {
-    int64_t count;
-    const int64_t *starts;  /* count + 1 */
-    const int64_t *tokens;  /* count */
-    const int64_t *squares; /* count: the sum of room^2 of the texts before */
+/** Which rows meet which, and how. */
+struct attention {
+    int64_t heads;
+    const sebp_sequences *queries, *keys;
+    struct dropout dropout;
+    sebp_inactive inactive; /* what becomes of rows of the outputs outside the texts */
 };
 
-/** Of each text the first lengths[s] rows. */
-struct region {
-    sebp_rows *rows;
-    int64_t *lengths;
-};
+/** context from queries, keys and values side by side. qkv: M x 3H, context: M x H. lse: M x heads,
+ * for the backward. */
+void attention_forward(struct engine *e, const struct attention *attention, const float *qkv,
+                       int64_t M, int64_t H, float *context, float *lse);
 
-/**
- * For each text and head, with Q, K, V: slices of D = H / heads columns of qkv:
- *
- *     weights = softmax(Q K^T / sqrt D), padded keys masked        context = weights V
- *
- * for the queries of one region over the keys of another. Where the keys are all the rows of a
- * text, every query meets its padding too, as an implementation does that knows of it only through
- * its mask.
- *
- * @param qkv      M x 3H.
- * @param weights  for each text, head and row of the text's room, a row of as many weights.
- * @param context  M x H.
- */
-void attention_forward(struct engine *e, const struct texts *texts, const struct region *queries,
-                       const struct region *keys, int64_t heads, int64_t H, const float *qkv,
-                       float *weights, float *context);
-
-/**
- * dqkv of the keys' region from dcontext of the queries' region; the queries outside it get zero.
- * dcontext: M x H, dqkv: M x 3H.
- */
-void attention_backward(struct engine *e, const struct texts *texts, const struct region *queries,
-                        const struct region *keys, int64_t heads, int64_t H, const float *qkv,
-                        const float *weights, const float *dcontext, float *dqkv);
-
-/** Elements of scratch memory that a thread needs for texts of up to L rows. */
-int64_t layer_scratch(int64_t heads, int64_t H, int64_t L);
-
-/* ---- loss ---- */
-
-/** The mean cross-entropy of B rows, and its gradient. logits, dlogits: B x C. */
-double cross_entropy(const float *logits, const int *labels, int64_t B, int64_t C, float *dlogits);
+/** dqkv, M x 3H, from dcontext, M x H. */
+void attention_backward(struct engine *e, const struct attention *attention, const float *dcontext,
+                        const float *qkv, const float *context, const float *lse, int64_t M,
+                        int64_t H, float *dqkv);
 
 #endif

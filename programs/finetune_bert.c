@@ -245,7 +245,7 @@ static void print_setting(const struct report *r, const struct data *data, const
     printf("%" PRId64 " layers, hidden %" PRId64 ", %" PRId64 " heads, %" PRId64
            " words, %.1f million parameters; %d threads\n",
            o->layers, o->hidden, o->heads, data->vocabulary.count,
-           1e-6 * (double)m->parameters.count, m->engine.threads);
+           1e-6 * (double)m->parameters.count, sebp_context_threads(m->engine.context));
     printf("%" PRId64 " sentences, %" PRId64 " held out, padded to %" PRId64 " tokens (%" PRId64
            " longer ones are cut); %" PRId64 " steps of %" PRId64 "\n\n",
            data->train.count, data->held_out.count, o->max_length,
@@ -284,7 +284,8 @@ static int experiment(struct pool *pool, sebp_context *context, const struct opt
                                      .batch = model->batch,
                                      .vocabulary = data.vocabulary.count,
                                      .classes = data.classes,
-                                     .pad = data.vocabulary.pad};
+                                     .pad = data.vocabulary.pad,
+                                     .dropout = model->dropout};
     struct report report = {.options = o, .majority = data.majority};
     report.steps = step_count(&data.train, model->batch, model->epochs, model->steps);
     status = bert_create(pool, pool, context, &shape, &m);

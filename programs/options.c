@@ -125,7 +125,8 @@ struct flag *model_flags(struct model_options *o, struct flag *flags)
         {"epochs", "N", "passes over the training data", &o->epochs, 0, 0, 0, 1, 1000},
         {"steps", "N", "stop after so many steps; 0: no limit", &o->steps, 0, 0, 0, 0, 1e9},
         {"threads", "N", "0: one for each physical core", &o->threads, 0, 0, 0, 0, 1024},
-        {"seed", "N", "of parameters and order of the data", &o->seed, 0, 0, 0, 0, 1e15},
+        {"dropout", "P", "probability, while training", 0, &o->dropout, 0, 0, 0, 0.9},
+        {"seed", "N", "of parameters, order of the data and dropout", &o->seed, 0, 0, 0, 0, 1e15},
     };
     memcpy(flags, these, sizeof these);
     return flags + MODEL_FLAGS;

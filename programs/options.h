@@ -42,9 +42,10 @@ int parse_names(const char *flag, const char *what, const char *list, const char
 /** The flags that every program that trains an encoder has, and their values. */
 struct model_options {
     int64_t layers, hidden, heads, feed_forward, max_length, batch, epochs, steps, threads, seed;
+    double dropout;
 };
 
-enum { MODEL_FLAGS = 10 };
+enum { MODEL_FLAGS = 11 };
 
 /** Writes those flags, MODEL_FLAGS of them; returns where the program's own follow. */
 struct flag *model_flags(struct model_options *o, struct flag *flags);

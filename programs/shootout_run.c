@@ -167,6 +167,7 @@ static int run_alone(const struct shared *shared, const struct task *task, struc
                                      .vocabulary = shared->data->vocabulary.count,
                                      .classes = task->classes,
                                      .pad = shared->data->vocabulary.pad,
+                                     .dropout = o->model.dropout,
                                      .bare_feed_forward = true};
     struct pool pool = {0};
     struct bert m;

@@ -116,6 +116,7 @@ struct score judge(struct bert *m, const struct dataset *data)
     const int64_t C = m->shape.classes;
     int64_t counts[MAX_CLASSES * MAX_CLASSES] = {0}, correct = 0;
     double loss = 0.0;
+    m->judging = true;
     for (int64_t from = 0; from < data->count; from += m->shape.batch) {
         fill_batch(m, data, NULL, from, min_int64(m->shape.batch, data->count - from));
         loss += bert_forward(m) * (double)m->batch.count;
@@ -129,6 +130,7 @@ struct score judge(struct bert *m, const struct dataset *data)
             counts[m->batch.labels[s] * C + best]++;
         }
     }
+    m->judging = false;
     return (struct score){(double)correct / (double)data->count, correlation(counts, C),
                           loss / (double)data->count};
 }

@@ -147,6 +147,8 @@ def main() -> int:
     """
     folder, losses_file = Path(sys.argv[1]), Path(sys.argv[2])
     settings, t = read_settings(folder), read_tensors(folder)
+    if settings["dropout"] != 0:
+        sys.exit("trained with dropout, whose random numbers PyTorch does not have")
     with losses_file.open(encoding="ascii") as file:
         rows = list(csv.reader(file))
     columns = [[float(value) for value in column] for column in zip(*rows[1:], strict=True)][1:]

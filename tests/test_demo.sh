@@ -140,6 +140,31 @@ trains "sentences that are cut" --max-length 5
 trains "a feed-forward width of its own" --feed-forward 37 --max-length 24
 check "and it changes the losses" sh -c '! cmp -s "$1" "$2"' - "$work/losses.csv" "$work/first.csv"
 trains "one block" --layers 1 --max-length 24
+
+# With dropout the padded modes drop the same elements, and packed drops others.
+# dropped NAME ARGUMENTS...: a small run, whose losses are left in dropped.csv.
+dropped() {
+    name=$1
+    shift
+    check "$name" "$demo" --layers 2 --hidden 24 --heads 3 --batch 4 --steps 6 --max-length 40 \
+        --learning-rate 2e-3 --csv "$work/dropped.csv" --plot "$work/plot.svg" "$@"
+}
+dropped "without dropout" --mode all
+cp "$work/dropped.csv" "$work/kept.csv"
+dropped "dropout" --mode all --dropout 0.2
+cp "$work/dropped.csv" "$work/dropped-once.csv"
+check "dropout: losses agree where the same is dropped, and there alone" awk -F, '
+    function apart(a, b) { return (a > b ? a - b : b - a) / b }
+    NR == FNR { kept[NR] = $2; next }
+    FNR > 1 {
+        bad = bad || !(apart($3, $2) <= 1e-4 && apart($4, $2) <= 1e-4)
+        others += apart($2, kept[FNR]) > 1e-5
+        packed += apart($5, $2) > 1e-5
+    }
+    END { exit bad || FNR != 7 || others != 6 || packed != 6 }' "$work/kept.csv" "$work/dropped.csv"
+dropped "dropout again" --mode all --dropout 0.2
+check "the same seed drops the same" cmp "$work/dropped.csv" "$work/dropped-once.csv"
+refused "dropout of all" 2 "--dropout: 1 is not in [0, 0.9]" --dropout 1
 trains "one thread" --threads 1 --max-length 24
 trains "three threads" --threads 3 --max-length 24
 
