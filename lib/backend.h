@@ -158,7 +158,7 @@ typedef struct sebp_backend {
     sebp_status (*adamw)(void *device, const sebp_adamw_options *options, int64_t step,
                          const sebp_matrix *gradient, const sebp_matrix *w,
                          const sebp_matrix *moment1, const sebp_matrix *moment2, bool step_alone);
-    /** matrix *= factor, rounded once. */
+    /** matrix *= factor, in f32; of bf16 the product is then rounded. */
     sebp_status (*scale)(void *device, const sebp_matrix *matrix, double factor);
     /** Whether `count` indices ascend, each once, each in [0, end). */
     sebp_status (*check_indices)(void *device, const int64_t *indices, int64_t count, int64_t end,

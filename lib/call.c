@@ -309,10 +309,12 @@ void sebp_plan_product(sebp_call *call, sebp_plan *plan)
     if (!sebp_call_goes_on(call))
         return;
     sebp_status status = call->backend->plan_product(call->device, plan);
-    if (status != SEBP_SUCCESS) {
+    if (status == SEBP_ERROR_MEMORY) {
         sebp_call_fail(call, status,
                        "no scratch memory for a product of %" PRId64 "x%" PRId64 "x%" PRId64,
                        plan->product.m, plan->product.n, plan->product.k);
+    } else if (status != SEBP_SUCCESS) {
+        sebp_call_fail(call, status, "%s", plan->path);
     }
 }
 

@@ -30,7 +30,7 @@ sebp_status sebp_embedding_forward(sebp_context *context, const sebp_embedding *
     sebp_embedding_options options;
     sebp_argument arguments[1 + SEBP_MAX_TABLES] = {{"y", y, true}};
     sebp_gather_work work = {.to = y, .tables = count};
-    char names[SEBP_MAX_TABLES][16];
+    char names[SEBP_MAX_TABLES][24];
 
     if (!sebp_require(&call, "tables", tables) || !sebp_require(&call, "y", y))
         return call.status;

@@ -49,7 +49,8 @@ sebp_row_list sebp_list_of(const sebp_call *call)
 
 void sebp_check_option(sebp_call *call, const char *name, double value, double low, double high)
 {
-    if (!(value >= low && value < high && isfinite((float)value))) {
+    /* What is below the end, and not as f32, counts as the end. */
+    if (!(value >= low && (float)value < (float)high && isfinite((float)value))) {
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->%s is %g, not in [%g, %g)", name, value,
                        low, high);
     }

@@ -68,7 +68,8 @@ typedef struct sebp_rotary_work {
 typedef struct sebp_softmax_state {
     double max, exp_sum; /* of exp(x - max) */
     double label;        /* the label's logit, once its class was met */
-    double sum;          /* of the logits */
+    double sum;          /* of x - from over the logits x, where it is wanted */
+    float from;          /* the first logit, or 0 where that is not finite */
 } sebp_softmax_state;
 
 /**

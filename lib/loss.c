@@ -77,10 +77,11 @@ static double loss_of(const sebp_cross_entropy_work *work)
         if (work->labels[row] == work->ignore_label) {
             continue;
         }
-        double loss = state->max + log(state->exp_sum);
-        /* A factor of 0 takes an Inf away. */
-        loss -= smoothing < 1 ? (1 - smoothing) * state->label : 0;
-        loss -= smoothing > 0 ? smoothing / (double)work->classes * state->sum : 0;
+        /* In differences, as the logits may all be far from 0. A factor of 0 takes an Inf away. */
+        double mean = (double)state->from + state->sum / (double)work->classes;
+        double loss = log(state->exp_sum);
+        loss += smoothing < 1 ? (1 - smoothing) * (state->max - state->label) : 0;
+        loss += smoothing > 0 ? smoothing * (state->max - mean) : 0;
         total += loss;
     }
     return work->scale * total;
@@ -296,6 +297,10 @@ static void lay_out(loss_head *head)
         head->gradient.data = memory + state_bytes + (apart ? logits_bytes : 0);
         if (pass == 0 && head->classes > 0) {
             plan_chunk(head, 0, &unused);
+            /* What comes after the first adds to dhidden, which may take more. */
+            if (head->chunk < head->classes) {
+                plan_chunk(head, head->chunk, &unused);
+            }
             plan_chunk(head, (head->classes - 1) / head->chunk * head->chunk, &unused);
         }
     }

@@ -221,6 +221,9 @@ sebp_status sebp_sequences_rows(const sebp_sequences *sequences, sebp_rows **row
     if (sequences == NULL || rows == NULL)
         return SEBP_ERROR_NULL;
     const int64_t active = sequences->offsets[sequences->count];
+    if (active > SEBP_MAX_IN_ARRAY) {
+        return SEBP_ERROR_OVERFLOW;
+    }
     int64_t *indices = malloc((size_t)sebp_max(active, 1) * sizeof *indices);
     if (indices == NULL)
         return SEBP_ERROR_MEMORY;

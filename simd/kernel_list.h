@@ -131,7 +131,8 @@ KERNEL(void, elementary, (float *y, const float *x, int64_t n, int function))
  * be x of f32. Where an element is NaN or +Inf, or all are -Inf, the sum is NaN. */
 KERNEL(void, softmax_sum,
        (const void *x, bool is_bf16, int64_t n, float *max, double *sum, float *exps))
-KERNEL(double, row_sum, (const void *x, bool is_bf16, int64_t n))
+/* The sum of x - from, in double. */
+KERNEL(double, row_sum, (const void *x, bool is_bf16, int64_t n, float from))
 KERNEL(void, softmax, (const sebp_softmax_row *row))
 KERNEL(void, rotary, (const sebp_rotary_row *row))
 /* to = the sum of `count` >= 1 rows of n elements, in their order, in f32. to may be any of them. */

@@ -75,21 +75,25 @@ void SEBP_NAME(softmax_sum)(const void *x, bool is_bf16, int64_t n, float *max, 
     }
 }
 
-SPECIALIZED double plain_sum(const void *x, bool is_bf16, int64_t n)
+/* In double: logits far from 0 would lose their differences in f32, and large ones overflow. */
+SPECIALIZED double sum_of_differences(const void *x, bool is_bf16, int64_t n, float from)
 {
-    double total = 0;
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        int64_t size = n - first < BLOCK ? n - first : BLOCK;
-        vec sum = vec_zero();
-        FOR_EACH_VEC(size, sum = vec_add(sum, load_lanes(x, is_bf16, first + at, lanes)));
-        total += (double)vec_sum(sum);
-    }
-    return total;
+    const vec froms = vec_set1(from);
+    vecd sum = vecd_zero();
+    FOR_EACH_VEC(n, {
+        vec v = load_lanes(x, is_bf16, at, lanes);
+        if (lanes < VEC_LANES) {
+            vecm is_first = vec_less(veci_to_f32(veci_lane_index()), vec_set1((float)lanes));
+            v = vec_select(is_first, v, froms);
+        }
+        sum = vecd_add(sum, vecd_sub(vecd_widen(v), vecd_widen(froms)));
+    });
+    return vecd_sum(sum);
 }
 
-double SEBP_NAME(row_sum)(const void *x, bool is_bf16, int64_t n)
+double SEBP_NAME(row_sum)(const void *x, bool is_bf16, int64_t n, float from)
 {
-    return is_bf16 ? plain_sum(x, true, n) : plain_sum(x, false, n);
+    return is_bf16 ? sum_of_differences(x, true, n, from) : sum_of_differences(x, false, n, from);
 }
 
 /* Of exponentials, which are f32. */

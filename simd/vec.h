@@ -46,7 +46,9 @@
  *
  *     vecd_zero()                       all lanes 0
  *     vecd_add_squares(sum, v)          sum + v * v, squared in f64
- *     vecd_add(a, b), vecd_sum(v)       a + b; the sum of the lanes
+ *     vecd_widen(v)                     the lanes of a vec
+ *     vecd_add(a, b), vecd_sub(a, b)    a + b; a - b
+ *     vecd_sum(v)                       the sum of the lanes
  *
  * Where VEC_HAS_BF16_DOT is 1, a vec may also hold VEC_LANES pairs of bf16, the first of a pair in
  * the low half:

@@ -296,10 +296,23 @@ static inline vecd vecd_add_squares(vecd sum, vec v)
     return sum;
 }
 
+static inline vecd vecd_widen(vec v)
+{
+    vecd wide = {_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
+                 _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+    return wide;
+}
+
 static inline vecd vecd_add(vecd a, vecd b)
 {
     vecd sum = {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)};
     return sum;
+}
+
+static inline vecd vecd_sub(vecd a, vecd b)
+{
+    vecd difference = {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)};
+    return difference;
 }
 
 static inline double vecd_sum(vecd v)

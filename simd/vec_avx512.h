@@ -305,10 +305,23 @@ static inline vecd vecd_add_squares(vecd sum, vec v)
     return sum;
 }
 
+static inline vecd vecd_widen(vec v)
+{
+    vecd wide = {_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
+                 _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+    return wide;
+}
+
 static inline vecd vecd_add(vecd a, vecd b)
 {
     vecd sum = {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
     return sum;
+}
+
+static inline vecd vecd_sub(vecd a, vecd b)
+{
+    vecd difference = {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)};
+    return difference;
 }
 
 static inline double vecd_sum(vecd v)

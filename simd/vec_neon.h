@@ -283,10 +283,22 @@ static inline vecd vecd_add_squares(vecd sum, vec v)
     return sum;
 }
 
+static inline vecd vecd_widen(vec v)
+{
+    vecd wide = {vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v)};
+    return wide;
+}
+
 static inline vecd vecd_add(vecd a, vecd b)
 {
     vecd sum = {vaddq_f64(a.low, b.low), vaddq_f64(a.high, b.high)};
     return sum;
+}
+
+static inline vecd vecd_sub(vecd a, vecd b)
+{
+    vecd difference = {vsubq_f64(a.low, b.low), vsubq_f64(a.high, b.high)};
+    return difference;
 }
 
 static inline double vecd_sum(vecd v)

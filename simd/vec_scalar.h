@@ -260,9 +260,19 @@ static inline vecd vecd_add_squares(vecd sum, vec v)
     return sum + (double)v * v;
 }
 
+static inline vecd vecd_widen(vec v)
+{
+    return v;
+}
+
 static inline vecd vecd_add(vecd a, vecd b)
 {
     return a + b;
+}
+
+static inline vecd vecd_sub(vecd a, vecd b)
+{
+    return a - b;
 }
 
 static inline double vecd_sum(vecd v)

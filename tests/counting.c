@@ -329,7 +329,8 @@ const sebp_backend counting_backend = {
 
 counting *counting_make(void)
 {
-    const sebp_context_options options = {.threads = 2, .workspace_bytes = (int64_t)4 << 20};
+    const sebp_context_options options = {
+        .threads = 2, .gemm = SEBP_GEMM_NATIVE, .workspace_bytes = (int64_t)4 << 20};
     const sebp_cpu_environment environment = {0};
     counting *device = calloc(1, sizeof *device);
     ck_assert_ptr_nonnull(device);

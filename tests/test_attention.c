@@ -924,6 +924,24 @@ START_TEST(too_large_a_head)
 }
 END_TEST
 
+/* No texts and as many heads as a number holds: there is nothing to do, and nothing is counted down. */
+START_TEST(heads_without_number)
+{
+    const int64_t heads = INT64_C(1) << 40;
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    sebp_sequences *none;
+    ck_assert_int_eq(sebp_sequences_from_lengths(NULL, 0, &none), SEBP_SUCCESS);
+    sebp_attention_options options = SEBP_ATTENTION_OPTIONS_INIT;
+    options.heads = heads;
+    options.kv_heads = 1;
+    sebp_matrix q = {NULL, 0, heads, heads, SEBP_F32}, k = {NULL, 0, 1, 1, SEBP_F32};
+    testing_succeed(
+        sebp_attention_forward(context, &q, &k, &k, NULL, none, NULL, &options, &q, NULL), context);
+    sebp_sequences_destroy(none);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("attention");
@@ -939,6 +957,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, nan_stays_in_its_text);
     tcase_add_test(all, bad_input);
     tcase_add_test(all, too_large_a_head);
+    tcase_add_test(all, heads_without_number);
     suite_add_tcase(suite, all);
     return suite;
 }

@@ -478,6 +478,48 @@ START_TEST(clipping)
 }
 END_TEST
 
+/* Norms take memory for what they must make, and no more: rows may be of any width that a view has. */
+START_TEST(norms_of_wide_rows)
+{
+    const int64_t widths[] = {131073, INT64_C(1) << 40, INT64_C(1) << 60};
+    sebp_context *small = testing_context(SEBP_GEMM_NATIVE, 1, INT64_C(1) << 20);
+    float *data = testing_alloc((size_t)widths[0] * sizeof *data, 0);
+    for (int64_t i = 0; i < widths[0]; i++) {
+        data[i] = (float)testing_uniform();
+    }
+    sebp_matrix wide = sebp_matrix_f32(data, 1, widths[0]);
+    testing_succeed(
+        sebp_norm_forward(small, &wide, NULL, NULL, NULL, NULL, NULL, NULL, &wide, NULL), small);
+    testing_free(data);
+    for (int i = 1; i < 3; i++) { /* no rows: nothing to do, whatever the width */
+        float unused;
+        sebp_matrix none = {NULL, 0, widths[i], widths[i], SEBP_F32};
+        sebp_matrix statistics = {&unused, 0, 2, 2, SEBP_F32};
+        testing_succeed(
+            sebp_norm_forward(small, &none, NULL, NULL, NULL, NULL, NULL, NULL, &none, NULL),
+            small);
+        testing_succeed(sebp_norm_backward(small, &none, &none, &statistics, NULL, NULL, NULL, NULL,
+                                           &none, NULL, NULL),
+                        small);
+    }
+    sebp_context_destroy(small);
+}
+END_TEST
+
+/* A probability that is 1 as f32 would drop everything. */
+START_TEST(dropout_of_nearly_one)
+{
+    sebp_context *own = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    float data[4] = {1, 2, 3, 4};
+    sebp_matrix x = sebp_matrix_f32(data, 2, 2);
+    sebp_dropout_options options = SEBP_DROPOUT_OPTIONS_INIT;
+    options.probability = 1 - 1e-12;
+    testing_expect(sebp_dropout_apply(own, &x, NULL, &options, &x), SEBP_ERROR_VALUE, own);
+    ck_assert(data[0] == 1 && data[3] == 4);
+    sebp_context_destroy(own);
+}
+END_TEST
+
 /* The calls that are made wrong above are good as they stand. */
 START_TEST(good_calls)
 {
@@ -508,6 +550,8 @@ static Suite *make_suite(void)
     tcase_add_test(all, losses);
     tcase_add_test(all, embeddings);
     tcase_add_test(all, clipping);
+    tcase_add_test(all, norms_of_wide_rows);
+    tcase_add_test(all, dropout_of_nearly_one);
     tcase_add_test(all, good_calls);
     suite_add_tcase(suite, all);
     return suite;

@@ -385,6 +385,79 @@ START_TEST(head_of_chunks)
 }
 END_TEST
 
+/* A chunk in the middle adds to dhidden, and may take more memory than the first and the last: of these
+ * sizes oneDNN has the first, and our own product those that must round dhidden once. */
+START_TEST(middle_chunks_have_memory)
+{
+    enum { ROWS = 1000, FEATURES = 512, CLASSES = 1921 };
+    const int64_t workspace = INT64_C(8) << 20;
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    sebp_context *contexts[2] = {testing_context(SEBP_GEMM_NATIVE, 1, workspace), NULL};
+    options.gemm = SEBP_GEMM_ONEDNN;
+    options.threads = 1;
+    options.workspace_bytes = workspace;
+    if (sebp_context_create(&options, &contexts[1]) != SEBP_SUCCESS) {
+        testing_skip("middle_chunks_have_memory", "the library has no oneDNN");
+        sebp_context_destroy(contexts[0]);
+        return;
+    }
+    sebp_matrix hidden = testing_random_matrix(ROWS, FEATURES, SEBP_BF16, TESTING_REAL);
+    sebp_matrix weight = testing_random_matrix(CLASSES, FEATURES, SEBP_BF16, TESTING_REAL);
+    int64_t *labels = any_labels(ROWS, CLASSES, 0.9);
+    double loss[2];
+    sebp_matrix dhidden[2];
+    for (int i = 0; i < 2; i++) {
+        dhidden[i] = layer_output(ROWS, FEATURES, SEBP_BF16);
+        testing_succeed(sebp_linear_cross_entropy(contexts[i], &hidden, &weight, NULL, labels, NULL,
+                                                  &loss[i], &dhidden[i], NULL, NULL),
+                        contexts[i]);
+        sebp_context_destroy(contexts[i]);
+    }
+    ck_assert_msg(fabs(loss[0] - loss[1]) <= 1e-4 * fabs(loss[0]), "%g and %g", loss[0], loss[1]);
+    ck_assert_int_gt(testing_nonzeros(&dhidden[0]), 0);
+    double largest = 0, apart = 0;
+    for (int64_t i = 0; i < ROWS * FEATURES; i++) {
+        double a = testing_get(&dhidden[0], i / FEATURES, i % FEATURES);
+        double b = testing_get(&dhidden[1], i / FEATURES, i % FEATURES);
+        largest = fmax(largest, fabs(a));
+        apart = fabs(a - b) <= apart ? apart : fabs(a - b);
+    }
+    ck_assert_msg(apart <= largest / 32, "%g apart, of %g", apart, largest);
+    testing_release(&hidden);
+    testing_release(&weight);
+    testing_release(&dhidden[0]);
+    testing_release(&dhidden[1]);
+    free(labels);
+}
+END_TEST
+
+/* Smoothing takes the mean of all logits: far from 0 it keeps their differences, and large ones do not
+ * overflow. */
+START_TEST(smoothing_of_large_logits)
+{
+    enum { CLASSES = 1000 };
+    static const double far[] = {0, 1e4, -1e5, 3e38};
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    sebp_cross_entropy_options options = SEBP_CROSS_ENTROPY_OPTIONS_INIT;
+    options.smoothing = 0.1;
+    const int64_t label = 3;
+    double logits_of[CLASSES];
+    for (int i = 0; i < 4; i++) {
+        sebp_matrix logits = testing_random_matrix(1, CLASSES, SEBP_F32, TESTING_REAL);
+        for (int64_t j = 0; j < CLASSES; j++) {
+            testing_set(&logits, 0, j, testing_get(&logits, 0, j) + far[i]);
+            logits_of[j] = testing_get(&logits, 0, j);
+        }
+        double loss, want = row_loss(logits_of, CLASSES, label, options.smoothing, NULL);
+        testing_succeed(sebp_cross_entropy(context, &logits, &label, &options, &loss, NULL),
+                        context);
+        ck_assert_msg(fabs(loss - want) <= 1e-6 * fabs(want), "%g, not %g", loss, want);
+        testing_release(&logits);
+    }
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* So many rows that 16 of their logits are too much. */
 START_TEST(too_many_rows)
 {
@@ -423,6 +496,8 @@ static Suite *make_suite(void)
     tcase_add_test(all, not_finite);
     tcase_add_test(all, head_of_one_chunk);
     tcase_add_test(all, head_of_chunks);
+    tcase_add_test(all, middle_chunks_have_memory);
+    tcase_add_test(all, smoothing_of_large_logits);
     tcase_add_test(all, too_many_rows);
     suite_add_tcase(suite, all);
     return suite;

@@ -38,7 +38,7 @@ static void run(method_world *world, const char *name)
 /* Runs a method on the host, for what it is to give. */
 static method_world run_on_host(int which)
 {
-    method_world host = {.context = testing_context(SEBP_GEMM_AUTO, 2, (int64_t)4 << 20)};
+    method_world host = {.context = testing_context(SEBP_GEMM_NATIVE, 2, (int64_t)4 << 20)};
     world_fill(&host, &given);
     testing_succeed(method_at(which)->run(&host), host.context);
     return host;

@@ -184,6 +184,21 @@ START_TEST(bad_input)
 }
 END_TEST
 
+/* Sequences may be of more rows than an array has: their row set cannot. */
+START_TEST(too_many_rows)
+{
+    const int64_t lengths[] = {INT64_C(1) << 61, 5};
+    for (int64_t count = 1; count <= 2; count++) {
+        sebp_sequences *sequences;
+        sebp_rows *rows = NULL;
+        ck_assert_int_eq(sebp_sequences_from_lengths(lengths, count, &sequences), SEBP_SUCCESS);
+        ck_assert_int_eq(sebp_sequences_rows(sequences, &rows), SEBP_ERROR_OVERFLOW);
+        ck_assert_ptr_null(rows);
+        sebp_sequences_destroy(sequences);
+    }
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("sequences");
@@ -192,6 +207,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, padded);
     tcase_add_test(all, no_rows_at_all);
     tcase_add_test(all, bad_input);
+    tcase_add_test(all, too_many_rows);
     suite_add_tcase(suite, all);
     return suite;
 }

@@ -14,7 +14,12 @@
  *
  * Query i stands at key position i + m - n: the ends of both are aligned, as flash-attention has
  * it. It sees the keys from window_left before that position to window_right behind it, and with
- * `causal` none behind it. A query that sees no key has out = 0, lse = -Inf and no gradient.
+ * `causal` none behind it. A query that sees no key has lse = -Inf, and
+ * where V and dout are finite out = 0 and no gradient.
+ *
+ * A mask is to be of -Inf. A query of which all scores are one large finite number, as -1e9, has
+ * exact outputs, but lse rounds it: the backward's P is off by a factor of up to exp(|lse| 2^-24), or
+ * by the number of its keys where |lse| is over 2^24.
  *
  * S and P are never in memory as a whole: blocks of them pass through the caches, and the backward
  * makes them again from lse.

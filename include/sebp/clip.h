@@ -32,8 +32,8 @@ SEBP_API sebp_status sebp_gradient_norm(sebp_context *context, const sebp_matrix
                                         int64_t count, double *norm);
 
 /**
- * Multiplies all elements of `count` matrices by a factor, which is rounded to f32; each is rounded
- * once. Reads and writes each once: 8 bytes an element in f32. A matrix that is listed twice, or
+ * Multiplies all elements of `count` matrices by a factor, which is rounded to f32, as is the product;
+ * for a bf16 element that is rounded again. Reads and writes each once: 8 bytes an element in f32. A matrix that is listed twice, or
  * overlaps another, is multiplied twice.
  *
  * @param factor  finite as f32.

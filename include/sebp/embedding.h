@@ -63,7 +63,7 @@ SEBP_API sebp_status sebp_embedding_forward(sebp_context *context, const sebp_em
 /**
  * dtable[v] (+)= the sum of the rows of dy whose index is v, in their order, in f32, rounded once: the
  * same bits for every number of threads. Other rows of dtable become 0 under SEBP_OVERWRITE. Reads dy,
- * writes the rows named, and zeroes the rest. Memory: 48 bytes a token.
+ * writes the rows named, and zeroes the rest. Memory: 56 bytes a token.
  *
  * @param dy       M x N.
  * @param indices  M of them, as in the forward.

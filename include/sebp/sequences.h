@@ -84,7 +84,8 @@ SEBP_API const int64_t *sebp_sequences_offsets(const sebp_sequences *sequences);
  * The row set of the rows that belong to a text, among sebp_sequences_total().
  *
  * @param rows  where the set is put, untouched on error; free it with sebp_rows_destroy().
- * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_MEMORY.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_OVERFLOW (more rows than
+ *         an array has); SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_sequences_rows(const sebp_sequences *sequences, sebp_rows **rows);
 

@@ -52,8 +52,8 @@ typedef struct worker {
 
 static forward_shape shape_of(const sebp_attention_job *job)
 {
-    forward_shape shape = {.heads = job->group};
-    while (shape.heads > job->slivers || job->group % shape.heads != 0)
+    forward_shape shape = {.heads = sebp_min(job->group, job->slivers)};
+    while (job->group % shape.heads != 0)
         shape.heads--;
     shape.slivers = job->slivers / shape.heads;
     return shape;

@@ -77,6 +77,7 @@ typedef struct sebp_cpu {
     sebp_topology topology;  /* as it was found when the context was made */
     int64_t workspace_bytes; /* the bound */
     int64_t reserved_bytes;  /* of scratch, its first: reserved for a method */
+    bool scratch_is_settled; /* a product has run since they were: scratch must not move */
     char *scratch;
     int64_t scratch_bytes;
     int64_t scratch_max; /* the most it has been */

@@ -40,17 +40,24 @@ static void look(const entropy_job *job, int64_t i, int64_t label)
     const int64_t col = label - work->first_class;
     const bool has_label = col >= 0 && col < logits->cols;
     const double at_label = has_label ? logit(job->cpu, logits, i, col) : 0;
-    double sum = work->smoothing > 0 ? job->cpu->kernels->row_sum(row, is_bf16, logits->cols) : 0;
+    if (work->first_class == 0) {
+        float first = logits->cols > 0 ? (float)logit(job->cpu, logits, i, 0) : 0;
+        *state = (sebp_softmax_state){.from = isfinite(first) ? first : 0};
+    }
+    const float from = state->from;
+    double sum =
+        work->smoothing > 0 ? job->cpu->kernels->row_sum(row, is_bf16, logits->cols, from) : 0;
     float max;
     double exp_sum;
     job->cpu->kernels->softmax_sum(row, is_bf16, logits->cols, &max, &exp_sum,
                                    keeps_exps(work) ? sebp_element(work->dlogits, i, 0) : NULL);
     const bool is_lowest = isinf(max) && max < 0;
     if (is_lowest && !keeps_exps(work)) {
-        sum = job->cpu->kernels->row_sum(row, is_bf16, logits->cols);
+        sum = job->cpu->kernels->row_sum(row, is_bf16, logits->cols, from);
     }
     if (work->first_class == 0) {
-        *state = (sebp_softmax_state){.max = (double)max, .exp_sum = exp_sum};
+        state->max = (double)max;
+        state->exp_sum = exp_sum;
     } else if (is_lowest) {
         /* Only -Inf, which adds nothing, or NaN, which does. */
         state->exp_sum += sum < 0 ? 0 : exp_sum;

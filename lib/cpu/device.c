@@ -154,6 +154,7 @@ sebp_status sebp_cpu_reserve_scratch(void *device, int64_t bytes)
     sebp_cpu *cpu = device;
     if (bytes > sebp_cpu_max_scratch(device))
         return SEBP_ERROR_MEMORY;
+    cpu->scratch_is_settled = false;
     cpu->reserved_bytes = sebp_round_up(bytes, ALIGNMENT);
     if (sebp_cpu_scratch(cpu, 0) != NULL)
         return SEBP_SUCCESS;

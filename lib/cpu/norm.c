@@ -26,11 +26,17 @@ static sebp_dropout dropout_of(const sebp_norm_options *options)
                           .scale = (float)(1 / (1 - options->dropout))};
 }
 
+/* Whether a row vector must be made anew: in f32, plus `offset`. */
+static bool is_made(const sebp_matrix *vector, double offset)
+{
+    return vector != NULL && (vector->dtype != SEBP_F32 || offset != 0);
+}
+
 /* A row vector in f32, plus `offset`: itself, or made in `room`; NULL for NULL. */
 static const float *f32_vector(const sebp_cpu *cpu, const sebp_matrix *vector, double offset,
                                float *room)
 {
-    if (vector == NULL || (vector->dtype == SEBP_F32 && offset == 0)) {
+    if (!is_made(vector, offset)) {
         return vector != NULL ? vector->data : NULL;
     }
     sebp_cpu_widen(cpu, room, vector->data, vector->dtype, vector->cols);
@@ -99,15 +105,23 @@ static void forward_piece(void *data, int64_t piece)
 sebp_status sebp_cpu_norm_forward(void *device, const sebp_norm_work *work)
 {
     sebp_cpu *cpu = device;
-    const int64_t n = work->x->cols;
-    float *room = sebp_cpu_scratch(cpu, 2 * n * (int64_t)sizeof *room);
+    const int64_t n = work->x->cols, max = sebp_cpu_workspace(cpu) / (int64_t)sizeof(float);
+    const int64_t gains = is_made(work->gain, work->options->gain_offset) ? n : 0;
+    const int64_t shifts = is_made(work->shift, 0) ? n : 0;
+    if (work->list.count == 0) {
+        return SEBP_SUCCESS;
+    }
+    if (gains > max || shifts > max) { /* before what their bytes are overflows */
+        return SEBP_ERROR_MEMORY;
+    }
+    float *room = sebp_cpu_scratch(cpu, (gains + shifts) * (int64_t)sizeof *room);
     if (room == NULL) {
         return SEBP_ERROR_MEMORY;
     }
     forward_job job = {.kernels = cpu->kernels,
                        .work = work,
                        .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
-                       .shift = f32_vector(cpu, work->shift, 0, room + n),
+                       .shift = f32_vector(cpu, work->shift, 0, room + gains),
                        .dropout = dropout_of(work->options),
                        .pieces = sebp_cpu_pieces(cpu, work->list.count, n)};
     sebp_cpu_parallel(cpu, job.pieces, forward_piece, &job);
@@ -202,17 +216,28 @@ static void sum_columns(void *data, int64_t part)
 sebp_status sebp_cpu_norm_backward(void *device, const sebp_norm_back_work *work)
 {
     sebp_cpu *cpu = device;
-    const int64_t n = work->dy->cols, row_bytes = n * (int64_t)sizeof(float);
+    const int64_t n = work->dy->cols, workspace = sebp_cpu_workspace(cpu);
+    const int64_t gains = is_made(work->gain, work->options->gain_offset) ? n : 0;
     const int wanted = (work->dgain != NULL) + (work->dshift != NULL);
     int64_t blocks = sebp_min(sebp_div_ceil(work->list.count, BLOCK_ROWS), MAX_BLOCKS);
     if (n == 0) {
         return SEBP_SUCCESS;
     }
-    if (wanted > 0) {
-        int64_t room_blocks = (sebp_cpu_workspace(cpu) - row_bytes) / (wanted * row_bytes);
+    if (blocks == 0 && wanted == 0) {
+        return SEBP_SUCCESS;
+    }
+    if (n > workspace / (int64_t)sizeof(float)) { /* before its bytes overflow */
+        bool needs_room = gains > 0 || (wanted > 0 && blocks > 0);
+        if (needs_room) {
+            return SEBP_ERROR_MEMORY;
+        }
+    } else if (wanted > 0) {
+        const int64_t row_bytes = n * (int64_t)sizeof(float);
+        int64_t room_blocks = (workspace - gains * (int64_t)sizeof(float)) / (wanted * row_bytes);
         blocks = sebp_min(blocks, sebp_max(room_blocks, 1));
     }
-    float *room = sebp_cpu_scratch(cpu, row_bytes * (1 + wanted * blocks));
+    const int64_t floats = gains + (wanted > 0 && blocks > 0 ? wanted * blocks * n : 0);
+    float *room = sebp_cpu_scratch(cpu, floats * (int64_t)sizeof *room);
     if (room == NULL) {
         return SEBP_ERROR_MEMORY;
     }
@@ -221,8 +246,8 @@ sebp_status sebp_cpu_norm_backward(void *device, const sebp_norm_back_work *work
                         .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
                         .dropout = dropout_of(work->options),
                         .blocks = blocks};
-    job.dgain = work->dgain != NULL ? room + n : NULL;
-    job.dshift = work->dshift != NULL ? room + n + (wanted - 1) * blocks * n : NULL;
+    job.dgain = work->dgain != NULL ? room + gains : NULL;
+    job.dshift = work->dshift != NULL ? room + gains + (wanted - 1) * blocks * n : NULL;
     sebp_cpu_parallel(cpu, blocks, backward_block, &job);
     if (wanted > 0) {
         job.column_parts = sebp_min(sebp_div_ceil(n, COLUMN_PART), sebp_cpu_threads(cpu));

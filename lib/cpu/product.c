@@ -42,6 +42,12 @@ static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product)
     return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
 }
 
+/* Whether a product takes more scratch memory than there is. */
+static bool is_larger(const sebp_cpu *cpu, const cpu_plan *plan)
+{
+    return plan->scratch_bytes + cpu->reserved_bytes > cpu->scratch_bytes;
+}
+
 sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
 {
     sebp_cpu *cpu = device;
@@ -70,6 +76,10 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
         sebp_native_plan_product(cpu, product, &made->how.native);
         made->scratch_bytes = sebp_native_scratch(&made->how.native);
     }
+    if (cpu->scratch_is_settled && is_larger(cpu, made)) {
+        plan->path = "a product was not planned before the first one ran";
+        return SEBP_ERROR_BACKEND;
+    }
     return sebp_cpu_scratch(cpu, made->scratch_bytes) != NULL ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
 }
 
@@ -79,10 +89,11 @@ sebp_status sebp_cpu_run_product(void *device, sebp_plan *plan)
     const cpu_plan *made = plan_of(plan);
     if (made->by == BY_NOBODY)
         return SEBP_SUCCESS;
-    if (made->scratch_bytes + cpu->reserved_bytes > cpu->scratch_bytes) {
-        plan->path = "a product was not planned"; /* the method's scratch memory would be lost */
+    if (is_larger(cpu, made)) {
+        plan->path = "a product was not planned"; /* what a method has in scratch would be lost */
         return SEBP_ERROR_BACKEND;
     }
+    cpu->scratch_is_settled = cpu->reserved_bytes > 0;
     void *scratch = sebp_cpu_scratch(cpu, made->scratch_bytes);
 #ifdef SEBP_HAVE_ONEDNN
     if (made->by == BY_ONEDNN) {

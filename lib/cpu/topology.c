@@ -440,7 +440,7 @@ sebp_status sebp_topology_place(sebp_placement placement, int threads, int *cpus
 
 #else
 
-static bool read_from_hwloc(const boundary *boundary, sebp_topology *topology)
+static bool read_from_hwloc(const cpu_boundary *boundary, sebp_topology *topology)
 {
     (void)boundary, (void)topology;
     return false;
