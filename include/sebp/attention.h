@@ -38,7 +38,7 @@
  * with t the number of keys in the texts before, T in all: the same for packed and for padded texts.
  *
  * The results are the same bits for every number of threads and every bound of the workspace. NaN and
- * Inf spread within their text only; rows outside the texts are not read.
+ * Inf spread within their text only, and into dbias; rows outside the texts are not read.
  *
  * tanh is off by no more than 2^-22, so that capped scores are off by softcap 2^-22.
  */
@@ -70,7 +70,7 @@ typedef struct sebp_attention_options {
     double dropout;       /**< the probability p, in [0, 1) */
     uint64_t seed; /**< of the dropout, as the next: the backward takes those of its forward */
     uint64_t offset;
-    sebp_inactive inactive; /**< rows of the outputs outside the texts */
+    sebp_inactive inactive; /**< rows of the outputs, gradients too, outside the texts */
 } sebp_attention_options;
 
 /** Options as they are by default, with size_bytes set. */

@@ -4,9 +4,12 @@
  * Clipping of gradients by their global norm, in two calls:
  *
  *     sebp_gradient_norm(context, gradients, count, &norm);
- *     if (norm > max_norm) {
+ *     if (isfinite(norm) && norm > max_norm) {
  *         sebp_scale(context, gradients, count, max_norm / norm);
  *     }
+ *
+ * Where the norm is Inf a gradient holds a NaN or Inf, and the step is better left out. PyTorch adds
+ * 1e-6 to the norm that it divides by.
  */
 #ifndef SEBP_CLIP_H
 #define SEBP_CLIP_H
@@ -32,10 +35,11 @@ SEBP_API sebp_status sebp_gradient_norm(sebp_context *context, const sebp_matrix
                                         int64_t count, double *norm);
 
 /**
- * Multiplies all elements of `count` matrices by a factor, which is rounded to f32, as is the product;
- * for a bf16 element that is rounded again. Reads and writes each once: 8 bytes an element in f32. A matrix that is listed twice, or
- * overlaps another, is multiplied twice.
+ * Multiplies all elements of `count` matrices by a factor, which is rounded to f32, as is the
+ * product; for a bf16 element that is rounded again. Reads and writes each once: 8 bytes an element
+ * in f32. What lies in two of the matrices, or in one that is listed twice, is multiplied twice.
  *
+ * @param matrices  of any shapes, either dtype, any stride. NULL only where count is 0.
  * @param factor  finite as f32.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE (count negative); a status of

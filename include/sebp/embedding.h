@@ -30,7 +30,7 @@ typedef struct sebp_embedding {
 
 typedef struct sebp_embedding_options {
     size_t size_bytes;      /**< sizeof(sebp_embedding_options), so that the struct can grow */
-    sebp_inactive inactive; /**< inactive rows of y */
+    sebp_inactive inactive; /**< inactive rows of y; forward only */
     int64_t padding_index;  /**< backward: tokens with it add nothing; below 0: none. Default -1 */
     sebp_write write;       /**< backward: of dtable */
 } sebp_embedding_options;
@@ -63,7 +63,7 @@ SEBP_API sebp_status sebp_embedding_forward(sebp_context *context, const sebp_em
 /**
  * dtable[v] (+)= the sum of the rows of dy whose index is v, in their order, in f32, rounded once: the
  * same bits for every number of threads. Other rows of dtable become 0 under SEBP_OVERWRITE. Reads dy,
- * writes the rows named, and zeroes the rest. Memory: 56 bytes a token.
+ * writes the rows named, and zeroes the rest. Memory: 56 bytes an active token.
  *
  * @param dy       M x N.
  * @param indices  M of them, as in the forward.

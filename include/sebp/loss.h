@@ -12,10 +12,11 @@
  *
  * A row whose label is ignore_label counts for nothing, and its logits are not read. Exponentials of
  * x - max are computed in f32, within 2 ulp and the rounding of the difference, 0 below exp(-87), and
- * added up in blocks in f32 and double; all that is done once a row is done in double. The loss is the same bits for every number of threads.
+ * added up in blocks in f32 and double; all that is done once a row is done in double. The loss is
+ * the same bits for every number of threads.
  *
- * A labelled row that holds NaN or +Inf, or only -Inf, makes the loss NaN and its gradient NaN. A logit
- * of -Inf has p = 0; as a row's label, or with smoothing, it makes the loss Inf.
+ * A labelled row that holds NaN or +Inf, or only -Inf, makes the loss NaN and that row's gradient
+ * NaN. A logit of -Inf has p = 0; as a row's label, or with smoothing, it makes the loss Inf.
  */
 #ifndef SEBP_LOSS_H
 #define SEBP_LOSS_H
@@ -31,11 +32,12 @@
 SEBP_BEGIN_DECLS
 
 typedef struct sebp_cross_entropy_options {
-    size_t size_bytes;      /**< sizeof(sebp_cross_entropy_options), so that the struct can grow */
-    int64_t ignore_label;   /**< of rows that do not count; default -100 */
-    double smoothing;       /**< s, in [0, 1] */
-    double scale;           /**< finite as f32; 0: one over the number of labelled rows, the mean */
-    sebp_inactive inactive; /**< rows of dhidden that are not labelled */
+    size_t size_bytes;    /**< sizeof(sebp_cross_entropy_options), so that the struct can grow */
+    int64_t ignore_label; /**< of rows that do not count; default -100 */
+    double smoothing;     /**< s, in [0, 1] */
+    double scale;         /**< finite as f32; 0: one over the number of labelled rows, the mean */
+    sebp_inactive
+        inactive; /**< rows of dhidden that are not labelled; of one that accumulates they stay */
     sebp_write dhidden_write; /**< sebp_linear_cross_entropy() only, as the next two */
     sebp_write dweight_write;
     sebp_write dbias_write;
@@ -52,7 +54,7 @@ typedef struct sebp_cross_entropy_options {
  * The loss of logits, and its gradient.
  *
  * Reads the logits of labelled rows, of a row twice more from the cache, and writes the gradient: 8
- * bytes an element in f32. Scratch memory: 32 bytes a row.
+ * bytes an element in f32. Scratch memory: 40 bytes a row.
  *
  * @param logits   M x V, V >= 1 where a row is labelled.
  * @param labels   M of them: each in [0, V) or ignore_label. NULL only where M is 0.
@@ -74,9 +76,9 @@ SEBP_API sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix
  * all of their logits at once.
  *
  * The vocabulary is walked along in chunks of which the logits of the m labelled rows fit in half of
- * the context's scratch memory. Where one chunk is enough this takes three products of 2 m V K flop,
- * or one where no gradient is wanted; else logits are computed twice, once for the loss and once for
- * the gradient, which takes one product more.
+ * the context's scratch memory. One product of 2 m V K flop finds the loss. Each of dhidden and
+ * dweight takes one more. Where there are several chunks, any gradient takes one more: logits are
+ * then computed twice, once for the loss and once for the gradient.
  *
  * dweight and dbias are written once. dhidden is a sum over chunks: in bf16 it is rounded once a
  * chunk, so have it f32 where that matters.

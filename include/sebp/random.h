@@ -30,7 +30,7 @@
 
 SEBP_BEGIN_DECLS
 
-/** u of an element, for who wants to know what was dropped. Cannot fail; needs no context. */
+/** u of an element, for whoever wants to know what was dropped. Cannot fail; needs no context. */
 SEBP_API float sebp_random_uniform(uint64_t seed, uint64_t offset, uint64_t element);
 
 SEBP_END_DECLS

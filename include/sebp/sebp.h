@@ -13,8 +13,11 @@
  *   the outputs are as they were: arguments are checked and scratch memory is reserved before the
  *   first write. SEBP_ERROR_BACKEND alone may leave them half written.
  * - **Order of checks**: NULL; the size_bytes of options; each view by itself (size, dtype, stride,
- *   overflow); values of options; the row set against M; shapes against each other; aliasing. The
- *   status of the first check that fails is returned.
+ *   overflow); values of options; the row set against M; shapes against each other; aliasing; last,
+ *   indices, labels and positions. The status of the first check that fails is returned.
+ * - **On a device with a memory of its own** (context.h) every function may also return
+ *   SEBP_ERROR_MEMORY and SEBP_ERROR_BACKEND. A function that reads indices, labels or positions, or
+ *   keeps state, has these in the host's memory, and returns SEBP_ERROR_UNSUPPORTED there.
  * - **Structs that begin with size_bytes can grow.** A program sets the size that its own header
  *   has. Sizes from that of version 0.1.0 up to 4096 are accepted, any other is SEBP_ERROR_SIZE. A
  *   shorter struct of options has defaults for the fields it lacks. A longer one is refused, with

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file sequences.h
- * Sequences: where each text of a batch lies among the rows of a matrix. Attention and positions
- * need to know it; a row set (rows.h) alone does not say it.
+ * Sequences: where each text of a batch lies among the rows of a matrix. Attention needs to
+ * know it; a row set (rows.h) alone does not say it.
  *
  * The rows of a text follow each other, and texts follow each other in order. They may lie end to
  * end (packed), or with rows between them that belong to none (padded). A text may be empty.
@@ -26,7 +26,7 @@ typedef struct sebp_sequences sebp_sequences;
  *
  * For this and the constructors below: lengths, or what stands in their place, are copied and may be
  * NULL only where there are none; `sequences` is where the result is put, untouched on error; free
- * it with sebp_sequences_destroy(). count = 0 gives no texts. They return SEBP_SUCCESS;
+ * it with sebp_sequences_destroy(). count = 0 makes sequences without texts. They return SEBP_SUCCESS;
  * SEBP_ERROR_NULL; SEBP_ERROR_SIZE (a negative size); SEBP_ERROR_VALUE (a length or an offset that
  * cannot be); SEBP_ERROR_OVERFLOW; SEBP_ERROR_MEMORY; and what they add themselves.
  *
@@ -51,8 +51,8 @@ SEBP_API sebp_status sebp_sequences_from_mask(const uint8_t *mask, int64_t count
                                               int64_t sequence_length, sebp_sequences **sequences);
 
 /** Texts that lie end to end, by their cumulative lengths, as flash-attention has them in cu_seqlens:
- * text s has the rows offsets[s] to offsets[s + 1] - 1. offsets: count + 1, the first 0, none below
- * the one before. */
+ * text s has the rows offsets[s] to offsets[s + 1] - 1. offsets: count + 1, never NULL, the first 0,
+ * none below the one before. */
 SEBP_API sebp_status sebp_sequences_from_offsets(const int64_t *offsets, int64_t count,
                                                  sebp_sequences **sequences);
 
@@ -77,7 +77,7 @@ SEBP_API int64_t sebp_sequences_max_length(const sebp_sequences *sequences);
 SEBP_API const int64_t *sebp_sequences_firsts(const sebp_sequences *sequences);
 
 /** Their cumulative lengths: one more than there are texts, the first 0, the last the number of
- * active rows. The texts would lie there end to end. NULL for NULL. */
+ * active rows: where the texts would begin if they lay end to end. NULL for NULL. */
 SEBP_API const int64_t *sebp_sequences_offsets(const sebp_sequences *sequences);
 
 /**

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .torch.trainer import SebpCallback
 
 # Not in __all__: a star import is not to put its own torch in the place of PyTorch.
-_MODULES = ("core", "sparse", "torch")
+_MODULES = ("attention", "core", "sparse", "torch")
 _OF_TORCH = (
     "PaddingFreeReport",
     "Profile",

@@ -104,7 +104,7 @@ def test_numpy_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["core", "sparse", "torch"])
+@pytest.mark.parametrize("name", ["attention", "core", "sparse", "torch"])
 def test_modules_need_no_import(name):
     """The modules that the package's documentation names come with it, each on its own."""
     if name == "torch":
@@ -143,7 +143,7 @@ def can_be_had(name):
     except ImportError:
         return False
     return True
-public = [*sebp.__all__, "core", "sparse", "torch"]
+public = [*sebp.__all__, "attention", "core", "sparse", "torch"]
 had = {{name for name in public if can_be_had(name)}}
 assert len(public) - len(had) == {missing}, had
 assert set(dir(sebp)) == had, had ^ set(dir(sebp))
