@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from sebp import Context, SebpError
-from sebp._library import load
 from sebp._structs import (
     BF16,
     F32,
@@ -68,9 +67,7 @@ def norms(context: Context, rows: int, cols: int, dtype: torch.dtype) -> None:
     else:
         want = functional.layer_norm(total, (cols,), gain, shift, 1e-5).to(dtype)
     want.backward(dy)
-    options = NormOptions(
-        ctypes.sizeof(NormOptions), norm=rms, epsilon=1e-5, gain_offset=offset
-    )
+    options = NormOptions(ctypes.sizeof(NormOptions), norm=rms, epsilon=1e-5, gain_offset=offset)
     h, y, dh = (torch.empty(rows, cols, dtype=dtype) for _ in range(3))
     statistics, dgain, dshift = (
         torch.empty(rows, 2),
@@ -78,34 +75,30 @@ def norms(context: Context, rows: int, cols: int, dtype: torch.dtype) -> None:
         torch.empty(cols),
     )
     added = None if rms else shift
-    context.check(
-        load().sebp_norm_forward(
-            context._handle,
-            view(x),
-            view(residual),
-            view(gain),
-            view(added),
-            None,
-            options,
-            view(h),
-            view(y),
-            view(statistics),
-        )
+    context.call(
+        "sebp_norm_forward",
+        view(x),
+        view(residual),
+        view(gain),
+        view(added),
+        None,
+        options,
+        view(h),
+        view(y),
+        view(statistics),
     )
-    context.check(
-        load().sebp_norm_backward(
-            context._handle,
-            view(dy),
-            view(h),
-            view(statistics),
-            view(gain),
-            None,
-            options,
-            view(dh),
-            None,
-            view(dgain),
-            view(dshift),
-        )
+    context.call(
+        "sebp_norm_backward",
+        view(dy),
+        view(h),
+        view(statistics),
+        view(gain),
+        None,
+        options,
+        view(dh),
+        None,
+        view(dgain),
+        view(dshift),
     )
     near = NEAR[dtype]
     compare("y", y, want, near)
@@ -131,23 +124,17 @@ def activations(context: Context, rows: int, cols: int, dtype: torch.dtype) -> N
     options = ActivationOptions(ctypes.sizeof(ActivationOptions))
     y, dx, dup = (torch.empty(rows, cols, dtype=dtype) for _ in range(3))
     second = view(up) if gated else None
-    context.check(
-        load().sebp_activation_forward(
-            context._handle, kind, view(x), second, None, options, view(y)
-        )
-    )
-    context.check(
-        load().sebp_activation_backward(
-            context._handle,
-            kind,
-            view(dy),
-            view(x),
-            second,
-            None,
-            options,
-            view(dx),
-            view(dup) if gated else None,
-        )
+    context.call("sebp_activation_forward", kind, view(x), second, None, options, view(y))
+    context.call(
+        "sebp_activation_backward",
+        kind,
+        view(dy),
+        view(x),
+        second,
+        None,
+        options,
+        view(dx),
+        view(dup) if gated else None,
     )
     compare("y", y, want, NEAR[dtype])
     compare("dx", dx, x.grad, NEAR[dtype])
@@ -155,9 +142,7 @@ def activations(context: Context, rows: int, cols: int, dtype: torch.dtype) -> N
         compare("dup", dup, up.grad, NEAR[dtype])
 
 
-def llama_frequencies(
-    dims: int, base: float, factor: float, length: float
-) -> torch.Tensor:
+def llama_frequencies(dims: int, base: float, factor: float, length: float) -> torch.Tensor:
     """Llama 3's frequencies, as transformers' ``_compute_llama3_parameters`` has them."""
     frequencies = 1.0 / (base ** (torch.arange(0, dims, 2).double() / dims))
     waves = 2 * torch.pi / frequencies
@@ -181,43 +166,31 @@ def rotary(context: Context, rows: int, cols: int, dtype: torch.dtype) -> None:
     turned = x.float().view(rows, heads, size)[..., :dims]
     if pairs:
         cos, sin = (
-            f(angles).repeat_interleave(2, -1)[:, None].float()
-            for f in (torch.cos, torch.sin)
+            f(angles).repeat_interleave(2, -1)[:, None].float() for f in (torch.cos, torch.sin)
         )
         other = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
     else:
         cos, sin = (
-            f(torch.cat((angles, angles), -1))[:, None].float()
-            for f in (torch.cos, torch.sin)
+            f(torch.cat((angles, angles), -1))[:, None].float() for f in (torch.cos, torch.sin)
         )
         other = torch.cat((-turned[..., dims // 2 :], turned[..., : dims // 2]), -1)
     rest = x.float().view(rows, heads, size)[..., dims:]
-    want = (
-        torch.cat((turned * cos + other * sin, rest), -1)
-        .view(rows, heads * size)
-        .to(dtype)
-    )
+    want = torch.cat((turned * cos + other * sin, rest), -1).view(rows, heads * size).to(dtype)
     want.backward(dy)
     options = RotaryOptions(
         ctypes.sizeof(RotaryOptions), size, pairs, 0, 500000.0, 8.0, 1.0, 4.0, 8192.0
     )
     table, y, dx = torch.empty(3000, dims), torch.empty_like(dy), torch.empty_like(dy)
-    handle = context._handle
-    context.check(load().sebp_rotary_table(handle, options, view(table)))
-    for call, given, result in (
-        (load().sebp_rotary_forward, x, y),
-        (load().sebp_rotary_backward, dy, dx),
-    ):
-        context.check(
-            call(
-                handle,
-                view(given),
-                positions.data_ptr(),
-                view(table),
-                None,
-                options,
-                view(result),
-            )
+    context.call("sebp_rotary_table", options, view(table))
+    for function, given, result in (("forward", x, y), ("backward", dy, dx)):
+        context.call(
+            f"sebp_rotary_{function}",
+            view(given),
+            positions.data_ptr(),
+            view(table),
+            None,
+            options,
+            view(result),
         )
     compare("y", y, want, NEAR[dtype])
     compare("dx", dx, x.grad, NEAR[dtype])
@@ -236,15 +209,13 @@ def cross_entropy(context: Context, rows: int, cols: int, dtype: torch.dtype) ->
     want = functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
     want.backward()
     loss, dlogits = ctypes.c_double(), torch.empty(rows, cols, dtype=dtype)
-    context.check(
-        load().sebp_cross_entropy(
-            context._handle,
-            view(logits),
-            labels.data_ptr(),
-            entropy_options(smoothing),
-            ctypes.byref(loss),
-            view(dlogits),
-        )
+    context.call(
+        "sebp_cross_entropy",
+        view(logits),
+        labels.data_ptr(),
+        entropy_options(smoothing),
+        ctypes.byref(loss),
+        view(dlogits),
     )
     assert abs(loss.value - want.item()) <= 1e-5 * (1 + want.item()), "loss"
     compare("dlogits", dlogits, logits.grad, NEAR[dtype] / 10)
@@ -265,19 +236,17 @@ def head(context: Context, rows: int, cols: int, dtype: torch.dtype) -> None:
         torch.empty(classes, cols),
         torch.empty(classes),
     )
-    context.check(
-        load().sebp_linear_cross_entropy(
-            context._handle,
-            view(hidden),
-            view(weight),
-            view(bias),
-            labels.data_ptr(),
-            entropy_options(smoothing),
-            ctypes.byref(loss),
-            view(dhidden),
-            view(dweight),
-            view(dbias),
-        )
+    context.call(
+        "sebp_linear_cross_entropy",
+        view(hidden),
+        view(weight),
+        view(bias),
+        labels.data_ptr(),
+        entropy_options(smoothing),
+        ctypes.byref(loss),
+        view(dhidden),
+        view(dweight),
+        view(dbias),
     )
     assert abs(loss.value - want.item()) <= 1e-4 * (1 + want.item()), "loss"
     near = NEAR[dtype] * (1 if dtype == torch.bfloat16 else 10)
@@ -304,20 +273,9 @@ def embeddings(context: Context, rows: int, cols: int, dtype: torch.dtype) -> No
     structs = (EmbeddingStruct * 3)(
         *((view(t), i.data_ptr()) for t, i in zip(tables, indices, strict=True))
     )
-    context.check(
-        load().sebp_embedding_forward(
-            context._handle, structs, 3, None, options, view(y)
-        )
-    )
-    context.check(
-        load().sebp_embedding_backward(
-            context._handle,
-            view(dy),
-            indices[0].data_ptr(),
-            None,
-            options,
-            view(dtable),
-        )
+    context.call("sebp_embedding_forward", structs, 3, None, options, view(y))
+    context.call(
+        "sebp_embedding_backward", view(dy), indices[0].data_ptr(), None, options, view(dtable)
     )
     compare("y", y, want, NEAR[dtype])
     if (indices[0] != 0).any():
@@ -336,12 +294,10 @@ def clipping(context: Context, rows: int, cols: int, dtype: torch.dtype) -> None
         (Matrix * 2)(*(view(gradient) for gradient in ours)),
         ctypes.c_double(),
     )
-    context.check(
-        load().sebp_gradient_norm(context._handle, views, 2, ctypes.byref(norm))
-    )
+    context.call("sebp_gradient_norm", views, 2, ctypes.byref(norm))
     assert abs(norm.value - want.item()) <= 1e-5 * want.item(), "norm"
     if norm.value > 0.5:
-        context.check(load().sebp_scale(context._handle, views, 2, 0.5 / norm.value))
+        context.call("sebp_scale", views, 2, 0.5 / norm.value)
     for parameter, gradient in zip(theirs, ours, strict=True):
         compare("clipped", gradient, parameter.grad, 1e-5)
 
