@@ -5,6 +5,7 @@
  */
 #include <float.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -486,6 +487,13 @@ static void check_all(problem *p, sebp_context *context)
         check_output(p, &p->want_dbias, &p->dbias, NULL, "dbias");
 }
 
+/* Whether there is another round: of `rounds`, scaled, but no fewer than it takes to look at `min`
+ * numbers, so that few rounds are no test of nothing. */
+static bool goes_on(int round, int rounds, int64_t looked, int64_t min)
+{
+    return round < testing_rounds(rounds) || (round < rounds && looked <= min);
+}
+
 static sebp_context *any_context(void)
 {
     return testing_context(SEBP_GEMM_NATIVE, (int)testing_between(1, 4),
@@ -495,7 +503,7 @@ static sebp_context *any_context(void)
 START_TEST(short_texts)
 {
     compared = 0;
-    for (int round = 0; round < testing_rounds(300); round++) {
+    for (int round = 0; goes_on(round, 300, compared, 1000); round++) {
         sebp_context *context = any_context();
         problem p = make_problem(60, testing_chance(0.2) ? 80 : 20);
         check_all(&p, context);
@@ -510,7 +518,7 @@ END_TEST
 START_TEST(long_texts)
 {
     compared = 0;
-    for (int round = 0; round < testing_rounds(12); round++) {
+    for (int round = 0; goes_on(round, 12, compared, 1000); round++) {
         sebp_context *context = any_context();
         problem p = make_problem(600, testing_chance(0.2) ? 140 : 24);
         check_all(&p, context);
@@ -566,7 +574,7 @@ END_TEST
 START_TEST(reference_gradients_are_derivatives)
 {
     int64_t looked = 0;
-    for (int round = 0; round < testing_rounds(60); round++) {
+    for (int round = 0; goes_on(round, 60, looked, 100); round++) {
         problem p = make_problem(12, 6);
         /* Out is linear in V, so that nothing is lost by taking it from the forward. */
         reference_forward(&p);
