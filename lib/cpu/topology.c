@@ -79,7 +79,7 @@ static void widen_to_places(cpu_boundary *boundary)
 
 #else
 
-static void widen_to_places(boundary *boundary)
+static void widen_to_places(cpu_boundary *boundary)
 {
     (void)boundary;
 }
@@ -96,7 +96,7 @@ static void read_boundary(cpu_boundary *boundary)
 
 #else
 
-static void read_boundary(boundary *boundary)
+static void read_boundary(cpu_boundary *boundary)
 {
     boundary->max = 0;
 }
@@ -264,7 +264,7 @@ static double read_cpu_quota(void)
     return 0;
 }
 
-static void read_from_system(const boundary *boundary, sebp_topology *topology)
+static void read_from_system(const cpu_boundary *boundary, sebp_topology *topology)
 {
     (void)boundary;
     topology->logical_cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
