@@ -220,9 +220,10 @@ void sebp_check_finite(sebp_call *call, const char *name, const sebp_matrix *vie
 void sebp_check_host_memory(sebp_call *call)
 {
     if (!call->backend->uses_host_memory) {
-        sebp_call_fail(call, SEBP_ERROR_UNSUPPORTED,
-                       "works on the host's memory alone, not on that of device %s",
-                       call->backend->name);
+        sebp_call_fail(
+            call, SEBP_ERROR_UNSUPPORTED,
+            "needs its arguments in host memory, but the context's device, %s, has its own",
+            call->backend->name);
     }
 }
 

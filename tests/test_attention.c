@@ -500,32 +500,31 @@ static sebp_context *any_context(void)
                            testing_chance(0.5) ? 0 : (int64_t)1 << 20);
 }
 
-START_TEST(short_texts)
+/* Random problems of up to max_rows rows and heads of up to max_size columns, one in five of up to
+ * large_size, against the reference. */
+static void check_problems(int rounds, int64_t max_rows, int64_t max_size, int64_t large_size)
 {
     compared = 0;
-    for (int round = 0; goes_on(round, 300, compared, 1000); round++) {
+    for (int round = 0; goes_on(round, rounds, compared, 1000); round++) {
         sebp_context *context = any_context();
-        problem p = make_problem(60, testing_chance(0.2) ? 80 : 20);
+        problem p = make_problem(max_rows, testing_chance(0.2) ? large_size : max_size);
         check_all(&p, context);
         free_problem(&p);
         sebp_context_destroy(context);
     }
     ck_assert_int_gt(compared, 1000);
 }
+
+START_TEST(short_texts)
+{
+    check_problems(300, 60, 20, 80);
+}
 END_TEST
 
 /* Long enough for several blocks of queries and keys. */
 START_TEST(long_texts)
 {
-    compared = 0;
-    for (int round = 0; goes_on(round, 12, compared, 1000); round++) {
-        sebp_context *context = any_context();
-        problem p = make_problem(600, testing_chance(0.2) ? 140 : 24);
-        check_all(&p, context);
-        free_problem(&p);
-        sebp_context_destroy(context);
-    }
-    ck_assert_int_gt(compared, 1000);
+    check_problems(12, 600, 24, 140);
 }
 END_TEST
 

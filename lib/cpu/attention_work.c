@@ -34,11 +34,9 @@ sebp_attention_job sebp_attention_begin(const sebp_cpu *cpu, const sebp_attentio
         .max_q = sebp_sequences_max_length(of_q),
         .max_k = sebp_sequences_max_length(of_k),
         .is_bf16 = attention->q->dtype == SEBP_BF16,
-        .dropout = {.seed = attention->seed, .offset = attention->offset},
+        .dropout = sebp_dropout_of(attention->dropout, attention->seed, attention->offset),
     };
     if (attention->dropout > 0) {
-        job.dropout.p = (float)attention->dropout;
-        job.dropout.scale = (float)(1 / (1 - attention->dropout));
         /* A sliver may begin in one group and end in the next. */
         job.dropout_stride =
             SEBP_RANDOM_GROUP % job.lanes == 0 ? SEBP_RANDOM_GROUP : 2 * SEBP_RANDOM_GROUP;

@@ -12,6 +12,7 @@
 #define SEBP_CPU_ATTENTION_WORK_H
 
 #include "operations.h"
+#include "row_work.h"
 
 /** An attention being worked on: what is the same for every item. */
 typedef struct sebp_attention_job {

@@ -17,7 +17,7 @@ typedef struct entropy_job {
 static double logit(const sebp_cpu *cpu, const sebp_matrix *logits, int64_t row, int64_t col)
 {
     float value;
-    sebp_cpu_widen(cpu, &value, sebp_element(logits, row, col), logits->dtype, 1);
+    sebp_cpu_widen(cpu->kernels, &value, sebp_element(logits, row, col), logits->dtype, 1);
     return (double)value;
 }
 
@@ -99,7 +99,8 @@ static void write_gradient(const entropy_job *job, int64_t i, int64_t label)
         /* Once more by itself, so that it is rounded once. */
         double p = exp(state->label - state->max) / state->exp_sum;
         float value = (float)(work->scale * (p - (1 - work->smoothing)) - shift);
-        sebp_cpu_narrow(job->cpu, sebp_element(dlogits, i, col), &value, dlogits->dtype, 1);
+        sebp_cpu_narrow(job->cpu->kernels, sebp_element(dlogits, i, col), &value, dlogits->dtype,
+                        1);
     }
 }
 

@@ -124,6 +124,8 @@ void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)
     if (bytes > cpu->workspace_bytes)
         return NULL;
     if (bytes > cpu->scratch_bytes || cpu->scratch == NULL) {
+        if (cpu->scratch_is_settled)
+            return NULL; /* a method that runs has something there */
         bytes =
             sebp_min(sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT), cpu->workspace_bytes);
         free(cpu->scratch); /* before the new memory is allocated, so that the two never add up */

@@ -69,7 +69,7 @@ static void sum_part(void *data, int64_t part)
             next.cols = end - first;
             sebp_fetch_row(&next, sums->rows[sums->start[g + 1]]);
         }
-        sebp_cpu_sum_listed(job->cpu,
+        sebp_cpu_sum_listed(job->cpu->kernels,
                             &(sebp_row_sum){.from = sebp_element(sums->from, 0, first),
                                             .from_dtype = sums->from->dtype,
                                             .stride = sums->from->stride,

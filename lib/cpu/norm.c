@@ -18,14 +18,6 @@ enum {
     COLUMN_PART = 64 /* columns of sums that one thread adds up, at least */
 };
 
-static sebp_dropout dropout_of(const sebp_norm_options *options)
-{
-    return (sebp_dropout){.seed = options->seed,
-                          .offset = options->offset,
-                          .p = (float)options->dropout,
-                          .scale = (float)(1 / (1 - options->dropout))};
-}
-
 /* Whether a row vector must be made anew: in f32, plus `offset`. */
 static bool is_made(const sebp_matrix *vector, double offset)
 {
@@ -39,7 +31,7 @@ static const float *f32_vector(const sebp_cpu *cpu, const sebp_matrix *vector, d
     if (!is_made(vector, offset)) {
         return vector != NULL ? vector->data : NULL;
     }
-    sebp_cpu_widen(cpu, room, vector->data, vector->dtype, vector->cols);
+    sebp_cpu_widen(cpu->kernels, room, vector->data, vector->dtype, vector->cols);
     for (int64_t j = 0; j < vector->cols && offset != 0; j++) {
         room[j] = (float)(room[j] + offset);
     }
@@ -122,7 +114,8 @@ sebp_status sebp_cpu_norm_forward(void *device, const sebp_norm_work *work)
                        .work = work,
                        .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
                        .shift = f32_vector(cpu, work->shift, 0, room + gains),
-                       .dropout = dropout_of(work->options),
+                       .dropout = sebp_dropout_of(work->options->dropout, work->options->seed,
+                                                  work->options->offset),
                        .pieces = sebp_cpu_pieces(cpu, work->list.count, n)};
     sebp_cpu_parallel(cpu, job.pieces, forward_piece, &job);
     return SEBP_SUCCESS;
@@ -188,14 +181,15 @@ static void sum_blocks(const backward_job *job, const float *sums, int64_t first
                        const sebp_matrix *to, sebp_write write)
 {
     if (to != NULL) {
-        sebp_cpu_sum_listed(job->cpu, &(sebp_row_sum){.from = sums + first,
-                                                      .from_dtype = SEBP_F32,
-                                                      .stride = to->cols,
-                                                      .count = job->blocks,
-                                                      .n = cols,
-                                                      .to = sebp_element(to, 0, first),
-                                                      .to_dtype = to->dtype,
-                                                      .accumulate = write == SEBP_ACCUMULATE});
+        sebp_cpu_sum_listed(job->cpu->kernels,
+                            &(sebp_row_sum){.from = sums + first,
+                                            .from_dtype = SEBP_F32,
+                                            .stride = to->cols,
+                                            .count = job->blocks,
+                                            .n = cols,
+                                            .to = sebp_element(to, 0, first),
+                                            .to_dtype = to->dtype,
+                                            .accumulate = write == SEBP_ACCUMULATE});
     }
 }
 
@@ -244,7 +238,8 @@ sebp_status sebp_cpu_norm_backward(void *device, const sebp_norm_back_work *work
     backward_job job = {.cpu = cpu,
                         .work = work,
                         .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
-                        .dropout = dropout_of(work->options),
+                        .dropout = sebp_dropout_of(work->options->dropout, work->options->seed,
+                                                   work->options->offset),
                         .blocks = blocks};
     job.dgain = work->dgain != NULL ? room + gains : NULL;
     job.dshift = work->dshift != NULL ? room + gains + (wanted - 1) * blocks * n : NULL;

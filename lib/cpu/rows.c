@@ -8,16 +8,15 @@
 #endif
 
 #include <math.h>
-#include <string.h>
 
 #include "operations.h"
+#include "row_work.h"
 
 enum {
     LINE_BYTES = 64,
     SCAN_BLOCK_BYTES = 64 << 10, /* of dY, to one block of rows */
     SCAN_BLOCK_ROWS = 16, /* at least, so that threads do not write to the same lines of scores */
-    ZERO_PIECE_BYTES = 128 << 10, /* worth a thread of its own */
-    SUM_COLS = 512                /* sums held at a time: 2 KiB */
+    ZERO_PIECE_BYTES = 128 << 10 /* worth a thread of its own */
 };
 
 /* ---- finding rows ---- */
@@ -179,42 +178,22 @@ typedef struct column_sums {
     int64_t piece_cols;
 } column_sums;
 
-/* The sums are made in f32 beside `to`, so that a bf16 result is rounded once. */
-static void sum_chunk(const column_sums *sums, int64_t first, int64_t cols)
-{
-    const sebp_kernels *kernels = sums->kernels;
-    const sebp_matrix *from = sums->from;
-    float sum[SUM_COLS] = {0}, held[SUM_COLS];
-    /* Without rows `from` may have no data, and any stride. */
-    if (sums->count > 0 && from->dtype == SEBP_F32) {
-        kernels->add_rows_f32(sum, (const float *)from->data + first, from->stride, sums->rows,
-                              sums->count, cols);
-    } else if (sums->count > 0) {
-        kernels->add_rows_bf16(sum, (const uint16_t *)from->data + first, from->stride, sums->rows,
-                               sums->count, cols);
-    }
-    void *to = (char *)sums->to->data + first * (int64_t)sebp_dtype_bytes(sums->to->dtype);
-    if (sums->accumulate) {
-        if (sums->to->dtype == SEBP_F32)
-            memcpy(held, to, (size_t)cols * sizeof *held);
-        else
-            kernels->f32_from_bf16(held, to, cols);
-        for (int64_t j = 0; j < cols; j++)
-            sum[j] += held[j];
-    }
-    if (sums->to->dtype == SEBP_F32)
-        memcpy(to, sum, (size_t)cols * sizeof *sum);
-    else
-        kernels->bf16_from_f32(to, sum, cols);
-}
-
 static void sum_piece(void *work, int64_t piece)
 {
     const column_sums *sums = work;
+    const sebp_matrix *from = sums->from, *to = sums->to;
     int64_t first = piece * sums->piece_cols;
-    int64_t end = sebp_min(first + sums->piece_cols, sums->to->cols);
-    for (; first < end; first += SUM_COLS)
-        sum_chunk(sums, first, sebp_min(SUM_COLS, end - first));
+    /* Without rows `from` may have no data, and any stride. */
+    sebp_row_sum sum = {.from = sums->count > 0 ? sebp_element(from, 0, first) : NULL,
+                        .from_dtype = from->dtype,
+                        .stride = from->stride,
+                        .rows = sums->rows,
+                        .count = sums->count,
+                        .n = sebp_min(sums->piece_cols, to->cols - first),
+                        .to = sebp_element(to, 0, first),
+                        .to_dtype = to->dtype,
+                        .accumulate = sums->accumulate};
+    sebp_cpu_sum_listed(sums->kernels, &sum);
 }
 
 /* Each column is summed by one thread in the order of its rows, so the bits do not depend on the
@@ -255,12 +234,9 @@ static void widen_piece(void *work, int64_t piece)
     const sebp_matrix *from = widening->from, *to = widening->to;
     int64_t end = widening->count * (piece + 1) / widening->pieces;
     for (int64_t i = widening->count * piece / widening->pieces; i < end; i++) {
-        int64_t at = (widening->rows != NULL ? widening->rows[i] : i) * from->stride;
-        float *row = (float *)to->data + i * to->stride;
-        if (from->dtype == SEBP_F32)
-            memcpy(row, (const float *)from->data + at, (size_t)to->cols * sizeof *row);
-        else
-            widening->kernels->f32_from_bf16(row, (const uint16_t *)from->data + at, to->cols);
+        int64_t at = widening->rows != NULL ? widening->rows[i] : i;
+        sebp_cpu_widen(widening->kernels, sebp_element(to, i, 0), sebp_element(from, at, 0),
+                       from->dtype, to->cols);
     }
 }
 
