@@ -487,13 +487,6 @@ static void check_all(problem *p, sebp_context *context)
         check_output(p, &p->want_dbias, &p->dbias, NULL, "dbias");
 }
 
-/* Whether there is another round: of `rounds`, scaled, but no fewer than it takes to look at `min`
- * numbers, so that few rounds are no test of nothing. */
-static bool goes_on(int round, int rounds, int64_t looked, int64_t min)
-{
-    return round < testing_rounds(rounds) || (round < rounds && looked <= min);
-}
-
 static sebp_context *any_context(void)
 {
     return testing_context(SEBP_GEMM_NATIVE, (int)testing_between(1, 4),
@@ -505,7 +498,7 @@ static sebp_context *any_context(void)
 static void check_problems(int rounds, int64_t max_rows, int64_t max_size, int64_t large_size)
 {
     compared = 0;
-    for (int round = 0; goes_on(round, rounds, compared, 1000); round++) {
+    for (int round = 0; testing_goes_on(round, rounds, compared, 1000); round++) {
         sebp_context *context = any_context();
         problem p = make_problem(max_rows, testing_chance(0.2) ? large_size : max_size);
         check_all(&p, context);
@@ -573,7 +566,7 @@ END_TEST
 START_TEST(reference_gradients_are_derivatives)
 {
     int64_t looked = 0;
-    for (int round = 0; goes_on(round, 60, looked, 100); round++) {
+    for (int round = 0; testing_goes_on(round, 60, looked, 100); round++) {
         problem p = make_problem(12, 6);
         /* Out is linear in V, so that nothing is lost by taking it from the forward. */
         reference_forward(&p);

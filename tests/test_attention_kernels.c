@@ -200,9 +200,10 @@ static const double CLOSE = 4e-6; /* tanh's 2^-22 of 1.5, and a few ulp of exp *
 
 START_TEST(softmax)
 {
-    int64_t hidden = 0, seen = 0;
     for (int t = 0; tier(t) != NULL; t++) {
-        for (int round = testing_rounds(300); round > 0; round--) {
+        int64_t hidden = 0, seen = 0;
+        for (int round = 0; testing_goes_on(round, 300, hidden < seen ? hidden : seen, 0);
+             round++) {
             const sebp_kernels *kernels = tier(t);
             const int64_t lanes = kernels->tile_cols;
             block b = make_block(lanes);
@@ -242,16 +243,16 @@ START_TEST(softmax)
             testing_free(factor);
             free_block(&b);
         }
+        check(hidden > 0 && seen > 0);
     }
-    check(hidden > 0 && seen > 0);
 }
 END_TEST
 
 START_TEST(softmax_gradient)
 {
-    int64_t nonzero = 0;
     for (int t = 0; tier(t) != NULL; t++) {
-        for (int round = testing_rounds(300); round > 0; round--) {
+        int64_t nonzero = 0;
+        for (int round = 0; testing_goes_on(round, 300, nonzero, 1000); round++) {
             const sebp_kernels *kernels = tier(t);
             const int64_t lanes = kernels->tile_cols;
             block b = make_block(lanes);
@@ -281,8 +282,8 @@ START_TEST(softmax_gradient)
             testing_free(gradient);
             free_block(&b);
         }
+        check(nonzero > 1000);
     }
-    check(nonzero > 1000);
 }
 END_TEST
 

@@ -138,6 +138,11 @@ int testing_rounds(int rounds)
     return scaled < 1 ? 1 : (int)scaled;
 }
 
+bool testing_goes_on(int round, int rounds, int64_t looked, int64_t min)
+{
+    return round < testing_rounds(rounds) || (round < rounds && looked <= min);
+}
+
 int testing_environment(const char *name)
 {
     const char *text = getenv(name);

@@ -17,6 +17,7 @@
 #ifndef SEBP_TESTS_TESTING_H
 #define SEBP_TESTS_TESTING_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -40,6 +41,10 @@ void testing_skip(const char *name, const char *why);
 
 /** `rounds` scaled by SEBP_TEST_ROUNDS, at least 1. */
 int testing_rounds(int rounds);
+
+/** Whether there is another round: of `rounds`, scaled, but no fewer than it takes to see more than
+ * `min` of what is `looked` at, so that few rounds are no test of nothing. */
+bool testing_goes_on(int round, int rounds, int64_t looked, int64_t min);
 
 /** Whether an environment variable is set and not empty. */
 int testing_environment(const char *name);
