@@ -37,8 +37,9 @@ static double apart(const float *a, const float *b, int64_t count)
 {
     double difference = 0.0, largest = 0.0;
     for (int64_t i = 0; i < count; i++) {
-        difference = fmax(difference, fabs((double)a[i] - (double)b[i]));
-        largest = fmax(largest, fabs((double)a[i]));
+        double of_both = fabs((double)a[i] - (double)b[i]), of_a = fabs((double)a[i]);
+        difference = of_both > difference ? of_both : difference;
+        largest = of_a > largest ? of_a : largest;
     }
     return difference / largest;
 }

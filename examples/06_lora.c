@@ -115,7 +115,8 @@ int main(void)
     check(context, sebp_linear_forward(context, &xv, &wv, NULL, rows, NULL, &yv));
     double apart = 0.0;
     for (int i = 0; i < M * N; i++) {
-        apart = fmax(apart, fabs((double)y[i] - (double)target[i]));
+        double difference = fabs((double)y[i] - (double)target[i]);
+        apart = difference > apart ? difference : apart;
     }
     printf("merged: largest difference of Y %.1e\n", apart);
     sebp_rows_destroy(rows);
