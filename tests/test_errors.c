@@ -25,6 +25,7 @@
 static struct call {
     sebp_context *context;
     sebp_matrix dy_view, x_view, w_view, bias_view, dx_view, dw_view, db_view, y_view;
+    sebp_matrix in_view, out_view; /* of epilogues: Z or a residual, and f(Y) */
     const sebp_matrix *dy, *x, *w, *bias, *dx, *dw, *db, *y;
     const sebp_rows *rows;
     sebp_linear_options options;
@@ -76,6 +77,8 @@ static void reset(void)
     call.dw_view = outputs[1];
     call.db_view = outputs[2];
     call.y_view = outputs[3];
+    call.in_view = inputs[0];
+    call.out_view = outputs[0];
     call.dy = &call.dy_view;
     call.x = &call.x_view;
     call.w = &call.w_view;
@@ -185,7 +188,8 @@ END_TEST
 START_TEST(backward_options)
 {
     BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 0);
-    BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes -= 1);
+    BACKWARD(SEBP_ERROR_SIZE, "size_bytes",
+             call.options.size_bytes = offsetof(sebp_linear_options, db_write));
     BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 4097);
     BACKWARD(SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)2);
     BACKWARD(SEBP_ERROR_VALUE, "dx_write", call.options.dx_write = (sebp_write)2);
@@ -340,6 +344,51 @@ START_TEST(forward_rest)
     FORWARD(SEBP_ERROR_ALIAS, "y", call.y_view.data = call.w_view.data);
     FORWARD(SEBP_ERROR_ALIAS, "y", call.bias_view.data = call.y_view.data);
     FORWARD(SEBP_ERROR_ALIAS, "y", call.bias_view.data = last_element(&call.y_view));
+}
+END_TEST
+
+#define RESIDUAL(status, word, change)                                                             \
+    FORWARD(status, "options->residual" word, (call.options.residual = &call.in_view, change))
+
+#define ACTIVATED(status, word, change)                                                            \
+    FORWARD(status, "options->activated" word, (call.options.activated = &call.out_view, change))
+
+#define BEFORE(status, word, change)                                                               \
+    BACKWARD(status, "options->before" word, (call.options.before = &call.in_view, change))
+
+START_TEST(epilogues)
+{
+    EACH_BAD_VIEW(RESIDUAL, in_view, "");
+    EACH_BAD_VIEW(ACTIVATED, out_view, "");
+    EACH_BAD_VIEW(BEFORE, in_view, "");
+    RESIDUAL(SEBP_ERROR_DTYPE, "", call.in_view.dtype = SEBP_BF16);
+    RESIDUAL(SEBP_ERROR_SHAPE, "", call.in_view.cols--);
+    RESIDUAL(SEBP_ERROR_SHAPE, "", call.in_view.rows--);
+    ACTIVATED(SEBP_ERROR_DTYPE, "", call.out_view.dtype = SEBP_BF16);
+    ACTIVATED(SEBP_ERROR_SHAPE, "", call.out_view.cols--);
+    BEFORE(SEBP_ERROR_DTYPE, "", call.in_view.dtype = SEBP_BF16);
+    BEFORE(SEBP_ERROR_SHAPE, "", call.in_view.rows--);
+    BEFORE(SEBP_ERROR_VALUE, " needs", call.dx = NULL);
+    BEFORE(SEBP_ERROR_VALUE, " needs", call.options.dx_write = SEBP_ACCUMULATE);
+    FORWARD(SEBP_ERROR_VALUE, "activation",
+            (call.options.activated = &call.out_view, call.options.activation = 4));
+    BACKWARD(SEBP_ERROR_VALUE, "activation",
+             (call.options.before = &call.in_view, call.options.activation = 4));
+    /* Of the other direction. */
+    FORWARD(SEBP_ERROR_VALUE, "before", call.options.before = &call.in_view);
+    BACKWARD(SEBP_ERROR_VALUE, "residual", call.options.residual = &call.in_view);
+    BACKWARD(SEBP_ERROR_VALUE, "activated", call.options.activated = &call.in_view);
+    /* A residual may be Y, and f(Y) may be either, but not a part of it, nor another's. */
+    FORWARD(SEBP_ERROR_ALIAS, "y",
+            (call.options.residual = &call.in_view, call.in_view = call.y_view,
+             call.in_view.data = (float *)call.in_view.data + 1));
+    FORWARD(SEBP_ERROR_ALIAS, "options->activated",
+            (call.options.activated = &call.out_view, call.out_view.data = call.x_view.data));
+    FORWARD(SEBP_ERROR_ALIAS, "options->activated",
+            (call.options.activated = &call.out_view, call.out_view = call.y_view,
+             call.out_view.data = (float *)call.out_view.data + 1));
+    BACKWARD(SEBP_ERROR_ALIAS, "dx",
+             (call.options.before = &call.in_view, call.in_view = call.dx_view));
 }
 END_TEST
 
@@ -705,6 +754,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, columns_side_by_side);
     tcase_add_test(tests, forward_views);
     tcase_add_test(tests, forward_rest);
+    tcase_add_test(tests, epilogues);
     tcase_add_test(tests, order_of_checks);
     tcase_add_test(tests, legal_calls);
     tcase_add_test(tests, matrix_check);
