@@ -80,7 +80,8 @@ KERNEL(void, scale_bf16, (uint16_t * data, int64_t n, float factor))
 KERNEL(void, dropout_scales,
        (float *scales, int64_t groups, const sebp_dropout *dropout, uint64_t group))
 
-/* attention.c: `max`, `sum`, `factor`, `lse`, `delta` have a number for each of tile_cols lanes. */
+/* attention.c: `max`, `sum`, `factor`, `lse`, `delta` have a number for each of `lanes`, which are
+ * shape_f32.cols. */
 
 /* Scores become exp(score - the new max), then dropped out. max and sum (before dropout) grow by the
  * block; factor is what sums over exp(score - the old max) are to be multiplied by. max starts at
@@ -91,10 +92,10 @@ KERNEL(void, scores_softmax, (const sebp_scores *work, float *max, float *sum, f
 KERNEL(void, scores_gradient,
        (const sebp_scores *work, float *gradient, const float *lse, const float *delta,
         bool of_bias))
-/* block (rows x tile_cols) *= factors, lane by lane */
+/* block (rows x lanes) *= factors, lane by lane */
 KERNEL(void, scale_lanes, (float *block, int64_t rows, const float *factors))
-/* to (rows x cols, rows <= tile_cols) = the transpose of block (cols x tile_cols), lane i, which is
- * row i, multiplied by factors[i]; of these as many are read as tile_cols. */
+/* to (rows x cols, rows <= lanes) = the transpose of block (cols x lanes), lane i, which is row i,
+ * multiplied by factors[i]; of these as many are read as there are lanes. */
 KERNEL(void, store_lanes,
        (void *to, bool is_bf16, int64_t stride, int64_t rows, int64_t cols, const float *block,
         int64_t block_stride, const float *factors))

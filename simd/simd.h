@@ -37,9 +37,10 @@ typedef struct sebp_slab {
  * Writes `lanes` x `depth` elements, from lane `lane` and depth `at` on, as slivers.
  *
  * A sliver holds `width` lanes: unit (u, l) is packed[u * width + l], 4 bytes. A unit is one f32,
- * or a pair of bf16 that lie next to each other along the depth, where the kernel keeps pairs. The
- * last sliver's missing lanes and an odd depth's missing half are zero. Slivers are `sliver_units`
- * units apart, at least `slack` more than they hold: that far each may be written past its end.
+ * or a pair of bf16 that lie next to each other along the depth, where the kernel keeps pairs
+ * (unit_elements of its shape). The last sliver's missing lanes and an odd depth's missing half are
+ * zero. Slivers are `sliver_units` units apart, at least `slack` more than they hold: that far each
+ * may be written past its end.
  */
 #define SEBP_PACK_ARGUMENTS                                                                        \
     (float *packed, int64_t sliver_units, const sebp_slab *from, int64_t lane, int64_t lanes,      \
@@ -47,7 +48,8 @@ typedef struct sebp_slab {
 typedef void sebp_pack SEBP_PACK_ARGUMENTS;
 
 /**
- * One tile of C: rows <= tile_rows, cols <= tile_cols, C[i][j] (+)= sum over u of a[u][i] b[u][j].
+ * One tile of C, rows and cols at most those of the shape: C[i][j] (+)= the sum over u of
+ * a[u][i] b[u][j].
  *
  * Packing B costs least in the tile that uses it first: with `pack_b` the tile reads B's memory
  * rows itself and leaves them packed in b, full columns only.
@@ -105,7 +107,7 @@ typedef struct sebp_dropout {
  * a[i * a_row + u * a_unit], where a_row or a_unit is 1, and rows of B and C b_unit and c_row apart.
  *
  * Of A one row more may be read where their number is odd, and of B columns up to the next multiple
- * of tile_cols; what is there does not matter.
+ * of shape_f32.cols; what is there does not matter.
  */
 typedef struct sebp_small_product {
     int64_t rows, cols, units;
@@ -117,8 +119,8 @@ typedef struct sebp_small_product {
 } sebp_small_product;
 
 /**
- * A block of attention's scores, transposed: rows x tile_cols, a row for a key and a lane for a query;
- * rows are `stride` apart, and so are those of its gradient. Lane l sees row r where from + r <= l < end + r.
+ * A block of attention's scores, transposed: a row for a key, a lane for a query, shape_f32.cols
+ * lanes. Rows are `stride` apart, and so are those of its gradient. Lane l sees row r where from + r <= l < end + r.
  */
 typedef struct sebp_scores {
     float *scores;
@@ -126,18 +128,23 @@ typedef struct sebp_scores {
     int64_t rows;
     int64_t from, end;    /* within +-2^20 */
     float softcap;        /* scores become softcap tanh(score / softcap); 0: they stay */
-    const float *bias;    /* then added: rows x tile_cols; NULL: none */
+    const float *bias;    /* then added: rows x lanes; NULL: none */
     const float *dropout; /* what P is multiplied by: rows x dropout_stride; NULL: nothing */
     int64_t dropout_stride;
 } sebp_scores;
 
+/** The tile of C that a kernel sums at once, and how its factors are packed. */
+typedef struct sebp_tile_shape {
+    int rows, cols;
+    int slack;         /* units that a packed sliver may write past its end */
+    int unit_elements; /* elements of the depth in a unit: 2 for pairs of bf16 */
+} sebp_tile_shape;
+
 /** The kernels of one ISA, and what a GEMM must know of its tiles. */
 typedef struct sebp_kernels {
     const char *isa;
-    int tile_rows;
-    int tile_cols;
-    int slack;      /* units that a packed sliver may write past its end */
-    bool bf16_dots; /* bf16 stays in pairs; else it is widened to f32 as it is packed */
+    sebp_tile_shape shape_f32, shape_bf16;
+    bool bf16_dots; /* the CPU multiplies bf16 itself */
 
 #define KERNEL(result, name, arguments) result(*name) arguments;
 #include "kernel_list.h"

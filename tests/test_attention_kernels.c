@@ -52,7 +52,7 @@ START_TEST(small_product)
             /* What may be read too much of A and B. */
             int64_t of_a = (p.rows + 1) * p.a_row + (p.units + 1) * p.a_unit;
             float *a = floats(of_a, TESTING_INTEGER);
-            float *b = floats(p.units * p.b_unit + 2 * kernels->tile_cols, TESTING_INTEGER);
+            float *b = floats(p.units * p.b_unit + 2 * kernels->shape_f32.cols, TESTING_INTEGER);
             float *c = floats(p.rows * p.c_row + 1, TESTING_INTEGER);
             float *want = malloc((size_t)(p.rows * p.c_row + 1) * sizeof *want);
             ck_assert_ptr_nonnull(want);
@@ -85,7 +85,7 @@ START_TEST(moves)
     for (int t = 0; tier(t) != NULL; t++) {
         for (int round = testing_rounds(300); round > 0; round--) {
             const sebp_kernels *kernels = tier(t);
-            const int64_t lanes = kernels->tile_cols, cols = testing_between(1, 90);
+            const int64_t lanes = kernels->shape_f32.cols, cols = testing_between(1, 90);
             const int64_t rows = testing_between(0, 40);
             sebp_dtype dtype = testing_dtype();
             sebp_matrix x = testing_random_matrix(rows, cols, dtype, TESTING_REAL);
@@ -205,7 +205,7 @@ START_TEST(softmax)
         for (int round = 0; testing_goes_on(round, 300, hidden < seen ? hidden : seen, 0);
              round++) {
             const sebp_kernels *kernels = tier(t);
-            const int64_t lanes = kernels->tile_cols;
+            const int64_t lanes = kernels->shape_f32.cols;
             block b = make_block(lanes);
             float *max = floats(lanes, TESTING_REAL), *sum = floats(lanes, TESTING_REAL);
             float *factor = floats(lanes, TESTING_REAL);
@@ -254,7 +254,7 @@ START_TEST(softmax_gradient)
         int64_t nonzero = 0;
         for (int round = 0; testing_goes_on(round, 300, nonzero, 1000); round++) {
             const sebp_kernels *kernels = tier(t);
-            const int64_t lanes = kernels->tile_cols;
+            const int64_t lanes = kernels->shape_f32.cols;
             block b = make_block(lanes);
             float *lse = floats(lanes, TESTING_REAL), *delta = floats(lanes, TESTING_REAL);
             float *gradient = floats(b.cells, TESTING_REAL);

@@ -658,8 +658,9 @@ START_TEST(pack)
     }
     for (int round = testing_rounds(1500); round > 0; round--) {
         int is_bf16 = round % 2, is_b = round / 2 % 2;
-        int pairs = is_bf16 && kernels->bf16_dots;
-        int64_t width = is_b ? kernels->tile_cols : kernels->tile_rows;
+        const sebp_tile_shape *shape = is_bf16 ? &kernels->shape_bf16 : &kernels->shape_f32;
+        int pairs = shape->unit_elements == 2;
+        int64_t width = is_b ? shape->cols : shape->rows;
         sebp_pack *pack = is_bf16 ? (is_b ? kernels->pack_b_bf16 : kernels->pack_a_bf16)
                                   : (is_b ? kernels->pack_b_f32 : kernels->pack_a_f32);
         int64_t lane = testing_between(0, 20), lanes = testing_between(0, 3 * width);
@@ -682,7 +683,7 @@ START_TEST(pack)
 
         int64_t units = pairs ? (depth + 1) / 2 : depth;
         int64_t slivers = (lanes + width - 1) / width;
-        int64_t apart = units * width + kernels->slack + testing_between(0, 20);
+        int64_t apart = units * width + shape->slack + testing_between(0, 20);
         buffer packed = make(slivers * apart, sizeof(float));
         uint32_t *expected = twin_of(&packed);
         pack((void *)packed.data, apart, &from, lane, lanes, at, depth);
@@ -697,7 +698,7 @@ START_TEST(pack)
             /* What stands in the slack is nobody's business. */
             memcpy(expected + s * apart + units * width,
                    packed.data + (size_t)(s * apart + units * width) * sizeof(float),
-                   (size_t)kernels->slack * sizeof(float));
+                   (size_t)shape->slack * sizeof(float));
         }
         release(&packed);
         release(&data);
@@ -728,11 +729,11 @@ START_TEST(tile)
     if (kernels == NULL) {
         return;
     }
-    int64_t height = kernels->tile_rows, width = kernels->tile_cols;
     for (int round = testing_rounds(1500); round > 0; round--) {
         int is_bf16 = round % 2, integers = round / 2 % 2, pack_b = round / 4 % 2;
-        int pairs = is_bf16 && kernels->bf16_dots;
-        int64_t elements = pairs ? 2 : 1;
+        const sebp_tile_shape *shape = is_bf16 ? &kernels->shape_bf16 : &kernels->shape_f32;
+        int64_t height = shape->rows, width = shape->cols, elements = shape->unit_elements;
+        int pairs = elements == 2;
         int64_t units = testing_between(0, 60), depth = units * elements;
         int64_t rows = testing_between(1, height);
         int64_t cols = pack_b ? width : testing_between(1, width);
@@ -868,7 +869,10 @@ START_TEST(table)
         return;
     }
     ck_assert_str_eq(kernels->isa, tiers[_i].isa);
-    ck_assert(kernels->tile_rows > 0 && kernels->tile_cols > 0 && kernels->slack >= 0);
+    const sebp_tile_shape *f32 = &kernels->shape_f32, *bf16 = &kernels->shape_bf16;
+    ck_assert(f32->rows > 0 && f32->cols > 0 && f32->slack >= 0 && f32->unit_elements == 1);
+    ck_assert(bf16->rows > 0 && bf16->cols > 0 && bf16->slack >= 0);
+    ck_assert(bf16->unit_elements == 1 || bf16->unit_elements == 2);
 }
 END_TEST
 
@@ -895,6 +899,46 @@ static double seconds(void)
                (double)(bytes) / best * 1e-9);                                                     \
     } while (0)
 
+enum { ROWS = 8, COLS = 3072, BYTES = 4 * COLS }; /* of what kernels are timed on */
+
+/* A tile of a product, and how long packing its factors takes. from: ROWS x COLS. */
+static void time_product(const sebp_kernels *kernels, int is_bf16, const float *from)
+{
+    enum { DEPTH = 256 };
+    const sebp_tile_shape *shape = is_bf16 ? &kernels->shape_bf16 : &kernels->shape_f32;
+    sebp_pack *const pack_a = is_bf16 ? kernels->pack_a_bf16 : kernels->pack_a_f32;
+    sebp_pack *const pack_b = is_bf16 ? kernels->pack_b_bf16 : kernels->pack_b_f32;
+    sebp_tile *const tile = is_bf16 ? kernels->tile_bf16 : kernels->tile_f32;
+    int64_t height = shape->rows, width = shape->cols;
+    const sebp_slab slab = {from, DEPTH, NULL, true}, across = {from, width, NULL, false};
+    buffer a = make((DEPTH + 1) * height + shape->slack, sizeof(float));
+    buffer b = make((DEPTH + 1) * width + shape->slack, sizeof(float));
+    buffer c = make(height * width, sizeof(float));
+    float *packed_a = (void *)a.data, *packed_b = (void *)b.data, *c_rows[64];
+    ck_assert(height <= 64 && width * DEPTH <= ROWS * COLS);
+    for (int64_t i = 0; i < height; i++) {
+        c_rows[i] = (float *)(void *)c.data + i * width;
+    }
+    int64_t apart = DEPTH * width + shape->slack;
+    const sebp_tile_work work = {.units = DEPTH,
+                                 .a = packed_a,
+                                 .b = packed_b,
+                                 .c = c_rows,
+                                 .rows = height,
+                                 .cols = width,
+                                 .accumulate = true,
+                                 .from = (const float *const *)c_rows};
+    int64_t packing = (int64_t)bytes_of(is_bf16) + 4 / shape->unit_elements; /* bytes an element */
+    TIME(kernels, is_bf16 ? "pack_a_bf16" : "pack_a_f32", packing * height * DEPTH,
+         pack_a(packed_a, apart, &slab, 0, height, 0, DEPTH));
+    TIME(kernels, is_bf16 ? "pack_b_bf16" : "pack_b_f32", packing * width * DEPTH,
+         pack_b(packed_b, apart, &across, 0, width, 0, DEPTH));
+    TIME(kernels, is_bf16 ? "tile_bf16" : "tile_f32", 4 * (height + width) * DEPTH, tile(&work));
+    release(&a);
+    release(&b);
+    release(&c);
+}
+
 /* Rows in the cache, and then a matrix that is in none. */
 START_TEST(timing)
 {
@@ -902,7 +946,6 @@ START_TEST(timing)
     if (kernels == NULL) {
         return;
     }
-    enum { ROWS = 8, COLS = 3072, BYTES = 4 * COLS };
     buffer one = make(ROWS * COLS, sizeof(float)), two = make(ROWS * COLS, sizeof(float));
     float *f32 = (void *)one.data;
     uint16_t *bf16 = (void *)two.data;
@@ -941,39 +984,8 @@ START_TEST(timing)
     TIME(kernels, "scale_f32", 2 * BYTES, kernels->scale_f32(f32, COLS, 1));
     release(&moments);
 
-    enum { DEPTH = 256 };
-    int64_t height = kernels->tile_rows, width = kernels->tile_cols;
-    const sebp_slab slab = {f32, DEPTH, NULL, true}, across = {f32, width, NULL, false};
-    buffer a = make((DEPTH + 1) * height + kernels->slack, sizeof(float));
-    buffer b = make((DEPTH + 1) * width + kernels->slack, sizeof(float));
-    buffer c = make(height * width, sizeof(float));
-    float *pack_a = (void *)a.data, *pack_b = (void *)b.data, *c_rows[64];
-    ck_assert(height <= 64 && width * DEPTH <= ROWS * COLS);
-    for (int64_t i = 0; i < height; i++) {
-        c_rows[i] = (float *)(void *)c.data + i * width;
-    }
-    int64_t apart = DEPTH * width + kernels->slack;
-    const sebp_tile_work work = {.units = DEPTH,
-                                 .a = pack_a,
-                                 .b = pack_b,
-                                 .c = c_rows,
-                                 .rows = height,
-                                 .cols = width,
-                                 .accumulate = true,
-                                 .from = (const float *const *)c_rows};
-    TIME(kernels, "pack_a_f32", 8 * height * DEPTH,
-         kernels->pack_a_f32(pack_a, apart, &slab, 0, height, 0, DEPTH));
-    TIME(kernels, "pack_b_f32", 8 * width * DEPTH,
-         kernels->pack_b_f32(pack_b, apart, &across, 0, width, 0, DEPTH));
-    TIME(kernels, "tile_f32", 4 * (height + width) * DEPTH, kernels->tile_f32(&work));
-    TIME(kernels, "pack_a_bf16", (kernels->bf16_dots ? 4 : 6) * height * DEPTH,
-         kernels->pack_a_bf16(pack_a, apart, &slab, 0, height, 0, DEPTH));
-    TIME(kernels, "pack_b_bf16", (kernels->bf16_dots ? 4 : 6) * width * DEPTH,
-         kernels->pack_b_bf16(pack_b, apart, &across, 0, width, 0, DEPTH));
-    TIME(kernels, "tile_bf16", 4 * (height + width) * DEPTH, kernels->tile_bf16(&work));
-    release(&a);
-    release(&b);
-    release(&c);
+    for (int is_bf16 = 0; is_bf16 <= 1; is_bf16++)
+        time_product(kernels, is_bf16, f32);
     release(&one);
     release(&two);
 

@@ -24,8 +24,8 @@ sebp_attention_job sebp_attention_begin(const sebp_cpu *cpu, const sebp_attentio
         .attention = attention,
         .d = attention->head_size,
         .group = attention->heads / attention->kv_heads,
-        .lanes = kernels->tile_cols,
-        .tile_rows = kernels->tile_rows,
+        .lanes = kernels->shape_f32.cols,
+        .tile_rows = kernels->shape_f32.rows,
         .texts = sebp_sequences_count(of_q),
         .q_first = sebp_sequences_firsts(of_q),
         .q_offset = sebp_sequences_offsets(of_q),
@@ -58,7 +58,7 @@ float *sebp_take_floats(sebp_room *room, int64_t count)
 
 int64_t sebp_attention_sliver(const sebp_attention_job *job, int64_t units, int64_t width)
 {
-    return sebp_round_up(units * width + job->kernels->slack, LINE);
+    return sebp_round_up(units * width + job->kernels->shape_f32.slack, LINE);
 }
 
 /* ---- what a query sees ---- */

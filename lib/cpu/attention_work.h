@@ -4,7 +4,7 @@
  * What attention's forward and backward on CPUs share: blocks, what a query sees, and the spreading
  * of items of unlike cost over workers.
  *
- * Scores are computed transposed: S^T = K Q^T, a tile being tile_rows keys times tile_cols queries.
+ * Scores are computed transposed: S^T = K Q^T, a tile being tile_rows keys times `lanes` queries.
  * The queries of a tile are a *sliver*: one lane each. So the softmax is vertical, and P^T lies as
  * out^T = V^T P^T and dQ^T = K^T dS^T need their second factor. Only Q and dout are transposed.
  */
@@ -21,7 +21,7 @@ typedef struct sebp_attention_job {
     const sebp_attention *attention;
     int64_t d;         /* columns of a head */
     int64_t group;     /* heads of queries to a head of keys */
-    int64_t lanes;     /* queries to a sliver: tile_cols */
+    int64_t lanes;     /* queries to a sliver */
     int64_t tile_rows; /* keys to a tile */
     int64_t slivers;   /* to a block of queries, at most */
     int64_t k_block;   /* keys to a block, at most; whole tiles */

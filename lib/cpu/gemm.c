@@ -57,7 +57,7 @@ static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple
 /* Units from the start of one packed sliver of `width` lanes to the next. */
 static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
 {
-    return sebp_round_up(plan->units * width + plan->kernels->slack, 16);
+    return sebp_round_up(plan->units * width + plan->shape->slack, 16);
 }
 
 /* Chooses the grid that gives the busiest worker the smallest amount of work: computing its tiles,
@@ -66,13 +66,13 @@ static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
 static void choose_grid(sebp_native_plan *plan, int64_t threads)
 {
     enum { PACKING = 24 };
-    int64_t rows = sebp_div_ceil(plan->product->m, plan->kernels->tile_rows);
-    int64_t cols = sebp_div_ceil(plan->product->n, plan->kernels->tile_cols);
+    int64_t rows = sebp_div_ceil(plan->product->m, plan->shape->rows);
+    int64_t cols = sebp_div_ceil(plan->product->n, plan->shape->cols);
     double best = 0;
     for (int64_t grid_m = 1; grid_m <= sebp_min(rows, ROUNDS * threads); grid_m++) {
         for (int64_t grid_n = 1; grid_n <= cols && grid_m * grid_n <= ROUNDS * threads; grid_n++) {
-            double m = (double)(sebp_div_ceil(rows, grid_m) * plan->kernels->tile_rows);
-            double n = (double)(sebp_div_ceil(cols, grid_n) * plan->kernels->tile_cols);
+            double m = (double)(sebp_div_ceil(rows, grid_m) * plan->shape->rows);
+            double n = (double)(sebp_div_ceil(cols, grid_n) * plan->shape->cols);
             double cost =
                 (double)sebp_div_ceil(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
             if (best == 0 || cost < best) {
@@ -86,14 +86,14 @@ static void choose_grid(sebp_native_plan *plan, int64_t threads)
 
 static int64_t packed_a_bytes(const sebp_native_plan *plan)
 {
-    return sebp_div_ceil(plan->panel, plan->kernels->tile_rows) *
-           sliver_units(plan, plan->kernels->tile_rows) * 4;
+    return sebp_div_ceil(plan->panel, plan->shape->rows) * sliver_units(plan, plan->shape->rows) *
+           4;
 }
 
 static int64_t packed_b_bytes(const sebp_native_plan *plan)
 {
-    return sebp_div_ceil(plan->block_n, plan->kernels->tile_cols) *
-           sliver_units(plan, plan->kernels->tile_cols) * 4;
+    return sebp_div_ceil(plan->block_n, plan->shape->cols) * sliver_units(plan, plan->shape->cols) *
+           4;
 }
 
 /* Floats from one row of a block of C to the next: an odd number of cache lines, as rows a power of
@@ -117,7 +117,8 @@ static int64_t bias_bytes(const sebp_native_plan *plan)
 /* Pointers to the memory rows of B in a block of the depth, and one past an odd end. */
 static int64_t b_rows_bytes(const sebp_native_plan *plan)
 {
-    return sebp_round_up((plan->units * plan->unit_elements + 1) * (int64_t)sizeof(char *), 64);
+    return sebp_round_up((plan->units * plan->shape->unit_elements + 1) * (int64_t)sizeof(char *),
+                         64);
 }
 
 /* Pointers to the rows of C that a panel adds to. */
@@ -147,28 +148,28 @@ static bool can_stream(const sebp_cpu *cpu, const sebp_product *product)
 static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
 {
     const sebp_product *product = plan->product;
-    const sebp_kernels *kernels = plan->kernels;
-    int64_t units = sebp_div_ceil(product->k, plan->unit_elements);
-    bool narrow = kernels->tile_cols <= NARROW;
+    const sebp_tile_shape *shape = plan->shape;
+    int64_t units = sebp_div_ceil(product->k, plan->shape->unit_elements);
+    bool narrow = shape->cols <= NARROW;
     plan->units = units;
     if (units > (narrow ? K_WHOLE_NARROW : K_WHOLE)) /* in blocks of one size */
         plan->units = sebp_div_ceil(units, sebp_div_ceil(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(plan, threads);
-    int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, plan->grid_m), kernels->tile_rows);
-    int64_t chunk_n = sebp_round_up(sebp_div_ceil(product->n, plan->grid_n), kernels->tile_cols);
+    int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, plan->grid_m), shape->rows);
+    int64_t chunk_n = sebp_round_up(sebp_div_ceil(product->n, plan->grid_n), shape->cols);
 
     int64_t a_bytes = (int64_t)cpu->topology.l2_bytes * A_SHARE_NUM / A_SHARE_DEN;
-    int64_t slivers = sebp_max(1, a_bytes / (sliver_units(plan, kernels->tile_rows) * 4));
-    int64_t chunk_slivers = chunk_m / kernels->tile_rows;
+    int64_t slivers = sebp_max(1, a_bytes / (sliver_units(plan, shape->rows) * 4));
+    int64_t chunk_slivers = chunk_m / shape->rows;
     slivers = sebp_div_ceil(chunk_slivers,
                             sebp_div_ceil(chunk_slivers, slivers)); /* panels of one size */
-    plan->panel = slivers * kernels->tile_rows;
-    int64_t b_bytes = sliver_units(plan, kernels->tile_cols) * 4;
+    plan->panel = slivers * shape->rows;
+    int64_t b_bytes = sliver_units(plan, shape->cols) * 4;
     int64_t b_slivers = sebp_max(1, B_BYTES / b_bytes);
-    int64_t chunk_columns = chunk_n / kernels->tile_cols;
+    int64_t chunk_columns = chunk_n / shape->cols;
     plan->block_n =
-        sebp_div_ceil(chunk_columns, sebp_div_ceil(chunk_columns, b_slivers)) * kernels->tile_cols;
+        sebp_div_ceil(chunk_columns, sebp_div_ceil(chunk_columns, b_slivers)) * shape->cols;
     plan->block_m = chunk_m;
     plan->in_blocks =
         product->c_dtype != SEBP_F32 ||
@@ -176,18 +177,18 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
     plan->stream = units <= plan->units && can_stream(cpu, product);
     if (plan->in_blocks) {
         plan->block_m = sebp_round_up(sebp_min(chunk_m, sebp_max(1, C_BYTES / (plan->block_n * 4))),
-                                      kernels->tile_rows);
+                                      shape->rows);
     }
 
     plan->workers = sebp_min(threads, plan->grid_m * plan->grid_n);
     int64_t bound = sebp_cpu_workspace(cpu);
     while (plan->workers * worker_bytes(plan) > bound) {
-        if (plan->block_n > kernels->tile_cols)
-            plan->block_n = sebp_round_up(plan->block_n / 2, kernels->tile_cols);
-        else if (plan->panel > kernels->tile_rows)
-            plan->panel = sebp_round_up(plan->panel / 2, kernels->tile_rows);
-        else if (block_c_bytes(plan) > 0 && plan->block_m > kernels->tile_rows)
-            plan->block_m = sebp_round_up(plan->block_m / 2, kernels->tile_rows);
+        if (plan->block_n > shape->cols)
+            plan->block_n = sebp_round_up(plan->block_n / 2, shape->cols);
+        else if (plan->panel > shape->rows)
+            plan->panel = sebp_round_up(plan->panel / 2, shape->rows);
+        else if (block_c_bytes(plan) > 0 && plan->block_m > shape->rows)
+            plan->block_m = sebp_round_up(plan->block_m / 2, shape->rows);
         else
             plan->workers--; /* one tile needs far less than half of the smallest bound */
     }
@@ -226,17 +227,17 @@ static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int6
 static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
                       int64_t j0, float *sliver, int64_t at, int64_t depth)
 {
-    const sebp_kernels *kernels = plan->kernels;
+    const sebp_tile_shape *shape = plan->shape;
     const sebp_product *product = plan->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
-    int64_t cols = sebp_min(kernels->tile_cols, block->n1 - j0);
+    int64_t cols = sebp_min(shape->cols, block->n1 - j0);
     bool is_first = i0 == block->m0, is_straight = !plan->b.lanes_are_rows;
     bool adds_residual = product->residual != NULL && at == 0;
     sebp_tile_work work = {
-        .units = sebp_div_ceil(depth, plan->unit_elements),
+        .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->packed_a,
         .b = sliver,
-        .pack_b = is_first && is_straight && cols == kernels->tile_cols,
+        .pack_b = is_first && is_straight && cols == shape->cols,
         .b_rows = block->b_rows,
         .b_at = j0 * bytes,
         .c = block->c_rows,
@@ -249,21 +250,21 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
     if (is_first && !work.pack_b)
-        plan->pack_b(sliver, sliver_units(plan, kernels->tile_cols), &plan->b, j0, cols, at, depth);
-    int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, kernels->tile_rows), lines = 0;
-    if (is_first && is_straight && j0 + 2 * kernels->tile_cols <= block->n1) {
+        plan->pack_b(sliver, sliver_units(plan, shape->cols), &plan->b, j0, cols, at, depth);
+    int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
+    if (is_first && is_straight && j0 + 2 * shape->cols <= block->n1) {
         work.ahead = block->b_rows;
-        work.ahead_at = work.b_at + kernels->tile_cols * bytes;
-        lines = depth * sebp_div_ceil(kernels->tile_cols * bytes, 64);
+        work.ahead_at = work.b_at + shape->cols * bytes;
+        lines = depth * sebp_div_ceil(shape->cols * bytes, 64);
     }
-    for (int64_t i = i0; i < i1; i += kernels->tile_rows, tile++) {
-        work.rows = sebp_min(kernels->tile_rows, i1 - i);
+    for (int64_t i = i0; i < i1; i += shape->rows, tile++) {
+        work.rows = sebp_min(shape->rows, i1 - i);
         work.ahead_line = lines * tile / tiles;
         work.ahead_lines = lines * (tile + 1) / tiles - work.ahead_line;
         plan->tile(&work);
-        work.a += sliver_units(plan, kernels->tile_rows);
-        work.c += kernels->tile_rows;
-        work.from += kernels->tile_rows;
+        work.a += sliver_units(plan, shape->rows);
+        work.c += shape->rows;
+        work.from += shape->rows;
         work.pack_b = false;
     }
 }
@@ -284,10 +285,10 @@ static void list_b_rows(const sebp_native_plan *plan, const c_block *block, int6
 /* Sums a block over the whole depth. */
 static void sum_block(const sebp_native_plan *plan, const c_block *block)
 {
-    const sebp_kernels *kernels = plan->kernels;
-    int64_t k = plan->product->k, k_block = plan->units * plan->unit_elements;
-    int64_t a_units = sliver_units(plan, kernels->tile_rows);
-    int64_t b_units = sliver_units(plan, kernels->tile_cols);
+    const sebp_tile_shape *shape = plan->shape;
+    int64_t k = plan->product->k, k_block = plan->units * plan->shape->unit_elements;
+    int64_t a_units = sliver_units(plan, shape->rows);
+    int64_t b_units = sliver_units(plan, shape->cols);
     bool one_panel = block->m1 - block->m0 <= plan->panel;
     for (int64_t at = 0; at < k; at += k_block) {
         int64_t depth = sebp_min(k_block, k - at);
@@ -298,11 +299,11 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             plan->pack_a(block->packed_a, a_units, &plan->a, i0, i1 - i0, at, depth);
             float *sliver = block->packed_b;
             int64_t finished = at + depth < k || block->c != NULL ? block->n1 : block->n0;
-            for (int64_t j0 = block->n0; j0 < block->n1; j0 += kernels->tile_cols) {
+            for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols) {
                 run_panel(plan, block, i0, i1, j0, sliver, at, depth);
-                int64_t j1 = sebp_min(j0 + kernels->tile_cols, block->n1);
+                int64_t j1 = sebp_min(j0 + shape->cols, block->n1);
                 if (j1 - finished >= FINISH_COLS || (j1 == block->n1 && finished < j1)) {
-                    sebp_cpu_finish(kernels, plan->product, i0, i1, finished, j1);
+                    sebp_cpu_finish(plan->kernels, plan->product, i0, i1, finished, j1);
                     finished = j1;
                 }
                 if (!one_panel) /* else the next sliver takes its place, which stays in cache */
@@ -386,10 +387,10 @@ static void run_worker(void *work, int64_t worker)
     const sebp_product *product = plan->product;
     for (int64_t chunk = worker; chunk < plan->grid_m * plan->grid_n; chunk += plan->workers) {
         int64_t i = chunk / plan->grid_n, j = chunk % plan->grid_n;
-        run_chunk(plan, cut(product->m, plan->grid_m, i, plan->kernels->tile_rows),
-                  cut(product->m, plan->grid_m, i + 1, plan->kernels->tile_rows),
-                  cut(product->n, plan->grid_n, j, plan->kernels->tile_cols),
-                  cut(product->n, plan->grid_n, j + 1, plan->kernels->tile_cols),
+        run_chunk(plan, cut(product->m, plan->grid_m, i, plan->shape->rows),
+                  cut(product->m, plan->grid_m, i + 1, plan->shape->rows),
+                  cut(product->n, plan->grid_n, j, plan->shape->cols),
+                  cut(product->n, plan->grid_n, j + 1, plan->shape->cols),
                   run->scratch + worker * plan->worker_bytes);
     }
     if (plan->stream)
@@ -428,7 +429,6 @@ void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
                               sebp_native_plan *plan)
 {
     const sebp_kernels *kernels = cpu->kernels;
-    bool pairs = product->dtype == SEBP_BF16 && kernels->bf16_dots;
     *plan = (sebp_native_plan){
         .product = product,
         .kernels = kernels,
@@ -437,7 +437,7 @@ void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
         .tile = product->dtype == SEBP_BF16 ? kernels->tile_bf16 : kernels->tile_f32,
         .a = {product->a.data, product->a.stride, product->a.rows, !product->a.transposed},
         .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
-        .unit_elements = pairs ? 2 : 1,
+        .shape = product->dtype == SEBP_BF16 ? &kernels->shape_bf16 : &kernels->shape_f32,
     };
     if (product->k > 0)
         size_blocks(plan, cpu);

@@ -14,10 +14,10 @@ typedef struct sebp_native_plan {
     sebp_pack *pack_a, *pack_b;
     sebp_tile *tile;
     sebp_slab a, b;
-    int64_t unit_elements; /* elements of depth in a unit: 2 for pairs of bf16 */
-    int64_t units;         /* at most, to a block of the depth */
-    bool in_blocks;        /* C is summed in f32 blocks of scratch memory */
-    bool stream;           /* C is written past the caches */
+    const sebp_tile_shape *shape;
+    int64_t units;  /* at most, to a block of the depth */
+    bool in_blocks; /* C is summed in f32 blocks of scratch memory */
+    bool stream;    /* C is written past the caches */
     int64_t grid_m, grid_n;
     int64_t panel;   /* rows of A to a packed panel */
     int64_t block_m; /* rows to a block of C */
