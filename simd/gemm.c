@@ -1,153 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file gemm.c
- * Packing and tiles of the native GEMM, over the vector vocabulary.
+ * Packing and tiles of the native GEMM, over the vector vocabulary; of bf16 only where the ISA has
+ * no tiles of its own (tile_product.c).
  *
  * A tile holds TILE_ROWS x TILE_VECS vectors of C in registers. At each unit of the depth it loads
- * TILE_VECS vectors of packed B and broadcasts TILE_ROWS numbers of packed A. Packing is where rows
- * are gathered, bf16 is widened and transposes happen; so gathering costs nothing of its own.
+ * TILE_VECS vectors of packed B and broadcasts TILE_ROWS numbers of packed A.
  */
-#include "kernels.h"
-#include "simd.h"
-#include "vec.h"
+#include "pack.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
-enum {
-    TILE_COLS = TILE_VECS * VEC_LANES,
-    LINE_BYTES = 64,                   /* of cache */
-    LINE = LINE_BYTES / sizeof(float), /* in floats */
-    FRACTION = 1 << 16                 /* 1 in fixed point, to count lines by fractions */
-};
+enum { TILE_COLS = TILE_VECS * VEC_LANES };
 
 /* A vector stored at each unit may spill into the next unit, which is written after it; with more
  * than one vector to a unit it would spill into what is written before. */
 _Static_assert(TILE_ROWS <= VEC_LANES || TILE_ROWS % VEC_LANES == 0,
                "a sliver of A is packed in order");
-
-/* How a vector of units is read: `n` elements along a memory row that is a lane. */
-typedef vec load_units(const void *row, int64_t at, int64_t n);
-
-/* How a vector of lanes is read: `n` elements of one memory row, or of two, one odd in depth. */
-typedef vec load_lanes(const void *even, const void *odd, int64_t at, int64_t n);
-
-INLINE vec units_f32(const void *row, int64_t at, int64_t n)
-{
-    const float *from = (const float *)row + at;
-    return n >= VEC_LANES ? vec_load(from) : vec_load_first(from, n);
-}
-
-INLINE vec lanes_f32(const void *even, const void *odd, int64_t at, int64_t n)
-{
-    (void)odd;
-    return units_f32(even, at, n);
-}
-
-#if VEC_HAS_BF16_DOT
-
-enum { BF16_UNIT = 2 }; /* elements of bf16 to a unit */
-
-INLINE vec units_bf16(const void *row, int64_t at, int64_t n)
-{
-    return vec_load_pairs_first((const uint16_t *)row + at, n < 2 * VEC_LANES ? n : 2 * VEC_LANES);
-}
-
-INLINE vec lanes_bf16(const void *even, const void *odd, int64_t at, int64_t n)
-{
-    return vec_pair_bf16((const uint16_t *)even + at, odd ? (const uint16_t *)odd + at : NULL,
-                         n < VEC_LANES ? n : VEC_LANES);
-}
-
-#else
-
-enum { BF16_UNIT = 1 };
-
-INLINE vec units_bf16(const void *row, int64_t at, int64_t n)
-{
-    const uint16_t *from = (const uint16_t *)row + at;
-    return n >= VEC_LANES ? vec_load_bf16(from) : vec_load_bf16_first(from, n);
-}
-
-INLINE vec lanes_bf16(const void *even, const void *odd, int64_t at, int64_t n)
-{
-    (void)odd;
-    return units_bf16(even, at, n);
-}
-
-#endif
-
-INLINE const char *memory_row(const sebp_slab *from, int64_t row, int64_t element_bytes)
-{
-    return (const char *)from->data +
-           (from->rows != NULL ? from->rows[row] : row) * from->stride * element_bytes;
-}
-
-/* Memory rows are lanes: blocks of VEC_LANES lanes x VEC_LANES units are transposed in registers.
- */
-INLINE void pack_transposed(float *packed, int64_t sliver_units, int width, const sebp_slab *from,
-                            int64_t lane, int64_t lanes, int64_t at, int64_t depth,
-                            int64_t element_bytes, int unit_elements, load_units *load)
-{
-    for (int64_t first = 0; first < lanes; first += width, packed += sliver_units) {
-        for (int group = 0; group < width; group += VEC_LANES) {
-            const char *row[VEC_LANES] = {NULL};
-            int present = 0;
-            while (present < VEC_LANES && group + present < width &&
-                   first + group + present < lanes) {
-                row[present] = memory_row(from, lane + first + group + present, element_bytes);
-                present++;
-            }
-            float *to = packed + group;
-            for (int64_t step = 0; step < depth; step += (int64_t)VEC_LANES * unit_elements) {
-                int64_t left = depth - step;
-                vec block[VEC_LANES];
-                for (int i = 0; i < VEC_LANES; i++)
-                    block[i] = i < present ? load(row[i], at + step, left) : vec_zero();
-                vec_transpose(block);
-                int64_t units = (left + unit_elements - 1) / unit_elements;
-                if (units >= VEC_LANES) {
-                    for (int i = 0; i < VEC_LANES; i++)
-                        vec_store(to + (int64_t)i * width, block[i]);
-                } else {
-                    for (int i = 0; i < units; i++)
-                        vec_store(to + (int64_t)i * width, block[i]);
-                }
-                to += (int64_t)VEC_LANES * width;
-            }
-        }
-    }
-}
-
-/* Memory rows are steps of the depth. Rows are taken a few at a time across all slivers, so that
- * both the reads along a row and the writes into a sliver are long enough. */
-INLINE void pack_straight(float *packed, int64_t sliver_units, int width, const sebp_slab *from,
-                          int64_t lane, int64_t lanes, int64_t at, int64_t depth,
-                          int64_t element_bytes, int unit_elements, load_lanes *load)
-{
-    enum { STEPS = 8 };
-    for (int64_t step = 0; step < depth; step += (int64_t)STEPS * unit_elements) {
-        const char *even[STEPS], *odd[STEPS];
-        int steps = 0;
-        for (; steps < STEPS && step + (int64_t)steps * unit_elements < depth; steps++) {
-            int64_t row = at + step + (int64_t)steps * unit_elements;
-            even[steps] = memory_row(from, row, element_bytes);
-            odd[steps] = unit_elements == 2 && row + 1 < at + depth
-                             ? memory_row(from, row + 1, element_bytes)
-                             : NULL;
-        }
-        float *sliver = packed + step / unit_elements * width;
-        for (int64_t first = 0; first < lanes; first += width, sliver += sliver_units) {
-            int64_t left = lanes - first < width ? lanes - first : width;
-            for (int i = 0; i < steps; i++) {
-                for (int group = 0; group < width; group += VEC_LANES) {
-                    int64_t n = left - group < 0 ? 0 : left - group;
-                    vec_store(sliver + (int64_t)i * width + group,
-                              load(even[i], odd[i], lane + first + group, n));
-                }
-            }
-        }
-    }
-}
 
 INLINE void pack_f32(float *packed, int64_t sliver_units, int width, const sebp_slab *from,
                      int64_t lane, int64_t lanes, int64_t at, int64_t depth)
@@ -156,18 +23,6 @@ INLINE void pack_f32(float *packed, int64_t sliver_units, int width, const sebp_
         pack_transposed(packed, sliver_units, width, from, lane, lanes, at, depth, 4, 1, units_f32);
     else
         pack_straight(packed, sliver_units, width, from, lane, lanes, at, depth, 4, 1, lanes_f32);
-}
-
-INLINE void pack_bf16(float *packed, int64_t sliver_units, int width, const sebp_slab *from,
-                      int64_t lane, int64_t lanes, int64_t at, int64_t depth)
-{
-    if (from->lanes_are_rows) {
-        pack_transposed(packed, sliver_units, width, from, lane, lanes, at, depth, 2, BF16_UNIT,
-                        units_bf16);
-    } else {
-        pack_straight(packed, sliver_units, width, from, lane, lanes, at, depth, 2, BF16_UNIT,
-                      lanes_bf16);
-    }
 }
 
 void SEBP_NAME(pack_a_f32)(float *packed, int64_t sliver_units, const sebp_slab *from, int64_t lane,
@@ -182,18 +37,6 @@ void SEBP_NAME(pack_b_f32)(float *packed, int64_t sliver_units, const sebp_slab 
     pack_f32(packed, sliver_units, TILE_COLS, from, lane, lanes, at, depth);
 }
 
-void SEBP_NAME(pack_a_bf16)(float *packed, int64_t sliver_units, const sebp_slab *from,
-                            int64_t lane, int64_t lanes, int64_t at, int64_t depth)
-{
-    pack_bf16(packed, sliver_units, TILE_ROWS, from, lane, lanes, at, depth);
-}
-
-void SEBP_NAME(pack_b_bf16)(float *packed, int64_t sliver_units, const sebp_slab *from,
-                            int64_t lane, int64_t lanes, int64_t at, int64_t depth)
-{
-    pack_bf16(packed, sliver_units, TILE_COLS, from, lane, lanes, at, depth);
-}
-
 /* sum + a * b: of f32, or of pairs of bf16. */
 typedef vec multiply_add(vec sum, vec a, vec b);
 
@@ -201,15 +44,6 @@ INLINE vec multiply_f32(vec sum, vec a, vec b)
 {
     return vec_fma(a, b, sum);
 }
-
-#if VEC_HAS_BF16_DOT
-INLINE vec multiply_bf16(vec sum, vec a, vec b)
-{
-    return vec_dot_bf16(sum, a, b);
-}
-#else
-#define multiply_bf16 multiply_f32
-#endif
 
 /* What depends on the dtype of a product: how B is read as it is packed, and how it is multiplied.
  */
@@ -292,11 +126,8 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
             for (int j = 0; j < TILE_COLS; j += LINE)
                 __builtin_prefetch(fetch[i] + work->c_at + j, 0, 2);
         }
-        for (due += more; line * FRACTION < due; line++) {
-            __builtin_prefetch(work->ahead[line / row_lines] + work->ahead_at +
-                                   line % row_lines * LINE_BYTES,
-                               0, 2);
-        }
+        due += more;
+        line = fetch_ahead(work, row_lines, line, due);
 #pragma GCC unroll 8
         for (int i = 0; i < ROUND; i++)
             add_unit(height, pack_b, with, work, u + i, sum);
@@ -359,7 +190,68 @@ void SEBP_NAME(tile_f32)(const sebp_tile_work *work)
     tile((arithmetic){multiply_f32, lanes_f32, 1, 4}, work);
 }
 
+#if !HAS_TILES
+
+#if VEC_HAS_BF16_DOT
+
+enum { BF16_UNIT = 2 }; /* elements of bf16 to a unit */
+#define units_bf16 units_pairs
+#define lanes_bf16 lanes_pairs
+
+#else
+
+enum { BF16_UNIT = 1 };
+
+INLINE vec units_bf16(const void *row, int64_t at, int64_t n)
+{
+    const uint16_t *from = (const uint16_t *)row + at;
+    return n >= VEC_LANES ? vec_load_bf16(from) : vec_load_bf16_first(from, n);
+}
+
+INLINE vec lanes_bf16(const void *even, const void *odd, int64_t at, int64_t n)
+{
+    (void)odd;
+    return units_bf16(even, at, n);
+}
+
+#endif
+
+INLINE void pack_bf16(float *packed, int64_t sliver_units, int width, const sebp_slab *from,
+                      int64_t lane, int64_t lanes, int64_t at, int64_t depth)
+{
+    if (from->lanes_are_rows) {
+        pack_transposed(packed, sliver_units, width, from, lane, lanes, at, depth, 2, BF16_UNIT,
+                        units_bf16);
+    } else {
+        pack_straight(packed, sliver_units, width, from, lane, lanes, at, depth, 2, BF16_UNIT,
+                      lanes_bf16);
+    }
+}
+
+void SEBP_NAME(pack_a_bf16)(float *packed, int64_t sliver_units, const sebp_slab *from,
+                            int64_t lane, int64_t lanes, int64_t at, int64_t depth)
+{
+    pack_bf16(packed, sliver_units, TILE_ROWS, from, lane, lanes, at, depth);
+}
+
+void SEBP_NAME(pack_b_bf16)(float *packed, int64_t sliver_units, const sebp_slab *from,
+                            int64_t lane, int64_t lanes, int64_t at, int64_t depth)
+{
+    pack_bf16(packed, sliver_units, TILE_COLS, from, lane, lanes, at, depth);
+}
+
+#if VEC_HAS_BF16_DOT
+INLINE vec multiply_bf16(vec sum, vec a, vec b)
+{
+    return vec_dot_bf16(sum, a, b);
+}
+#else
+#define multiply_bf16 multiply_f32
+#endif
+
 void SEBP_NAME(tile_bf16)(const sebp_tile_work *work)
 {
     tile((arithmetic){multiply_bf16, lanes_bf16, BF16_UNIT, 2}, work);
 }
+
+#endif

@@ -121,6 +121,13 @@ KERNEL(void, pack_b_bf16, SEBP_PACK_ARGUMENTS)
 KERNEL(void, tile_f32, (const sebp_tile_work *work))
 KERNEL(void, tile_bf16, (const sebp_tile_work *work))
 
+/* tile_product.c */
+
+/* Before a thread's first tile_bf16. */
+KERNEL(void, configure_tiles, (void))
+/* After its last: it has nothing in a matrix unit any more. */
+KERNEL(void, release_tiles, (void))
+
 /* norm.c, activation.c, softmax.c, rotary.c: rows of layers (layers.h) */
 
 KERNEL(void, norm_forward, (const sebp_norm_row *row))

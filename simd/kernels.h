@@ -8,6 +8,7 @@
 #define SEBP_KERNELS_H
 
 #include "simd.h"
+#include "tile.h"
 #include "vec.h"
 
 /** Units that a packed sliver may write past its end: whole vecs are stored, to its last unit. */

@@ -41,6 +41,10 @@ typedef struct sebp_slab {
  * (unit_elements of its shape). The last sliver's missing lanes and an odd depth's missing half are
  * zero. Slivers are `sliver_units` units apart, at least `slack` more than they hold: that far each
  * may be written past its end.
+ *
+ * Where step_units of the shape is more than 1, units of zeros fill a sliver up to a multiple of it,
+ * and A's lie otherwise (tile_product.c): in squares of step_units lanes and units, first all squares
+ * of a step, and within a square lane by lane.
  */
 #define SEBP_PACK_ARGUMENTS                                                                        \
     (float *packed, int64_t sliver_units, const sebp_slab *from, int64_t lane, int64_t lanes,      \
@@ -64,8 +68,9 @@ typedef struct sebp_tile_work {
     const float *a; /* a packed sliver of A */
     float *b;       /* a packed sliver of B, or room for it */
     bool pack_b;
-    const char *const *b_rows; /* a memory row for each element of depth; NULL past an odd depth */
-    int64_t b_at;              /* bytes from the start of those rows to the tile's first column */
+    const char *const
+        *b_rows;  /* a memory row for each element of depth, and NULL past an odd end */
+    int64_t b_at; /* bytes from the start of those rows to the tile's first column */
     const char *const *ahead;
     int64_t ahead_at, ahead_line, ahead_lines;
     float *const *c; /* a pointer for each row */
@@ -120,7 +125,8 @@ typedef struct sebp_small_product {
 
 /**
  * A block of attention's scores, transposed: a row for a key, a lane for a query, shape_f32.cols
- * lanes. Rows are `stride` apart, and so are those of its gradient. Lane l sees row r where from + r <= l < end + r.
+ * lanes. Rows are `stride` apart, and so are those of its gradient. Lane l sees row r where
+ * from + r <= l < end + r.
  */
 typedef struct sebp_scores {
     float *scores;
@@ -138,6 +144,7 @@ typedef struct sebp_tile_shape {
     int rows, cols;
     int slack;         /* units that a packed sliver may write past its end */
     int unit_elements; /* elements of the depth in a unit: 2 for pairs of bf16 */
+    int step_units;    /* units that are multiplied at once: TILE_SIDE by a matrix unit, else 1 */
 } sebp_tile_shape;
 
 /** The kernels of one ISA, and what a GEMM must know of its tiles. */

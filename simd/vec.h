@@ -50,18 +50,22 @@
  *     vecd_add(a, b), vecd_sub(a, b)    a + b; a - b
  *     vecd_sum(v)                       the sum of the lanes
  *
- * Where VEC_HAS_BF16_DOT is 1, a vec may also hold VEC_LANES pairs of bf16, the first of a pair in
- * the low half:
+ * Where VEC_HAS_BF16_PAIRS is 1, a vec may also hold VEC_LANES pairs of bf16, which lie in memory
+ * one after the other:
  *
  *     vec_pair_bf16(even, odd, n)       pairs (even[i], odd[i]), i < n <= VEC_LANES, else 0; odd
  *                                       NULL: 0
  *     vec_load_pairs_first(p, n)        n elements as they lie, n <= 2 * VEC_LANES, the rest 0
- *     vec_dot_bf16(sum, a, b)           lane by lane sum + a.low * b.low + a.high * b.high
+ *
+ * and where VEC_HAS_BF16_DOT is 1, too,
+ *
+ *     vec_dot_bf16(sum, a, b)           lane by lane sum + a.first * b.first + a.second * b.second
  *
  * Where VEC_HAS_LDEXP is 1 there is vec_ldexp(v, n), v * 2^n rounded once for any integral n; NaN for
  * NaN. VEC_FMA_IS_FUSED says whether vec_fma() rounds once.
  *
- * A GEMM's tile is TILE_ROWS x TILE_VECS vecs of C, as many as the registers hold.
+ * A GEMM's tile is TILE_ROWS x TILE_VECS vecs of C, as many as the registers hold. Tiles of a matrix
+ * unit are in tile.h.
  */
 #ifndef SEBP_VEC_H
 #define SEBP_VEC_H
@@ -88,6 +92,10 @@
 #elif defined SEBP_ISA_AVX512BF16
 #define SEBP_NAME(name) sebp_##name##_avx512bf16
 #define SEBP_ISA_TEXT   "avx512bf16"
+#include "vec_avx512.h"
+#elif defined SEBP_ISA_AMX && defined SEBP_EMULATED_TILES /* for tests */
+#define SEBP_NAME(name) sebp_##name##_emulated_amx
+#define SEBP_ISA_TEXT   "emulated amx"
 #include "vec_avx512.h"
 #elif defined SEBP_ISA_NEON
 #define SEBP_NAME(name) sebp_##name##_neon

@@ -5,12 +5,13 @@
 
 #include <immintrin.h>
 
-#define VEC_LANES        8
-#define VEC_FMA_IS_FUSED 1
-#define VEC_HAS_LDEXP    0
-#define VEC_HAS_BF16_DOT 0
-#define TILE_ROWS        6
-#define TILE_VECS        2
+#define VEC_LANES          8
+#define VEC_FMA_IS_FUSED   1
+#define VEC_HAS_LDEXP      0
+#define VEC_HAS_BF16_DOT   0
+#define VEC_HAS_BF16_PAIRS 0
+#define TILE_ROWS          6
+#define TILE_VECS          2
 
 typedef __m256 vec;
 typedef __m256i veci;

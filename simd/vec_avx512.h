@@ -8,13 +8,14 @@
 #define VEC_LANES        16
 #define VEC_FMA_IS_FUSED 1
 #define VEC_HAS_LDEXP    1
-#ifdef SEBP_ISA_AVX512BF16
+#if defined SEBP_ISA_AVX512BF16 || defined SEBP_ISA_AMX
 #define VEC_HAS_BF16_DOT 1
 #else
 #define VEC_HAS_BF16_DOT 0
 #endif
-#define TILE_ROWS 14
-#define TILE_VECS 2
+#define VEC_HAS_BF16_PAIRS VEC_HAS_BF16_DOT
+#define TILE_ROWS          14
+#define TILE_VECS          2
 
 typedef __m512 vec;
 typedef __m512i veci;

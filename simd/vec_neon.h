@@ -5,12 +5,13 @@
 
 #include <arm_neon.h>
 
-#define VEC_LANES        4
-#define VEC_FMA_IS_FUSED 1
-#define VEC_HAS_LDEXP    0
-#define VEC_HAS_BF16_DOT 0
-#define TILE_ROWS        8
-#define TILE_VECS        3
+#define VEC_LANES          4
+#define VEC_FMA_IS_FUSED   1
+#define VEC_HAS_LDEXP      0
+#define VEC_HAS_BF16_DOT   0
+#define VEC_HAS_BF16_PAIRS 0
+#define TILE_ROWS          8
+#define TILE_VECS          3
 
 typedef float32x4_t vec;
 typedef uint32x4_t veci;

@@ -5,12 +5,13 @@
 
 #include <math.h>
 
-#define VEC_LANES        1
-#define VEC_FMA_IS_FUSED 0
-#define VEC_HAS_LDEXP    0
-#define VEC_HAS_BF16_DOT 0
-#define TILE_ROWS        4
-#define TILE_VECS        4
+#define VEC_LANES          1
+#define VEC_FMA_IS_FUSED   0
+#define VEC_HAS_LDEXP      0
+#define VEC_HAS_BF16_DOT   0
+#define VEC_HAS_BF16_PAIRS 1
+#define TILE_ROWS          4
+#define TILE_VECS          4
 
 typedef float vec;
 typedef double vecd;
@@ -96,6 +97,19 @@ static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
     if (n > 0) {
         vec_store_bf16(p, v);
     }
+}
+
+static inline vec vec_pair_bf16(const uint16_t *even, const uint16_t *odd, int64_t n)
+{
+    const uint16_t pair[2] = {n > 0 ? *even : 0, n > 0 && odd != NULL ? *odd : 0};
+    vec v;
+    memcpy(&v, pair, sizeof v);
+    return v;
+}
+
+static inline vec vec_load_pairs_first(const uint16_t *p, int64_t n)
+{
+    return vec_pair_bf16(p, n > 1 ? p + 1 : NULL, n);
 }
 
 static inline vec vec_add(vec a, vec b)

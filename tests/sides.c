@@ -4,9 +4,11 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "counting.h"
+#include "emulated_amx.h"
 #include "lib/cpu/operations.h"
 #include "sides.h"
 
@@ -46,6 +48,45 @@ static side make_onednn(void)
 }
 #endif
 
+/* Kernels that notice a tile of bf16 on a thread whose matrix unit nobody has configured. */
+static const sebp_kernels *below;
+static _Thread_local bool is_configured;
+static atomic_int misuses;
+
+static void watch_configure(void)
+{
+    atomic_fetch_add(&misuses, is_configured);
+    is_configured = true;
+    below->configure_tiles();
+}
+
+static void watch_release(void)
+{
+    atomic_fetch_add(&misuses, !is_configured);
+    is_configured = false;
+    below->release_tiles();
+}
+
+static void watch_tile(const sebp_tile_work *work)
+{
+    atomic_fetch_add(&misuses, !is_configured);
+    below->tile_bf16(work);
+}
+
+/* Products of bf16 by a matrix unit, which is emulated. */
+static side make_matrix_unit(void)
+{
+    static sebp_kernels watched;
+    side made = make_cpu(3, SEBP_GEMM_NATIVE, (int64_t)4 << 20);
+    below = emulated_amx() != NULL ? emulated_amx() : &sebp_kernels_scalar;
+    watched = *below;
+    watched.configure_tiles = watch_configure;
+    watched.release_tiles = watch_release;
+    watched.tile_bf16 = watch_tile;
+    ((sebp_cpu *)made.device)->kernels = &watched;
+    return made;
+}
+
 static side make_counting(void)
 {
     return (side){&counting_backend, counting_make()};
@@ -60,6 +101,7 @@ static const struct {
 #ifdef SEBP_HAVE_ONEDNN
     {"cpu, oneDNN", make_onednn},
 #endif
+    {"cpu, emulated matrix unit", make_matrix_unit},
     {"counting", make_counting},
 };
 side tested, scalar;
@@ -85,6 +127,7 @@ void destroy_sides(void)
     tested.backend->destroy(tested.device);
     scalar.backend->destroy(scalar.device);
     ck_assert_msg(!counting_has_leaked(), "the test has left memory on the device");
+    ck_assert_msg(misuses == 0, "a thread's tiles were not configured, or not released");
 }
 
 void succeed(sebp_status status)

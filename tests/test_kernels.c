@@ -19,8 +19,12 @@
 #include <string.h>
 #include <time.h>
 
+#include "emulated_amx.h"
 #include "kernel_harness.h"
 #include "lib/philox.h"
+
+#define SEBP_EMULATED_TILES 1
+#include "simd/tile.h"
 
 static bool any_nonzero(const sebp_kernels *kernels, int is_bf16, const void *row, int64_t n)
 {
@@ -629,20 +633,52 @@ START_TEST(dropout_scales)
 }
 END_TEST
 
+/* The kernels of a tier, and after the last tier those of amx over emulated tiles. */
+static const sebp_kernels *product_kernels_of(int tier, const char *test)
+{
+    char name[64];
+    if (tier < TIERS)
+        return kernels_of(tier, test);
+    snprintf(name, sizeof name, "%s/emulated amx", test);
+    if (emulated_amx() == NULL)
+        testing_skip(name, "there is no avx512bf16");
+    return emulated_amx();
+}
+
+/* Units of depth that a sliver is filled up to. */
+static int64_t filled(const sebp_tile_shape *shape, int64_t units)
+{
+    return (units + shape->step_units - 1) / shape->step_units * shape->step_units;
+}
+
+/* Where a packed sliver of A or B has unit u of lane l. */
+static int64_t packed_at(const sebp_tile_shape *shape, int is_b, int64_t u, int64_t l)
+{
+    int64_t side = shape->step_units;
+    if (is_b || side == 1) {
+        return u * (is_b ? shape->cols : shape->rows) + l;
+    }
+    int64_t square = u / side * (shape->rows / side) + l / side;
+    return (square * side + l % side) * side + u % side;
+}
+
 /* What unit u of lane l must hold, in bits. */
 static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t lane, int64_t at,
                         int64_t depth, int64_t u)
 {
     uint32_t unit = 0;
+    uint16_t halves[2] = {0};
     int elements = pairs ? 2 : 1;
     for (int i = 0; i < elements && u * elements + i < depth; i++) {
         int64_t along = at + u * elements + i;
         int64_t row = from->lanes_are_rows ? lane : along;
         int64_t col = from->lanes_are_rows ? along : lane;
         int64_t element = (from->rows != NULL ? from->rows[row] : row) * from->stride + col;
-        if (is_bf16) {
-            uint32_t half = ((const uint16_t *)from->data)[element];
-            unit |= half << (pairs && i == 0 ? 0 : 16);
+        if (pairs) {
+            halves[i] = ((const uint16_t *)from->data)[element];
+            memcpy(&unit, halves, sizeof unit); /* as they lie in memory */
+        } else if (is_bf16) {
+            unit = (uint32_t)((const uint16_t *)from->data)[element] << 16;
         } else {
             memcpy(&unit, (const float *)from->data + element, sizeof unit);
         }
@@ -652,7 +688,7 @@ static uint32_t unit_of(const sebp_slab *from, int is_bf16, int pairs, int64_t l
 
 START_TEST(pack)
 {
-    const sebp_kernels *kernels = kernels_of(_i, "pack");
+    const sebp_kernels *kernels = product_kernels_of(_i, "pack");
     if (kernels == NULL) {
         return;
     }
@@ -683,21 +719,22 @@ START_TEST(pack)
 
         int64_t units = pairs ? (depth + 1) / 2 : depth;
         int64_t slivers = (lanes + width - 1) / width;
-        int64_t apart = units * width + shape->slack + testing_between(0, 20);
+        int64_t all_units = filled(shape, units);
+        int64_t apart = all_units * width + shape->slack + testing_between(0, 20);
         buffer packed = make(slivers * apart, sizeof(float));
         uint32_t *expected = twin_of(&packed);
         pack((void *)packed.data, apart, &from, lane, lanes, at, depth);
         for (int64_t s = 0; s < slivers; s++) {
-            for (int64_t u = 0; u < units; u++) {
+            for (int64_t u = 0; u < all_units; u++) {
                 for (int64_t l = 0; l < width; l++) {
                     int64_t of = s * width + l;
-                    expected[s * apart + u * width + l] =
+                    expected[s * apart + packed_at(shape, is_b, u, l)] =
                         of < lanes ? unit_of(&from, is_bf16, pairs, lane + of, at, depth, u) : 0;
                 }
             }
             /* What stands in the slack is nobody's business. */
-            memcpy(expected + s * apart + units * width,
-                   packed.data + (size_t)(s * apart + units * width) * sizeof(float),
+            memcpy(expected + s * apart + all_units * width,
+                   packed.data + (size_t)(s * apart + all_units * width) * sizeof(float),
                    (size_t)shape->slack * sizeof(float));
         }
         release(&packed);
@@ -708,16 +745,18 @@ START_TEST(pack)
 END_TEST
 
 /* A packed sliver. Its lanes from `lanes` on hold NaN, which must not get into C. */
-static buffer sliver(int64_t units, int64_t width, int64_t lanes, int is_bf16, int pairs,
-                     int integers)
+static buffer sliver(const sebp_tile_shape *shape, int is_b, int64_t units, int64_t lanes,
+                     int is_bf16, int integers)
 {
-    buffer made = make(units * width, sizeof(float));
-    int64_t elements = pairs ? 2 : 1;
-    for (int64_t u = 0; u < units; u++) {
+    const int64_t elements = shape->unit_elements, width = is_b ? shape->cols : shape->rows;
+    const int pairs = elements == 2;
+    buffer made = make(filled(shape, units) * width, sizeof(float));
+    for (int64_t u = 0; u < filled(shape, units); u++) {
         for (int64_t i = 0; i < lanes * elements; i++) {
-            double value = value_of(integers);
+            double value = u < units ? value_of(integers) : 0;
             value = is_bf16 ? testing_from_bf16(testing_to_bf16((float)value)) : value;
-            put(made.data, pairs, u * width * elements + i, value);
+            int64_t unit = packed_at(shape, is_b, u, i / elements);
+            put(made.data, pairs, unit * elements + i % elements, value);
         }
     }
     return made;
@@ -725,7 +764,7 @@ static buffer sliver(int64_t units, int64_t width, int64_t lanes, int is_bf16, i
 
 START_TEST(tile)
 {
-    const sebp_kernels *kernels = kernels_of(_i, "tile");
+    const sebp_kernels *kernels = product_kernels_of(_i, "tile");
     if (kernels == NULL) {
         return;
     }
@@ -737,8 +776,8 @@ START_TEST(tile)
         int64_t units = testing_between(0, 60), depth = units * elements;
         int64_t rows = testing_between(1, height);
         int64_t cols = pack_b ? width : testing_between(1, width);
-        buffer a = sliver(units, height, rows, is_bf16, pairs, integers);
-        buffer b = sliver(units, width, cols, is_bf16, pairs, integers);
+        buffer a = sliver(shape, 0, units, rows, is_bf16, integers);
+        buffer b = sliver(shape, 1, units, cols, is_bf16, integers);
 
         /* The rows that B was packed from; an odd depth ends in half a pair. */
         int64_t b_first = testing_between(0, 20), b_stride = strided(b_first + width);
@@ -758,10 +797,11 @@ START_TEST(tile)
                 put(b_matrix.data, is_bf16, first + b_first + j, get(b.data, pairs, packed));
             }
         }
-        buffer b_room = make(units * width, sizeof(float));
+        int64_t packed_units = filled(shape, units) * width;
+        buffer b_room = make(packed_units, sizeof(float));
         void *b_expected = twin_of(&b_room);
         if (pack_b) {
-            memcpy(b_expected, b.data, (size_t)(units * width) * sizeof(float));
+            memcpy(b_expected, b.data, (size_t)packed_units * sizeof(float));
         }
 
         /* Where C goes past the caches its rows and columns start at multiples of 64 bytes. */
@@ -823,7 +863,13 @@ START_TEST(tile)
             .stream = stream,
             .bias = has_bias ? (void *)bias.data : NULL,
         };
-        (is_bf16 ? kernels->tile_bf16 : kernels->tile_f32)(&work);
+        if (is_bf16) {
+            kernels->configure_tiles();
+            kernels->tile_bf16(&work);
+            kernels->release_tiles();
+        } else {
+            kernels->tile_f32(&work);
+        }
 
         for (int64_t i = 0; i < rows; i++) {
             for (int64_t j = 0; j < cols; j++) {
@@ -833,8 +879,9 @@ START_TEST(tile)
                 double sum = old + added, magnitude = fabs(old) + fabs(added);
                 for (int64_t u = 0; u < units; u++) {
                     for (int64_t e = 0; e < elements; e++) {
-                        double product = get(a.data, pairs, (u * height + i) * elements + e) *
-                                         get(b.data, pairs, (u * width + j) * elements + e);
+                        int64_t in_a = packed_at(shape, 0, u, i), in_b = packed_at(shape, 1, u, j);
+                        double product = get(a.data, pairs, in_a * elements + e) *
+                                         get(b.data, pairs, in_b * elements + e);
                         sum += product;
                         magnitude += fabs(product);
                     }
@@ -859,6 +906,127 @@ START_TEST(tile)
         release(&other);
         release(&from_list);
     }
+}
+END_TEST
+
+/* a * b + c rounded once. A result is zero where it would be a denormal: rounded as if there were
+ * smaller exponents, it is below FLT_MIN. */
+static float flushed_fma(float a, float b, float c, int *flushes)
+{
+    float result = fmaf(a, b, c);
+    if (fabsf(result) <= FLT_MIN) {
+        float smaller = fabsf(a) < fabsf(b) ? a : b, larger = fabsf(a) < fabsf(b) ? b : a;
+        float scaled = fmaf(ldexpf(smaller, 60), larger, ldexpf(c, 60));
+        if (fabsf(scaled) < ldexpf(FLT_MIN, 60)) {
+            *flushes += scaled != 0;
+            return copysignf(0, scaled);
+        }
+    }
+    return result;
+}
+
+static float without_denormals(float value)
+{
+    return fabsf(value) < FLT_MIN ? copysignf(0, value) : value;
+}
+
+/* A bf16 of any kind, mostly near `exponent`, a power of two. */
+static uint16_t some_bf16(int exponent, int with_odd)
+{
+    static const double odd_values[] = {0,   -0.0,     INFINITY,  -INFINITY,
+                                        NAN, 0x1p-130, -0x1p-133, FLT_MAX};
+    double value = ldexp(testing_uniform(), exponent + (int)testing_between(0, 8));
+    if (with_odd && testing_chance(0.002))
+        value = odd_values[testing_between(0, 7)];
+    return testing_to_bf16((float)value);
+}
+
+/* Against fmaf(), pair by pair, as the manual of TDPBF16PS writes it down. */
+START_TEST(emulated_dots_are_the_manuals)
+{
+    int flushes = 0;
+    int64_t finite = 0, others = 0;
+    for (int round = testing_rounds(300); round > 0; round--) {
+        /* Products near the smallest normal number, near 1, or near the largest. */
+        int exponent = round % 3 == 0 ? -67 : round % 3 == 1 ? -4 : 57;
+        uint16_t a[TILE_SIDE][2 * TILE_SIDE], b[TILE_SIDE][2 * TILE_SIDE];
+        float c[TILE_SIDE][TILE_SIDE], got[TILE_SIDE][TILE_SIDE];
+        for (int i = 0; i < TILE_SIDE; i++) {
+            for (int j = 0; j < 2 * TILE_SIDE; j++) {
+                a[i][j] = some_bf16(exponent, round % 2);
+                b[i][j] = some_bf16(exponent, round % 2);
+                c[i][j / 2] = (float)ldexp(testing_uniform(), 2 * exponent + 8);
+            }
+        }
+        tile_set tiles;
+        tile_load(&tiles, 1, a, sizeof a[0]);
+        tile_load(&tiles, 2, b, sizeof b[0]);
+        tile_load(&tiles, 7, c, sizeof c[0]);
+        tile_dot(&tiles, 7, 1, 2);
+        tile_store(&tiles, 7, got, sizeof got[0]);
+        for (int i = 0; i < TILE_SIDE; i++) {
+            for (int j = 0; j < TILE_SIDE; j++) {
+                float sums[2] = {0};
+                for (int u = 0; u < 2 * TILE_SIDE; u++) {
+                    float x = without_denormals(testing_from_bf16(a[i][u]));
+                    float y = without_denormals(testing_from_bf16(b[u / 2][2 * j + u % 2]));
+                    sums[u % 2] = flushed_fma(x, y, sums[u % 2], &flushes);
+                }
+                float sum = flushed_fma(sums[0], 1, sums[1], &flushes);
+                float want = flushed_fma(without_denormals(c[i][j]), 1, sum, &flushes);
+                check(isnan(want) ? isnan(got[i][j]) : memcmp(&want, &got[i][j], sizeof want) == 0,
+                      "(%d, %d) is %a, not %a", i, j, (double)got[i][j], (double)want);
+                finite += isfinite(want) && want != 0;
+                others += !isfinite(want);
+            }
+        }
+    }
+    ck_assert(finite > 0 && others > 0 && flushes > 0);
+}
+END_TEST
+
+/* Vectors of AVX-512 around the tiles, against those of the scalar kernels. */
+START_TEST(tiles_give_the_bits_of_scalar)
+{
+    const sebp_kernels *kernels = product_kernels_of(TIERS, "tiles_give_the_bits_of_scalar");
+    if (kernels == NULL) {
+        return;
+    }
+    const sebp_tile_shape *shape = &kernels->shape_bf16;
+    int64_t others = 0;
+    for (int round = testing_rounds(200); round > 0; round--) {
+        int64_t units = testing_between(1, 200);
+        buffer factors[2]; /* packed alike on both */
+        for (int is_b = 0; is_b < 2; is_b++) {
+            factors[is_b] = sliver(shape, is_b, units, shape->rows, 1, 0);
+            uint16_t *pairs = (void *)factors[is_b].data;
+            for (int64_t i = 0; round % 2 && i < 2 * filled(shape, units) * shape->cols; i++) {
+                pairs[i] = testing_to_bf16(ldexpf(testing_from_bf16(pairs[i]), -62));
+            }
+        }
+        float c[2][TILE_BLOCK * TILE_BLOCK], *rows[2][TILE_BLOCK];
+        for (int side = 0; side < 2; side++) {
+            for (int64_t i = 0; i < TILE_BLOCK; i++) {
+                rows[side][i] = c[side] + i * TILE_BLOCK;
+            }
+            const sebp_kernels *of = side == 0 ? kernels : &sebp_kernels_scalar;
+            const sebp_tile_work work = {.units = units,
+                                         .a = (void *)factors[0].data,
+                                         .b = (void *)factors[1].data,
+                                         .c = rows[side],
+                                         .rows = TILE_BLOCK,
+                                         .cols = TILE_BLOCK};
+            of->configure_tiles();
+            of->tile_bf16(&work);
+            of->release_tiles();
+        }
+        for (int64_t i = 0; i < TILE_BLOCK * TILE_BLOCK; i++) {
+            others += memcmp(&c[0][i], &c[1][i], sizeof c[0][i]) != 0;
+        }
+        release(&factors[0]);
+        release(&factors[1]);
+    }
+    ck_assert_int_eq(others, 0);
 }
 END_TEST
 
@@ -933,7 +1101,9 @@ static void time_product(const sebp_kernels *kernels, int is_bf16, const float *
          pack_a(packed_a, apart, &slab, 0, height, 0, DEPTH));
     TIME(kernels, is_bf16 ? "pack_b_bf16" : "pack_b_f32", packing * width * DEPTH,
          pack_b(packed_b, apart, &across, 0, width, 0, DEPTH));
+    kernels->configure_tiles();
     TIME(kernels, is_bf16 ? "tile_bf16" : "tile_f32", 4 * (height + width) * DEPTH, tile(&work));
+    kernels->release_tiles();
     release(&a);
     release(&b);
     release(&c);
@@ -1028,8 +1198,10 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, scale, 0, TIERS);
     tcase_add_test(all, philox);
     tcase_add_loop_test(all, dropout_scales, 0, TIERS);
-    tcase_add_loop_test(all, pack, 0, TIERS);
-    tcase_add_loop_test(all, tile, 0, TIERS);
+    tcase_add_loop_test(all, pack, 0, TIERS + 1);
+    tcase_add_loop_test(all, tile, 0, TIERS + 1);
+    tcase_add_test(all, emulated_dots_are_the_manuals);
+    tcase_add_test(all, tiles_give_the_bits_of_scalar);
     if (testing_environment("SEBP_TEST_TIMING")) {
         tcase_add_loop_test(all, timing, 0, TIERS);
     }

@@ -12,8 +12,9 @@
  *     db    = sum of the rows of dY[R]
  *
  * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
- * output is rounded once, after the whole sum and what is added to it. A CPU that multiplies bf16 itself (the tier
- * avx512bf16, and oneDNN on such CPUs) takes denormal factors and denormal sums for zero.
+ * output is rounded once, after the whole sum and what is added to it. Where bf16 is multiplied as such
+ * (the tiers avx512bf16 and scalar, and oneDNN on CPUs that can) denormal factors and denormal sums are
+ * taken for zero.
  *
  * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error:
  *

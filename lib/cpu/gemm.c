@@ -7,7 +7,7 @@
  * C is cut into a grid of chunks, one for each worker at a time. Within a chunk
  *
  *     for each block of C (all of it, or a part that is summed in scratch memory)
- *       for each block of the depth, K_BLOCK units
+ *       for each block of the depth
  *         for each panel of A: pack it (it stays in L2)
  *           for each sliver of B: pack it with the first panel; run the panel's tiles
  *
@@ -29,18 +29,37 @@
 #include "row_work.h"
 
 enum {
-    K_BLOCK = 512, /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
-    K_WHOLE = 768, /* but this depth is one block, so that C is written once */
-    NARROW = 16,   /* columns of a narrow tile: it reads more of B for each multiply-add, and */
-    K_BLOCK_NARROW = 384, /* is faster where a sliver of B, 24 KiB, leaves room in L1 */
-    K_WHOLE_NARROW = 512,
+    NARROW = 16,     /* columns of a narrow tile */
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
     B_BYTES = 6 << 20, /* packed B of one worker: it streams from L3 */
-    C_BYTES = 4 << 20, /* f32 block of C of one worker */
     ROUNDS = 2,        /* chunks to a worker at most */
     FINISH_COLS = 256  /* columns of a panel of C that are in L2 when the epilogue comes */
 };
+
+/* How large blocks are, which depends on the tiles. */
+typedef struct blocking {
+    int64_t k_block; /* units of depth at most */
+    int64_t k_whole; /* but this depth is one block, so that C is written once */
+    int64_t c_bytes; /* f32 block of C of one worker */
+    int64_t c_cols;  /* columns of it at most */
+    int packing;     /* packing an element costs about as much as so many multiply-adds */
+} blocking;
+
+/* A sliver of 14 rows of A takes 28 KiB. */
+static const blocking by_wide_tiles = {512, 768, 4 << 20, INT64_MAX, 24};
+
+/* They read more of B for each multiply-add, and are faster where a sliver of B, 24 KiB, leaves room
+ * in L1. */
+static const blocking by_narrow_tiles = {384, 512, 4 << 20, INT64_MAX, 24};
+
+/* A matrix unit: AMX does 2048 flop a cycle. A step of 32 x 32 x 32 takes 64 cycles, and reads 2 KiB
+ * of A and as much of B. L2 gives fewer than 64 bytes a cycle, so it can feed one of them: A's panel
+ * lies there, and B's sliver, 256 units or 32 KiB, stays in an L1 of 48. A deeper one would write C
+ * less often (each time is 4 KiB read and written, for 16 steps), but read both factors from L2. C's
+ * block shares an L2 of 2 MiB with A's panel, and is near to a square, as A is packed again for each
+ * block of columns and B for each block of rows. */
+static const blocking by_matrix_unit = {256, 256, 1 << 20, 512, 96};
 
 /* A product being done. */
 typedef struct native_run {
@@ -57,15 +76,22 @@ static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple
 /* Units from the start of one packed sliver of `width` lanes to the next. */
 static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
 {
-    return sebp_round_up(plan->units * width + plan->shape->slack, 16);
+    int64_t units = sebp_round_up(plan->units, plan->shape->step_units);
+    return sebp_round_up(units * width + plan->shape->slack, 16);
+}
+
+static const blocking *blocking_of(const sebp_tile_shape *shape)
+{
+    if (shape->step_units > 1)
+        return &by_matrix_unit;
+    return shape->cols <= NARROW ? &by_narrow_tiles : &by_wide_tiles;
 }
 
 /* Chooses the grid that gives the busiest worker the smallest amount of work: computing its tiles,
- * and packing A for every column of chunks and B for every row of them. Packing an element costs
- * about as much as PACKING multiply-adds of a tile. */
+ * and packing A for every column of chunks and B for every row of them. */
 static void choose_grid(sebp_native_plan *plan, int64_t threads)
 {
-    enum { PACKING = 24 };
+    const int packing = blocking_of(plan->shape)->packing;
     int64_t rows = sebp_div_ceil(plan->product->m, plan->shape->rows);
     int64_t cols = sebp_div_ceil(plan->product->n, plan->shape->cols);
     double best = 0;
@@ -74,7 +100,7 @@ static void choose_grid(sebp_native_plan *plan, int64_t threads)
             double m = (double)(sebp_div_ceil(rows, grid_m) * plan->shape->rows);
             double n = (double)(sebp_div_ceil(cols, grid_n) * plan->shape->cols);
             double cost =
-                (double)sebp_div_ceil(grid_m * grid_n, threads) * (m * n + PACKING * (m + n));
+                (double)sebp_div_ceil(grid_m * grid_n, threads) * (m * n + packing * (m + n));
             if (best == 0 || cost < best) {
                 best = cost;
                 plan->grid_m = grid_m;
@@ -150,10 +176,12 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
     const sebp_product *product = plan->product;
     const sebp_tile_shape *shape = plan->shape;
     int64_t units = sebp_div_ceil(product->k, plan->shape->unit_elements);
-    bool narrow = shape->cols <= NARROW;
+    const blocking *of_shape = blocking_of(shape);
     plan->units = units;
-    if (units > (narrow ? K_WHOLE_NARROW : K_WHOLE)) /* in blocks of one size */
-        plan->units = sebp_div_ceil(units, sebp_div_ceil(units, narrow ? K_BLOCK_NARROW : K_BLOCK));
+    if (units > of_shape->k_whole) { /* in blocks of one size */
+        plan->units = sebp_round_up(sebp_div_ceil(units, sebp_div_ceil(units, of_shape->k_block)),
+                                    shape->step_units);
+    }
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(plan, threads);
     int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, plan->grid_m), shape->rows);
@@ -165,19 +193,21 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
     slivers = sebp_div_ceil(chunk_slivers,
                             sebp_div_ceil(chunk_slivers, slivers)); /* panels of one size */
     plan->panel = slivers * shape->rows;
+    plan->in_blocks =
+        product->c_dtype != SEBP_F32 ||
+        (units > plan->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
     int64_t b_bytes = sliver_units(plan, shape->cols) * 4;
     int64_t b_slivers = sebp_max(1, B_BYTES / b_bytes);
+    if (plan->in_blocks)
+        b_slivers = sebp_min(b_slivers, sebp_max(1, of_shape->c_cols / shape->cols));
     int64_t chunk_columns = chunk_n / shape->cols;
     plan->block_n =
         sebp_div_ceil(chunk_columns, sebp_div_ceil(chunk_columns, b_slivers)) * shape->cols;
     plan->block_m = chunk_m;
-    plan->in_blocks =
-        product->c_dtype != SEBP_F32 ||
-        (units > plan->units && chunk_m * chunk_n * 4 > (int64_t)cpu->topology.l2_bytes);
     plan->stream = units <= plan->units && can_stream(cpu, product);
     if (plan->in_blocks) {
-        plan->block_m = sebp_round_up(sebp_min(chunk_m, sebp_max(1, C_BYTES / (plan->block_n * 4))),
-                                      shape->rows);
+        plan->block_m = sebp_round_up(
+            sebp_min(chunk_m, sebp_max(1, of_shape->c_bytes / (plan->block_n * 4))), shape->rows);
     }
 
     plan->workers = sebp_min(threads, plan->grid_m * plan->grid_n);
@@ -385,6 +415,8 @@ static void run_worker(void *work, int64_t worker)
     const native_run *run = work;
     const sebp_native_plan *plan = run->plan;
     const sebp_product *product = plan->product;
+    if (product->dtype == SEBP_BF16)
+        plan->kernels->configure_tiles();
     for (int64_t chunk = worker; chunk < plan->grid_m * plan->grid_n; chunk += plan->workers) {
         int64_t i = chunk / plan->grid_n, j = chunk % plan->grid_n;
         run_chunk(plan, cut(product->m, plan->grid_m, i, plan->shape->rows),
@@ -393,6 +425,8 @@ static void run_worker(void *work, int64_t worker)
                   cut(product->n, plan->grid_n, j + 1, plan->shape->cols),
                   run->scratch + worker * plan->worker_bytes);
     }
+    if (product->dtype == SEBP_BF16)
+        plan->kernels->release_tiles();
     if (plan->stream)
         plan->kernels->stream_fence();
 }
