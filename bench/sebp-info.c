@@ -104,6 +104,8 @@ static void print_machine(const sebp_info *info)
     for (int i = 0; i < sebp_isa_count(); i++)
         printf(" %s", sebp_isa_name(i));
     putchar('\n');
+    if (info->amx_refused != NULL)
+        printf("               not amx, which this CPU has: %s\n", info->amx_refused);
 }
 
 static void print_context(const sebp_context *context, const sebp_info *info)

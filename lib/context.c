@@ -212,7 +212,7 @@ static sebp_status read_environment(sebp_context_options *options,
     environment->max_isa = variable("SEBP_MAX_ISA");
     if (environment->max_isa != NULL && !sebp_cpu_isa_is_known(environment->max_isa)) {
         return refuse_variable(options, "SEBP_MAX_ISA", environment->max_isa,
-                               "scalar, neon, avx2, avx512 or avx512bf16");
+                               "scalar, neon, avx2, avx512, avx512bf16 or amx");
     }
     /* The variable is OpenMP's, so no value of it is an error. It may be a list with a number for
      * each level. */

@@ -37,6 +37,8 @@ const char *sebp_isa_name(int index)
 sebp_status sebp_info_get(const sebp_context *context, sebp_info *info)
 {
     enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_info, placement_refused) };
+    _Static_assert(offsetof(sebp_info, amx_refused) >= BYTES_0_1_0,
+                   "the struct of 0.1.0 ends here");
     sebp_info found = {.size_bytes = sizeof found};
     if (info == NULL)
         return SEBP_ERROR_NULL;

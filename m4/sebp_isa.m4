@@ -37,6 +37,9 @@ SEBP_ISA_TIER([avx512], [x86_64],
 SEBP_ISA_TIER([avx512bf16], [x86_64],
   [-mavx512bf16 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma],
   [immintrin.h], [_mm512_cvtneps_pbh(_mm512_setzero_ps())])
+SEBP_ISA_TIER([amx], [x86_64],
+  [-mamx-tile -mamx-bf16 -mavx512bf16 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma],
+  [immintrin.h], [({ _tile_dpbf16ps(0, 1, 2); _mm512_cvtneps_pbh(_mm512_setzero_ps()); })])
 SEBP_ISA_TIER([neon], [aarch64|arm64], [],
   [arm_neon.h], [vfmaq_f32(vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0))])
 AS_IF([test "$sebp_have_avx512" = yes],

@@ -160,6 +160,6 @@ typedef struct sebp_kernels {
 
 /* One of each in a build that has the tier; sebp_kernels_scalar always. */
 extern const sebp_kernels sebp_kernels_scalar, sebp_kernels_avx2, sebp_kernels_avx512,
-    sebp_kernels_avx512bf16, sebp_kernels_neon;
+    sebp_kernels_avx512bf16, sebp_kernels_amx, sebp_kernels_neon;
 
 #endif

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file tile.h
- * The tile vocabulary: what a kernel may say to a matrix unit, where HAS_TILES is 1. Plain C
- * supplies it for the scalar kernels (tile_emulated.h), so that packing, loops and edges are tested on
- * every machine.
+ * The tile vocabulary: what a kernel may say to a matrix unit, where HAS_TILES is 1. AMX supplies it
+ * (tile_amx.h), and plain C for the scalar kernels (tile_emulated.h), so that packing, loops and
+ * edges are tested on every machine.
  *
  * There are eight tiles, each TILE_SIDE rows of TILE_SIDE units of 4 bytes: an f32, or a pair of
  * bf16. A tile is named by a digit, 0 to 7, which must be a literal: it becomes part of an
@@ -37,6 +37,9 @@ enum {
 #if defined SEBP_ISA_SCALAR || defined SEBP_EMULATED_TILES
 #define HAS_TILES 1
 #include "tile_emulated.h"
+#elif defined SEBP_ISA_AMX
+#define HAS_TILES 1
+#include "tile_amx.h"
 #else
 #define HAS_TILES 0
 #endif

@@ -97,6 +97,10 @@
 #define SEBP_NAME(name) sebp_##name##_emulated_amx
 #define SEBP_ISA_TEXT   "emulated amx"
 #include "vec_avx512.h"
+#elif defined SEBP_ISA_AMX
+#define SEBP_NAME(name) sebp_##name##_amx
+#define SEBP_ISA_TEXT   "amx"
+#include "vec_avx512.h"
 #elif defined SEBP_ISA_NEON
 #define SEBP_NAME(name) sebp_##name##_neon
 #define SEBP_ISA_TEXT   "neon"

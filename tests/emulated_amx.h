@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file emulated_amx.h
- * Kernels as for AMX: packing and loops with the vectors of AVX-512, over emulated tiles.
+ * The tier amx where there is no AMX: its packing and its loops as they are compiled for it, over
+ * emulated tiles. What is left to a machine with AMX is simd/tile_amx.h.
  */
 #ifndef SEBP_TESTS_EMULATED_AMX_H
 #define SEBP_TESTS_EMULATED_AMX_H

@@ -43,6 +43,11 @@ static const struct tier {
 #else
     {"avx512bf16", NULL},
 #endif
+#ifdef SEBP_HAVE_AMX
+    {"amx", &sebp_kernels_amx},
+#else
+    {"amx", NULL},
+#endif
 #endif
 #ifdef __aarch64__
 #ifdef SEBP_HAVE_NEON

@@ -209,7 +209,7 @@ START_TEST(long_values_are_refused)
         {"SEBP_NUM_THREADS", "\", not 1 to 1024"},
         {"SEBP_PLACEMENT", "\", not none, compact or spread"},
         {"SEBP_GEMM", "\", not auto, native or onednn"},
-        {"SEBP_MAX_ISA", "\", not scalar, neon, avx2, avx512 or avx512bf16"},
+        {"SEBP_MAX_ISA", "\", not scalar, neon, avx2, avx512, avx512bf16 or amx"},
         {"SEBP_VERBOSE", "\", not 0 or 1"},
     };
     char *value = malloc(5001);

@@ -260,7 +260,8 @@ START_TEST(onednn_keeps_little)
     const char *const name = _i ? "onednn_keeps_little of dW in bf16" : "onednn_keeps_little";
     enum { N = 64, K = 96, FEW = 20, MANY = 1020, MOST = 192 << 20 };
     sebp_context *context = testing_context(SEBP_GEMM_ONEDNN, 1, 0);
-    if (SANITIZED || strcmp(sebp_isa(), "avx512bf16") != 0 || resident_bytes() <= 0) {
+    bool has_bf16 = strcmp(sebp_isa(), "avx512bf16") == 0 || strcmp(sebp_isa(), "amx") == 0;
+    if (SANITIZED || !has_bf16 || resident_bytes() <= 0) {
         testing_skip(name, "a sanitizer keeps what is freed, or this machine has no products of "
                            "bf16, or it does not tell of memory");
         sebp_context_destroy(context);

@@ -105,8 +105,8 @@ typedef struct sebp_context_options {
  *     SEBP_NUM_THREADS  1 to 1024
  *     SEBP_PLACEMENT    none, compact, spread
  *     SEBP_GEMM         auto, native, onednn
- *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, neon: no kernels above this tier, plain C
- *                       for a tier of another processor. The first context decides: afterwards the
+ *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, amx, neon: no kernels above this tier, plain
+ *                       C for a tier of another processor. The first context decides: afterwards the
  *                       value is checked, but changes nothing
  *     SEBP_VERBOSE      0, 1: one line on standard error (linear.h) for each forward, backward and
  *                       gradient that succeeds, which are the functions that take rows

@@ -17,8 +17,8 @@ SEBP_BEGIN_DECLS
 SEBP_API const char *sebp_version(void);
 
 /**
- * The tier of kernels in use: "scalar", "avx2", "avx512", "avx512bf16" or "neon"; before the first
- * context is made, the tier that it would use without SEBP_MAX_ISA. Never NULL.
+ * The tier of kernels in use: "scalar", "avx2", "avx512", "avx512bf16", "amx" or "neon"; before the
+ * first context is made, the tier that it would use without SEBP_MAX_ISA. Never NULL.
  */
 SEBP_API const char *sebp_isa(void);
 
@@ -43,7 +43,8 @@ typedef struct sebp_info {
     sebp_placement placement; /**< the context's; for a NULL context the default */
     sebp_gemm gemm;           /**< likewise */
     const char
-        *placement_refused; /**< the variable that forbids binding threads as asked; else NULL */
+        *placement_refused;  /**< the variable that forbids binding threads as asked; else NULL */
+    const char *amx_refused; /**< why the tier amx does not run on a CPU that has AMX; else NULL */
 } sebp_info;
 
 /**

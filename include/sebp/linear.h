@@ -13,8 +13,8 @@
  *
  * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
  * output is rounded once, after the whole sum and what is added to it. Where bf16 is multiplied as such
- * (the tiers avx512bf16 and scalar, and oneDNN on CPUs that can) denormal factors and denormal sums are
- * taken for zero.
+ * (the tiers avx512bf16, amx and scalar, which emulates amx, and oneDNN on CPUs that can) denormal
+ * factors and denormal sums are taken for zero.
  *
  * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error:
  *

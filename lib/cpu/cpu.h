@@ -31,6 +31,13 @@ bool sebp_cpu_isa_is_known(const char *isa);
  * or the best where it is NULL. Later calls look at what is there. */
 const sebp_kernels *sebp_cpu_kernels(const char *max_isa);
 
+/** Why AMX is not used on a CPU that has it; NULL where it can be, and where the CPU has none. Asks
+ * the kernel for permission, which then holds for the process. */
+const char *sebp_cpu_amx_refused(void);
+
+/** The same of a CPU that has it: `permits` is asked where nothing else speaks against it. */
+const char *sebp_cpu_amx_refusal(bool is_built, bool saves_tiles, bool (*permits)(void));
+
 /** What the table holds, or would hold if filled now. */
 const sebp_kernels *sebp_cpu_kernels_peek(void);
 

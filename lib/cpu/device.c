@@ -204,4 +204,5 @@ void sebp_cpu_info(const void *device, sebp_info *info)
     info->l2_bytes = topology.l2_bytes;
     info->l3_bytes = topology.l3_bytes;
     memcpy(info->hwloc, topology.hwloc, sizeof info->hwloc);
+    info->amx_refused = sebp_cpu_amx_refused();
 }

@@ -237,4 +237,5 @@ class Info(ctypes.Structure):
         ("placement", ctypes.c_int),
         ("gemm", ctypes.c_int),
         ("placement_refused", ctypes.c_char_p),
+        ("amx_refused", ctypes.c_char_p),
     ]

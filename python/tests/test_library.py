@@ -72,6 +72,8 @@ def test_struct_sizes():
     assert library.sebp_info_get(context, info) == 0
     assert info.cores >= 1
     assert info.logical_cpus >= info.cores
+    info.size_bytes = Info.amx_refused.offset  # as version 0.1.0 had it
+    assert library.sebp_info_get(context, info) == 0
     info.size_bytes -= 8
     assert library.sebp_info_get(context, info) == 2
 
