@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <sebp/context.h>
 #include <sebp/info.h>
 #include <sebp/matrix.h>
 #include <sebp/optim.h>
@@ -37,13 +38,15 @@ typedef struct sebp_operand {
     int64_t stride;
     const int64_t *rows; /* memory rows; NULL: as they lie */
     bool transposed;     /* the factor is the transpose of what lies in memory */
+    sebp_dtype dtype;
 } sebp_operand;
 
 /**
  * C (+)= A B + bias + residual, with A: m x k, B: k x n, C: m x n, sums in f32. m, n, k >= 0; k = 0
  * gives what is added, or zero.
  *
- * A and B share one dtype. `c_rows` scatters: row i of the product goes to row c_rows[i] of C. The
+ * A and B are of either dtype. Where one is f32, `precision` says how exact the product must be, and a
+ * device takes what is fastest of those that are; SEBP_PRECISION_DEFAULT: HIGHEST. `c_rows` scatters: row i of the product goes to row c_rows[i] of C. The
  * residual, `activated` and `before` have C's shape, dtype and rows.
  *
  * Then activated = f(C), or C becomes C f'(before), both of C as it is stored: the same bits as the
@@ -51,7 +54,7 @@ typedef struct sebp_operand {
  */
 typedef struct sebp_product {
     int64_t m, n, k;
-    sebp_dtype dtype; /* of A and B */
+    sebp_precision precision;
     sebp_operand a, b;
     void *c;
     int64_t c_stride;
@@ -71,7 +74,7 @@ typedef struct sebp_product {
 } sebp_product;
 
 enum {
-    SEBP_PLAN_BYTES = 320,
+    SEBP_PLAN_BYTES = 448,
     SEBP_WHY_BYTES = 160 /* room for what is said about a failure */
 };
 

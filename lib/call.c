@@ -89,6 +89,13 @@ void sebp_take_options(sebp_call *call, const sebp_linear_options *options)
     sebp_take_any_options(call, options, BYTES_0_1_0, &call->options, sizeof *options);
 }
 
+void sebp_check_precision(sebp_call *call)
+{
+    sebp_precision precision = call->options.precision;
+    if (precision < SEBP_PRECISION_DEFAULT || precision > SEBP_PRECISION_MEDIUM)
+        sebp_call_fail(call, SEBP_ERROR_VALUE, "options->precision is %d", (int)precision);
+}
+
 void sebp_check_unused(sebp_call *call, const char *name, const sebp_matrix *option)
 {
     if (option != NULL)
@@ -286,13 +293,13 @@ void sebp_zero_inactive(sebp_call *call, const sebp_matrix *view)
 
 sebp_operand sebp_whole_operand(const sebp_matrix *view, bool transposed)
 {
-    return (sebp_operand){view->data, view->stride, NULL, transposed};
+    return (sebp_operand){view->data, view->stride, NULL, transposed, view->dtype};
 }
 
 sebp_operand sebp_active_operand(const sebp_call *call, const sebp_matrix *view, bool transposed)
 {
     void *data;
-    sebp_operand operand = {NULL, view->stride, NULL, transposed};
+    sebp_operand operand = {NULL, view->stride, NULL, transposed, view->dtype};
     sebp_pick_rows(call, view, &data, &operand.rows);
     operand.data = data;
     return operand;
@@ -324,6 +331,9 @@ void sebp_plan_product(sebp_call *call, sebp_plan *plan)
 {
     if (!sebp_call_goes_on(call))
         return;
+    plan->product.precision = call->options.precision != SEBP_PRECISION_DEFAULT
+                                  ? call->options.precision
+                                  : call->context->precision;
     sebp_status status = call->backend->plan_product(call->device, plan);
     if (status == SEBP_ERROR_MEMORY) {
         sebp_call_fail(call, status,

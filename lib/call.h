@@ -64,6 +64,7 @@ void sebp_take_any_options(sebp_call *call, const void *given, size_t first_byte
                            size_t bytes);
 /** NULL leaves the defaults. */
 void sebp_take_options(sebp_call *call, const sebp_linear_options *options);
+void sebp_check_precision(sebp_call *call);
 /** That a matrix of the options, for which the call has no use, is NULL. */
 void sebp_check_unused(sebp_call *call, const char *name, const sebp_matrix *option);
 /** The same of all matrices of the options. */

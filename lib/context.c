@@ -122,6 +122,11 @@ static sebp_status check_options(const sebp_context_options *options)
         return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown gemm %d",
                       (int)options->gemm);
     }
+    if ((int)options->precision < SEBP_PRECISION_DEFAULT ||
+        (int)options->precision > SEBP_PRECISION_MEDIUM) {
+        return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown precision %d",
+                      (int)options->precision);
+    }
     if (options->workspace_bytes != 0 && options->workspace_bytes < MIN_WORKSPACE) {
         return refuse(options, SEBP_ERROR_VALUE,
                       "sebp_context_create: workspace_bytes is %" PRId64
@@ -183,6 +188,7 @@ static sebp_status read_environment(sebp_context_options *options,
     static const char *const placements[] = {"none", "compact", "spread", NULL};
     static const char *const gemms[] = {"auto", "native", "onednn", NULL};
     static const char *const switches[] = {"0", "1", NULL};
+    static const char *const precisions[] = {"highest", "split", "high", "medium", NULL};
     static const char *const affinity[] = {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY",
                                            "KMP_AFFINITY"};
     int choice;
@@ -205,6 +211,10 @@ static sebp_status read_environment(sebp_context_options *options,
         return status;
     if (choice >= 0)
         options->gemm = (sebp_gemm)choice;
+    if ((status = read_choice(options, "SEBP_PRECISION", precisions, &choice)) != SEBP_SUCCESS)
+        return status;
+    if (choice >= 0)
+        options->precision = (sebp_precision)(SEBP_PRECISION_HIGHEST + choice);
     if ((status = read_choice(options, "SEBP_VERBOSE", switches, &choice)) != SEBP_SUCCESS)
         return status;
     *verbose = choice == 1;
@@ -274,7 +284,9 @@ sebp_status sebp_context_create(const sebp_context_options *given, sebp_context 
     status = sebp_cpu_create(&options, &environment, &cpu);
     if (status == SEBP_SUCCESS) {
         status = sebp_context_make(&sebp_cpu_backend, cpu, verbose, context);
-        if (status != SEBP_SUCCESS)
+        if (status == SEBP_SUCCESS)
+            (*context)->precision = options.precision;
+        else
             sebp_cpu_backend.destroy(cpu);
     }
     if (status != SEBP_SUCCESS) {

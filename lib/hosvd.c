@@ -113,6 +113,7 @@ static void add_square(sebp_call *call, const sebp_matrix *gradient, bool transp
                        const sebp_matrix *sum, bool runs)
 {
     int64_t size = sum->rows;
+    call->options.precision = SEBP_PRECISION_HIGHEST; /* errors would turn the vectors */
     for (int64_t i = 0; i < size && sebp_call_goes_on(call); i += PANEL) {
         int64_t step = (transposed ? 1 : gradient->stride) * i;
         const char *from =
@@ -121,9 +122,8 @@ static void add_square(sebp_call *call, const sebp_matrix *gradient, bool transp
             .product = {.m = sebp_min(PANEL, size - i),
                         .n = size - i,
                         .k = transposed ? gradient->rows : gradient->cols,
-                        .dtype = gradient->dtype,
-                        .a = {from, gradient->stride, NULL, transposed},
-                        .b = {from, gradient->stride, NULL, !transposed},
+                        .a = {from, gradient->stride, NULL, transposed, gradient->dtype},
+                        .b = {from, gradient->stride, NULL, !transposed, gradient->dtype},
                         .c = (float *)sum->data + i * size + i,
                         .c_stride = size,
                         .accumulate = true},

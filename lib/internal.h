@@ -19,6 +19,7 @@
 struct sebp_context {
     sebp_device *device;
     bool verbose;
+    sebp_precision precision; /* DEFAULT: HIGHEST */
     char message[256];
 };
 

@@ -45,10 +45,10 @@ sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, con
     };
     const unsigned may_be[COUNT] = {[Y] = 1U << RESIDUAL, [ACTIVATED] = 1U << Y | 1U << RESIDUAL};
     sebp_check_views(&call, arguments, COUNT);
-    sebp_check_same_dtype(&call, &arguments[W], &arguments[X]);
     sebp_check_same_dtype(&call, &arguments[RESIDUAL], &arguments[Y]);
     sebp_check_same_dtype(&call, &arguments[ACTIVATED], &arguments[Y]);
     sebp_check_inactive(&call);
+    sebp_check_precision(&call);
     sebp_check_unused(&call, "before", options->before);
     if (options->activated != NULL)
         sebp_check_activation(&call, options->activation);
@@ -65,7 +65,7 @@ sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, con
         return call.status;
 
     /* Y[R] = X[R] W^T + b + Z[R]:  m x N = (m x K) (N x K)^T + (1 x N) + (m x N) */
-    sebp_plan plan = {.product = {.m = call.m, .n = y->cols, .k = x->cols, .dtype = x->dtype}};
+    sebp_plan plan = {.product = {.m = call.m, .n = y->cols, .k = x->cols}};
     sebp_product *product = &plan.product;
     product->a = sebp_x_operand(&call, x, false);
     product->b = sebp_whole_operand(w, true);
@@ -110,8 +110,7 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
 
     /* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
     if (dx != NULL) {
-        to_dx.product =
-            (sebp_product){.m = call->m, .n = dx->cols, .k = dy->cols, .dtype = dy->dtype};
+        to_dx.product = (sebp_product){.m = call->m, .n = dx->cols, .k = dy->cols};
         to_dx.product.a = sebp_active_operand(call, dy, false);
         to_dx.product.b = sebp_whole_operand(w, false);
         to_dx.product.accumulate = options->dx_write == SEBP_ACCUMULATE;
@@ -122,8 +121,7 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
     }
     /* dW = dY[R]^T X[R]:  N x K = (m x N)^T (m x K) */
     if (dw != NULL) {
-        to_dw.product =
-            (sebp_product){.m = dw->rows, .n = dw->cols, .k = call->m, .dtype = dy->dtype};
+        to_dw.product = (sebp_product){.m = dw->rows, .n = dw->cols, .k = call->m};
         to_dw.product.a = sebp_active_operand(call, dy, true);
         to_dw.product.b = sebp_x_operand(call, x, false);
         to_dw.product.accumulate = options->dw_write == SEBP_ACCUMULATE;
@@ -188,12 +186,11 @@ sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy, c
         [DB] = {"db", db, true},
     };
     sebp_check_views(&call, arguments, COUNT);
-    sebp_check_same_dtype(&call, &arguments[X], &arguments[DY]);
-    sebp_check_same_dtype(&call, &arguments[W], &arguments[DY]);
     sebp_check_same_dtype(&call, &arguments[BEFORE], &arguments[DX]);
     if (rows == NULL)
         sebp_check_rule(&call, &call.options.rule);
     sebp_check_inactive(&call);
+    sebp_check_precision(&call);
     sebp_check_write(&call, "dx_write", options->dx_write);
     sebp_check_write(&call, "dw_write", options->dw_write);
     sebp_check_write(&call, "db_write", options->db_write);

@@ -33,12 +33,11 @@ static void plan_forward(sebp_call *call, const sebp_matrix *x, const sebp_matri
 {
     const int64_t m = call->m, n = y->cols, k = x->cols, r = a->cols;
     /* Y[R] = X[R] W^T + b:  m x N = (m x K) (N x K)^T */
-    plans[TO_Y].product = (sebp_product){.m = m, .n = n, .k = k, .dtype = x->dtype};
+    plans[TO_Y].product = (sebp_product){.m = m, .n = n, .k = k};
     /* H = X[R] A:  m x r = (m x K) (K x r) */
-    plans[TO_H].product = (sebp_product){.m = m, .n = r, .k = k, .dtype = x->dtype};
+    plans[TO_H].product = (sebp_product){.m = m, .n = r, .k = k};
     /* Y[R] += H B:  m x N = (m x r) (r x N) */
-    plans[MORE_Y].product =
-        (sebp_product){.m = m, .n = n, .k = r, .dtype = x->dtype, .accumulate = true};
+    plans[MORE_Y].product = (sebp_product){.m = m, .n = n, .k = r, .accumulate = true};
     plans[TO_Y].product.a = plans[TO_H].product.a = sebp_x_operand(call, x, false);
     plans[TO_Y].product.b = sebp_whole_operand(w, true);
     if (bias != NULL) {
@@ -76,6 +75,7 @@ sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix *x, const
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_no_epilogue(&call);
+    sebp_check_precision(&call);
     for (int i = W; i <= H; i++)
         sebp_check_same_dtype(&call, &arguments[i], &arguments[X]);
     sebp_check_inactive(&call);
@@ -116,21 +116,17 @@ static int plan_backward(sebp_call *call, const sebp_matrix *dy, const sebp_matr
                          const sebp_matrix *da, const sebp_matrix *db, sebp_plan *plans)
 {
     const int64_t m = call->m, n = dy->cols, k = x->cols, r = a->cols;
-    const sebp_dtype dtype = dy->dtype;
     const bool accumulate = call->options.dw_write == SEBP_ACCUMULATE;
     /* dB = H^T dY[R]:  r x N = (m x r)^T (m x N) */
-    plans[TO_DB].product =
-        (sebp_product){.m = r, .n = n, .k = m, .dtype = dtype, .accumulate = accumulate};
+    plans[TO_DB].product = (sebp_product){.m = r, .n = n, .k = m, .accumulate = accumulate};
     /* dH = dY[R] B^T:  m x r = (m x N) (r x N)^T */
-    plans[TO_DH].product = (sebp_product){.m = m, .n = r, .k = n, .dtype = dtype};
+    plans[TO_DH].product = (sebp_product){.m = m, .n = r, .k = n};
     /* dA = X[R]^T dH:  K x r = (m x K)^T (m x r) */
-    plans[TO_DA].product =
-        (sebp_product){.m = k, .n = r, .k = m, .dtype = dtype, .accumulate = accumulate};
+    plans[TO_DA].product = (sebp_product){.m = k, .n = r, .k = m, .accumulate = accumulate};
     /* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
-    plans[TO_DX].product = (sebp_product){.m = m, .n = k, .k = n, .dtype = dtype};
+    plans[TO_DX].product = (sebp_product){.m = m, .n = k, .k = n};
     /* dX[R] += dH A^T:  m x K = (m x r) (K x r)^T */
-    plans[MORE_DX].product =
-        (sebp_product){.m = m, .n = k, .k = r, .dtype = dtype, .accumulate = true};
+    plans[MORE_DX].product = (sebp_product){.m = m, .n = k, .k = r, .accumulate = true};
     plans[TO_DB].product.a = sebp_whole_operand(h, true);
     plans[TO_DB].product.b = plans[TO_DH].product.a = plans[TO_DX].product.a =
         sebp_active_operand(call, dy, false);
@@ -178,6 +174,7 @@ sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, con
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_no_epilogue(&call);
+    sebp_check_precision(&call);
     for (int i = X; i <= DH; i++)
         sebp_check_same_dtype(&call, &arguments[i], &arguments[DY]);
     sebp_check_same_dtype(&call, &arguments[W], &arguments[DY]);

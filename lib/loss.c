@@ -186,11 +186,11 @@ static void plan_chunk(const loss_head *head, int64_t first, chunk_products *to)
     sebp_call *call = head->call;
     const int64_t m = call->m, k = head->hidden->cols;
     const int64_t classes = sebp_min(head->chunk, head->classes - first);
-    const sebp_dtype dtype = head->hidden->dtype;
-    sebp_operand weight = {element_at(head->weight, first, 0), head->weight->stride, NULL, true};
+    sebp_operand weight = {element_at(head->weight, first, 0), head->weight->stride, NULL, true,
+                           head->weight->dtype};
 
     /* logits = H[R] W_c^T + b_c:  m x c = (m x K) (c x K)^T */
-    to->logits.product = (sebp_product){.m = m, .n = classes, .k = k, .dtype = dtype};
+    to->logits.product = (sebp_product){.m = m, .n = classes, .k = k};
     to->logits.product.a = sebp_active_operand(call, head->hidden, false);
     to->logits.product.b = weight;
     sebp_to_whole(&head->logits, &to->logits.product);
@@ -201,7 +201,7 @@ static void plan_chunk(const loss_head *head, int64_t first, chunk_products *to)
     sebp_plan_product(call, &to->logits);
     /* dH[R] (+)= G W_c:  m x K = (m x c) (c x K) */
     if (head->dhidden != NULL) {
-        to->dhidden.product = (sebp_product){.m = m, .n = k, .k = classes, .dtype = dtype};
+        to->dhidden.product = (sebp_product){.m = m, .n = k, .k = classes};
         to->dhidden.product.a = sebp_whole_operand(&head->gradient, false);
         weight.transposed = false;
         to->dhidden.product.b = weight;
@@ -212,7 +212,7 @@ static void plan_chunk(const loss_head *head, int64_t first, chunk_products *to)
     }
     /* dW_c (+)= G^T H[R]:  c x K = (m x c)^T (m x K) */
     if (head->dweight != NULL) {
-        to->dweight.product = (sebp_product){.m = classes, .n = k, .k = m, .dtype = dtype};
+        to->dweight.product = (sebp_product){.m = classes, .n = k, .k = m};
         to->dweight.product.a = sebp_whole_operand(&head->gradient, true);
         to->dweight.product.b = sebp_active_operand(call, head->hidden, false);
         to->dweight.product.accumulate = head->options->dweight_write == SEBP_ACCUMULATE;

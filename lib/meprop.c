@@ -17,7 +17,7 @@ static void feed_panels(sebp_call *call, const sebp_matrix *dy, const sebp_matri
 {
     const sebp_backend *backend = call->backend;
     /* dW[n] = dY[R, n]^T X[R]:  n x K = (m x n)^T (m x K) */
-    sebp_product product = {.n = x->cols, .k = call->m, .dtype = dy->dtype};
+    sebp_product product = {.n = x->cols, .k = call->m};
     product.a = sebp_active_operand(call, dy, true);
     product.b = sebp_x_operand(call, x, false);
     product.c_stride = x->cols;
@@ -86,6 +86,7 @@ sebp_status sebp_meprop_gradient(sebp_context *context, const sebp_matrix *dy, c
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, 2);
     sebp_check_no_epilogue(&call);
+    sebp_check_precision(&call);
     sebp_check_sparse_room(&call, "gradient", gradient);
     sebp_check_same_dtype(&call, of_x, of_dy);
     if (rows == NULL)

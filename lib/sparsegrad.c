@@ -110,7 +110,7 @@ static bool goes_on(const product_chain *chain)
 
 static sebp_operand dense(const float *data, int64_t stride, bool transposed)
 {
-    return (sebp_operand){data, stride, NULL, transposed};
+    return (sebp_operand){data, stride, NULL, transposed, SEBP_F32};
 }
 
 /* The vectors of a side from `first` on, and of each the elements from `at` on: rank x width. */
@@ -256,7 +256,7 @@ static void rotate_gradient(product_chain *chain, const basis_side *first, const
     for (int64_t j = 0; j < second->width && goes_on(chain); j += cols) {
         int64_t some = sebp_min(cols, second->width - j);
         /* G = dY^T X[:, j]: N x some */
-        sebp_product to_g = {.m = width, .n = some, .k = chain->call->m, .dtype = chain->dtype};
+        sebp_product to_g = {.m = width, .n = some, .k = chain->call->m};
         to_g.a = first->factor;
         to_g.a.transposed = true;
         to_g.b = second->factor;
@@ -380,6 +380,7 @@ sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_basis *ba
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_no_epilogue(&call);
+    sebp_check_precision(&call);
     sebp_check_same_dtype(&call, &arguments[X], &arguments[DY]);
     sebp_check_f32(&call, &arguments[R]);
     if (rows == NULL)

@@ -75,11 +75,11 @@ static void *count_scratch(const void *device)
 
 /* A factor of memory rows x memory columns, of which `rows` are listed. */
 static sebp_operand behind_operand(const counting *device, const sebp_operand *operand,
-                                   sebp_dtype dtype, int64_t rows, int64_t cols)
+                                   int64_t rows, int64_t cols)
 {
     sebp_operand found = *operand;
     found.rows = counting_behind_list(device, operand->rows, rows);
-    sebp_matrix lies = sebp_input_view(operand->data, rows, cols, operand->stride, dtype);
+    sebp_matrix lies = sebp_input_view(operand->data, rows, cols, operand->stride, operand->dtype);
     found.data = counting_behind_rows(device, &lies, found.rows, rows).data;
     return found;
 }
@@ -99,8 +99,8 @@ static void behind_product(const counting *device, const sebp_product *product, 
     int64_t m = product->m, n = product->n, k = product->k;
     bool at = product->a.transposed, bt = product->b.transposed;
     *found = *product;
-    found->a = behind_operand(device, &product->a, product->dtype, at ? k : m, at ? m : k);
-    found->b = behind_operand(device, &product->b, product->dtype, bt ? n : k, bt ? k : n);
+    found->a = behind_operand(device, &product->a, at ? k : m, at ? m : k);
+    found->b = behind_operand(device, &product->b, bt ? n : k, bt ? k : n);
     found->c_rows = counting_behind_list(device, product->c_rows, m);
     sebp_matrix c = {product->c, m, n, product->c_stride, product->c_dtype};
     found->c = counting_behind_rows(device, &c, found->c_rows, m).data;

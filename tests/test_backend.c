@@ -102,9 +102,9 @@ static operand_pair make_factor(int64_t rows, int64_t cols, bool transposed, seb
     int64_t memory_rows = transposed ? cols : rows, memory_cols = transposed ? rows : cols;
     int64_t total = is_listed ? memory_rows + testing_between(0, 20) : memory_rows;
     sebp_matrix matrix = testing_random_matrix(total, memory_cols, dtype, values);
-    operand_pair made = {{.stride = matrix.stride, .transposed = transposed},
-                         {.transposed = transposed}};
-    made.scalar.stride = matrix.stride;
+    operand_pair made;
+    made.tested = made.scalar =
+        (sebp_operand){.stride = matrix.stride, .transposed = transposed, .dtype = dtype};
     made.tested.data = put(tested, &matrix).data;
     made.scalar.data = put(scalar, &matrix).data;
     if (is_listed) {
@@ -133,6 +133,18 @@ static void run_product(side on, sebp_product *product)
     ck_assert_ptr_nonnull(plan.path);
     sebp_status status = on.backend->run_product(on.device, &plan);
     ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", plan.path, sebp_status_string(status));
+}
+
+static sebp_precision some_precision(void)
+{
+    return (sebp_precision)testing_between(SEBP_PRECISION_DEFAULT, SEBP_PRECISION_MEDIUM);
+}
+
+/* For each product of two numbers up to 1, as context.h has it. */
+static double split_error(sebp_precision precision)
+{
+    static const double errors[] = {0, 0, 0x1p-22, 0x1p-14, 0x1p-6};
+    return errors[precision];
 }
 
 /* What an epilogue takes and gives, on both devices. */
@@ -180,18 +192,17 @@ static double bound_after(const sebp_product *product, double bound)
 static void one_product(void)
 {
     testing_values values = some_values();
-    sebp_dtype dtype = testing_dtype();
     int64_t max = testing_chance(0.2) ? 300 : 40;
     sebp_product on_tested = {.m = testing_between(0, max),
                               .n = testing_between(0, max),
                               .k = testing_between(0, max),
-                              .dtype = dtype};
+                              .precision = some_precision()};
     int64_t m = on_tested.m, n = on_tested.n, k = on_tested.k;
     bool is_scattered = testing_chance(0.5);
     on_tested.accumulate = testing_chance(0.4);
     on_tested.other_rows_are_free = is_scattered && !on_tested.accumulate && testing_chance(0.5);
-    operand_pair a = make_factor(m, k, testing_chance(0.5), dtype, values);
-    operand_pair b = make_factor(k, n, testing_chance(0.5), dtype, values);
+    operand_pair a = make_factor(m, k, testing_chance(0.5), testing_dtype(), values);
+    operand_pair b = make_factor(k, n, testing_chance(0.5), testing_dtype(), values);
 
     int64_t total = is_scattered ? m + testing_between(0, 20) : m;
     sebp_matrix c = testing_random_matrix(total, n, testing_dtype(), values);
@@ -224,7 +235,11 @@ static void one_product(void)
         succeed(tested.backend->zero_other_rows(tested.device, &c_tested, on_tested.c_rows, m));
         succeed(scalar.backend->zero_other_rows(scalar.device, &c_scalar, on_scalar.c_rows, m));
     }
-    double bound = values == TESTING_INTEGER ? 0 : 4 * FLT_EPSILON * (double)(k + 2) * (double)k;
+    double bound = 0; /* integers are bf16, and small ones */
+    if (values == TESTING_REAL) {
+        bound = 4 * FLT_EPSILON * (double)(6 * k + 2) * (double)k;
+        bound += split_error(on_tested.precision) * (double)k;
+    }
     double after = bound_after(&on_tested, bound);
     compare(&c_tested, &c_scalar, extra.before.is_absent ? bound : after);
     compare_pair(&extra.activated, after);

@@ -169,6 +169,7 @@ static const char *const bad_environment[][2] = {
     {"SEBP_NUM_THREADS", " "},    {"SEBP_NUM_THREADS", "99999999999999999999"},
     {"SEBP_PLACEMENT", "close"},  {"SEBP_PLACEMENT", "None"},
     {"SEBP_PLACEMENT", "1"},      {"SEBP_GEMM", "mkl"},
+    {"SEBP_PRECISION", "bf16"},   {"SEBP_PRECISION", "3"},
     {"SEBP_GEMM", "nativ"},       {"SEBP_GEMM", "native "},
     {"SEBP_MAX_ISA", "sse2"},     {"SEBP_MAX_ISA", "avx"},
     {"SEBP_MAX_ISA", "AVX2"},     {"SEBP_MAX_ISA", "avx512bf"},
@@ -209,6 +210,7 @@ START_TEST(long_values_are_refused)
         {"SEBP_NUM_THREADS", "\", not 1 to 1024"},
         {"SEBP_PLACEMENT", "\", not none, compact or spread"},
         {"SEBP_GEMM", "\", not auto, native or onednn"},
+        {"SEBP_PRECISION", "\", not highest, split, high or medium"},
         {"SEBP_MAX_ISA", "\", not scalar, neon, avx2, avx512, avx512bf16 or amx"},
         {"SEBP_VERBOSE", "\", not 0 or 1"},
     };

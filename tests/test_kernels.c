@@ -1135,8 +1135,7 @@ static void time_product(const sebp_kernels *kernels, int is_bf16, const float *
                                  .c = c_rows,
                                  .rows = height,
                                  .cols = width,
-                                 .accumulate = true,
-                                 .from = (const float *const *)c_rows};
+                                 .accumulate = true};
     int64_t packing = (int64_t)bytes_of(is_bf16) + 4 / shape->unit_elements; /* bytes an element */
     TIME(kernels, is_bf16 ? "pack_a_bf16" : "pack_a_f32", packing * height * DEPTH,
          pack_a(packed_a, apart, &slab, 0, height, 0, DEPTH));

@@ -90,6 +90,7 @@ int testing_main(Suite *(*make_suite)(void))
     unsetenv("SEBP_NUM_THREADS");
     unsetenv("SEBP_PLACEMENT");
     unsetenv("SEBP_GEMM");
+    unsetenv("SEBP_PRECISION");
     unsetenv("SEBP_VERBOSE");
     gemm_from_environment();
     /* Check gives a test 4 seconds unless told otherwise, before the suite is made. */

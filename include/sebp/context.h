@@ -59,6 +59,28 @@ typedef enum sebp_placement {
     SEBP_PLACEMENT_SPREAD = 2 /**< bound: physical cores over all NUMA nodes in turn */
 } sebp_placement;
 
+/**
+ * How exact products of f32 matrices must be, from the most exact on. Names and meaning are those of
+ * PyTorch's torch.set_float32_matmul_precision(). A level allows sums of products of bf16, which some
+ * processors multiply many times faster; where they do not, the product is the exact one of f32.
+ *
+ * Each f32 is split into one, two or three bf16 whose sum is near to it, or equal to it; products of
+ * parts are added up in f32 (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence
+ * datatype for higher-precision computations", ARITH 2019). The error of a sum of K products a b, in
+ * multiples of the sum of |a||b|, is at most what is said below and another K 2^-24 for each product of
+ * parts; parts below 2^-126 count as zero. NaN and Inf give what they give in f32.
+ *
+ * Matrices of bf16 are multiplied exactly at every level. With an f32 matrix at their side they are so
+ * too, and the f32 one is as the level says.
+ */
+typedef enum sebp_precision {
+    SEBP_PRECISION_DEFAULT = 0, /**< of a call: the context's; of a context: HIGHEST */
+    SEBP_PRECISION_HIGHEST = 1, /**< f32 multiply-adds: K 2^-24 */
+    SEBP_PRECISION_SPLIT = 2,   /**< or six products of three parts: f32's accuracy, 2^-22 */
+    SEBP_PRECISION_HIGH = 3,    /**< or three products of two parts: 2^-14 */
+    SEBP_PRECISION_MEDIUM = 4   /**< or the product of the matrices rounded to bf16: 2^-6.9 */
+} sebp_precision;
+
 /** What computes. All that calls read and write lies in the memory of this device: matrices, kept
  * elements and the rest. */
 typedef enum sebp_device_kind {
@@ -85,14 +107,15 @@ typedef struct sebp_context_options {
     void *pool;                     /**< handed to parallel_for */
     char *message;        /**< where one line about a failed creation is written; NULL: nowhere */
     size_t message_bytes; /**< room there, the closing NUL included; the line is cut to fit */
-    sebp_device_kind device; /**< default SEBP_DEVICE_CPU */
+    sebp_device_kind device;  /**< default SEBP_DEVICE_CPU */
+    sebp_precision precision; /**< of products of f32; default SEBP_PRECISION_HIGHEST */
 } sebp_context_options;
 
 /** Options as they are by default, with size_bytes set. */
 #define SEBP_CONTEXT_OPTIONS_INIT                                                                  \
     {                                                                                              \
         sizeof(sebp_context_options), 0, SEBP_PLACEMENT_NONE, SEBP_GEMM_AUTO, 0, NULL, NULL, NULL, \
-            0, SEBP_DEVICE_CPU                                                                     \
+            0, SEBP_DEVICE_CPU, SEBP_PRECISION_DEFAULT                                             \
     }
 
 /**
@@ -105,6 +128,7 @@ typedef struct sebp_context_options {
  *     SEBP_NUM_THREADS  1 to 1024
  *     SEBP_PLACEMENT    none, compact, spread
  *     SEBP_GEMM         auto, native, onednn
+ *     SEBP_PRECISION    highest, split, high, medium: a call's own option goes before it
  *     SEBP_MAX_ISA      scalar, avx2, avx512, avx512bf16, amx, neon: no kernels above this tier, plain
  *                       C for a tier of another processor. The first context decides: afterwards the
  *                       value is checked, but changes nothing

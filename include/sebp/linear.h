@@ -11,7 +11,8 @@
  *     dW    = dY[R]^T X[R]                        2 m N K flop
  *     db    = sum of the rows of dY[R]
  *
- * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
+ * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N, each of a dtype of its own: f32 weights go with bf16
+ * activations, and nothing is converted beforehand. Sums are taken in f32 whatever the dtypes; a bf16
  * output is rounded once, after the whole sum and what is added to it. Where bf16 is multiplied as such
  * (the tiers avx512bf16, amx and scalar, which emulates amx, and oneDNN on CPUs that can) denormal
  * factors and denormal sums are taken for zero.
@@ -67,13 +68,15 @@ typedef struct sebp_linear_options {
                                      the residual. NULL: not wanted */
     const sebp_matrix *before; /**< backward: Z, of which X = f(Z) is the activation: dX[R] becomes
                                      Z's gradient; M x K, of dX's dtype. NULL: dX is X's gradient */
+    sebp_precision precision;  /**< of products with f32 (context.h); default the context's */
 } sebp_linear_options;
 
 /** Options as they are by default, with size_bytes set. */
 #define SEBP_LINEAR_OPTIONS_INIT                                                                   \
     {                                                                                              \
         sizeof(sebp_linear_options), {SEBP_RULE_NONZERO, 0.0, 0, 0.0}, 0, SEBP_INACTIVE_ZERO,      \
-            SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE, 0, SEBP_GELU, 0, 0                     \
+            SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE, 0, SEBP_GELU, 0, 0,                    \
+            SEBP_PRECISION_DEFAULT                                                                 \
     }
 
 /**
@@ -85,7 +88,7 @@ typedef struct sebp_linear_options {
  * sebp_activation_forward() gives of Y. Where it takes Y's place, Y is not kept.
  *
  * @param x        M x K; m x K with x_is_compact.
- * @param w        N x K, of X's dtype.
+ * @param w        N x K, either dtype.
  * @param bias     1 x N, either dtype. NULL: none.
  * @param rows     R, made for M rows. NULL: all rows.
  * @param options  NULL: the defaults. The rule and the three writes are ignored; `before` is refused.
@@ -94,7 +97,7 @@ typedef struct sebp_linear_options {
  * Any stride is allowed, and any size may be 0. With K = 0 the active rows become what is added.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_STRIDE; SEBP_ERROR_OVERFLOW;
- *         SEBP_ERROR_DTYPE (W not of X's dtype, the residual or `activated` not of Y's);
+ *         SEBP_ERROR_DTYPE (the residual or `activated` not of Y's dtype);
  *         SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS
  *         (made for another M; x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
  *         SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. Only SEBP_ERROR_BACKEND may leave outputs half
@@ -113,8 +116,8 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
  * over memory.
  *
  * @param dy       M x N.
- * @param x        M x K, or m x K with x_is_compact; of dY's dtype. Needed for dW only, else NULL.
- * @param w        N x K, of dY's dtype. Needed for dX only, else NULL.
+ * @param x        M x K, or m x K with x_is_compact; either dtype. Needed for dW only, else NULL.
+ * @param w        N x K, either dtype. Needed for dX only, else NULL.
  * @param rows     R, made for M rows. NULL: found in dY by options->rule.
  * @param options  NULL: the defaults. The residual and `activated` are refused, and `before` without dX
  *                 or where dX accumulates.

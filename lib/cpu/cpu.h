@@ -71,8 +71,16 @@ bool sebp_topology_can_place(void);
 
 enum { SEBP_MAX_THREADS = 1024 };
 
+/** What the kernels take, in nanoseconds: a multiply-add of a tile, and an element that is packed, split
+ * (for each part) or widened. */
+typedef struct sebp_rates {
+    double tile_f32, tile_bf16;
+    double pack_f32, pack_bf16, split, widen;
+} sebp_rates;
+
 typedef struct sebp_cpu {
     const sebp_kernels *kernels;
+    sebp_rates rates;
     int threads;
     sebp_gemm gemm;
     sebp_placement placement;
@@ -117,6 +125,12 @@ unsigned sebp_cpu_forks(void);
 /** Whether a parent of this process had threads. OpenMP might wait for them for ever, so it is not
  * used then. */
 bool sebp_cpu_openmp_is_lost(void);
+
+/* arithmetic.c */
+
+/** Measures the rates where there is a choice by them, in a fraction of a millisecond.
+ * SEBP_ERROR_MEMORY. */
+sebp_status sebp_cpu_measure(const sebp_kernels *kernels, sebp_rates *rates);
 
 /* backend.c */
 

@@ -75,6 +75,11 @@ sebp_status sebp_cpu_create(const sebp_context_options *options,
         }
     }
     cpu->kernels = sebp_cpu_kernels(environment->max_isa);
+    sebp_status status = sebp_cpu_measure(cpu->kernels, &cpu->rates);
+    if (status != SEBP_SUCCESS) {
+        sebp_cpu_destroy(cpu);
+        return status;
+    }
     *made = cpu;
     return SEBP_SUCCESS;
 }

@@ -113,13 +113,27 @@ static void choose_grid(sebp_native_plan *plan, int64_t threads)
 static int64_t packed_a_bytes(const sebp_native_plan *plan)
 {
     return sebp_div_ceil(plan->panel, plan->shape->rows) * sliver_units(plan, plan->shape->rows) *
-           4;
+           plan->a.parts * 4;
 }
 
 static int64_t packed_b_bytes(const sebp_native_plan *plan)
 {
     return sebp_div_ceil(plan->block_n, plan->shape->cols) * sliver_units(plan, plan->shape->cols) *
-           4;
+           plan->b.parts * 4;
+}
+
+/* Room for rows that are converted as they are packed. */
+static int64_t room_bytes(const sebp_native_plan *plan)
+{
+    int64_t depth = plan->units * plan->shape->unit_elements;
+    int64_t of_a = sebp_packing_room(&plan->a, plan->panel, depth);
+    return sebp_round_up(sebp_max(of_a, sebp_packing_room(&plan->b, plan->shape->cols, depth)), 64);
+}
+
+/* Whether the slivers of a panel of A, or of a block of B, have finite parts. */
+static int64_t tame_bytes(const sebp_packing *how, int64_t lanes)
+{
+    return how->is_checked ? sebp_round_up(sebp_div_ceil(lanes, how->width), 64) : 0;
 }
 
 /* Floats from one row of a block of C to the next: an odd number of cache lines, as rows a power of
@@ -156,7 +170,8 @@ static int64_t c_rows_bytes(const sebp_native_plan *plan)
 static int64_t worker_bytes(const sebp_native_plan *plan)
 {
     return packed_a_bytes(plan) + packed_b_bytes(plan) + block_c_bytes(plan) + bias_bytes(plan) +
-           b_rows_bytes(plan) + 2 * c_rows_bytes(plan);
+           b_rows_bytes(plan) + 2 * c_rows_bytes(plan) + room_bytes(plan) +
+           tame_bytes(&plan->a, plan->panel) + tame_bytes(&plan->b, plan->block_n);
 }
 
 /* Whether an f32 C that is written once can be written past the caches: it is large, its vectors
@@ -204,7 +219,7 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
     plan->block_n =
         sebp_div_ceil(chunk_columns, sebp_div_ceil(chunk_columns, b_slivers)) * shape->cols;
     plan->block_m = chunk_m;
-    plan->stream = units <= plan->units && can_stream(cpu, product);
+    plan->stream = units <= plan->units && plan->term_count == 1 && can_stream(cpu, product);
     if (plan->in_blocks) {
         plan->block_m = sebp_round_up(
             sebp_min(chunk_m, sebp_max(1, of_shape->c_bytes / (plan->block_n * 4))), shape->rows);
@@ -223,6 +238,9 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
             plan->workers--; /* one tile needs far less than half of the smallest bound */
     }
     plan->worker_bytes = worker_bytes(plan);
+    plan->a.sliver_units = sliver_units(plan, shape->rows);
+    plan->a.part_units = sebp_div_ceil(plan->panel, shape->rows) * plan->a.sliver_units;
+    plan->b.sliver_units = plan->b.part_units = sliver_units(plan, shape->cols);
 }
 
 /* A block of C being summed: rows [m0, m1) and columns [n0, n1) of the product. */
@@ -234,6 +252,8 @@ typedef struct c_block {
     const float **residual_rows; /* the same of the residual, where C has no f32 block */
     float *c;                    /* f32 block of a bf16 C; else NULL */
     const float *bias;           /* for columns n0 on; or NULL */
+    bool *a_tame, *b_tame;       /* of each sliver; NULL where it is not checked */
+    void *room;                  /* for rows that are converted */
 } c_block;
 
 static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1)
@@ -252,6 +272,50 @@ static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int6
     }
 }
 
+/* Whether tiles read the memory rows of B, and pack them on the way. */
+static bool reads_b_rows(const sebp_native_plan *plan)
+{
+    bool reads_bf16 = plan->b.dtype == SEBP_BF16;
+    return !plan->b.slab.lanes_are_rows && sebp_packs_straight(&plan->b) &&
+           reads_bf16 == plan->by_bf16;
+}
+
+/* The sum of the terms: the first as `work` says, the others added to it. */
+static void run_terms(const sebp_native_plan *plan, const sebp_tile_work *work)
+{
+    plan->tile(work);
+    if (plan->term_count == 1)
+        return;
+    sebp_tile_work more = *work;
+    more.accumulate = true;
+    more.from = (const float *const *)work->c;
+    more.bias = NULL;
+    for (int i = 1; i < plan->term_count; i++) {
+        more.a = work->a + plan->terms[i].a * plan->a.part_units;
+        more.b = work->b + plan->terms[i].b * plan->b.part_units;
+        plan->tile(&more);
+    }
+}
+
+/* The same where a part is NaN or Inf, of which products of parts would make NaN alone: as f32 has it.
+ * The tile is that of row i and column j of the product, and `depth` elements from `at` on. */
+static void run_untamed(const sebp_native_plan *plan, const sebp_tile_work *work, int64_t i,
+                        int64_t j, int64_t at, int64_t depth)
+{
+    for (int64_t r = 0; r < work->rows; r++) {
+        for (int64_t col = 0; col < work->cols; col++) {
+            float sum = work->accumulate ? work->from[r][work->c_at + col] : 0;
+            if (work->bias != NULL)
+                sum += work->bias[col];
+            for (int64_t k = at; k < at + depth; k++) {
+                sum += sebp_packing_element(&plan->a, i + r, k) *
+                       sebp_packing_element(&plan->b, j + col, k);
+            }
+            work->c[r][work->c_at + col] = sum;
+        }
+    }
+}
+
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
  * column j0. The first panel also packs the sliver, and prefetches the rows of the next one. */
 static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
@@ -259,15 +323,17 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
 {
     const sebp_tile_shape *shape = plan->shape;
     const sebp_product *product = plan->product;
-    int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
+    int64_t bytes = (int64_t)sebp_dtype_bytes(product->b.dtype);
     int64_t cols = sebp_min(shape->cols, block->n1 - j0);
-    bool is_first = i0 == block->m0, is_straight = !plan->b.lanes_are_rows;
+    bool is_first = i0 == block->m0, reads_rows = reads_b_rows(plan);
     bool adds_residual = product->residual != NULL && at == 0;
+    bool *b_tame = block->b_tame != NULL ? block->b_tame + (j0 - block->n0) / shape->cols : NULL;
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->packed_a,
         .b = sliver,
-        .pack_b = is_first && is_straight && cols == shape->cols,
+        .pack_b = is_first && reads_rows && cols == shape->cols &&
+                  (block->a_tame == NULL || block->a_tame[0]),
         .b_rows = block->b_rows,
         .b_at = j0 * bytes,
         .c = block->c_rows,
@@ -279,10 +345,11 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .stream = plan->stream,
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
-    if (is_first && !work.pack_b)
-        plan->pack_b(sliver, sliver_units(plan, shape->cols), &plan->b, j0, cols, at, depth);
+    if (is_first && !work.pack_b) {
+        sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, b_tame, block->room);
+    }
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
-    if (is_first && is_straight && j0 + 2 * shape->cols <= block->n1) {
+    if (is_first && reads_rows && j0 + 2 * shape->cols <= block->n1) {
         work.ahead = block->b_rows;
         work.ahead_at = work.b_at + shape->cols * bytes;
         lines = depth * sebp_div_ceil(shape->cols * bytes, 64);
@@ -291,8 +358,13 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         work.rows = sebp_min(shape->rows, i1 - i);
         work.ahead_line = lines * tile / tiles;
         work.ahead_lines = lines * (tile + 1) / tiles - work.ahead_line;
-        plan->tile(&work);
-        work.a += sliver_units(plan, shape->rows);
+        bool is_tame =
+            (b_tame == NULL || *b_tame) && (block->a_tame == NULL || block->a_tame[tile]);
+        if (!is_tame)
+            run_untamed(plan, &work, i, j0, at, depth);
+        else
+            run_terms(plan, &work);
+        work.a += plan->a.sliver_units;
         work.c += shape->rows;
         work.from += shape->rows;
         work.pack_b = false;
@@ -302,12 +374,13 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
 static void list_b_rows(const sebp_native_plan *plan, const c_block *block, int64_t at,
                         int64_t depth)
 {
-    if (plan->b.lanes_are_rows)
+    const sebp_slab *slab = &plan->b.slab;
+    if (!reads_b_rows(plan))
         return;
-    int64_t row_bytes = plan->b.stride * (int64_t)sebp_dtype_bytes(plan->product->dtype);
+    int64_t row_bytes = slab->stride * (int64_t)sebp_dtype_bytes(plan->b.dtype);
     for (int64_t k = 0; k < depth; k++) {
-        int64_t row = plan->b.rows != NULL ? plan->b.rows[at + k] : at + k;
-        block->b_rows[k] = (const char *)plan->b.data + row * row_bytes;
+        int64_t row = slab->rows != NULL ? slab->rows[at + k] : at + k;
+        block->b_rows[k] = (const char *)slab->data + row * row_bytes;
     }
     block->b_rows[depth] = NULL;
 }
@@ -317,8 +390,7 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
 {
     const sebp_tile_shape *shape = plan->shape;
     int64_t k = plan->product->k, k_block = plan->units * plan->shape->unit_elements;
-    int64_t a_units = sliver_units(plan, shape->rows);
-    int64_t b_units = sliver_units(plan, shape->cols);
+    int64_t b_units = plan->b.sliver_units * plan->b.parts;
     bool one_panel = block->m1 - block->m0 <= plan->panel;
     for (int64_t at = 0; at < k; at += k_block) {
         int64_t depth = sebp_min(k_block, k - at);
@@ -326,7 +398,8 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
         for (int64_t i0 = block->m0; i0 < block->m1; i0 += plan->panel) {
             int64_t i1 = sebp_min(i0 + plan->panel, block->m1);
             list_c_rows(plan, block, i0, i1);
-            plan->pack_a(block->packed_a, a_units, &plan->a, i0, i1 - i0, at, depth);
+            sebp_pack_lanes(plan->kernels, &plan->a, block->packed_a, i0, i1 - i0, at, depth,
+                            block->a_tame, block->room);
             float *sliver = block->packed_b;
             int64_t finished = at + depth < k || block->c != NULL ? block->n1 : block->n0;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols) {
@@ -386,6 +459,12 @@ static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int6
     scratch += c_rows_bytes(plan);
     block.residual_rows = (const float **)scratch;
     scratch += c_rows_bytes(plan);
+    block.a_tame = plan->a.is_checked ? (bool *)scratch : NULL;
+    scratch += tame_bytes(&plan->a, plan->panel);
+    block.b_tame = plan->b.is_checked ? (bool *)scratch : NULL;
+    scratch += tame_bytes(&plan->b, plan->block_n);
+    block.room = scratch;
+    scratch += room_bytes(plan);
     float *bias = (float *)scratch;
     for (int64_t m = m0; m < m1; m += plan->block_m) {
         for (int64_t n = n0; n < n1; n += plan->block_n) {
@@ -415,7 +494,7 @@ static void run_worker(void *work, int64_t worker)
     const native_run *run = work;
     const sebp_native_plan *plan = run->plan;
     const sebp_product *product = plan->product;
-    if (product->dtype == SEBP_BF16)
+    if (plan->by_bf16)
         plan->kernels->configure_tiles();
     for (int64_t chunk = worker; chunk < plan->grid_m * plan->grid_n; chunk += plan->workers) {
         int64_t i = chunk / plan->grid_n, j = chunk % plan->grid_n;
@@ -425,7 +504,7 @@ static void run_worker(void *work, int64_t worker)
                   cut(product->n, plan->grid_n, j + 1, plan->shape->cols),
                   run->scratch + worker * plan->worker_bytes);
     }
-    if (product->dtype == SEBP_BF16)
+    if (plan->by_bf16)
         plan->kernels->release_tiles();
     if (plan->stream)
         plan->kernels->stream_fence();
@@ -460,19 +539,19 @@ static void fill_rows(const sebp_kernels *kernels, const sebp_product *product)
 }
 
 void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
-                              sebp_native_plan *plan)
+                              sebp_arithmetic arithmetic, sebp_native_plan *plan)
 {
     const sebp_kernels *kernels = cpu->kernels;
     *plan = (sebp_native_plan){
         .product = product,
         .kernels = kernels,
-        .pack_a = product->dtype == SEBP_BF16 ? kernels->pack_a_bf16 : kernels->pack_a_f32,
-        .pack_b = product->dtype == SEBP_BF16 ? kernels->pack_b_bf16 : kernels->pack_b_f32,
-        .tile = product->dtype == SEBP_BF16 ? kernels->tile_bf16 : kernels->tile_f32,
-        .a = {product->a.data, product->a.stride, product->a.rows, !product->a.transposed},
-        .b = {product->b.data, product->b.stride, product->b.rows, product->b.transposed},
-        .shape = product->dtype == SEBP_BF16 ? &kernels->shape_bf16 : &kernels->shape_f32,
+        .tile = arithmetic.by_bf16 ? kernels->tile_bf16 : kernels->tile_f32,
+        .shape = arithmetic.by_bf16 ? &kernels->shape_bf16 : &kernels->shape_f32,
+        .by_bf16 = arithmetic.by_bf16,
+        .a = sebp_packing_of(kernels, &product->a, true, arithmetic),
+        .b = sebp_packing_of(kernels, &product->b, false, arithmetic),
     };
+    plan->term_count = sebp_terms_of(&plan->a, &plan->b, arithmetic.parts, plan->terms);
     if (product->k > 0)
         size_blocks(plan, cpu);
 }

@@ -25,7 +25,7 @@ enum { PANEL_ROWS = 1024 }; /* rows gathered at a time, at most */
 
 static int64_t element_bytes(const sebp_product *product)
 {
-    return (int64_t)sebp_dtype_bytes(product->dtype);
+    return (int64_t)sebp_dtype_bytes(product->a.dtype);
 }
 
 static sebp_onednn_plan make_plan(const sebp_cpu *cpu, const sebp_product *product)
@@ -72,7 +72,9 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
         return "native:gathered-transpose";
     if (plan->rows == 0)
         return "native:workspace";
-    if (product->dtype == SEBP_F32)
+    if (product->a.dtype != product->b.dtype)
+        return "native:mixed-dtypes";
+    if (product->a.dtype == SEBP_F32)
         return product->c_dtype == SEBP_F32 ? NULL : "native:mixed-dtypes";
     if (!cpu->kernels->bf16_dots)
         return "native:no-bf16";
@@ -355,7 +357,7 @@ static dnnl_status_t product_over_depth(sebp_cpu *cpu, const sebp_product *produ
         dense_product dense = {.m = product->m,
                                .n = product->n,
                                .k = count,
-                               .dtype = product->dtype,
+                               .dtype = product->a.dtype,
                                .c_dtype = product->c_dtype,
                                .c = product->c,
                                .c_stride = product->c_stride,
@@ -383,7 +385,7 @@ static dnnl_status_t product_over_rows(sebp_cpu *cpu, const sebp_product *produc
         dense_product dense = {.m = count,
                                .n = product->n,
                                .k = product->k,
-                               .dtype = product->dtype,
+                               .dtype = product->a.dtype,
                                .c_dtype = product->c_dtype,
                                .a_stride = product->a.stride,
                                .b = product->b.data,

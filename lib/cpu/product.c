@@ -35,13 +35,23 @@ static cpu_plan *plan_of(sebp_plan *plan)
  * products whose matrices it can read in place: there it measures a few percent faster. Our own
  * GEMM does those that gather rows, have few rows left, have B transposed (the forward), or are
  * bf16. */
-static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product)
+static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
+                           sebp_arithmetic arithmetic)
 {
     bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
                     !product->b.transposed;
     bool is_large = sebp_min(product->m, sebp_min(product->n, product->k)) >= LARGE;
-    bool suits = product->dtype == SEBP_F32 && is_dense && is_large;
+    bool suits = !arithmetic.by_bf16 && is_dense && is_large;
     return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
+}
+
+static const char *native_path(const sebp_cpu *cpu, const sebp_product *product,
+                               sebp_arithmetic arithmetic)
+{
+    static const char *const by_parts[] = {"native:medium", "native:high", "native:split"};
+    if (arithmetic.by_bf16 && (product->a.dtype == SEBP_F32 || product->b.dtype == SEBP_F32))
+        return by_parts[arithmetic.parts - 1];
+    return cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
 }
 
 /* Whether a product takes more scratch memory than there is. */
@@ -55,15 +65,16 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
     sebp_cpu *cpu = device;
     const sebp_product *product = &plan->product;
     cpu_plan *made = plan_of(plan);
+    const sebp_arithmetic arithmetic = sebp_choose_arithmetic(cpu, product);
     made->by = BY_NATIVE;
-    plan->path = cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
+    plan->path = native_path(cpu, product, arithmetic);
     if (product->m == 0 || product->n == 0) {
         made->by = BY_NOBODY;
         plan->path = "none:empty";
         return SEBP_SUCCESS;
     }
 #ifdef SEBP_HAVE_ONEDNN
-    if (prefers_onednn(cpu, product)) {
+    if (prefers_onednn(cpu, product, arithmetic)) {
         plan->path = sebp_onednn_plan_product(cpu, product, &made->how.onednn);
         if (plan->path == NULL) {
             made->by = BY_ONEDNN;
@@ -75,7 +86,7 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
     (void)prefers_onednn;
 #endif
     if (made->by == BY_NATIVE) {
-        sebp_native_plan_product(cpu, product, &made->how.native);
+        sebp_native_plan_product(cpu, product, arithmetic, &made->how.native);
         made->scratch_bytes = sebp_native_scratch(&made->how.native);
     }
     if (cpu->scratch_is_settled && is_larger(cpu, made)) {

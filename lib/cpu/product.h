@@ -3,7 +3,7 @@
 #ifndef SEBP_CPU_PRODUCT_H
 #define SEBP_CPU_PRODUCT_H
 
-#include "cpu.h"
+#include "packing.h"
 
 /* gemm.c: the library's own. */
 
@@ -11,10 +11,12 @@
 typedef struct sebp_native_plan {
     const sebp_product *product;
     const sebp_kernels *kernels;
-    sebp_pack *pack_a, *pack_b;
     sebp_tile *tile;
-    sebp_slab a, b;
     const sebp_tile_shape *shape;
+    bool by_bf16; /* the tile's factors are bf16 */
+    sebp_packing a, b;
+    sebp_term terms[SEBP_MAX_TERMS];
+    int term_count;
     int64_t units;  /* at most, to a block of the depth */
     bool in_blocks; /* C is summed in f32 blocks of scratch memory */
     bool stream;    /* C is written past the caches */
@@ -29,7 +31,7 @@ typedef struct sebp_native_plan {
 /** m, n >= 1. `product` must stay where it is as long as the plan is used. What the plan needs is
  * within the bound of the workspace. */
 void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
-                              sebp_native_plan *plan);
+                              sebp_arithmetic arithmetic, sebp_native_plan *plan);
 /** Scratch bytes. */
 int64_t sebp_native_scratch(const sebp_native_plan *plan);
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);

@@ -165,8 +165,9 @@ static sebp_status add_lines(sebp_cpu *cpu, const lines_of *lines, bool by_cols,
         float *t = sebp_cpu_method_scratch(cpu);
         for (int64_t j = 0; j < width && status == SEBP_SUCCESS; j += panel) {
             int64_t some = sebp_min(panel, width - j);
-            sebp_operand of_t = {t, some, NULL, by_cols};
-            sebp_operand of_far = {far_data, far->stride, is_run ? NULL : lines->lines, !by_cols};
+            sebp_operand of_t = {t, some, NULL, by_cols, SEBP_F32};
+            sebp_operand of_far = {far_data, far->stride, is_run ? NULL : lines->lines, !by_cols,
+                                   SEBP_F32};
             sebp_plan plan = {.product = {.m = by_cols ? some : w->rows,
                                           .n = by_cols ? w->cols : some,
                                           .k = count,

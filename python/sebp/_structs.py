@@ -63,6 +63,7 @@ class LinearOptions(ctypes.Structure):
         ("activation", ctypes.c_int),
         ("activated", ctypes.POINTER(Matrix)),
         ("before", ctypes.POINTER(Matrix)),
+        ("precision", ctypes.c_int),
     ]
 
 
@@ -210,6 +211,8 @@ class ContextOptions(ctypes.Structure):
         ("pool", ctypes.c_void_p),
         ("message", ctypes.c_char_p),
         ("message_bytes", ctypes.c_size_t),
+        ("device", ctypes.c_int),
+        ("precision", ctypes.c_int),
     ]
 
 

@@ -65,7 +65,9 @@ def test_struct_sizes():
     context = ctypes.c_void_p()
     options = ContextOptions(size_bytes=ctypes.sizeof(ContextOptions))
     assert library.sebp_context_create(options, context) == 0
-    options.size_bytes -= 8
+    options.precision = 9  # the last field
+    assert library.sebp_context_create(options, ctypes.c_void_p()) == 8
+    options.size_bytes = ContextOptions.device.offset - 8  # where version 0.1.0's ended
     assert library.sebp_context_create(options, ctypes.c_void_p()) == 2
 
     info = Info(size_bytes=ctypes.sizeof(Info))
@@ -84,7 +86,7 @@ def test_struct_sizes():
     linear = LinearOptions(ctypes.sizeof(LinearOptions))
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 0
     assert result[0] == 9.0
-    linear.before = ctypes.pointer(view)  # the last field: the backward's alone
+    linear.precision = 9  # the last field
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 8
     linear.size_bytes = LinearOptions.residual.offset - 8  # where version 0.1.0's ended
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 2

@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file packing.c Operands that are converted as they are packed. */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <string.h>
+
+#include "packing.h"
+
+enum {
+    GROUP_LANES = 64, /* lanes converted at a time, about: they stay in the nearest caches */
+    LINE = 64
+};
+
+/* The largest magnitude in bf16; what is beyond is Inf or NaN. */
+#define MAX_BF16 0x1.fep127F
+
+sebp_packing sebp_packing_of(const sebp_kernels *kernels, const sebp_operand *operand, bool is_a,
+                             sebp_arithmetic arithmetic)
+{
+    /* Where bf16 is not multiplied in pairs, packing widens it by itself. */
+    bool is_bf16 = operand->dtype == SEBP_BF16;
+    bool packs_bf16 = arithmetic.by_bf16 || (is_bf16 && kernels->shape_bf16.unit_elements == 1);
+    sebp_packing how = {
+        .slab = {operand->data, operand->stride, operand->rows,
+                 is_a ? !operand->transposed : operand->transposed},
+        .dtype = operand->dtype,
+        .packs = packs_bf16 ? SEBP_BF16 : SEBP_F32,
+        .parts = is_bf16 || !arithmetic.by_bf16 ? 1 : arithmetic.parts,
+        .is_checked = arithmetic.by_bf16 && (arithmetic.parts > 1 || !is_bf16),
+    };
+    const sebp_tile_shape *shape = arithmetic.by_bf16 ? &kernels->shape_bf16 : &kernels->shape_f32;
+    how.width = is_a ? shape->rows : shape->cols;
+    if (packs_bf16)
+        how.pack = is_a ? kernels->pack_a_bf16 : kernels->pack_b_bf16;
+    else
+        how.pack = is_a ? kernels->pack_a_f32 : kernels->pack_b_f32;
+    return how;
+}
+
+/* Whole slivers, of GROUP_LANES lanes or one. */
+static int64_t group_of(const sebp_packing *how)
+{
+    return sebp_max(1, GROUP_LANES / how->width) * how->width;
+}
+
+/* Converted rows are as far apart as this. */
+static int64_t room_stride(int64_t elements)
+{
+    return sebp_round_up(elements, LINE / 2);
+}
+
+int64_t sebp_packing_room(const sebp_packing *how, int64_t lanes, int64_t depth)
+{
+    if (how->packs == how->dtype)
+        return 0;
+    int64_t group = sebp_min(lanes, group_of(how));
+    int64_t rows = how->slab.lanes_are_rows ? group : depth;
+    int64_t elements = how->slab.lanes_are_rows ? depth : group;
+    return rows * room_stride(elements) * how->parts * (int64_t)sebp_dtype_bytes(how->packs);
+}
+
+static const void *element_at(const sebp_packing *how, int64_t row, int64_t col)
+{
+    int64_t listed = how->slab.rows != NULL ? how->slab.rows[row] : row;
+    return (const char *)how->slab.data +
+           (listed * how->slab.stride + col) * (int64_t)sebp_dtype_bytes(how->dtype);
+}
+
+/* Converts n elements into row `row` of the room, which has `rows` of them for each part. Returns
+ * whether all parts are finite. */
+static bool convert(const sebp_kernels *kernels, const sebp_packing *how, const void *from,
+                    int64_t n, void *room, int64_t row, int64_t rows, int64_t stride)
+{
+    if (how->packs == how->dtype)
+        return !kernels->any_above_bf16(from, n, MAX_BF16);
+    if (how->packs == SEBP_F32) {
+        kernels->f32_from_bf16((float *)room + row * stride, from, n);
+        return true;
+    }
+    uint16_t *parts[SEBP_MAX_PARTS];
+    for (int i = 0; i < how->parts; i++)
+        parts[i] = (uint16_t *)room + (i * rows + row) * stride;
+    return kernels->split_f32(parts, how->parts, from, n);
+}
+
+/* A group of whole slivers. */
+static bool pack_group(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
+                       int64_t lane, int64_t lanes, int64_t at, int64_t depth, void *room)
+{
+    const bool is_lane = how->slab.lanes_are_rows;
+    const int64_t rows = is_lane ? lanes : depth, elements = is_lane ? depth : lanes;
+    const int64_t first_row = is_lane ? lane : at, first = is_lane ? at : lane;
+    const int64_t stride = room_stride(elements);
+    bool tame = true;
+    for (int64_t i = 0; i < rows; i++) {
+        bool is_tame = convert(kernels, how, element_at(how, first_row + i, first), elements, room,
+                               i, rows, stride);
+        tame = tame && is_tame;
+    }
+    if (how->packs == how->dtype) {
+        how->pack(packed, how->sliver_units, &how->slab, lane, lanes, at, depth);
+        return tame;
+    }
+    const int64_t part_bytes = rows * stride * (int64_t)sebp_dtype_bytes(how->packs);
+    for (int i = 0; i < how->parts; i++) {
+        const sebp_slab converted = {(char *)room + i * part_bytes, stride, NULL, is_lane};
+        how->pack(packed + i * how->part_units, how->sliver_units, &converted, 0, lanes, 0, depth);
+    }
+    return tame;
+}
+
+void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
+                     int64_t lane, int64_t lanes, int64_t at, int64_t depth, bool *tame, void *room)
+{
+    if (sebp_packs_straight(how)) {
+        how->pack(packed, how->sliver_units, &how->slab, lane, lanes, at, depth);
+        return;
+    }
+    const int64_t group = group_of(how);
+    for (int64_t first = 0; first < lanes; first += group) {
+        const int64_t sliver = first / how->width, count = sebp_min(group, lanes - first);
+        bool is_tame = pack_group(kernels, how, packed + sliver * how->sliver_units, lane + first,
+                                  count, at, depth, room);
+        for (int64_t i = 0; i < sebp_div_ceil(count, how->width) && tame != NULL; i++)
+            tame[sliver + i] = is_tame;
+    }
+}
+
+float sebp_packing_element(const sebp_packing *how, int64_t lane, int64_t at)
+{
+    const bool is_lane = how->slab.lanes_are_rows;
+    const void *element = element_at(how, is_lane ? lane : at, is_lane ? at : lane);
+    if (how->dtype == SEBP_F32)
+        return *(const float *)element;
+    uint32_t bits = (uint32_t) * (const uint16_t *)element << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
