@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #ifdef __linux__
@@ -67,14 +66,6 @@ static void check_it_computes(sebp_context *context)
     testing_release(&dy);
     testing_release(&w);
     testing_release(&dx);
-}
-
-static void expect_good_exit(pid_t child)
-{
-    int result = -1;
-    ck_assert_int_eq(waitpid(child, &result, 0), child);
-    ck_assert_msg(WIFEXITED(result), "the child was ended by signal %d", WTERMSIG(result));
-    ck_assert_msg(WEXITSTATUS(result) == 0, "the child exited with %d", WEXITSTATUS(result));
 }
 
 START_TEST(defaults)
@@ -640,7 +631,7 @@ START_TEST(affinity_mask_is_the_boundary)
         sebp_context_destroy(context);
         _exit(good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
 }
 END_TEST
 

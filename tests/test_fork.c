@@ -95,14 +95,6 @@ static int own_context_works(sebp_gemm gemm, int threads, int expected, layer *l
     return is_good;
 }
 
-static void expect_good_exit(pid_t child)
-{
-    int result = -1;
-    ck_assert_int_eq(waitpid(child, &result, 0), child);
-    ck_assert_msg(WIFEXITED(result), "the child was ended by signal %d", WTERMSIG(result));
-    ck_assert_msg(WEXITSTATUS(result) == 0, "the child exited with %d", WEXITSTATUS(result));
-}
-
 /* How many threads a context has where nothing is in the way: `threads`, or 1 without OpenMP. */
 static int with_openmp(int threads)
 {
@@ -139,7 +131,7 @@ START_TEST(copied_context)
         free_layer(&l); /* valgrind looks for leaks in the child as well */
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     /* And the parent is none the worse. */
     ck_assert_int_eq(sebp_context_threads(context), with_openmp(3));
     ck_assert(computes_again(context, &l));
@@ -181,7 +173,7 @@ START_TEST(context_of_another_thread)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(other.context);
     free_layer(&l);
 }
@@ -232,7 +224,7 @@ START_TEST(own_context_after_openmp)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     free_layer(&l);
 }
 END_TEST
@@ -268,7 +260,7 @@ START_TEST(own_pool_after_openmp)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(context);
     free_layer(&l);
 }
@@ -297,7 +289,7 @@ START_TEST(copied_pool)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(context);
     free_layer(&l);
 }
@@ -326,7 +318,7 @@ START_TEST(own_context_of_one_thread)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(alone);
     free_layer(&l);
 }

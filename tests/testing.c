@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include <sebp/info.h>
@@ -391,6 +392,21 @@ void testing_free_sparse(sebp_sparse *sparse)
     testing_free(sparse->values);
 }
 
+void *testing_zeros(int64_t count, size_t bytes)
+{
+    void *data = calloc(count > 0 ? (size_t)count : 1, bytes);
+    ck_assert_ptr_nonnull(data);
+    return data;
+}
+
+void testing_good_exit(pid_t child)
+{
+    int result = -1;
+    ck_assert_int_eq(waitpid(child, &result, 0), child);
+    ck_assert_msg(WIFEXITED(result), "the child was ended by signal %d", WTERMSIG(result));
+    ck_assert_msg(WEXITSTATUS(result) == 0, "the child exited with %d", WEXITSTATUS(result));
+}
+
 sebp_gemm testing_gemm(sebp_gemm gemm)
 {
     return gemm == SEBP_GEMM_AUTO ? gemm_for_auto : gemm;
@@ -416,4 +432,12 @@ void testing_expect(sebp_status got, sebp_status want, const sebp_context *conte
 void testing_succeed(sebp_status status, const sebp_context *context)
 {
     testing_expect(status, SEBP_SUCCESS, context);
+}
+
+void testing_refuse(sebp_status got, sebp_status want, const char *word,
+                    const sebp_context *context)
+{
+    ck_assert_msg(got == want && strstr(sebp_context_message(context), word) != NULL,
+                  "%s, not %s with \"%s\": %s", sebp_status_string(got), sebp_status_string(want),
+                  word, sebp_context_message(context));
 }

@@ -20,6 +20,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include <check.h>
 
@@ -133,6 +134,14 @@ void testing_release(sebp_matrix *matrix);
 sebp_sparse testing_sparse(int64_t k, int64_t rows, int64_t cols);
 void testing_free_sparse(sebp_sparse *sparse);
 
+/* Memory and processes. */
+
+/** Zeros for `count` elements of `bytes` each, 0 too. Never NULL; free() frees them. */
+void *testing_zeros(int64_t count, size_t bytes);
+
+/** Waits for a child, and fails the test unless it exits with 0. */
+void testing_good_exit(pid_t child);
+
 /* Contexts. */
 
 /** `gemm`, or what SEBP_TEST_GEMM says in place of SEBP_GEMM_AUTO. */
@@ -145,5 +154,8 @@ sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace);
 void testing_expect(sebp_status got, sebp_status want, const sebp_context *context);
 /** That it has succeeded. */
 void testing_succeed(sebp_status status, const sebp_context *context);
+/** That it has failed with `want`, and that the context's message has `word` in it. */
+void testing_refuse(sebp_status got, sebp_status want, const char *word,
+                    const sebp_context *context);
 
 #endif
