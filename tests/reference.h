@@ -80,6 +80,9 @@ reference reference_stepped(const sebp_matrix *u_out, const sebp_matrix *u_in, c
 
 void reference_free(reference *want);
 
+/** All elements, row by row; free() frees them. */
+double *reference_elements(const sebp_matrix *matrix);
+
 /** The indices of elements, larger magnitudes first, of equal ones lower indices first: the first k
  * are those that a top k keeps. */
 void reference_rank(const double *elements, int64_t count, int64_t *order);

@@ -189,7 +189,7 @@ START_TEST(large_sums)
         bases_add_squares(&g[t], out, in);
     }
     for (int threads = 1; threads <= 3; threads++) {
-        sebp_context *context = testing_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
+        sebp_context *context = testing_context(SEBP_GEMM_NATIVE, threads, TESTING_MIN_SCRATCH);
         sebp_basis_sums *sums = NULL;
         sebp_basis *basis = NULL;
         double energy = 0;

@@ -310,6 +310,11 @@ void testing_set(const sebp_matrix *matrix, int64_t row, int64_t col, double val
     }
 }
 
+double testing_at(const sebp_matrix *matrix, int64_t index)
+{
+    return testing_get(matrix, index / matrix->cols, index % matrix->cols);
+}
+
 sebp_matrix testing_copy(const sebp_matrix *matrix)
 {
     sebp_matrix copy = testing_matrix(matrix->rows, matrix->cols, matrix->stride, matrix->dtype);

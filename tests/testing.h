@@ -114,6 +114,8 @@ void testing_zero_rows(const sebp_matrix *matrix, double activity);
 
 double testing_get(const sebp_matrix *matrix, int64_t row, int64_t col);
 void testing_set(const sebp_matrix *matrix, int64_t row, int64_t col, double value);
+/** The element of this index, row by row. */
+double testing_at(const sebp_matrix *matrix, int64_t index);
 
 /** A copy of elements and gaps in a buffer of its own. */
 sebp_matrix testing_copy(const sebp_matrix *matrix);
@@ -143,6 +145,9 @@ void *testing_zeros(int64_t count, size_t bytes);
 void testing_good_exit(pid_t child);
 
 /* Contexts. */
+
+/** The least workspace_bytes that a context takes. */
+#define TESTING_MIN_SCRATCH ((int64_t)1 << 20)
 
 /** `gemm`, or what SEBP_TEST_GEMM says in place of SEBP_GEMM_AUTO. */
 sebp_gemm testing_gemm(sebp_gemm gemm);
