@@ -20,17 +20,6 @@ static const sebp_gemm gemms[] = {SEBP_GEMM_AUTO, SEBP_GEMM_NATIVE, SEBP_GEMM_ON
 
 enum { GEMMS = sizeof gemms / sizeof gemms[0] };
 
-static int lacks(sebp_gemm gemm, const char *test)
-{
-    sebp_info info = {.size_bytes = sizeof info};
-    ck_assert_int_eq(sebp_info_get(NULL, &info), SEBP_SUCCESS);
-    int is_absent = gemm == SEBP_GEMM_ONEDNN && info.onednn[0] == '\0';
-    if (is_absent) {
-        testing_skip(test, "built without oneDNN");
-    }
-    return is_absent;
-}
-
 /* A layer's backward, exact in any order, with room for a second result. */
 typedef struct layer {
     sebp_matrix dy, x, w, dx, dw, dx_again, dw_again;
@@ -116,7 +105,7 @@ static int count_threads(void)
 /* _i: the GEMM. A child goes on with its copy of a context that has computed in the parent. */
 START_TEST(copied_context)
 {
-    if (lacks(gemms[_i], "copied_context with onednn")) {
+    if (!testing_has_gemm(gemms[_i], "copied_context")) {
         return;
     }
     sebp_context *context = testing_context(gemms[_i], 3, 0);
@@ -155,7 +144,7 @@ static void *compute_in_thread(void *argument)
 
 START_TEST(context_of_another_thread)
 {
-    if (lacks(gemms[_i], "context_of_another_thread with onednn")) {
+    if (!testing_has_gemm(gemms[_i], "context_of_another_thread")) {
         return;
     }
     layer l = make_layer();
@@ -194,7 +183,7 @@ static int use_openmp(void)
  * child's own contexts work alone, whatever they are asked for; so do its children's. */
 START_TEST(own_context_after_openmp)
 {
-    if (lacks(gemms[_i], "own_context_after_openmp with onednn")) {
+    if (!testing_has_gemm(gemms[_i], "own_context_after_openmp")) {
         return;
     }
     if (use_openmp() < 2) {

@@ -417,15 +417,50 @@ sebp_gemm testing_gemm(sebp_gemm gemm)
     return gemm == SEBP_GEMM_AUTO ? gemm_for_auto : gemm;
 }
 
-sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace)
+int testing_has_gemm(sebp_gemm gemm, const char *test)
 {
+    sebp_info info = {.size_bytes = sizeof info};
+    ck_assert_int_eq(sebp_info_get(NULL, &info), SEBP_SUCCESS);
+    int has = gemm != SEBP_GEMM_ONEDNN || info.onednn[0] != '\0';
+    if (!has) {
+        char name[NAME_BYTES];
+        snprintf(name, sizeof name, "%s with onednn", test);
+        testing_skip(name, "built without it");
+    }
+    return has;
+}
+
+static void run_backwards(void *pool, int64_t tasks, sebp_task task, void *work)
+{
+    testing_host *host = pool;
+    host->calls++;
+    host->most_tasks = tasks > host->most_tasks ? tasks : host->most_tasks;
+    for (int64_t i = tasks - 1; i >= 0; i--) {
+        task(work, i);
+    }
+}
+
+sebp_context *testing_hosted_context(sebp_gemm gemm, int threads, int64_t workspace,
+                                     testing_host *host)
+{
+    char message[256] = "";
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
     options.gemm = testing_gemm(gemm);
     options.threads = threads;
     options.workspace_bytes = workspace;
+    options.parallel_for = host != NULL ? run_backwards : NULL;
+    options.pool = host;
+    options.message = message;
+    options.message_bytes = sizeof message;
     sebp_context *context = NULL;
-    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
+    sebp_status status = sebp_context_create(&options, &context);
+    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", sebp_status_string(status), message);
     return context;
+}
+
+sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace)
+{
+    return testing_hosted_context(gemm, threads, workspace, NULL);
 }
 
 void testing_expect(sebp_status got, sebp_status want, const sebp_context *context)

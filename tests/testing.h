@@ -152,8 +152,25 @@ void testing_good_exit(pid_t child);
 /** `gemm`, or what SEBP_TEST_GEMM says in place of SEBP_GEMM_AUTO. */
 sebp_gemm testing_gemm(sebp_gemm gemm);
 
+/** The values of sebp_gemm, for tests that take each of them in turn. */
+#define TESTING_GEMMS 3
+
+/** Whether the build has this GEMM; where not, `test` is counted as skipped with it. */
+int testing_has_gemm(sebp_gemm gemm, const char *test);
+
 /** A context, or the test fails; as the options of these names are, the GEMM as testing_gemm() says. */
 sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace);
+
+/** What a host's pool has been asked for. It runs tasks from the last to the first, which shows whether a
+ * result hangs on their order. */
+typedef struct testing_host {
+    int64_t calls;
+    int64_t most_tasks; /**< of one call */
+} testing_host;
+
+/** testing_context() on such a pool; on the library's own where `host` is NULL. */
+sebp_context *testing_hosted_context(sebp_gemm gemm, int threads, int64_t workspace,
+                                     testing_host *host);
 
 /** Fails the test where a call has not the status that it should have, with the context's message. */
 void testing_expect(sebp_status got, sebp_status want, const sebp_context *context);
