@@ -3,6 +3,8 @@
  * Files of bases: their format, every byte of them damaged in turn, paths of every kind, full disks, what
  * is no file, and many processes that save to one path.
  */
+#include "config.h"
+
 #include <errno.h>
 #include <math.h>
 #include <signal.h>
