@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/*
- * Files of bases: their format, every byte of them damaged in turn, paths of every kind, full disks, what
- * is no file, and many processes that save to one path.
- */
+/* Files of bases: format, damage, paths, full disks, what is no file, many that save to one path. */
 #include "config.h"
 
 #include <errno.h>
