@@ -54,6 +54,25 @@ int reference_rows_equal(const reference_rows *want, const sebp_rows *got)
     return 1;
 }
 
+void reference_rows_check(reference_rows *want, sebp_rows *got)
+{
+    ck_assert_int_eq(sebp_rows_total(got), want->total);
+    ck_assert_int_eq(sebp_rows_count(got), want->count);
+    double activity = want->total > 0 ? (double)want->count / (double)want->total : 0;
+    ck_assert(sebp_rows_activity(got) == activity);
+    ck_assert((sebp_rows_indices(got) == NULL) == (want->count == 0));
+    ck_assert(reference_rows_equal(want, got));
+    sebp_rows_destroy(got);
+    reference_rows_free(want);
+}
+
+reference_rows reference_rows_none(int64_t total)
+{
+    reference_rows rows = reference_rows_all(total);
+    rows.count = 0;
+    return rows;
+}
+
 void reference_rows_free(reference_rows *rows)
 {
     free(rows->indices);
