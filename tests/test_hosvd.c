@@ -19,16 +19,26 @@
 
 #ifdef SEBP_HAVE_LAPACK
 
-/* The eigenvalues of a symmetric matrix, ascending, by Jacobi's rotations; a is destroyed. */
 static int by_value(const void *left, const void *right)
 {
     double a = *(const double *)left, b = *(const double *)right;
     return (a > b) - (a < b);
 }
 
+/* Whether what is beside the diagonal is nothing but rounding. */
+static int is_diagonal(const double *a, int64_t n)
+{
+    double on = 0, off = 0;
+    for (int64_t i = 0; i < n * n; i++) {
+        *(i / n == i % n ? &on : &off) += a[i] * a[i];
+    }
+    return off <= 1e-28 * on;
+}
+
+/* The eigenvalues of a symmetric matrix, ascending, by Jacobi's rotations; a is destroyed. */
 static void eigenvalues(double *a, int64_t n, double *values)
 {
-    for (int sweep = 0; sweep < 30; sweep++) {
+    for (int sweep = 0; sweep < 30 && !is_diagonal(a, n); sweep++) {
         for (int64_t p = 0; p < n; p++) {
             for (int64_t q = p + 1; q < n; q++) {
                 if (a[p * n + q] == 0) {

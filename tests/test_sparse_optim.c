@@ -288,7 +288,7 @@ END_TEST
 START_TEST(a_state_takes_the_memory_it_should)
 {
     sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
-    const int64_t SIZE = 300;
+    const int64_t SIZE = 30 + testing_rounds(270);
     sebp_sparse all = random_sparse(SIZE, SIZE, 2);
     sebp_sparse_adamw *fixed = make_state(SIZE, SIZE, &all), *grows = make_state(SIZE, SIZE, NULL);
     int64_t head = sebp_sparse_adamw_bytes(grows); /* no element yet */
