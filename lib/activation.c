@@ -6,18 +6,6 @@
 
 #include "layer_call.h"
 
-static void check_activation(sebp_call *call, sebp_activation activation)
-{
-    switch (activation) {
-    case SEBP_GELU:
-    case SEBP_GELU_TANH:
-    case SEBP_SILU:
-    case SEBP_RELU:
-        return;
-    }
-    sebp_call_fail(call, SEBP_ERROR_VALUE, "the activation %d is unknown", (int)activation);
-}
-
 static void take_options(sebp_call *call, const sebp_activation_options *given,
                          sebp_activation_options *taken)
 {
@@ -62,7 +50,7 @@ sebp_status sebp_activation_forward(sebp_context *context, sebp_activation activ
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
     check_alike(&call, arguments, COUNT);
-    check_activation(&call, activation);
+    sebp_check_activation(&call, activation);
     sebp_take_rows(&call, rows, "x", x->rows, options.inactive);
     check_shapes(&call, arguments, COUNT);
     sebp_check_in_place(&call, arguments, COUNT, may_be);
@@ -110,7 +98,7 @@ sebp_status sebp_activation_backward(sebp_context *context, sebp_activation acti
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
     check_alike(&call, arguments, COUNT);
-    check_activation(&call, activation);
+    sebp_check_activation(&call, activation);
     sebp_take_rows(&call, rows, "dy", dy->rows, options.inactive);
     check_shapes(&call, arguments, COUNT);
     sebp_check_in_place(&call, arguments, COUNT, may_be);

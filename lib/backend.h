@@ -40,10 +40,14 @@ typedef struct sebp_operand {
 } sebp_operand;
 
 /**
- * C (+)= A B + bias, with A: m x k, B: k x n, C: m x n, sums in f32. m, n, k >= 0; k = 0 gives
- * bias, or zero.
+ * C (+)= A B + bias + residual, with A: m x k, B: k x n, C: m x n, sums in f32. m, n, k >= 0; k = 0
+ * gives what is added, or zero.
  *
- * A and B share one dtype. `c_rows` scatters: row i of the product goes to row c_rows[i] of C.
+ * A and B share one dtype. `c_rows` scatters: row i of the product goes to row c_rows[i] of C. The
+ * residual, `activated` and `before` have C's shape, dtype and rows.
+ *
+ * Then activated = f(C), or C becomes C f'(before), both of C as it is stored: the same bits as the
+ * operation activation() gives of it.
  */
 typedef struct sebp_product {
     int64_t m, n, k;
@@ -57,6 +61,13 @@ typedef struct sebp_product {
     bool other_rows_are_free; /* rows of C not in c_rows hold nothing: the product may use them */
     const void *bias;         /* n elements or NULL; never with accumulate */
     sebp_dtype bias_dtype;
+    const void *residual; /* NULL: none; it may be c; never with accumulate */
+    int64_t residual_stride;
+    sebp_activation activation; /* f */
+    void *activated;            /* NULL: not wanted; it may be c or the residual */
+    int64_t activated_stride;
+    const void *before; /* NULL: C stays; never with activated or accumulate */
+    int64_t before_stride;
 } sebp_product;
 
 enum {

@@ -84,7 +84,22 @@ void sebp_take_any_options(sebp_call *call, const void *given, size_t first_byte
 void sebp_take_options(sebp_call *call, const sebp_linear_options *options)
 {
     enum { BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_linear_options, db_write) };
+    _Static_assert(offsetof(sebp_linear_options, residual) >= BYTES_0_1_0,
+                   "an older program has not set what lies there");
     sebp_take_any_options(call, options, BYTES_0_1_0, &call->options, sizeof *options);
+}
+
+void sebp_check_unused(sebp_call *call, const char *name, const sebp_matrix *option)
+{
+    if (option != NULL)
+        sebp_call_fail(call, SEBP_ERROR_VALUE, "options->%s is not for this function", name);
+}
+
+void sebp_check_no_epilogue(sebp_call *call)
+{
+    sebp_check_unused(call, "residual", call->options.residual);
+    sebp_check_unused(call, "activated", call->options.activated);
+    sebp_check_unused(call, "before", call->options.before);
 }
 
 static void check_view(sebp_call *call, const char *name, const sebp_matrix *view)

@@ -64,6 +64,10 @@ void sebp_take_any_options(sebp_call *call, const void *given, size_t first_byte
                            size_t bytes);
 /** NULL leaves the defaults. */
 void sebp_take_options(sebp_call *call, const sebp_linear_options *options);
+/** That a matrix of the options, for which the call has no use, is NULL. */
+void sebp_check_unused(sebp_call *call, const char *name, const sebp_matrix *option);
+/** The same of all matrices of the options. */
+void sebp_check_no_epilogue(sebp_call *call);
 void sebp_check_views(sebp_call *call, const sebp_argument *arguments, int count);
 void sebp_check_same_dtype(sebp_call *call, const sebp_argument *one, const sebp_argument *other);
 void sebp_check_f32(sebp_call *call, const sebp_argument *argument);

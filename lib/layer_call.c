@@ -56,6 +56,18 @@ void sebp_check_option(sebp_call *call, const char *name, double value, double l
     }
 }
 
+void sebp_check_activation(sebp_call *call, sebp_activation activation)
+{
+    switch (activation) {
+    case SEBP_GELU:
+    case SEBP_GELU_TANH:
+    case SEBP_SILU:
+    case SEBP_RELU:
+        return;
+    }
+    sebp_call_fail(call, SEBP_ERROR_VALUE, "the activation %d is unknown", (int)activation);
+}
+
 void sebp_report_rows(const sebp_call *call, const sebp_matrix *matrix)
 {
     const char *none = NULL;

@@ -23,6 +23,9 @@ sebp_row_list sebp_list_of(const sebp_call *call);
 /** options->name in [low, high), and finite as f32. */
 void sebp_check_option(sebp_call *call, const char *name, double value, double low, double high);
 
+/** That the activation is known. */
+void sebp_check_activation(sebp_call *call, sebp_activation activation);
+
 /** Leaves a line where an operation has failed. */
 void sebp_check_done(sebp_call *call, sebp_status status);
 

@@ -75,6 +75,7 @@ sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix *x, const
         return call.status;
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, COUNT);
+    sebp_check_no_epilogue(&call);
     for (int i = W; i <= H; i++)
         sebp_check_same_dtype(&call, &arguments[i], &arguments[X]);
     sebp_check_inactive(&call);
@@ -176,6 +177,7 @@ sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, con
         return call.status;
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, COUNT);
+    sebp_check_no_epilogue(&call);
     for (int i = X; i <= DH; i++)
         sebp_check_same_dtype(&call, &arguments[i], &arguments[DY]);
     sebp_check_same_dtype(&call, &arguments[W], &arguments[DY]);

@@ -85,6 +85,7 @@ sebp_status sebp_meprop_gradient(sebp_context *context, const sebp_matrix *dy, c
         return call.status;
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, 2);
+    sebp_check_no_epilogue(&call);
     sebp_check_sparse_room(&call, "gradient", gradient);
     sebp_check_same_dtype(&call, of_x, of_dy);
     if (rows == NULL)

@@ -38,16 +38,15 @@ static void block_backward(struct bert *m, int64_t layer, bool skip)
 {
     struct engine *e = &m->engine;
     const struct bert_block *block = &m->blocks[layer];
-    const int64_t M = m->batch.rows, H = m->shape.hidden, F = m->shape.feed_forward;
+    const int64_t M = m->batch.rows, H = m->shape.hidden;
     const struct bert_region region = bert_region(m, layer, skip);
     const struct attention attention = backward_attention(m, layer, &region);
     const sebp_rows *rows = region.rows;
     const float *branch =
         norm_backward(e, rows, block->down_sum, block->down_statistics, M, &block->after_down,
                       bert_dropout(m, layer, BERT_DOWN), m->d, m->dropped);
-    linear_backward(e, rows, branch, block->activated, M, &block->down, m->dactivated,
-                    SEBP_OVERWRITE);
-    gelu_backward(e, rows, block->up_values, M, F, m->dactivated);
+    linear_gelu_backward(e, rows, branch, block->activated, block->up_values, M, &block->down,
+                         m->dactivated);
     linear_backward(e, rows, m->dactivated, block->middle, M, &block->up, m->d, SEBP_ACCUMULATE);
     branch = norm_backward(e, rows, block->out_sum, block->out_statistics, M, &block->after_out,
                            bert_dropout(m, layer, BERT_OUT), m->d, m->dropped);

@@ -57,7 +57,7 @@ static void block_forward(struct bert *m, int64_t layer, bool skip)
 {
     struct engine *e = &m->engine;
     struct bert_block *block = &m->blocks[layer];
-    const int64_t M = m->batch.rows, H = m->shape.hidden, F = m->shape.feed_forward;
+    const int64_t M = m->batch.rows, H = m->shape.hidden;
     const struct bert_region region = bert_region(m, layer, skip);
     const sebp_rows *rows = region.rows;
     const struct attention attention = {m->shape.heads, region.queries, region.keys,
@@ -68,8 +68,7 @@ static void block_forward(struct bert *m, int64_t layer, bool skip)
     linear_forward(e, rows, block->context, M, &block->out, block->out_sum);
     norm_forward(e, rows, block->out_sum, block->input, M, &block->after_out,
                  bert_dropout(m, layer, BERT_OUT), block->middle, block->out_statistics);
-    linear_forward(e, rows, block->middle, M, &block->up, block->up_values);
-    gelu_forward(e, rows, block->up_values, M, F, block->activated);
+    linear_gelu_forward(e, rows, block->middle, M, &block->up, block->up_values, block->activated);
     linear_forward(e, rows, block->activated, M, &block->down, block->down_sum);
     norm_forward(e, rows, block->down_sum, block->middle, M, &block->after_down,
                  bert_dropout(m, layer, BERT_DOWN), block->output, block->down_statistics);

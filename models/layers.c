@@ -5,16 +5,35 @@
  */
 #include "models/layers.h"
 
-/* ---- linear ---- */
+/* ---- linear, GELU ---- */
 
-void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M,
-                    const struct linear *linear, float *y)
+static void gelu_forward(struct engine *e, const sebp_rows *rows, const sebp_matrix *x,
+                         const sebp_matrix *y)
+{
+    sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    keep_status(e, sebp_activation_forward(e->context, SEBP_GELU, x, NULL, rows, &options, y));
+}
+
+static void gelu_backward(struct engine *e, const sebp_rows *rows, const sebp_matrix *x,
+                          const sebp_matrix *d)
+{
+    sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    keep_status(
+        e, sebp_activation_backward(e->context, SEBP_GELU, d, x, NULL, rows, &options, d, NULL));
+}
+
+/* activated: NULL, or it becomes y's GELU. */
+static void forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M,
+                    const struct linear *linear, float *y, float *activated)
 {
     if (has_failed(e)) {
         return;
     }
     const int64_t N = linear->weight->rows, K = linear->weight->cols;
     sebp_matrix x_view = sebp_matrix_f32(x, M, K), y_view = sebp_matrix_f32(y, M, N);
+    sebp_matrix activated_view = sebp_matrix_f32(activated, M, N);
     sebp_matrix w = value_of(linear->weight), b = value_of(linear->bias);
     sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     options.inactive = SEBP_INACTIVE_LEAVE;
@@ -22,13 +41,32 @@ void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int
     if (adapter != NULL && adapter->forward != NULL) {
         keep_status(
             e, adapter->forward(adapter, e->context, rows, &options, &x_view, &w, &b, &y_view));
+        if (activated != NULL && !has_failed(e)) {
+            gelu_forward(e, rows, &y_view, &activated_view);
+        }
     } else {
+        options.activation = SEBP_GELU;
+        options.activated = activated != NULL ? &activated_view : NULL;
         keep_status(e, sebp_linear_forward(e->context, &x_view, &w, &b, rows, &options, &y_view));
     }
 }
 
-void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
-                     int64_t M, const struct linear *linear, float *dx, sebp_write write)
+void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M,
+                    const struct linear *linear, float *y)
+{
+    forward(e, rows, x, M, linear, y, NULL);
+}
+
+void linear_gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M,
+                         const struct linear *linear, float *y, float *activated)
+{
+    forward(e, rows, x, M, linear, y, activated);
+}
+
+/* before: NULL, or x is its GELU. */
+static void backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
+                     const float *before, int64_t M, const struct linear *linear, float *dx,
+                     sebp_write write)
 {
     if (has_failed(e)) {
         return;
@@ -36,7 +74,7 @@ void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, c
     const int64_t N = linear->weight->rows, K = linear->weight->cols;
     sebp_matrix dy_view = sebp_matrix_f32(dy, M, N), x_view = sebp_matrix_f32(x, M, K);
     sebp_matrix dx_view = sebp_matrix_f32(dx, M, K), w = value_of(linear->weight);
-    sebp_matrix db = gradient_of(linear->bias);
+    sebp_matrix before_view = sebp_matrix_f32(before, M, K), db = gradient_of(linear->bias);
     sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     options.inactive = SEBP_INACTIVE_LEAVE;
     options.dx_write = write;
@@ -44,15 +82,32 @@ void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, c
     if (adapter != NULL && adapter->backward != NULL) {
         keep_status(e, adapter->backward(adapter, e->context, rows, &options, &dy_view, &x_view, &w,
                                          &dx_view, &db));
+        if (before != NULL && !has_failed(e)) {
+            gelu_backward(e, rows, &before_view, &dx_view);
+        }
     } else {
         sebp_matrix dw = gradient_of(linear->weight);
+        options.activation = SEBP_GELU;
+        options.before = before != NULL ? &before_view : NULL;
         keep_status(e, sebp_linear_backward(e->context, &dy_view, &x_view, &w, rows, &options,
                                             &dx_view, dw.data != NULL ? &dw : NULL, &db));
     }
     e->backward_flops += 4.0 * (double)sebp_rows_count(rows) * (double)N * (double)K;
 }
 
-/* ---- layer norm, GELU, embedding ---- */
+void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
+                     int64_t M, const struct linear *linear, float *dx, sebp_write write)
+{
+    backward(e, rows, dy, x, NULL, M, linear, dx, write);
+}
+
+void linear_gelu_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
+                          const float *before, int64_t M, const struct linear *linear, float *dx)
+{
+    backward(e, rows, dy, x, before, M, linear, dx, SEBP_OVERWRITE);
+}
+
+/* ---- layer norm, dropout, embedding ---- */
 
 static sebp_norm_options norm_options(struct dropout dropout)
 {
@@ -99,32 +154,6 @@ const float *norm_backward(struct engine *e, const sebp_rows *rows, const float 
                                           &dshift));
     }
     return drops ? dropped : d;
-}
-
-void gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
-                  float *y)
-{
-    if (has_failed(e)) {
-        return;
-    }
-    sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
-    options.inactive = SEBP_INACTIVE_LEAVE;
-    sebp_matrix x_view = sebp_matrix_f32(x, M, F), y_view = sebp_matrix_f32(y, M, F);
-    keep_status(
-        e, sebp_activation_forward(e->context, SEBP_GELU, &x_view, NULL, rows, &options, &y_view));
-}
-
-void gelu_backward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
-                   float *d)
-{
-    if (has_failed(e)) {
-        return;
-    }
-    sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
-    options.inactive = SEBP_INACTIVE_LEAVE;
-    sebp_matrix x_view = sebp_matrix_f32(x, M, F), d_view = sebp_matrix_f32(d, M, F);
-    keep_status(e, sebp_activation_backward(e->context, SEBP_GELU, &d_view, &x_view, NULL, rows,
-                                            &options, &d_view, NULL));
 }
 
 void drop(struct engine *e, const sebp_rows *rows, struct dropout dropout, int64_t M, int64_t H,

@@ -42,7 +42,15 @@ void linear_forward(struct engine *e, const sebp_rows *rows, const float *x, int
 void linear_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
                      int64_t M, const struct linear *linear, float *dx, sebp_write write);
 
-/* ---- layer norm, GELU, embedding; x, residual, y, d: M x H ---- */
+/** The same, and activated = GELU(y): M x N. */
+void linear_gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M,
+                         const struct linear *linear, float *y, float *activated);
+
+/** The same, where x is GELU(before): dx becomes the gradient of `before`, M x K, and is written. */
+void linear_gelu_backward(struct engine *e, const sebp_rows *rows, const float *dy, const float *x,
+                          const float *before, int64_t M, const struct linear *linear, float *dx);
+
+/* ---- layer norm, dropout, embedding; x, residual, y, d: M x H ---- */
 
 /** What a layer drops, in a forward and in its backward. */
 struct dropout {
@@ -65,14 +73,6 @@ void norm_forward(struct engine *e, const sebp_rows *rows, float *x, const float
 const float *norm_backward(struct engine *e, const sebp_rows *rows, const float *sum,
                            const float *statistics, int64_t M, const struct norm *norm,
                            struct dropout dropout, float *d, float *dropped);
-
-/** y = GELU(x). x, y: M x F. */
-void gelu_forward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
-                  float *y);
-
-/** d becomes the gradient of x, in place. */
-void gelu_backward(struct engine *e, const sebp_rows *rows, const float *x, int64_t M, int64_t F,
-                   float *d);
 
 /** Dropout of x in place. Its backward is the same of dx. x: M x H. */
 void drop(struct engine *e, const sebp_rows *rows, struct dropout dropout, int64_t M, int64_t H,

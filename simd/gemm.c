@@ -220,8 +220,8 @@ typedef struct arithmetic {
     int64_t element_bytes;
 } arithmetic;
 
-/* One row of a tile: TILE_VECS vectors, of which `cols` numbers lie in C. */
-INLINE void store_row(float *to, const vec *sum, int64_t cols, bool accumulate, const float *bias)
+/* One row of a tile: TILE_VECS vectors, of which `cols` numbers lie in C; from: NULL or added. */
+INLINE void store_row(float *to, const float *from, const vec *sum, int64_t cols, const float *bias)
 {
     for (int j = 0; j < TILE_VECS; j++) {
         int64_t at = (int64_t)j * VEC_LANES, n = cols - at;
@@ -230,8 +230,8 @@ INLINE void store_row(float *to, const vec *sum, int64_t cols, bool accumulate, 
         if (n > VEC_LANES)
             n = VEC_LANES;
         vec result = sum[j];
-        if (accumulate)
-            result = vec_add(vec_load_first(to + at, n), result);
+        if (from != NULL)
+            result = vec_add(vec_load_first(from + at, n), result);
         if (bias != NULL)
             result = vec_add(result, vec_load_first(bias + at, n));
         vec_store_first(to + at, result, n);
@@ -284,12 +284,13 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
     }
     const bool is_whole = work->rows == height && work->cols == TILE_COLS;
     const int64_t fetched = is_whole && !work->stream ? height : 0;
+    const float *const *fetch = work->accumulate ? work->from : (const float *const *)work->c;
     int64_t u = 0;
     for (; u < rounds * ROUND; u += ROUND) {
         for (int64_t i = u; i < u + ROUND && i < fetched; i++) {
-            /* a row of C a unit; into L2, as L1 may not hold all of them */
+            /* a row of C, or of what it is added to, a unit; into L2, as L1 may not hold all */
             for (int j = 0; j < TILE_COLS; j += LINE)
-                __builtin_prefetch(work->c[i] + work->c_at + j, 0, 2);
+                __builtin_prefetch(fetch[i] + work->c_at + j, 0, 2);
         }
         for (due += more; line * FRACTION < due; line++) {
             __builtin_prefetch(work->ahead[line / row_lines] + work->ahead_at +
@@ -315,13 +316,16 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
             float *to = work->c[i] + work->c_at;
             for (int j = 0; j < TILE_VECS; j++) {
                 if (work->accumulate)
-                    sum[i][j] = vec_add(vec_load(to + (int64_t)j * VEC_LANES), sum[i][j]);
+                    sum[i][j] = vec_add(
+                        vec_load(work->from[i] + work->c_at + (int64_t)j * VEC_LANES), sum[i][j]);
                 vec_store(to + (int64_t)j * VEC_LANES, sum[i][j]);
             }
         }
     } else {
-        for (int i = 0; i < work->rows; i++)
-            store_row(work->c[i] + work->c_at, sum[i], work->cols, work->accumulate, work->bias);
+        for (int i = 0; i < work->rows; i++) {
+            const float *from = work->accumulate ? work->from[i] + work->c_at : NULL;
+            store_row(work->c[i] + work->c_at, from, sum[i], work->cols, work->bias);
+        }
     }
 }
 

@@ -48,6 +48,10 @@ KERNEL(void, stream_fence, (void))
 KERNEL(void, f32_from_bf16, (float *to, const uint16_t *from, int64_t n))
 /* To nearest, ties to even; a NaN becomes a quiet one. */
 KERNEL(void, bf16_from_f32, (uint16_t * to, const float *from, int64_t n))
+/* Parts of n elements each whose sum is `from`: the first is `from` in bf16, to nearest, each next one
+ * what is left, likewise. 1 to 3 parts; of 3 the sum is exact but for what lies below 2^-133. Returns
+ * whether all parts are finite; where one is not, all of its element are whatever they are. */
+KERNEL(bool, split_f32, (uint16_t *const *parts, int count, const float *from, int64_t n))
 
 /* sum.c */
 

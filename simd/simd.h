@@ -69,9 +69,10 @@ typedef struct sebp_tile_work {
     float *const *c; /* a pointer for each row */
     int64_t c_at;    /* elements from there to the tile's first column */
     int64_t rows, cols;
-    bool accumulate;   /* the sum is added to C, else C is overwritten */
-    bool stream;       /* C, 64-byte aligned, is overwritten past the caches; no bias */
-    const float *bias; /* cols numbers, added to each row; NULL: none */
+    bool accumulate;          /* C becomes `from` + the sum, else the sum */
+    const float *const *from; /* rows as C's, or C's own; with accumulate alone */
+    bool stream;              /* C, 64-byte aligned, is overwritten past the caches; no bias */
+    const float *bias;        /* cols numbers, added to each row; NULL: none */
 } sebp_tile_work;
 
 typedef void sebp_tile(const sebp_tile_work *work);

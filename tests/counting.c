@@ -84,6 +84,16 @@ static sebp_operand behind_operand(const counting *device, const sebp_operand *o
     return found;
 }
 
+/* A matrix that has C's rows; NULL: NULL. */
+static void *behind_c_rows(const counting *device, const sebp_product *found, const void *data,
+                           int64_t stride)
+{
+    if (data == NULL)
+        return NULL;
+    sebp_matrix lies = sebp_input_view(data, found->m, found->n, stride, found->c_dtype);
+    return counting_behind_rows(device, &lies, found->c_rows, found->m).data;
+}
+
 static void behind_product(const counting *device, const sebp_product *product, sebp_product *found)
 {
     int64_t m = product->m, n = product->n, k = product->k;
@@ -96,6 +106,9 @@ static void behind_product(const counting *device, const sebp_product *product, 
     found->c = counting_behind_rows(device, &c, found->c_rows, m).data;
     found->bias =
         counting_behind(device, product->bias, n * (int64_t)sebp_dtype_bytes(product->bias_dtype));
+    found->residual = behind_c_rows(device, found, product->residual, product->residual_stride);
+    found->activated = behind_c_rows(device, found, product->activated, product->activated_stride);
+    found->before = behind_c_rows(device, found, product->before, product->before_stride);
 }
 
 static sebp_status count_plan(void *device, sebp_plan *plan)

@@ -48,6 +48,8 @@ void linear_call_reset(void)
     call.dw_view = good.outputs[1];
     call.db_view = good.outputs[2];
     call.y_view = good.outputs[3];
+    call.in_view = good.inputs[0];
+    call.out_view = good.outputs[0];
     call.dy = &call.dy_view;
     call.x = &call.x_view;
     call.w = &call.w_view;

@@ -19,6 +19,7 @@
 typedef struct linear_call {
     sebp_context *context;
     sebp_matrix dy_view, x_view, w_view, bias_view, dx_view, dw_view, db_view, y_view;
+    sebp_matrix in_view, out_view; /**< of epilogues: Z or a residual, and f(Y) */
     const sebp_matrix *dy, *x, *w, *bias, *dx, *dw, *db, *y;
     const sebp_rows *rows;
     sebp_linear_options options;

@@ -22,6 +22,17 @@ static sebp_status linear_forward_all(method_world *w)
     return sebp_linear_forward(w->context, &w->at[X], &w->at[W], NULL, NULL, NULL, &w->at[Y]);
 }
 
+/* dY serves as the residual. */
+static sebp_status linear_forward_epilogues(method_world *w)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.residual = &w->at[DY];
+    options.activation = SEBP_SILU;
+    options.activated = &w->at[ACTIVATED];
+    return sebp_linear_forward(w->context, &w->at[X], &w->at[W], &w->at[BIAS], w->given->rows,
+                               &options, &w->at[Y]);
+}
+
 static sebp_status backward(method_world *w, const sebp_rows *of,
                             const sebp_linear_options *options)
 {
@@ -37,6 +48,14 @@ static sebp_status linear_backward(method_world *w)
 static sebp_status linear_backward_adds(method_world *w)
 {
     const sebp_linear_options options = accumulating();
+    return backward(w, w->given->rows, &options);
+}
+
+static sebp_status linear_backward_activated(method_world *w)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.activation = SEBP_GELU;
+    options.before = &w->at[RESIDUAL];
     return backward(w, w->given->rows, &options);
 }
 
@@ -172,8 +191,10 @@ static sebp_status weight_decay(method_world *w)
 static const method methods[] = {
     {"linear_forward", linear_forward},
     {"linear_forward_all", linear_forward_all},
+    {"linear_forward_epilogues", linear_forward_epilogues},
     {"linear_backward", linear_backward},
     {"linear_backward_adds", linear_backward_adds},
+    {"linear_backward_activated", linear_backward_activated},
     {"linear_backward_finds", linear_backward_finds},
     {"linear_backward_top", linear_backward_top},
     {"linear_backward_energy", linear_backward_energy},

@@ -46,6 +46,7 @@ static const struct {
     [DVALUES] = {ROWS, HEAD, 0},
     [SCORE_BIAS] = {TEXT, TEXT, 1},
     [DSCORE_BIAS] = {TEXT, TEXT, 1},
+    [ACTIVATED] = {ROWS, OUT, 0},
     [LARGE] = {2, 10000, 0},
 };
 

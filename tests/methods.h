@@ -50,6 +50,7 @@ typedef enum place {
     DVALUES,
     SCORE_BIAS,
     DSCORE_BIAS,
+    ACTIVATED,
     LARGE, /* more elements than are measured as one row */
     PLACES
 } place;

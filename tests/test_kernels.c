@@ -790,6 +790,18 @@ START_TEST(tile)
         }
         ptrdiff_t to_twin = (unsigned char *)twin_of(&c) - c.data;
 
+        /* What the sum is added to: C, or rows of another matrix that lie as C's do. */
+        int adds_other = accumulate && testing_chance(0.5);
+        buffer other = make(rows * stride, sizeof(float));
+        buffer from_list = make(rows, sizeof(float *));
+        float **from = (void *)from_list.data;
+        for (int64_t i = 0; i < rows; i++) {
+            from[i] = adds_other ? (float *)(void *)other.data + (c_rows[i] - c_data) : c_rows[i];
+            for (int64_t j = 0; adds_other && j < cols; j++) {
+                put(from[i], 0, c_first + j, value_of(integers));
+            }
+        }
+
         sebp_tile_work work = {
             .units = units,
             .a = (void *)a.data,
@@ -806,6 +818,7 @@ START_TEST(tile)
             .rows = rows,
             .cols = cols,
             .accumulate = accumulate,
+            .from = (const float *const *)from,
             .stream = stream,
             .bias = has_bias ? (void *)bias.data : NULL,
         };
@@ -814,7 +827,7 @@ START_TEST(tile)
         for (int64_t i = 0; i < rows; i++) {
             for (int64_t j = 0; j < cols; j++) {
                 float *twin = (void *)((unsigned char *)(c_rows[i] + c_first + j) + to_twin);
-                double old = accumulate ? *twin : 0;
+                double old = adds_other ? from[i][c_first + j] : accumulate ? *twin : 0;
                 double added = has_bias ? get(bias.data, 0, j) : 0;
                 double sum = old + added, magnitude = fabs(old) + fabs(added);
                 for (int64_t u = 0; u < units; u++) {
@@ -842,6 +855,8 @@ START_TEST(tile)
         release(&bias);
         release(&c);
         release(&list);
+        release(&other);
+        release(&from_list);
     }
 }
 END_TEST
@@ -944,7 +959,8 @@ START_TEST(timing)
                                  .c = c_rows,
                                  .rows = height,
                                  .cols = width,
-                                 .accumulate = true};
+                                 .accumulate = true,
+                                 .from = (const float *const *)c_rows};
     TIME(kernels, "pack_a_f32", 8 * height * DEPTH,
          kernels->pack_a_f32(pack_a, apart, &slab, 0, height, 0, DEPTH));
     TIME(kernels, "pack_b_f32", 8 * width * DEPTH,

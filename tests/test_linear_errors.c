@@ -32,7 +32,8 @@ END_TEST
 START_TEST(backward_options)
 {
     BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 0);
-    BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes -= 1);
+    BACKWARD(SEBP_ERROR_SIZE, "size_bytes",
+             call.options.size_bytes = offsetof(sebp_linear_options, db_write));
     BACKWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 4097);
     BACKWARD(SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)2);
     BACKWARD(SEBP_ERROR_VALUE, "dx_write", call.options.dx_write = (sebp_write)2);
@@ -138,6 +139,51 @@ START_TEST(forward_rest)
 }
 END_TEST
 
+#define RESIDUAL(status, word, change)                                                             \
+    FORWARD(status, "options->residual" word, (call.options.residual = &call.in_view, change))
+
+#define ACTIVATED(status, word, change)                                                            \
+    FORWARD(status, "options->activated" word, (call.options.activated = &call.out_view, change))
+
+#define BEFORE(status, word, change)                                                               \
+    BACKWARD(status, "options->before" word, (call.options.before = &call.in_view, change))
+
+START_TEST(epilogues)
+{
+    EACH_BAD_VIEW(RESIDUAL, in_view, "");
+    EACH_BAD_VIEW(ACTIVATED, out_view, "");
+    EACH_BAD_VIEW(BEFORE, in_view, "");
+    RESIDUAL(SEBP_ERROR_DTYPE, "", call.in_view.dtype = SEBP_BF16);
+    RESIDUAL(SEBP_ERROR_SHAPE, "", call.in_view.cols--);
+    RESIDUAL(SEBP_ERROR_SHAPE, "", call.in_view.rows--);
+    ACTIVATED(SEBP_ERROR_DTYPE, "", call.out_view.dtype = SEBP_BF16);
+    ACTIVATED(SEBP_ERROR_SHAPE, "", call.out_view.cols--);
+    BEFORE(SEBP_ERROR_DTYPE, "", call.in_view.dtype = SEBP_BF16);
+    BEFORE(SEBP_ERROR_SHAPE, "", call.in_view.rows--);
+    BEFORE(SEBP_ERROR_VALUE, " needs", call.dx = NULL);
+    BEFORE(SEBP_ERROR_VALUE, " needs", call.options.dx_write = SEBP_ACCUMULATE);
+    FORWARD(SEBP_ERROR_VALUE, "activation",
+            (call.options.activated = &call.out_view, call.options.activation = 4));
+    BACKWARD(SEBP_ERROR_VALUE, "activation",
+             (call.options.before = &call.in_view, call.options.activation = 4));
+    /* Of the other direction. */
+    FORWARD(SEBP_ERROR_VALUE, "before", call.options.before = &call.in_view);
+    BACKWARD(SEBP_ERROR_VALUE, "residual", call.options.residual = &call.in_view);
+    BACKWARD(SEBP_ERROR_VALUE, "activated", call.options.activated = &call.in_view);
+    /* A residual may be Y, and f(Y) may be either, but not a part of it, nor another's. */
+    FORWARD(SEBP_ERROR_ALIAS, "y",
+            (call.options.residual = &call.in_view, call.in_view = call.y_view,
+             call.in_view.data = (float *)call.in_view.data + 1));
+    FORWARD(SEBP_ERROR_ALIAS, "options->activated",
+            (call.options.activated = &call.out_view, call.out_view.data = call.x_view.data));
+    FORWARD(SEBP_ERROR_ALIAS, "options->activated",
+            (call.options.activated = &call.out_view, call.out_view = call.y_view,
+             call.out_view.data = (float *)call.out_view.data + 1));
+    BACKWARD(SEBP_ERROR_ALIAS, "dx",
+             (call.options.before = &call.in_view, call.in_view = call.dx_view));
+}
+END_TEST
+
 /* Two things wrong at once: the one that sebp.h puts first is told. */
 START_TEST(order_of_checks)
 {
@@ -230,6 +276,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, backward_aliases);
     tcase_add_test(tests, forward_views);
     tcase_add_test(tests, forward_rest);
+    tcase_add_test(tests, epilogues);
     tcase_add_test(tests, order_of_checks);
     tcase_add_test(tests, legal_calls);
     suite_add_tcase(suite, tests);

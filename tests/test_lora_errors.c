@@ -154,7 +154,8 @@ START_TEST(bad_rows_and_options_are_refused)
     REFUSES(_i, SEBP_ERROR_ROWS, "x_is_compact", (call.rows = NULL, call.options.x_is_compact = 1));
     REFUSES(_i, SEBP_ERROR_SHAPE, "x", call.options.x_is_compact = 1);
     REFUSES(_i, SEBP_ERROR_SHAPE, "h", call.rows = NULL); /* then of all rows */
-    REFUSES(_i, SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes--);
+    REFUSES(_i, SEBP_ERROR_SIZE, "size_bytes",
+            call.options.size_bytes = offsetof(sebp_linear_options, db_write));
     REFUSES(_i, SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)2);
     if (_i == 1) {
         REFUSES(_i, SEBP_ERROR_VALUE, "dx_write", call.options.dx_write = (sebp_write)2);

@@ -380,10 +380,23 @@ START_TEST(a_later_programs_linear_options)
     ck_assert_ptr_nonnull(strstr(sebp_context_message(p.context), "options->size_bytes is"));
     options.letters[39] = 0;
     expect(linear_calls[_i](&p, &options.now), SEBP_SUCCESS, &p);
-    options.now.size_bytes = sizeof options.now - 1;
+    options.now.size_bytes = SEBP_SIZE_THROUGH(sebp_linear_options, db_write) - 1;
     expect(linear_calls[_i](&p, &options.now), SEBP_ERROR_SIZE, &p);
     options.now.size_bytes = PAGE + 1;
     expect(linear_calls[_i](&p, &options.now), SEBP_ERROR_SIZE, &p);
+    end(&p);
+}
+END_TEST
+
+/* Of 0.1.0: without epilogues, whatever lies behind the struct. _i: the function. */
+START_TEST(an_older_programs_linear_options)
+{
+    problem p;
+    begin(&p);
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.size_bytes = SEBP_SIZE_THROUGH(sebp_linear_options, db_write);
+    options.residual = options.activated = options.before = &p.y;
+    expect(linear_calls[_i](&p, &options), SEBP_SUCCESS, &p);
     end(&p);
 }
 END_TEST
@@ -418,6 +431,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, an_older_programs_context);
     tcase_add_test(tests, a_later_programs_info);
     tcase_add_loop_test(tests, a_later_programs_linear_options, 0, CALLS(linear_calls));
+    tcase_add_loop_test(tests, an_older_programs_linear_options, 0, CALLS(linear_calls));
     tcase_add_loop_test(tests, a_later_programs_adamw_options, 0, CALLS(adamw_calls));
     suite_add_tcase(suite, tests);
     return suite;

@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <sebp/activation.h>
 #include <sebp/context.h>
 #include <sebp/linear.h>
 #include <sebp/matrix.h>
@@ -128,24 +129,6 @@ SEBP_API sebp_status sebp_norm_backward(sebp_context *context, const sebp_matrix
                                         const sebp_matrix *dshift);
 
 /* ---- activations ---- */
-
-/**
- * f(x). Errors are those of an f32 result, before it is multiplied by anything or rounded to bf16;
- * they hold for all f32 and on every ISA.
- *
- * The derivative of all but ReLU passes through 0 between x = -1.3 and -0.7, so its error is an absolute
- * one, within 2^-22; where x < -2 it is also within 8 ulp, of the tanh form within 250.
- *
- * f(-Inf) is 0, f(Inf) is Inf, their derivatives are 0 and 1; NaN gives NaN. ReLU's derivative at 0 is
- * 0.
- */
-typedef enum sebp_activation {
-    SEBP_GELU = 0,      /**< x / 2 (1 + erf(x / sqrt(2))), within 6 ulp */
-    SEBP_GELU_TANH = 1, /**< x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), within 4 ulp where
-                           x >= -1, below within 250 ulp */
-    SEBP_SILU = 2,      /**< x / (1 + exp(-x)), within 4 ulp */
-    SEBP_RELU = 3       /**< max(x, 0), exact */
-} sebp_activation;
 
 typedef struct sebp_activation_options {
     size_t size_bytes;      /**< sizeof(sebp_activation_options), so that the struct can grow */

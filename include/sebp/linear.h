@@ -12,7 +12,7 @@
  *     db    = sum of the rows of dY[R]
  *
  * X: M x K, W: N x K, b: 1 x N, Y and dY: M x N. Sums are taken in f32 whatever the dtypes; a bf16
- * output is rounded once, after the whole sum. A CPU that multiplies bf16 itself (the tier
+ * output is rounded once, after the whole sum and what is added to it. A CPU that multiplies bf16 itself (the tier
  * avx512bf16, and oneDNN on such CPUs) takes denormal factors and denormal sums for zero.
  *
  * With SEBP_VERBOSE=1 each call that succeeds writes one line to standard error:
@@ -28,6 +28,7 @@
 
 #include <stddef.h>
 
+#include <sebp/activation.h>
 #include <sebp/context.h>
 #include <sebp/matrix.h>
 #include <sebp/rows.h>
@@ -57,29 +58,43 @@ typedef struct sebp_linear_options {
     sebp_write dx_write;    /**< this and the next two: backward only */
     sebp_write dw_write;
     sebp_write db_write;
+    const sebp_matrix
+        *residual; /**< forward: added to Y[R]; M x N, of Y's dtype; it may be Y. NULL: 0 */
+    sebp_activation activation; /**< f of the next two (activation.h) */
+    const sebp_matrix
+        *activated;            /**< forward, an output: f(Y[R]); M x N, of Y's dtype; it may be Y or
+                                     the residual. NULL: not wanted */
+    const sebp_matrix *before; /**< backward: Z, of which X = f(Z) is the activation: dX[R] becomes
+                                     Z's gradient; M x K, of dX's dtype. NULL: dX is X's gradient */
 } sebp_linear_options;
 
 /** Options as they are by default, with size_bytes set. */
 #define SEBP_LINEAR_OPTIONS_INIT                                                                   \
     {                                                                                              \
         sizeof(sebp_linear_options), {SEBP_RULE_NONZERO, 0.0, 0, 0.0}, 0, SEBP_INACTIVE_ZERO,      \
-            SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE                                         \
+            SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE, 0, SEBP_GELU, 0, 0                     \
     }
 
 /**
- * Y[R] = X[R] W^T + b; the other rows of Y are zeroed or left, as options->inactive says.
+ * Y[R] = X[R] W^T + b, with options->residual Z[R] added to it. With options->activated that matrix
+ * becomes f(Y)[R]: Y is what the backward of the activation needs. The other rows of both are zeroed or
+ * left, as options->inactive says.
+ *
+ * Both save a pass over memory against calls of their own. f(Y) has the same bits as
+ * sebp_activation_forward() gives of Y. Where it takes Y's place, Y is not kept.
  *
  * @param x        M x K; m x K with x_is_compact.
  * @param w        N x K, of X's dtype.
  * @param bias     1 x N, either dtype. NULL: none.
  * @param rows     R, made for M rows. NULL: all rows.
- * @param options  NULL: the defaults. The rule and the three writes are ignored.
- * @param y        M x N, either dtype; overlaps nothing else.
+ * @param options  NULL: the defaults. The rule and the three writes are ignored; `before` is refused.
+ * @param y        M x N, either dtype; overlaps nothing but what the options say.
  *
- * Any stride is allowed, and any size may be 0. With K = 0 the active rows become b, or zero.
+ * Any stride is allowed, and any size may be 0. With K = 0 the active rows become what is added.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_STRIDE; SEBP_ERROR_OVERFLOW;
- *         SEBP_ERROR_DTYPE (W not of X's dtype); SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS
+ *         SEBP_ERROR_DTYPE (W not of X's dtype, the residual or `activated` not of Y's);
+ *         SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS
  *         (made for another M; x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
  *         SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. Only SEBP_ERROR_BACKEND may leave outputs half
  *         written.
@@ -92,11 +107,16 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
 /**
  * dX, dW and db from dY, on the active rows alone. Each output is optional.
  *
+ * With options->before, Z, dX[R] = (dY[R] W) f'(Z[R]), element by element: the gradient of what the
+ * activation took. It has the same bits as sebp_activation_backward() gives of dY W, and saves a pass
+ * over memory.
+ *
  * @param dy       M x N.
  * @param x        M x K, or m x K with x_is_compact; of dY's dtype. Needed for dW only, else NULL.
  * @param w        N x K, of dY's dtype. Needed for dX only, else NULL.
  * @param rows     R, made for M rows. NULL: found in dY by options->rule.
- * @param options  NULL: the defaults.
+ * @param options  NULL: the defaults. The residual and `activated` are refused, and `before` without dX
+ *                 or where dX accumulates.
  * @param dx       M x K, either dtype, or NULL. SEBP_ACCUMULATE does not touch inactive rows.
  * @param dw       N x K, either dtype, or NULL.
  * @param db       1 x N, either dtype, or NULL.

@@ -40,6 +40,7 @@
 #ifndef SEBP_SEBP_H
 #define SEBP_SEBP_H
 
+#include <sebp/activation.h>
 #include <sebp/attention.h>
 #include <sebp/basis.h>
 #include <sebp/clip.h>

@@ -24,7 +24,9 @@
 
 #include <string.h>
 
+#include "epilogue.h"
 #include "product.h"
+#include "row_work.h"
 
 enum {
     K_BLOCK = 512, /* units of depth at most: a sliver of 14 rows of A takes 28 KiB */
@@ -36,7 +38,8 @@ enum {
     A_SHARE_DEN = 8,
     B_BYTES = 6 << 20, /* packed B of one worker: it streams from L3 */
     C_BYTES = 4 << 20, /* f32 block of C of one worker */
-    ROUNDS = 2         /* chunks to a worker at most */
+    ROUNDS = 2,        /* chunks to a worker at most */
+    FINISH_COLS = 256  /* columns of a panel of C that are in L2 when the epilogue comes */
 };
 
 /* A product being done. */
@@ -126,7 +129,7 @@ static int64_t c_rows_bytes(const sebp_native_plan *plan)
 static int64_t worker_bytes(const sebp_native_plan *plan)
 {
     return packed_a_bytes(plan) + packed_b_bytes(plan) + block_c_bytes(plan) + bias_bytes(plan) +
-           b_rows_bytes(plan) + c_rows_bytes(plan);
+           b_rows_bytes(plan) + 2 * c_rows_bytes(plan);
 }
 
 /* Whether an f32 C that is written once can be written past the caches: it is large, its vectors
@@ -135,6 +138,7 @@ static int64_t worker_bytes(const sebp_native_plan *plan)
 static bool can_stream(const sebp_cpu *cpu, const sebp_product *product)
 {
     return product->c_dtype == SEBP_F32 && !product->accumulate && product->bias == NULL &&
+           product->residual == NULL && !sebp_has_epilogue(product) &&
            (uintptr_t)product->c % 64 == 0 && product->c_stride % 16 == 0 &&
            sebp_cpu_streams(cpu, product->m * product->n * 4);
 }
@@ -194,10 +198,11 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
 typedef struct c_block {
     int64_t m0, m1, n0, n1;
     float *packed_a, *packed_b;
-    const char **b_rows; /* of the block of the depth at hand, where they are its steps */
-    float **c_rows;      /* of the panel at hand: column 0 of C, or of its f32 block */
-    float *c;            /* f32 block of a bf16 C; else NULL */
-    const float *bias;   /* for columns n0 on; or NULL */
+    const char **b_rows;         /* of the block of the depth at hand, where they are its steps */
+    float **c_rows;              /* of the panel at hand: column 0 of C, or of its f32 block */
+    const float **residual_rows; /* the same of the residual, where C has no f32 block */
+    float *c;                    /* f32 block of a bf16 C; else NULL */
+    const float *bias;           /* for columns n0 on; or NULL */
 } c_block;
 
 static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1)
@@ -207,9 +212,11 @@ static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int6
         if (block->c != NULL) {
             block->c_rows[i - i0] = block->c + (i - block->m0) * block_stride(plan);
         } else {
-            block->c_rows[i - i0] =
-                (float *)product->c +
-                (product->c_rows != NULL ? product->c_rows[i] : i) * product->c_stride;
+            block->c_rows[i - i0] = sebp_product_row(product, product->c, product->c_stride, i, 0);
+            if (product->residual != NULL) {
+                block->residual_rows[i - i0] =
+                    sebp_product_row(product, product->residual, product->residual_stride, i, 0);
+            }
         }
     }
 }
@@ -224,6 +231,7 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->dtype);
     int64_t cols = sebp_min(kernels->tile_cols, block->n1 - j0);
     bool is_first = i0 == block->m0, is_straight = !plan->b.lanes_are_rows;
+    bool adds_residual = product->residual != NULL && at == 0;
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->unit_elements),
         .a = block->packed_a,
@@ -234,7 +242,9 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .c = block->c_rows,
         .c_at = block->c != NULL ? j0 - block->n0 : j0,
         .cols = cols,
-        .accumulate = at > 0 || product->accumulate,
+        .accumulate = at > 0 || product->accumulate || adds_residual,
+        .from = adds_residual && block->c == NULL ? block->residual_rows
+                                                  : (const float *const *)block->c_rows,
         .stream = plan->stream,
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
@@ -253,6 +263,7 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         plan->tile(&work);
         work.a += sliver_units(plan, kernels->tile_rows);
         work.c += kernels->tile_rows;
+        work.from += kernels->tile_rows;
         work.pack_b = false;
     }
 }
@@ -286,8 +297,14 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             list_c_rows(plan, block, i0, i1);
             plan->pack_a(block->packed_a, a_units, &plan->a, i0, i1 - i0, at, depth);
             float *sliver = block->packed_b;
+            int64_t finished = at + depth < k || block->c != NULL ? block->n1 : block->n0;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += kernels->tile_cols) {
                 run_panel(plan, block, i0, i1, j0, sliver, at, depth);
+                int64_t j1 = sebp_min(j0 + kernels->tile_cols, block->n1);
+                if (j1 - finished >= FINISH_COLS || (j1 == block->n1 && finished < j1)) {
+                    sebp_cpu_finish(kernels, plan->product, i0, i1, finished, j1);
+                    finished = j1;
+                }
                 if (!one_panel) /* else the next sliver takes its place, which stays in cache */
                     sliver += b_units;
             }
@@ -295,37 +312,29 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
     }
 }
 
-/* The address in C of row i of the product, at column n0 of the block. */
-static char *c_part(const sebp_native_plan *plan, const c_block *block, int64_t i)
-{
-    const sebp_product *product = plan->product;
-    int64_t row = product->c_rows != NULL ? product->c_rows[i] : i;
-    return (char *)product->c +
-           (row * product->c_stride + block->n0) * (int64_t)sebp_dtype_bytes(product->c_dtype);
-}
-
-/* Loads C into its f32 block. */
+/* Loads C, or the residual, into C's f32 block. */
 static void load_block(const sebp_native_plan *plan, const c_block *block)
 {
-    int64_t n = block->n1 - block->n0;
+    const sebp_product *product = plan->product;
+    bool adds_residual = product->residual != NULL;
+    const void *data = adds_residual ? product->residual : product->c;
+    int64_t stride = adds_residual ? product->residual_stride : product->c_stride;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        float *to = block->c + (i - block->m0) * block_stride(plan);
-        if (plan->product->c_dtype == SEBP_F32)
-            memcpy(to, c_part(plan, block, i), (size_t)n * sizeof *to);
-        else
-            plan->kernels->f32_from_bf16(to, (const uint16_t *)c_part(plan, block, i), n);
+        sebp_cpu_widen(plan->kernels, block->c + (i - block->m0) * block_stride(plan),
+                       sebp_product_row(product, data, stride, i, block->n0), product->c_dtype,
+                       block->n1 - block->n0);
     }
 }
 
 static void store_block(const sebp_native_plan *plan, const c_block *block)
 {
-    int64_t n = block->n1 - block->n0;
+    const sebp_product *product = plan->product;
     for (int64_t i = block->m0; i < block->m1; i++) {
-        const float *from = block->c + (i - block->m0) * block_stride(plan);
-        if (plan->product->c_dtype == SEBP_F32)
-            memcpy(c_part(plan, block, i), from, (size_t)n * sizeof *from);
-        else
-            plan->kernels->bf16_from_f32((uint16_t *)c_part(plan, block, i), from, n);
+        sebp_cpu_narrow(plan->kernels,
+                        sebp_product_row(product, product->c, product->c_stride, i, block->n0),
+                        block->c + (i - block->m0) * block_stride(plan), product->c_dtype,
+                        block->n1 - block->n0);
+        sebp_cpu_finish(plan->kernels, product, i, i + 1, block->n0, block->n1);
     }
 }
 
@@ -344,6 +353,8 @@ static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int6
     scratch += b_rows_bytes(plan);
     block.c_rows = (float **)scratch;
     scratch += c_rows_bytes(plan);
+    block.residual_rows = (const float **)scratch;
+    scratch += c_rows_bytes(plan);
     float *bias = (float *)scratch;
     for (int64_t m = m0; m < m1; m += plan->block_m) {
         for (int64_t n = n0; n < n1; n += plan->block_n) {
@@ -359,7 +370,7 @@ static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int6
                     block.bias = bias;
                 }
             }
-            if (block.c != NULL && product->accumulate)
+            if (block.c != NULL && (product->accumulate || product->residual != NULL))
                 load_block(plan, &block);
             sum_block(plan, &block);
             if (block.c != NULL)
@@ -385,23 +396,31 @@ static void run_worker(void *work, int64_t worker)
         plan->kernels->stream_fence();
 }
 
-/* k = 0: a product that adds nothing. Each row becomes the bias, or zero, or stays. */
-static void fill_rows(const sebp_cpu *cpu, const sebp_product *product)
+/* k = 0: a product that adds nothing. Each row becomes the bias, the residual, their sum or zero, or
+ * stays. */
+static void fill_rows(const sebp_kernels *kernels, const sebp_product *product)
 {
-    if (product->accumulate)
-        return;
-    size_t bytes = sebp_dtype_bytes(product->c_dtype);
-    for (int64_t i = 0; i < product->m; i++) {
-        int64_t row = product->c_rows != NULL ? product->c_rows[i] : i;
-        char *to = (char *)product->c + row * product->c_stride * (int64_t)bytes;
-        if (product->bias == NULL)
-            memset(to, 0, (size_t)product->n * bytes);
-        else if (product->bias_dtype == product->c_dtype)
-            memcpy(to, product->bias, (size_t)product->n * bytes);
-        else if (product->c_dtype == SEBP_F32)
-            cpu->kernels->f32_from_bf16((float *)to, product->bias, product->n);
-        else
-            cpu->kernels->bf16_from_f32((uint16_t *)to, product->bias, product->n);
+    enum { COLS = 256 };
+    const int64_t bias_bytes = (int64_t)sebp_dtype_bytes(product->bias_dtype);
+    float sum[COLS], added[COLS];
+    for (int64_t i = 0; i < product->m && !product->accumulate; i++) {
+        for (int64_t j = 0; j < product->n; j += COLS) {
+            int64_t n = sebp_min(COLS, product->n - j);
+            memset(sum, 0, sizeof sum);
+            if (product->residual != NULL) {
+                const void *from =
+                    sebp_product_row(product, product->residual, product->residual_stride, i, j);
+                sebp_cpu_widen(kernels, sum, from, product->c_dtype, n);
+            }
+            if (product->bias != NULL) {
+                sebp_cpu_widen(kernels, added, (const char *)product->bias + j * bias_bytes,
+                               product->bias_dtype, n);
+                kernels->add_rows_f32(sum, added, n, NULL, 1, n);
+            }
+            sebp_cpu_narrow(kernels, sebp_product_row(product, product->c, product->c_stride, i, j),
+                            sum, product->c_dtype, n);
+            sebp_cpu_finish(kernels, product, i, i + 1, j, j + n);
+        }
     }
 }
 
@@ -433,7 +452,7 @@ void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scra
 {
     native_run run = {plan, scratch};
     if (plan->product->k == 0)
-        fill_rows(cpu, plan->product);
+        fill_rows(cpu->kernels, plan->product);
     else
         sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
 }

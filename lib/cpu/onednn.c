@@ -61,6 +61,8 @@ const char *sebp_onednn_plan_product(const sebp_cpu *cpu, const sebp_product *pr
         return "native:host-pool";
     if (product->k == 0)
         return "native:empty";
+    if (product->residual != NULL)
+        return "native:residual";
     if (!product->a.transposed && product->b.rows != NULL)
         return "native:gathered-depth";
     if (product->a.transposed && product->c_rows != NULL)

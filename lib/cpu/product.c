@@ -7,8 +7,10 @@
 #include "config.h"
 #endif
 
+#include "epilogue.h"
 #include "operations.h"
 #include "product.h"
+#include "row_work.h"
 
 enum { LARGE = 512 /* of a product's sizes */ };
 
@@ -83,6 +85,38 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
     return sebp_cpu_scratch(cpu, made->scratch_bytes) != NULL ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
 }
 
+#ifdef SEBP_HAVE_ONEDNN
+
+/* The epilogue of a product that is done, over all threads. */
+typedef struct finish_job {
+    const sebp_kernels *kernels;
+    const sebp_product *product;
+    int64_t pieces;
+} finish_job;
+
+static void finish_piece(void *work, int64_t piece)
+{
+    const finish_job *job = work;
+    int64_t m = job->product->m;
+    sebp_cpu_finish(job->kernels, job->product, m * piece / job->pieces,
+                    m * (piece + 1) / job->pieces, 0, job->product->n);
+}
+
+static sebp_status run_onednn(sebp_cpu *cpu, sebp_plan *plan, void *scratch)
+{
+    const sebp_product *product = &plan->product;
+    sebp_cpu_bind_now(cpu);
+    sebp_status status =
+        sebp_onednn_product(cpu, product, &plan_of(plan)->how.onednn, scratch, &plan->path);
+    if (status == SEBP_SUCCESS && sebp_has_epilogue(product)) {
+        finish_job job = {cpu->kernels, product, sebp_cpu_pieces(cpu, product->m, product->n)};
+        sebp_cpu_parallel(cpu, job.pieces, finish_piece, &job);
+    }
+    return status;
+}
+
+#endif
+
 sebp_status sebp_cpu_run_product(void *device, sebp_plan *plan)
 {
     sebp_cpu *cpu = device;
@@ -96,10 +130,8 @@ sebp_status sebp_cpu_run_product(void *device, sebp_plan *plan)
     cpu->scratch_is_settled = cpu->reserved_bytes > 0;
     void *scratch = sebp_cpu_scratch(cpu, made->scratch_bytes);
 #ifdef SEBP_HAVE_ONEDNN
-    if (made->by == BY_ONEDNN) {
-        sebp_cpu_bind_now(cpu);
-        return sebp_onednn_product(cpu, &plan->product, &made->how.onednn, scratch, &plan->path);
-    }
+    if (made->by == BY_ONEDNN)
+        return run_onednn(cpu, plan, scratch);
 #endif
     sebp_native_product(cpu, &made->how.native, scratch);
     return SEBP_SUCCESS;

@@ -59,6 +59,10 @@ class LinearOptions(ctypes.Structure):
         ("dx_write", ctypes.c_int),
         ("dw_write", ctypes.c_int),
         ("db_write", ctypes.c_int),
+        ("residual", ctypes.POINTER(Matrix)),
+        ("activation", ctypes.c_int),
+        ("activated", ctypes.POINTER(Matrix)),
+        ("before", ctypes.POINTER(Matrix)),
     ]
 
 

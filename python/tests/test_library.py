@@ -60,7 +60,7 @@ def test_another_version():
 
 
 def test_struct_sizes():
-    """The library refuses a struct that is shorter than its own."""
+    """The library refuses a struct that is shorter than that of its first version."""
     library = _library.load()
     context = ctypes.c_void_p()
     options = ContextOptions(size_bytes=ctypes.sizeof(ContextOptions))
@@ -82,7 +82,9 @@ def test_struct_sizes():
     linear = LinearOptions(ctypes.sizeof(LinearOptions))
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 0
     assert result[0] == 9.0
-    linear.size_bytes -= 8
+    linear.before = ctypes.pointer(view)  # the last field: the backward's alone
+    assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 8
+    linear.size_bytes = LinearOptions.residual.offset - 8  # where version 0.1.0's ended
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 2
 
     adamw = AdamWOptions(ctypes.sizeof(AdamWOptions), learning_rate=0.5, epsilon=1, weight_decay=1)
