@@ -37,7 +37,7 @@ typedef struct linear_call_world {
     sebp_matrix outputs[4]; /**< dx, dw, db, y */
 } linear_call_world;
 
-extern linear_call_world good;
+extern linear_call_world linear_call_on;
 
 void linear_call_setup(void);
 void linear_call_teardown(void);

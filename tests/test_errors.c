@@ -105,10 +105,10 @@ END_TEST
 /* A constructor fails with `want` and leaves the pointer as it was. */
 #define ROWS(want, expression)                                                                     \
     do {                                                                                           \
-        sebp_rows *rows = good.some_rows;                                                          \
+        sebp_rows *rows = linear_call_on.some_rows;                                                \
         sebp_status got = (expression);                                                            \
         ck_assert_msg(got == (want), #expression ": %s", sebp_status_string(got));                 \
-        ck_assert_msg(rows == good.some_rows, #expression " wrote its result");                    \
+        ck_assert_msg(rows == linear_call_on.some_rows, #expression " wrote its result");          \
     } while (0)
 
 START_TEST(rows_constructors)
@@ -152,12 +152,13 @@ END_TEST
 /* As BACKWARD, for sebp_rows_find(). */
 #define FIND(want, word, change)                                                                   \
     do {                                                                                           \
-        sebp_rows *rows = good.some_rows;                                                          \
+        sebp_rows *rows = linear_call_on.some_rows;                                                \
         linear_call_reset();                                                                       \
         change;                                                                                    \
         linear_call_failed(sebp_rows_find(call.context, call.dy, &call.options.rule, &rows), want, \
                            "sebp_rows_find", word, #change);                                       \
-        ck_assert_msg(rows == good.some_rows, "after " #change " the result was written");         \
+        ck_assert_msg(rows == linear_call_on.some_rows,                                            \
+                      "after " #change " the result was written");                                 \
     } while (0)
 
 START_TEST(rows_find)
@@ -166,7 +167,7 @@ START_TEST(rows_find)
     FIND(SEBP_ERROR_NULL, "dy", call.dy = NULL);
     EACH_BAD_VIEW(FIND, dy_view, "dy");
     linear_call_reset();
-    linear_call_failed(sebp_rows_find(good.context, call.dy, NULL, NULL), SEBP_ERROR_NULL,
+    linear_call_failed(sebp_rows_find(linear_call_on.context, call.dy, NULL, NULL), SEBP_ERROR_NULL,
                        "sebp_rows_find", "rows", "rows = NULL");
     for (int r = 0; r < BAD_RULES; r++) {
         FIND(SEBP_ERROR_VALUE, bad_rules[r].word, call.options.rule = bad_rules[r].rule);
@@ -192,11 +193,12 @@ START_TEST(rows_dropped)
     DROPPED(SEBP_ERROR_NULL, NULL, call.context = NULL);
     DROPPED(SEBP_ERROR_NULL, "dy", call.dy = NULL);
     DROPPED(SEBP_ERROR_NULL, "rows", call.rows = NULL);
-    DROPPED(SEBP_ERROR_ROWS, "9", call.rows = good.other_rows);
+    DROPPED(SEBP_ERROR_ROWS, "9", call.rows = linear_call_on.other_rows);
     EACH_BAD_VIEW(DROPPED, dy_view, "dy");
     linear_call_reset();
-    linear_call_failed(sebp_rows_dropped(good.context, call.dy, good.some_rows, NULL),
-                       SEBP_ERROR_NULL, "sebp_rows_dropped", "dropped", "dropped = NULL");
+    linear_call_failed(
+        sebp_rows_dropped(linear_call_on.context, call.dy, linear_call_on.some_rows, NULL),
+        SEBP_ERROR_NULL, "sebp_rows_dropped", "dropped", "dropped = NULL");
 }
 END_TEST
 
@@ -208,10 +210,10 @@ END_TEST
         options.message = message;                                                                 \
         options.message_bytes = sizeof message;                                                    \
         change;                                                                                    \
-        sebp_context *result = good.context;                                                       \
+        sebp_context *result = linear_call_on.context;                                             \
         sebp_status got = sebp_context_create(&options, &result);                                  \
         ck_assert_msg(got == (want), #change ": %s", sebp_status_string(got));                     \
-        ck_assert_msg(result == good.context, #change ": the result was written");                 \
+        ck_assert_msg(result == linear_call_on.context, #change ": the result was written");       \
         ck_assert_msg(strncmp(message, "sebp_context_create:", 20) == 0 && strstr(message, word),  \
                       #change ": message \"%s\"", message);                                        \
     } while (0)
@@ -236,9 +238,9 @@ START_TEST(context_create)
     for (int i = 0; i < 3; i++) {
         sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
         options.size_bytes = sizes[i];
-        sebp_context *result = good.context;
+        sebp_context *result = linear_call_on.context;
         ck_assert_int_eq(sebp_context_create(&options, &result), SEBP_ERROR_SIZE);
-        ck_assert_ptr_eq(result, good.context);
+        ck_assert_ptr_eq(result, linear_call_on.context);
     }
     ck_assert_int_eq(sebp_context_create(NULL, NULL), SEBP_ERROR_NULL);
 }
@@ -270,12 +272,12 @@ END_TEST
 START_TEST(info_get)
 {
     sebp_info info = {.size_bytes = sizeof info, .cores = -7};
-    ck_assert_int_eq(sebp_info_get(good.context, NULL), SEBP_ERROR_NULL);
+    ck_assert_int_eq(sebp_info_get(linear_call_on.context, NULL), SEBP_ERROR_NULL);
     ck_assert_int_eq(sebp_info_get(NULL, NULL), SEBP_ERROR_NULL);
     const size_t sizes[] = {0, sizeof info - 1, 4097};
     for (int i = 0; i < 3; i++) {
         info.size_bytes = sizes[i];
-        ck_assert_int_eq(sebp_info_get(good.context, &info), SEBP_ERROR_SIZE);
+        ck_assert_int_eq(sebp_info_get(linear_call_on.context, &info), SEBP_ERROR_SIZE);
         ck_assert(info.cores == -7 && info.size_bytes == sizes[i]);
     }
 }
@@ -283,13 +285,13 @@ END_TEST
 
 START_TEST(messages)
 {
-    ck_assert_str_eq(sebp_context_message(good.context), "");
+    ck_assert_str_eq(sebp_context_message(linear_call_on.context), "");
     ck_assert_str_eq(sebp_context_message(NULL), "");
     ck_assert_int_eq(sebp_context_threads(NULL), 0);
     ck_assert_int_eq(sebp_context_scratch_bytes(NULL), 0);
     /* The numbers at odds are in it. */
     BACKWARD(SEBP_ERROR_SHAPE, "8", call.w_view.cols = 7);
-    ck_assert_ptr_nonnull(strstr(sebp_context_message(good.context), "7"));
+    ck_assert_ptr_nonnull(strstr(sebp_context_message(linear_call_on.context), "7"));
 }
 END_TEST
 

@@ -51,7 +51,7 @@ END_TEST
 
 START_TEST(backward_rows)
 {
-    BACKWARD(SEBP_ERROR_ROWS, "9", call.rows = good.other_rows);
+    BACKWARD(SEBP_ERROR_ROWS, "9", call.rows = linear_call_on.other_rows);
     BACKWARD(SEBP_ERROR_ROWS, "x_is_compact", (call.rows = NULL, call.options.x_is_compact = 1));
 }
 END_TEST
@@ -122,7 +122,7 @@ START_TEST(forward_rest)
     FORWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 0);
     FORWARD(SEBP_ERROR_SIZE, "size_bytes", call.options.size_bytes = 4097);
     FORWARD(SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)2);
-    FORWARD(SEBP_ERROR_ROWS, "9", call.rows = good.other_rows);
+    FORWARD(SEBP_ERROR_ROWS, "9", call.rows = linear_call_on.other_rows);
     FORWARD(SEBP_ERROR_ROWS, "x_is_compact", (call.rows = NULL, call.options.x_is_compact = 1));
     FORWARD(SEBP_ERROR_DTYPE, "w", call.w_view.dtype = SEBP_BF16);
     FORWARD(SEBP_ERROR_SHAPE, "x", call.x_view.cols--);
@@ -198,13 +198,14 @@ START_TEST(order_of_checks)
     BACKWARD(SEBP_ERROR_OVERFLOW, "dw",
              (call.dw_view.rows = INT64_MAX, call.options.inactive = (sebp_inactive)2));
     BACKWARD(SEBP_ERROR_VALUE, "inactive",
-             (call.options.inactive = (sebp_inactive)2, call.rows = good.other_rows));
-    BACKWARD(SEBP_ERROR_ROWS, "9", (call.rows = good.other_rows, call.w_view.cols--));
+             (call.options.inactive = (sebp_inactive)2, call.rows = linear_call_on.other_rows));
+    BACKWARD(SEBP_ERROR_ROWS, "9", (call.rows = linear_call_on.other_rows, call.w_view.cols--));
     BACKWARD(SEBP_ERROR_SHAPE, "w", (call.w_view.cols--, call.dx_view.data = call.dy_view.data));
     FORWARD(SEBP_ERROR_NULL, "y", (call.y = NULL, call.options.size_bytes = 0));
     FORWARD(SEBP_ERROR_SIZE, "size_bytes", (call.options.size_bytes = 0, call.x_view.stride = 1));
-    FORWARD(SEBP_ERROR_STRIDE, "y", (call.y_view.stride = 1, call.rows = good.other_rows));
-    FORWARD(SEBP_ERROR_ROWS, "9", (call.rows = good.other_rows, call.y_view.cols--));
+    FORWARD(SEBP_ERROR_STRIDE, "y",
+            (call.y_view.stride = 1, call.rows = linear_call_on.other_rows));
+    FORWARD(SEBP_ERROR_ROWS, "9", (call.rows = linear_call_on.other_rows, call.y_view.cols--));
     FORWARD(SEBP_ERROR_SHAPE, "w", (call.y_view.cols--, call.y_view.data = call.x_view.data));
 }
 END_TEST
@@ -212,7 +213,7 @@ END_TEST
 static void expect_success(sebp_status status, const char *what)
 {
     ck_assert_msg(status == SEBP_SUCCESS, "%s: %s (%s)", what, sebp_status_string(status),
-                  sebp_context_message(good.context));
+                  sebp_context_message(linear_call_on.context));
 }
 
 /* What is not an error, after some that were. */
