@@ -8,17 +8,9 @@
 
 #include "testing.h"
 
-static void *array(int64_t count, size_t bytes)
+double *reference_elements(const sebp_matrix *matrix)
 {
-    void *data = calloc(count > 0 ? (size_t)count : 1, bytes);
-    ck_assert_msg(data != NULL, "no memory for a reference of %" PRId64 " elements", count);
-    return data;
-}
-
-/* Elements without gaps, in double. */
-static double *elements(const sebp_matrix *matrix)
-{
-    double *data = array(matrix->rows * matrix->cols, sizeof *data);
+    double *data = testing_zeros(matrix->rows * matrix->cols, sizeof *data);
     for (int64_t i = 0; i < matrix->rows; i++) {
         for (int64_t j = 0; j < matrix->cols; j++) {
             data[i * matrix->cols + j] = testing_get(matrix, i, j);
@@ -29,7 +21,7 @@ static double *elements(const sebp_matrix *matrix)
 
 reference_rows reference_rows_all(int64_t total)
 {
-    reference_rows rows = {total, total, array(total, sizeof(int64_t))};
+    reference_rows rows = {total, total, testing_zeros(total, sizeof(int64_t))};
     for (int64_t i = 0; i < total; i++) {
         rows.indices[i] = i;
     }
@@ -60,6 +52,25 @@ int reference_rows_equal(const reference_rows *want, const sebp_rows *got)
         }
     }
     return 1;
+}
+
+void reference_rows_check(reference_rows *want, sebp_rows *got)
+{
+    ck_assert_int_eq(sebp_rows_total(got), want->total);
+    ck_assert_int_eq(sebp_rows_count(got), want->count);
+    double activity = want->total > 0 ? (double)want->count / (double)want->total : 0;
+    ck_assert(sebp_rows_activity(got) == activity);
+    ck_assert((sebp_rows_indices(got) == NULL) == (want->count == 0));
+    ck_assert(reference_rows_equal(want, got));
+    sebp_rows_destroy(got);
+    reference_rows_free(want);
+}
+
+reference_rows reference_rows_none(int64_t total)
+{
+    reference_rows rows = reference_rows_all(total);
+    rows.count = 0;
+    return rows;
 }
 
 void reference_rows_free(reference_rows *rows)
@@ -104,7 +115,7 @@ static int by_rank(const void *left, const void *right)
 reference_rows reference_rows_find(const sebp_matrix *dy, const sebp_rule *rule)
 {
     int64_t total = dy->rows;
-    row_facts *facts = array(total, sizeof *facts);
+    row_facts *facts = testing_zeros(total, sizeof *facts);
     for (int64_t i = 0; i < total; i++) {
         facts[i] = look_at_row(dy, i);
     }
@@ -116,7 +127,7 @@ reference_rows reference_rows_find(const sebp_matrix *dy, const sebp_rule *rule)
         sum += facts[i].finite ? facts[i].energy : 0;
     }
 
-    reference_rows rows = {total, 0, array(total, sizeof(int64_t))};
+    reference_rows rows = {total, 0, testing_zeros(total, sizeof(int64_t))};
     int64_t keep = nonzero;
     if (rule->kind == SEBP_RULE_TOP && rule->count < nonzero) {
         keep = rule->count;
@@ -164,8 +175,8 @@ sebp_dropped reference_dropped(const sebp_matrix *dy, const reference_rows *rows
 static reference make_reference(int64_t rows, int64_t cols, int64_t terms,
                                 const sebp_matrix *before)
 {
-    reference want = {rows, cols, terms, array(rows * cols, sizeof(double)),
-                      array(rows * cols, sizeof(double))};
+    reference want = {rows, cols, terms, testing_zeros(rows * cols, sizeof(double)),
+                      testing_zeros(rows * cols, sizeof(double))};
     if (before != NULL) {
         want.terms += terms > 0;
         for (int64_t i = 0; i < rows * cols; i++) {
@@ -206,8 +217,9 @@ reference reference_y(const sebp_matrix *x, const sebp_matrix *w, const sebp_mat
     int64_t n = w->rows, k = w->cols;
     int64_t terms = rows->count > 0 ? k + (bias != NULL) : 0;
     reference want = make_reference(rows->total, n, terms, NULL);
-    double *a = elements(x), *b = elements(w), *start = bias != NULL ? elements(bias) : NULL;
-    double *column = array(n, sizeof *column);
+    double *a = reference_elements(x), *b = reference_elements(w),
+           *start = bias != NULL ? reference_elements(bias) : NULL;
+    double *column = testing_zeros(n, sizeof *column);
     for (int64_t r = 0; r < rows->count && bias != NULL; r++) {
         add_row(&want, rows->indices[r], 1, start);
     }
@@ -231,7 +243,7 @@ reference reference_dx(const sebp_matrix *dy, const sebp_matrix *w, const refere
 {
     int64_t n = w->rows, k = w->cols;
     reference want = make_reference(dy->rows, k, rows->count > 0 ? n : 0, before);
-    double *g = elements(dy), *b = elements(w);
+    double *g = reference_elements(dy), *b = reference_elements(w);
     for (int64_t r = 0; r < rows->count; r++) {
         int64_t i = rows->indices[r];
         begin_sums(&want, i);
@@ -249,7 +261,7 @@ reference reference_dw(const sebp_matrix *dy, const sebp_matrix *x, const refere
 {
     int64_t n = dy->cols, k = x->cols;
     reference want = make_reference(n, k, rows->count, before);
-    double *g = elements(dy), *a = elements(x);
+    double *g = reference_elements(dy), *a = reference_elements(x);
     for (int64_t j = 0; j < n && rows->count > 0; j++) {
         begin_sums(&want, j);
         for (int64_t r = 0; r < rows->count; r++) {
@@ -265,7 +277,7 @@ reference reference_db(const sebp_matrix *dy, const reference_rows *rows, const 
 {
     int64_t n = dy->cols;
     reference want = make_reference(1, n, rows->count, before);
-    double *g = elements(dy);
+    double *g = reference_elements(dy);
     if (rows->count > 0) {
         begin_sums(&want, 0);
     }
@@ -279,7 +291,7 @@ reference reference_db(const sebp_matrix *dy, const reference_rows *rows, const 
 /* C: m x n = A B, A: m x k, B: k x n. */
 static double *multiplied(const double *a, const double *b, int64_t m, int64_t n, int64_t k)
 {
-    double *c = array(m * n, sizeof *c);
+    double *c = testing_zeros(m * n, sizeof *c);
     for (int64_t i = 0; i < m; i++) {
         for (int64_t l = 0; l < k; l++) {
             double factor = a[i * k + l];
@@ -293,7 +305,7 @@ static double *multiplied(const double *a, const double *b, int64_t m, int64_t n
 
 static double *transposed(const double *a, int64_t rows, int64_t cols)
 {
-    double *t = array(rows * cols, sizeof *t);
+    double *t = testing_zeros(rows * cols, sizeof *t);
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < cols; j++) {
             t[j * rows + i] = a[i * cols + j];
@@ -329,7 +341,7 @@ reference reference_r(const sebp_matrix *u_out, const sebp_matrix *u_in, const s
     int64_t terms = rows->count > 0 ? n + k + rows->count : 0;
     reference want = make_reference(p, q, terms, before);
     reference dw = reference_dw(dy, x, rows, x_is_compact, NULL);
-    double *u = elements(u_out), *v = elements(u_in), *vt = transposed(v, q, k);
+    double *u = reference_elements(u_out), *v = reference_elements(u_in), *vt = transposed(v, q, k);
     for (int64_t i = 0; i < p && terms > 0; i++) {
         begin_sums(&want, i);
     }
@@ -349,8 +361,8 @@ reference reference_stepped(const sebp_matrix *u_out, const sebp_matrix *u_in, c
 {
     int64_t p = u_out->rows, n = u_out->cols, q = u_in->rows, k = u_in->cols;
     reference want = make_reference(n, k, s->count > 0 ? p + q : 0, before);
-    double *u = elements(u_out), *ut = transposed(u, p, n), *v = elements(u_in);
-    double *dense = array(p * q, sizeof *dense);
+    double *u = reference_elements(u_out), *ut = transposed(u, p, n), *v = reference_elements(u_in);
+    double *dense = testing_zeros(p * q, sizeof *dense);
     for (int64_t i = 0; i < s->count; i++) {
         dense[s->indices[i]] = s->values[i];
     }

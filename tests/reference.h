@@ -41,6 +41,12 @@ int reference_rows_have(const reference_rows *rows, int64_t i);
 /** Whether a set of the library holds the same rows. */
 int reference_rows_equal(const reference_rows *want, const sebp_rows *got);
 
+/** Fails the test where a set of the library is not the same through every accessor; frees both. */
+void reference_rows_check(reference_rows *want, sebp_rows *got);
+
+/** None of `total` rows, with room for all of them in order. */
+reference_rows reference_rows_none(int64_t total);
+
 void reference_rows_free(reference_rows *rows);
 
 /*
@@ -79,6 +85,9 @@ reference reference_stepped(const sebp_matrix *u_out, const sebp_matrix *u_in, c
                             const sebp_matrix *before);
 
 void reference_free(reference *want);
+
+/** All elements, row by row; free() frees them. */
+double *reference_elements(const sebp_matrix *matrix);
 
 /** The indices of elements, larger magnitudes first, of equal ones lower indices first: the first k
  * are those that a top k keeps. */

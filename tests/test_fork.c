@@ -20,17 +20,6 @@ static const sebp_gemm gemms[] = {SEBP_GEMM_AUTO, SEBP_GEMM_NATIVE, SEBP_GEMM_ON
 
 enum { GEMMS = sizeof gemms / sizeof gemms[0] };
 
-static int lacks(sebp_gemm gemm, const char *test)
-{
-    sebp_info info = {.size_bytes = sizeof info};
-    ck_assert_int_eq(sebp_info_get(NULL, &info), SEBP_SUCCESS);
-    int is_absent = gemm == SEBP_GEMM_ONEDNN && info.onednn[0] == '\0';
-    if (is_absent) {
-        testing_skip(test, "built without oneDNN");
-    }
-    return is_absent;
-}
-
 /* A layer's backward, exact in any order, with room for a second result. */
 typedef struct layer {
     sebp_matrix dy, x, w, dx, dw, dx_again, dw_again;
@@ -95,14 +84,6 @@ static int own_context_works(sebp_gemm gemm, int threads, int expected, layer *l
     return is_good;
 }
 
-static void expect_good_exit(pid_t child)
-{
-    int result = -1;
-    ck_assert_int_eq(waitpid(child, &result, 0), child);
-    ck_assert_msg(WIFEXITED(result), "the child was ended by signal %d", WTERMSIG(result));
-    ck_assert_msg(WEXITSTATUS(result) == 0, "the child exited with %d", WEXITSTATUS(result));
-}
-
 /* How many threads a context has where nothing is in the way: `threads`, or 1 without OpenMP. */
 static int with_openmp(int threads)
 {
@@ -124,7 +105,7 @@ static int count_threads(void)
 /* _i: the GEMM. A child goes on with its copy of a context that has computed in the parent. */
 START_TEST(copied_context)
 {
-    if (lacks(gemms[_i], "copied_context with onednn")) {
+    if (!testing_has_gemm(gemms[_i], "copied_context")) {
         return;
     }
     sebp_context *context = testing_context(gemms[_i], 3, 0);
@@ -139,7 +120,7 @@ START_TEST(copied_context)
         free_layer(&l); /* valgrind looks for leaks in the child as well */
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     /* And the parent is none the worse. */
     ck_assert_int_eq(sebp_context_threads(context), with_openmp(3));
     ck_assert(computes_again(context, &l));
@@ -163,7 +144,7 @@ static void *compute_in_thread(void *argument)
 
 START_TEST(context_of_another_thread)
 {
-    if (lacks(gemms[_i], "context_of_another_thread with onednn")) {
+    if (!testing_has_gemm(gemms[_i], "context_of_another_thread")) {
         return;
     }
     layer l = make_layer();
@@ -181,7 +162,7 @@ START_TEST(context_of_another_thread)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(other.context);
     free_layer(&l);
 }
@@ -202,7 +183,7 @@ static int use_openmp(void)
  * child's own contexts work alone, whatever they are asked for; so do its children's. */
 START_TEST(own_context_after_openmp)
 {
-    if (lacks(gemms[_i], "own_context_after_openmp with onednn")) {
+    if (!testing_has_gemm(gemms[_i], "own_context_after_openmp")) {
         return;
     }
     if (use_openmp() < 2) {
@@ -232,7 +213,7 @@ START_TEST(own_context_after_openmp)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     free_layer(&l);
 }
 END_TEST
@@ -268,7 +249,7 @@ START_TEST(own_pool_after_openmp)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(context);
     free_layer(&l);
 }
@@ -297,7 +278,7 @@ START_TEST(copied_pool)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(context);
     free_layer(&l);
 }
@@ -326,7 +307,7 @@ START_TEST(own_context_of_one_thread)
         free_layer(&l);
         _exit(is_good ? 0 : 1);
     }
-    expect_good_exit(child);
+    testing_good_exit(child);
     sebp_context_destroy(alone);
     free_layer(&l);
 }

@@ -3,247 +3,11 @@
  * Row-wise layers, losses and embeddings given wrong arguments: each call makes one change to a good
  * one, and must then say what is wrong and leave every matrix as it was.
  */
-#include "config.h"
-
 #include <math.h>
-#include <stdio.h>
-#include <string.h>
 
-#include "layers.h"
+#include <sebp/sebp.h>
 
-enum { ROWS = 6, COLS = 10, STRIDE = 13, VIEWS = 12 };
-
-/* M x N matrices, but for VECTOR and VECTOR2, which are 1 x N, STATISTICS, which is M x 2, and TABLE,
- * which is M x 4. */
-enum { A, B, C, D, E, VECTOR, VECTOR2, VECTOR3, VECTOR4, STATISTICS, TABLE, WEIGHT };
-
-static sebp_context *context;
-static sebp_rows *some_rows, *other_rows;
-static sebp_matrix made[VIEWS], before[VIEWS];
-
-/* What a call is made with. */
-static struct {
-    sebp_context *context;
-    sebp_matrix views[VIEWS];
-    const sebp_matrix *at[VIEWS];
-    const sebp_rows *rows;
-    sebp_norm_options norm;
-    sebp_activation_options activation;
-    sebp_dropout_options dropout;
-    sebp_rotary_options rotary;
-    sebp_cross_entropy_options entropy;
-    sebp_embedding_options embedding;
-    sebp_activation kind;
-    int64_t numbers[ROWS];
-    const int64_t *list;
-    sebp_embedding tables[2];
-    const sebp_embedding *given_tables;
-    int64_t count;
-    double loss, factor;
-    double *to_loss;
-} call;
-
-static void setup(void)
-{
-    const int64_t indices[] = {0, 2, 3, 5};
-    context = testing_context(SEBP_GEMM_NATIVE, 2, 0);
-    ck_assert_int_eq(sebp_rows_from_indices(indices, 4, ROWS, &some_rows), SEBP_SUCCESS);
-    ck_assert_int_eq(sebp_rows_from_indices(indices, 4, ROWS + 1, &other_rows), SEBP_SUCCESS);
-    for (int i = 0; i < VIEWS; i++) {
-        int64_t rows = i >= VECTOR && i <= VECTOR4 ? 1 : ROWS;
-        int64_t cols = i == STATISTICS ? 2 : i == TABLE ? 4 : COLS;
-        made[i] = testing_matrix(rows, cols, STRIDE, SEBP_F32);
-        testing_fill(&made[i], TESTING_REAL);
-        before[i] = testing_copy(&made[i]);
-    }
-}
-
-static void teardown(void)
-{
-    sebp_context_destroy(context);
-    sebp_rows_destroy(some_rows);
-    sebp_rows_destroy(other_rows);
-    for (int i = 0; i < VIEWS; i++) {
-        testing_release(&made[i]);
-        testing_release(&before[i]);
-    }
-}
-
-static void reset(void)
-{
-    memset(&call, 0, sizeof call);
-    call.context = context;
-    call.rows = some_rows;
-    call.norm = (sebp_norm_options)SEBP_NORM_OPTIONS_INIT;
-    call.activation = (sebp_activation_options)SEBP_ACTIVATION_OPTIONS_INIT;
-    call.dropout = (sebp_dropout_options)SEBP_DROPOUT_OPTIONS_INIT;
-    call.rotary = (sebp_rotary_options)SEBP_ROTARY_OPTIONS_INIT;
-    call.entropy = (sebp_cross_entropy_options)SEBP_CROSS_ENTROPY_OPTIONS_INIT;
-    call.embedding = (sebp_embedding_options)SEBP_EMBEDDING_OPTIONS_INIT;
-    call.list = call.numbers;
-    for (int i = 0; i < VIEWS; i++) {
-        call.views[i] = made[i];
-        call.at[i] = &call.views[i];
-    }
-    for (int t = 0; t < 2; t++) {
-        call.tables[t] = (sebp_embedding){made[t == 0 ? A : B], call.numbers};
-    }
-    call.given_tables = call.tables;
-    call.count = 2;
-    call.loss = 7;
-    call.to_loss = &call.loss;
-    call.factor = 2;
-}
-
-/* Good calls. */
-
-static sebp_status norm_forward(void)
-{
-    return sebp_norm_forward(call.context, call.at[A], call.at[B], call.at[VECTOR],
-                             call.at[VECTOR2], call.rows, &call.norm, call.at[C], call.at[D],
-                             call.at[STATISTICS]);
-}
-
-static sebp_status norm_backward(void)
-{
-    return sebp_norm_backward(call.context, call.at[A], call.at[B], call.at[STATISTICS],
-                              call.at[VECTOR], call.rows, &call.norm, call.at[C], call.at[D],
-                              call.at[VECTOR2], call.at[VECTOR3]);
-}
-
-static sebp_status activation_forward(void)
-{
-    return sebp_activation_forward(call.context, call.kind, call.at[A], call.at[B], call.rows,
-                                   &call.activation, call.at[C]);
-}
-
-static sebp_status activation_backward(void)
-{
-    return sebp_activation_backward(call.context, call.kind, call.at[A], call.at[B], call.at[E],
-                                    call.rows, &call.activation, call.at[C], call.at[D]);
-}
-
-static sebp_status dropout_apply(void)
-{
-    return sebp_dropout_apply(call.context, call.at[A], call.rows, &call.dropout, call.at[C]);
-}
-
-static sebp_status rotary_table(void)
-{
-    return sebp_rotary_table(call.context, &call.rotary, call.at[TABLE]);
-}
-
-static sebp_status rotary_forward(void)
-{
-    return sebp_rotary_forward(call.context, call.at[A], call.list, call.at[TABLE], call.rows,
-                               &call.rotary, call.at[C]);
-}
-
-static sebp_status rotary_backward(void)
-{
-    return sebp_rotary_backward(call.context, call.at[A], call.list, call.at[TABLE], call.rows,
-                                &call.rotary, call.at[C]);
-}
-
-static sebp_status cross_entropy(void)
-{
-    return sebp_cross_entropy(call.context, call.at[A], call.list, &call.entropy, call.to_loss,
-                              call.at[C]);
-}
-
-static sebp_status linear_cross_entropy(void)
-{
-    return sebp_linear_cross_entropy(call.context, call.at[A], call.at[B], call.at[STATISTICS],
-                                     call.list, &call.entropy, call.to_loss, call.at[C], call.at[D],
-                                     call.at[TABLE]);
-}
-
-static sebp_status embedding_forward(void)
-{
-    return sebp_embedding_forward(call.context, call.given_tables, (int)call.count, call.rows,
-                                  &call.embedding, call.at[C]);
-}
-
-static sebp_status embedding_backward(void)
-{
-    return sebp_embedding_backward(call.context, call.at[A], call.list, call.rows, &call.embedding,
-                                   call.at[C]);
-}
-
-static sebp_status gradient_norm(void)
-{
-    return sebp_gradient_norm(call.context, call.at[A], call.count - 1, call.to_loss);
-}
-
-static sebp_status scale(void)
-{
-    return sebp_scale(call.context, call.at[A], call.count - 1, call.factor);
-}
-
-/* `function` failed with `got`; so it should, with nothing written and its message naming `word`. */
-static void check_failure(sebp_status got, sebp_status want, const char *function, const char *word,
-                          const char *change)
-{
-    char start[64];
-    snprintf(start, sizeof start, "sebp_%s: ", function);
-    const char *message = sebp_context_message(context);
-    ck_assert_msg(got == want, "%s after %s: \"%s\", not \"%s\" (%s)", function, change,
-                  sebp_status_string(got), sebp_status_string(want), message);
-    ck_assert_msg(word == NULL || (strncmp(message, start, strlen(start)) == 0 &&
-                                   strstr(message, word) != NULL),
-                  "%s after %s: message \"%s\"", function, change, message);
-    for (int i = 0; i < VIEWS; i++) {
-        ck_assert_msg(testing_same_bits(&made[i], &before[i]), "%s after %s: matrix %d written",
-                      function, change, i);
-        testing_check_matrix(&made[i]);
-    }
-    ck_assert_msg(call.loss == 7, "%s after %s: loss written", function, change);
-}
-
-#define FAILS(function, status, word, change)                                                      \
-    do {                                                                                           \
-        reset();                                                                                   \
-        change;                                                                                    \
-        check_failure(function(), status, #function, word, #change);                               \
-    } while (0)
-
-/* A view that is wrong by itself. */
-#define BAD_VIEW(function, which, word)                                                            \
-    do {                                                                                           \
-        FAILS(function, SEBP_ERROR_SIZE, word, call.views[which].rows = -1);                       \
-        FAILS(function, SEBP_ERROR_STRIDE, word, call.views[which].stride = 1);                    \
-        FAILS(function, SEBP_ERROR_DTYPE, word, call.views[which].dtype = (sebp_dtype)9);          \
-        FAILS(function, SEBP_ERROR_NULL, word, call.views[which].data = NULL);                     \
-        FAILS(function, SEBP_ERROR_OVERFLOW, word, call.views[which].stride = INT64_MAX / 2);      \
-    } while (0)
-
-/* An argument of another shape, and of another dtype than the first. */
-#define BAD_SHAPE(function, which, word)                                                           \
-    do {                                                                                           \
-        FAILS(function, SEBP_ERROR_SHAPE, word, call.views[which].cols = 1);                       \
-        FAILS(function, SEBP_ERROR_SHAPE, word, call.views[which].rows = 0);                       \
-    } while (0)
-
-#define BAD_DTYPE(function, which, word)                                                           \
-    FAILS(function, SEBP_ERROR_DTYPE, word, call.views[which].dtype = SEBP_BF16)
-
-#define MISSING(function, which, word) FAILS(function, SEBP_ERROR_NULL, word, call.at[which] = NULL)
-
-/* An output moved onto another argument, by one element, and onto all of it where it may not be. */
-#define SHIFTED(function, which, onto)                                                             \
-    FAILS(function, SEBP_ERROR_ALIAS, "overlaps",                                                  \
-          call.views[which].data = (float *)made[onto].data + 1)
-#define ONTO(function, which, onto)                                                                \
-    FAILS(function, SEBP_ERROR_ALIAS, "overlaps", call.views[which].data = made[onto].data)
-
-#define BAD_ROWS(function) FAILS(function, SEBP_ERROR_ROWS, "row set", call.rows = other_rows)
-
-#define BAD_OPTIONS(function, options)                                                             \
-    do {                                                                                           \
-        FAILS(function, SEBP_ERROR_SIZE, "options", call.options.size_bytes = 3);                  \
-        FAILS(function, SEBP_ERROR_VALUE, "inactive", call.options.inactive = (sebp_inactive)5);   \
-        FAILS(function, SEBP_ERROR_NULL, NULL, call.context = NULL);                               \
-    } while (0)
+#include "layers_call.h"
 
 START_TEST(norms)
 {
@@ -296,7 +60,7 @@ START_TEST(norms)
     ONTO(norm_backward, VECTOR2, VECTOR);
     ONTO(norm_backward, VECTOR2, VECTOR3);
     FAILS(norm_backward, SEBP_ERROR_ALIAS, "overlaps",
-          (call.norm.dh_write = SEBP_ACCUMULATE, call.views[C].data = made[A].data));
+          (call.norm.dh_write = SEBP_ACCUMULATE, call.views[C].data = layers_call_on.made[A].data));
     FAILS(norm_forward, SEBP_ERROR_VALUE, "norm", call.norm.norm = (sebp_norm)2);
     FAILS(norm_forward, SEBP_ERROR_VALUE, "epsilon", call.norm.epsilon = -1e-9);
     FAILS(norm_forward, SEBP_ERROR_VALUE, "epsilon", call.norm.epsilon = NAN);
@@ -431,7 +195,7 @@ START_TEST(losses)
     FAILS(linear_cross_entropy, SEBP_ERROR_SHAPE, "dweight",
           (call.at[STATISTICS] = call.at[TABLE] = NULL, call.views[D].rows = 1));
     FAILS(linear_cross_entropy, SEBP_ERROR_ALIAS, "dhidden",
-          (call.at[STATISTICS] = call.at[TABLE] = NULL, call.views[C] = made[A]));
+          (call.at[STATISTICS] = call.at[TABLE] = NULL, call.views[C] = layers_call_on.made[A]));
 }
 END_TEST
 
@@ -449,7 +213,8 @@ START_TEST(embeddings)
     FAILS(embedding_forward, SEBP_ERROR_STRIDE, "tables[1]", call.tables[1].table.stride = 1);
     FAILS(embedding_forward, SEBP_ERROR_SHAPE, "tables[1]", call.tables[1].table.cols = 1);
     FAILS(embedding_forward, SEBP_ERROR_DTYPE, "tables[0]", call.tables[0].table.dtype = SEBP_BF16);
-    FAILS(embedding_forward, SEBP_ERROR_ALIAS, "overlaps", call.views[C].data = made[B].data);
+    FAILS(embedding_forward, SEBP_ERROR_ALIAS, "overlaps",
+          call.views[C].data = layers_call_on.made[B].data);
     MISSING(embedding_forward, C, "y");
     MISSING(embedding_backward, A, "dy");
     MISSING(embedding_backward, C, "dtable");
@@ -523,18 +288,26 @@ END_TEST
 /* The calls that are made wrong above are good as they stand. */
 START_TEST(good_calls)
 {
-    sebp_status (*const calls[])(void) = {
-        norm_forward,  norm_backward,     activation_forward, activation_backward,
-        dropout_apply, rotary_table,      rotary_forward,     rotary_backward,
-        cross_entropy, embedding_forward, embedding_backward, gradient_norm,
-        scale};
+    sebp_status (*const calls[])(void) = {layers_call_norm_forward,
+                                          layers_call_norm_backward,
+                                          layers_call_activation_forward,
+                                          layers_call_activation_backward,
+                                          layers_call_dropout_apply,
+                                          layers_call_rotary_table,
+                                          layers_call_rotary_forward,
+                                          layers_call_rotary_backward,
+                                          layers_call_cross_entropy,
+                                          layers_call_embedding_forward,
+                                          layers_call_embedding_backward,
+                                          layers_call_gradient_norm,
+                                          layers_call_scale};
     for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
-        reset();
-        testing_succeed(calls[i](), context);
+        layers_call_reset();
+        testing_succeed(calls[i](), layers_call_on.context);
     }
-    reset();
+    layers_call_reset();
     call.at[STATISTICS] = call.at[TABLE] = NULL;
-    testing_succeed(linear_cross_entropy(), context);
+    testing_succeed(layers_call_linear_cross_entropy(), layers_call_on.context);
     ck_assert(isfinite(call.loss) && call.loss != 7);
 }
 END_TEST
@@ -543,7 +316,7 @@ static Suite *make_suite(void)
 {
     Suite *suite = suite_create("layer errors");
     TCase *all = tcase_create("layer errors");
-    tcase_add_checked_fixture(all, setup, teardown);
+    tcase_add_checked_fixture(all, layers_call_setup, layers_call_teardown);
     tcase_add_test(all, norms);
     tcase_add_test(all, elements);
     tcase_add_test(all, rotary);

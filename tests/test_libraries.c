@@ -40,19 +40,6 @@
 #define SANITIZED 0
 #endif
 
-#if defined(SEBP_HAVE_LAPACK) || defined(SEBP_HAVE_ONEDNN)
-
-static void expect(sebp_status got, sebp_status wanted, const char *word,
-                   const sebp_context *context)
-{
-    const char *message = sebp_context_message(context);
-    ck_assert_msg(got == wanted && strstr(message, word) != NULL,
-                  "\"%s\", not \"%s\" with '%s': %s", sebp_status_string(got),
-                  sebp_status_string(wanted), word, message);
-}
-
-#endif
-
 #ifdef SEBP_HAVE_LAPACK
 
 /* What a routine does: the vectors are those of a unit matrix, the values ascend from 1 on. */
@@ -115,22 +102,22 @@ START_TEST(lapack_fails)
         lapack.info = 0;
         lapack.value = odd[i];
         lapack.element = 1;
-        expect(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_NONFINITE, "NaN",
-               context);
+        testing_refuse(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_NONFINITE,
+                       "NaN", context);
         ck_assert_ptr_nonnull(strstr(sebp_context_message(context), routine));
         lapack.value = 7;
         lapack.element = odd[i];
-        expect(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_NONFINITE, "NaN",
-               context);
+        testing_refuse(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_NONFINITE,
+                       "NaN", context);
         ck_assert_ptr_nonnull(strstr(sebp_context_message(context), routine));
     }
     lapack.element = 1;
     lapack.info = 3;
-    expect(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_BACKEND,
-           "finds no eigenvectors: 3", context);
+    testing_refuse(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_BACKEND,
+                   "finds no eigenvectors: 3", context);
     lapack.info = -5;
-    expect(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_BACKEND,
-           "refuses an argument: -5", context);
+    testing_refuse(sebp_basis_solve(context, sums, rank, rank, &basis), SEBP_ERROR_BACKEND,
+                   "refuses an argument: -5", context);
     ck_assert_ptr_null(basis);
     ck_assert_int_eq(lapack.calls, 8); /* these, and no others */
     lapack.info = 0;
@@ -177,11 +164,11 @@ START_TEST(onednn_fails)
     sebp_matrix w = testing_random_matrix(7, 6, SEBP_F32, TESTING_REAL);
     sebp_matrix y = testing_matrix(5, 7, 7, SEBP_F32);
     gemm_status = dnnl_out_of_memory;
-    expect(sebp_linear_forward(context, &x, &w, NULL, NULL, NULL, &y), SEBP_ERROR_BACKEND,
-           "sebp_linear_forward: oneDNN has no memory", context);
+    testing_refuse(sebp_linear_forward(context, &x, &w, NULL, NULL, NULL, &y), SEBP_ERROR_BACKEND,
+                   "sebp_linear_forward: oneDNN has no memory", context);
     gemm_status = dnnl_runtime_error;
-    expect(sebp_linear_forward(context, &x, &w, NULL, NULL, NULL, &y), SEBP_ERROR_BACKEND,
-           "sebp_linear_forward: oneDNN failed", context);
+    testing_refuse(sebp_linear_forward(context, &x, &w, NULL, NULL, NULL, &y), SEBP_ERROR_BACKEND,
+                   "sebp_linear_forward: oneDNN failed", context);
     gemm_status = dnnl_success;
     testing_succeed(sebp_linear_forward(context, &x, &w, NULL, NULL, NULL, &y), context);
     testing_release(&x);
@@ -205,11 +192,12 @@ START_TEST(sums_of_nan)
     testing_succeed(sebp_basis_sums_add(context, sums, &g), context);
     gemm_status = dnnl_runtime_error;
     gemm_result = NAN;
-    expect(sebp_basis_sums_add(context, sums, &g), SEBP_ERROR_BACKEND, "oneDNN failed", context);
+    testing_refuse(sebp_basis_sums_add(context, sums, &g), SEBP_ERROR_BACKEND, "oneDNN failed",
+                   context);
 #ifdef SEBP_HAVE_LAPACK
     lapack.calls = 0;
-    expect(sebp_basis_solve(context, sums, 4, 2, &basis), SEBP_ERROR_NONFINITE,
-           "the sums hold a NaN", context);
+    testing_refuse(sebp_basis_solve(context, sums, 4, 2, &basis), SEBP_ERROR_NONFINITE,
+                   "the sums hold a NaN", context);
     ck_assert_int_eq(lapack.calls, 0);
 #endif
     ck_assert_ptr_null(basis);

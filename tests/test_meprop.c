@@ -76,7 +76,7 @@ START_TEST(top_is_exact_on_integers)
 {
     for (int round = 0; round < testing_rounds(200); round++) {
         sebp_context *context =
-            testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), (int64_t)1 << 20);
+            testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), TESTING_MIN_SCRATCH);
         problem p = make_problem(testing_between(1, 60), testing_between(1, 60),
                                  testing_between(1, 60), TESTING_INTEGER);
         sebp_sparse got = testing_sparse(random_k(p.N * p.K), p.N, p.K);
@@ -108,13 +108,13 @@ START_TEST(panels_choose_as_the_whole)
         testing_expect(sebp_sparse_top(context, &dw, &want), SEBP_SUCCESS, context);
         sebp_context_destroy(context);
         for (int threads = 1; threads <= 4; threads++) {
-            context = testing_context(SEBP_GEMM_NATIVE, threads, (int64_t)1 << 20);
+            context = testing_context(SEBP_GEMM_NATIVE, threads, TESTING_MIN_SCRATCH);
             sebp_sparse got = testing_sparse(want.count, p.N, p.K);
             testing_expect(sebp_meprop_gradient(context, &p.dy, &p.x, p.rows, &p.options, &got),
                            SEBP_SUCCESS, context);
             ck_assert_mem_eq(got.indices, want.indices, (size_t)got.count * sizeof(int64_t));
             ck_assert_mem_eq(got.values, want.values, (size_t)got.count * sizeof(float));
-            ck_assert_int_le(sebp_context_scratch_bytes(context), (int64_t)1 << 20);
+            ck_assert_int_le(sebp_context_scratch_bytes(context), TESTING_MIN_SCRATCH);
             testing_free_sparse(&got);
             sebp_context_destroy(context);
         }
@@ -164,7 +164,7 @@ START_TEST(a_sample_of_the_few)
 {
     enum { ROWS = 128, COLS = 1024, PANEL = ROWS * COLS, RUN = 8, STEP = 128 * RUN, K = 100 };
     const float next = nextafterf(5, 6);
-    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, (int64_t)1 << 20);
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, TESTING_MIN_SCRATCH);
     /* dW = dY^T X = X. */
     sebp_matrix dy = testing_matrix(2 * ROWS, 2 * ROWS, 2 * ROWS, SEBP_F32);
     sebp_matrix x = testing_matrix(2 * ROWS, COLS, COLS, SEBP_F32);
@@ -247,7 +247,7 @@ END_TEST
 
 START_TEST(bad_input_is_refused)
 {
-    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, (int64_t)1 << 20);
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, TESTING_MIN_SCRATCH);
     problem p = {.dy = testing_random_matrix(8, 5, SEBP_F32, TESTING_REAL),
                  .x = testing_random_matrix(8, 6, SEBP_F32, TESTING_REAL)};
     sebp_rows *other_rows = NULL;

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include <sebp/info.h>
@@ -310,6 +311,11 @@ void testing_set(const sebp_matrix *matrix, int64_t row, int64_t col, double val
     }
 }
 
+double testing_at(const sebp_matrix *matrix, int64_t index)
+{
+    return testing_get(matrix, index / matrix->cols, index % matrix->cols);
+}
+
 sebp_matrix testing_copy(const sebp_matrix *matrix)
 {
     sebp_matrix copy = testing_matrix(matrix->rows, matrix->cols, matrix->stride, matrix->dtype);
@@ -392,20 +398,70 @@ void testing_free_sparse(sebp_sparse *sparse)
     testing_free(sparse->values);
 }
 
+void *testing_zeros(int64_t count, size_t bytes)
+{
+    void *data = calloc(count > 0 ? (size_t)count : 1, bytes);
+    ck_assert_ptr_nonnull(data);
+    return data;
+}
+
+void testing_good_exit(pid_t child)
+{
+    int result = -1;
+    ck_assert_int_eq(waitpid(child, &result, 0), child);
+    ck_assert_msg(WIFEXITED(result), "the child was ended by signal %d", WTERMSIG(result));
+    ck_assert_msg(WEXITSTATUS(result) == 0, "the child exited with %d", WEXITSTATUS(result));
+}
+
 sebp_gemm testing_gemm(sebp_gemm gemm)
 {
     return gemm == SEBP_GEMM_AUTO ? gemm_for_auto : gemm;
 }
 
-sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace)
+int testing_has_gemm(sebp_gemm gemm, const char *test)
 {
+    sebp_info info = {.size_bytes = sizeof info};
+    ck_assert_int_eq(sebp_info_get(NULL, &info), SEBP_SUCCESS);
+    int has = gemm != SEBP_GEMM_ONEDNN || info.onednn[0] != '\0';
+    if (!has) {
+        char name[NAME_BYTES];
+        snprintf(name, sizeof name, "%s with onednn", test);
+        testing_skip(name, "built without it");
+    }
+    return has;
+}
+
+static void run_backwards(void *pool, int64_t tasks, sebp_task task, void *work)
+{
+    testing_host *host = pool;
+    host->calls++;
+    host->most_tasks = tasks > host->most_tasks ? tasks : host->most_tasks;
+    for (int64_t i = tasks - 1; i >= 0; i--) {
+        task(work, i);
+    }
+}
+
+sebp_context *testing_hosted_context(sebp_gemm gemm, int threads, int64_t workspace,
+                                     testing_host *host)
+{
+    char message[256] = "";
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
     options.gemm = testing_gemm(gemm);
     options.threads = threads;
     options.workspace_bytes = workspace;
+    options.parallel_for = host != NULL ? run_backwards : NULL;
+    options.pool = host;
+    options.message = message;
+    options.message_bytes = sizeof message;
     sebp_context *context = NULL;
-    ck_assert_int_eq(sebp_context_create(&options, &context), SEBP_SUCCESS);
+    sebp_status status = sebp_context_create(&options, &context);
+    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", sebp_status_string(status), message);
     return context;
+}
+
+sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace)
+{
+    return testing_hosted_context(gemm, threads, workspace, NULL);
 }
 
 void testing_expect(sebp_status got, sebp_status want, const sebp_context *context)
@@ -417,4 +473,12 @@ void testing_expect(sebp_status got, sebp_status want, const sebp_context *conte
 void testing_succeed(sebp_status status, const sebp_context *context)
 {
     testing_expect(status, SEBP_SUCCESS, context);
+}
+
+void testing_refuse(sebp_status got, sebp_status want, const char *word,
+                    const sebp_context *context)
+{
+    ck_assert_msg(got == want && strstr(sebp_context_message(context), word) != NULL,
+                  "%s, not %s with \"%s\": %s", sebp_status_string(got), sebp_status_string(want),
+                  word, sebp_context_message(context));
 }

@@ -20,6 +20,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include <check.h>
 
@@ -113,6 +114,8 @@ void testing_zero_rows(const sebp_matrix *matrix, double activity);
 
 double testing_get(const sebp_matrix *matrix, int64_t row, int64_t col);
 void testing_set(const sebp_matrix *matrix, int64_t row, int64_t col, double value);
+/** The element of this index, row by row. */
+double testing_at(const sebp_matrix *matrix, int64_t index);
 
 /** A copy of elements and gaps in a buffer of its own. */
 sebp_matrix testing_copy(const sebp_matrix *matrix);
@@ -133,17 +136,48 @@ void testing_release(sebp_matrix *matrix);
 sebp_sparse testing_sparse(int64_t k, int64_t rows, int64_t cols);
 void testing_free_sparse(sebp_sparse *sparse);
 
+/* Memory and processes. */
+
+/** Zeros for `count` elements of `bytes` each, 0 too. Never NULL; free() frees them. */
+void *testing_zeros(int64_t count, size_t bytes);
+
+/** Waits for a child, and fails the test unless it exits with 0. */
+void testing_good_exit(pid_t child);
+
 /* Contexts. */
+
+/** The least workspace_bytes that a context takes. */
+#define TESTING_MIN_SCRATCH ((int64_t)1 << 20)
 
 /** `gemm`, or what SEBP_TEST_GEMM says in place of SEBP_GEMM_AUTO. */
 sebp_gemm testing_gemm(sebp_gemm gemm);
 
+/** The values of sebp_gemm, for tests that take each of them in turn. */
+#define TESTING_GEMMS 3
+
+/** Whether the build has this GEMM; where not, `test` is counted as skipped with it. */
+int testing_has_gemm(sebp_gemm gemm, const char *test);
+
 /** A context, or the test fails; as the options of these names are, the GEMM as testing_gemm() says. */
 sebp_context *testing_context(sebp_gemm gemm, int threads, int64_t workspace);
+
+/** What a host's pool has been asked for. It runs tasks from the last to the first, which shows whether a
+ * result hangs on their order. */
+typedef struct testing_host {
+    int64_t calls;
+    int64_t most_tasks; /**< of one call */
+} testing_host;
+
+/** testing_context() on such a pool; on the library's own where `host` is NULL. */
+sebp_context *testing_hosted_context(sebp_gemm gemm, int threads, int64_t workspace,
+                                     testing_host *host);
 
 /** Fails the test where a call has not the status that it should have, with the context's message. */
 void testing_expect(sebp_status got, sebp_status want, const sebp_context *context);
 /** That it has succeeded. */
 void testing_succeed(sebp_status status, const sebp_context *context);
+/** That it has failed with `want`, and that the context's message has `word` in it. */
+void testing_refuse(sebp_status got, sebp_status want, const char *word,
+                    const sebp_context *context);
 
 #endif

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file rows.h
+ * Linear layers on their active rows against the dense layer: what the files of this comparison share.
+ *
+ * A group is one layer in one dtype, with warm or cold caches. What is measured in it are runs: the
+ * dense layer by each GEMM there is, the machine's bandwidth over buffers of this layer's sizes,
+ * and one run a case (activity, pattern, rows given or found). Every call is verified first. Then
+ * the runs take turns, repetition by repetition, so that a machine that slows down slows all alike.
+ *
+ *     limit      = activity x dense + bytes that must move / bandwidth
+ *     efficiency = limit / measured
+ *
+ * The bytes that must move are the inactive rows of the result, filled with zeros, and where rows
+ * are found the inactive rows of dY, all of which must be read to know them. Whatever can be done
+ * in more than one way (dense product, zero fill) counts by its fastest.
+ */
+#ifndef SEBP_BENCH_ROWS_H
+#define SEBP_BENCH_ROWS_H
+
+#include <sebp/sebp.h>
+
+#include "machine.h"
+#include "options.h"
+
+/* X: M x K, W: N x K, B: 1 x N, Y and DY: M x N, DX: M x K, DW: N x K, DB: 1 x N. FOUND is DY with
+ * its inactive rows zero. */
+enum { X, W, B, Y, DY, FOUND, DX, DW, DB, MATRICES };
+
+typedef struct layer {
+    sebp_matrix at[MATRICES]; /* data is NULL where not needed */
+} layer;
+
+typedef enum run_kind { CALL, READ, FILL, FILL_STREAMING } run_kind;
+
+typedef struct run {
+    run_kind kind;
+    sebp_gemm gemm;
+    int dense, scattered, found;
+    double activity; /* as asked for */
+    int64_t active;  /* m, rounded from it */
+    sebp_rows *rows;
+    int count;
+    double ms[MAX_ROUNDS];
+} run;
+
+typedef struct group {
+    const options *asked;
+    const shape *sizes;
+    sebp_dtype dtype;
+    int cold;
+    layer layers[2]; /* cold calls take them in turn */
+    int layer_count;
+    run *runs;
+    int run_count;
+} group;
+
+/** By the fields of a run or a group of the same name. */
+extern const char *const scattered_names[2];
+extern const char *const found_names[2];
+extern const char *const cold_names[2];
+extern const char *const forward_names[2];
+
+/** Verifies and times all layers, on some of their rows and on all. */
+void compare_rows(const machine *m, const options *o);
+
+/** Whether a matrix of the layer is needed. */
+int is_needed(const options *o, int which);
+
+/** Whether a run is a call on some rows, which is what is compared. */
+int is_case(const run *r);
+
+/** Makes dY as a run that finds its rows wants it: inactive rows zero. */
+void prepare_run(const run *r, const layer *l, int threads);
+
+void perform_run(const machine *m, const group *g, const run *r, const layer *l);
+
+/** Performs a run and ends the program where the result is wrong. */
+void verify_run(const machine *m, const group *g, const run *r);
+
+void print_rows_heading(const machine *m, const options *o);
+void print_rows_unmeasured(const machine *m, const group *g, const char *status);
+void print_rows_results(const machine *m, const group *g);
+
+#endif
