@@ -5,7 +5,7 @@
 
 #include "packing.h"
 
-/* gemm.c: the library's own. */
+/* gemm_plan.c and gemm.c: the library's own. */
 
 /** A product, and how it is cut. */
 typedef struct sebp_native_plan {
@@ -34,6 +34,24 @@ void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,
                               sebp_arithmetic arithmetic, sebp_native_plan *plan);
 /** Scratch bytes. */
 int64_t sebp_native_scratch(const sebp_native_plan *plan);
+
+/** The scratch memory of one worker. */
+typedef struct sebp_native_room {
+    float *packed_a, *packed_b;  /* a panel of A, and a block of B or a sliver of it */
+    float *c;                    /* an f32 block of C; NULL: C is summed in place */
+    float *bias;                 /* of a block's columns, as f32 */
+    const char **b_rows;         /* of the block of the depth at hand, where they are its steps */
+    float **c_rows;              /* of the panel at hand: column 0 of C, or of its f32 block */
+    const float **residual_rows; /* the same of the residual, where C has no f32 block */
+    bool *a_tame, *b_tame;       /* of each sliver; NULL where it is not checked */
+    void *converted;             /* rows that are converted as they are packed */
+} sebp_native_room;
+
+/** Lays them out in a worker's scratch memory, and returns its bytes; NULL: it only counts. */
+int64_t sebp_native_lay_out(const sebp_native_plan *plan, char *scratch, sebp_native_room *room);
+/** Floats from one row of a block of C to the next: an odd number of cache lines, as rows a power of
+ * two apart would compete for the same few places of a cache. */
+int64_t sebp_native_block_stride(const sebp_native_plan *plan);
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
 
 /* onednn.c: oneDNN's; only in a build with it. */
