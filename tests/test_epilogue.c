@@ -45,10 +45,11 @@ static void hide_inactive(const problem *p, const sebp_matrix *matrix)
     }
 }
 
-static problem make_problem(void)
+/* Of the GEMM `which`: oneDNN may round the same product otherwise the next time, unless it is exact. */
+static problem make_problem(int which)
 {
     problem p = {.M = any_size(), .N = any_size(), .K = any_size()};
-    p.values = testing_chance(0.5) ? TESTING_REAL : TESTING_INTEGER;
+    p.values = which == SEBP_GEMM_NATIVE && testing_chance(0.7) ? TESTING_REAL : TESTING_INTEGER;
     p.y_dtype = testing_dtype();
     p.dx_dtype = testing_dtype();
     p.activation = activations[testing_between(0, 3)];
@@ -120,7 +121,7 @@ START_TEST(a_forwards_epilogue_is_a_pass_of_its_own)
         return;
     sebp_context *context = make_context(_i);
     for (int round = testing_rounds(150); round > 0; round--) {
-        problem p = make_problem();
+        problem p = make_problem(_i);
         const sebp_matrix *bias = testing_chance(0.5) ? &p.bias : NULL;
         sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
         bool adds_residual = testing_chance(0.7);
@@ -182,7 +183,7 @@ START_TEST(a_backwards_epilogue_is_a_pass_of_its_own)
     sebp_context *context = make_context(_i);
     int64_t nonzeros = 0;
     for (int round = 0; testing_goes_on(round, 150, nonzeros, 1000); round++) {
-        problem p = make_problem();
+        problem p = make_problem(_i);
         sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
         sebp_matrix dx = fresh(p.M, p.K, p.dx_dtype), want = fresh(p.M, p.K, p.dx_dtype);
         sebp_matrix before = testing_copy(&p.before), dw = fresh(p.N, p.K, SEBP_F32);
