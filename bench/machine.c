@@ -47,6 +47,7 @@ static sebp_context *make_context(const options *o, sebp_gemm gemm)
     sebp_context *context = NULL;
     wanted.threads = o->threads;
     wanted.gemm = gemm;
+    wanted.precision = (sebp_precision)(SEBP_PRECISION_HIGHEST + o->precision);
     wanted.message = message;
     wanted.message_bytes = sizeof message;
     sebp_status status = sebp_context_create(&wanted, &context);
@@ -61,6 +62,8 @@ void open_machine(machine *m, const options *o)
 {
     memset(m, 0, sizeof *m);
     m->info.size_bytes = sizeof m->info;
+    m->precision = o->precision;
+    unsetenv("SEBP_PRECISION"); /* the options have it */
     sebp_context *context = make_context(o, o->gemm);
     sebp_status status = sebp_info_get(context, &m->info);
     if (status != SEBP_SUCCESS)
@@ -161,6 +164,8 @@ void print_machine_line(const machine *m)
 {
     printf("sebp-bench %s: %s, %d thread%s, %s kernels, gemm %s", sebp_version(), m->cpu,
            m->threads, m->threads == 1 ? "" : "s", sebp_isa(), gemm_names[m->gemm]);
+    if (m->precision != HIGHEST)
+        printf(", precision %s", precision_names[m->precision]);
     if (m->info.onednn[0] != '\0')
         printf(", oneDNN %s\n", m->info.onednn);
     else

@@ -22,6 +22,7 @@ typedef struct machine {
     sebp_context
         *contexts[3]; /* by sebp_gemm; NULL where it is neither asked for nor a reference */
     sebp_gemm gemm;   /* the one that is measured */
+    int precision;
     int threads;
     int memory_threads; /* that measure bandwidth */
     void *flush;        /* larger than the caches */

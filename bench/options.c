@@ -16,6 +16,7 @@
 enum { MAX_SIZE = 1000000000 };
 
 const char *const gemm_names[3] = {"auto", "native", "onednn"};
+const char *const precision_names[PRECISIONS] = {"highest", "split", "high", "medium"};
 const char *const method_names[METHODS] = {"full", "lora", "meprop", "sparsegrad"};
 
 _Noreturn void die(int status, const char *format, ...)
@@ -50,6 +51,7 @@ static const char usage[] =
     "      --basis-rank R        leading vectors of SparseGrad's bases (all)\n"
     "      --fixed-support       SparseGrad chooses its elements once, not in each step\n"
     "      --gemm WHICH          auto, native or onednn (auto)\n"
+    "      --precision WHICH     highest, split, high or medium, of products of f32 (highest)\n"
     "      --threads N           (one for each physical core)\n"
     "      --repetitions N       at least so many for each case (7)\n"
     "      --seconds S           and at least so long for each layer (1)\n"
@@ -91,7 +93,13 @@ static int word(const char *name, const char *text, const char *const *words, in
         if (strcmp(text, words[i]) == 0)
             return i;
     }
-    die(USAGE, "--%s: '%s' is not %s, %s or %s", name, text, words[0], words[1], words[2]);
+    char all[64] = "";
+    for (int i = 0; i < count; i++) {
+        const char *between = i == 0 ? "" : i + 1 < count ? ", " : " or ";
+        size_t used = strlen(all);
+        snprintf(all + used, sizeof all - used, "%s%s", between, words[i]);
+    }
+    die(USAGE, "--%s: '%s' is not %s", name, text, all);
 }
 
 static int either(const char *name, const char *text, const char *first, const char *second)
@@ -233,6 +241,8 @@ static void set_option(options *o, const char *name, const char *value)
         o->dtypes = either(name, value, "f32", "bf16");
     else if (strcmp(name, "gemm") == 0)
         o->gemm = (sebp_gemm)word(name, value, gemm_names, 3);
+    else if (strcmp(name, "precision") == 0)
+        o->precision = word(name, value, precision_names, PRECISIONS);
     else if (strcmp(name, "sequence") == 0)
         o->sequence = (int64_t)number(name, value, 1, MAX_SIZE, 1);
     else if (strcmp(name, "threads") == 0)
@@ -259,6 +269,7 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"rows", required_argument, NULL, 0},
         {"dtype", required_argument, NULL, 0},
         {"gemm", required_argument, NULL, 0},
+        {"precision", required_argument, NULL, 0},
         {"sequence", required_argument, NULL, 0},
         {"threads", required_argument, NULL, 0},
         {"repetitions", required_argument, NULL, 0},
@@ -367,6 +378,9 @@ void parse_options(options *o, int argc, char **argv)
 {
     memset(o, 0, sizeof *o);
     o->gemm = SEBP_GEMM_AUTO;
+    const char *precision = getenv("SEBP_PRECISION");
+    if (precision != NULL && precision[0] != '\0')
+        o->precision = word("precision", precision, precision_names, PRECISIONS);
     o->repetitions = 7;
     o->seconds = 1;
     o->seed = 1;

@@ -9,6 +9,7 @@
 
 enum { FAILED = 1, USAGE = 2 };                   /* exit statuses */
 enum { FULL, LORA, MEPROP, SPARSEGRAD, METHODS }; /* of training */
+enum { HIGHEST, SPLIT, HIGH, MEDIUM, PRECISIONS };
 enum { MAX_ACTIVITIES = 32, MAX_ROUNDS = 1000 };
 
 /* Choices that may both be taken. */
@@ -33,6 +34,7 @@ typedef struct options {
     double seconds;
     uint64_t seed;
     sebp_gemm gemm;
+    int precision;      /* of products of f32 */
     int methods;        /* a bit each; 0: the layer alone */
     double kept;        /* share of elements that train */
     int64_t basis_rank; /* 0: all vectors */
@@ -42,6 +44,9 @@ typedef struct options {
 
 /* "auto", "native", "onednn", by sebp_gemm. */
 extern const char *const gemm_names[3];
+
+/* By precision. */
+extern const char *const precision_names[PRECISIONS];
 
 /* By method. */
 extern const char *const method_names[METHODS];

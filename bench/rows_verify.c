@@ -50,7 +50,8 @@ static double reference(const run *r, const layer *l, int which, int64_t i, int6
 /*
  * A sample of elements against sums in double precision. Rounding errors of a sum of k terms of
  * random sign grow with sqrt(k), so 4 sqrt(k) eps sum|a||b| is wide; and yet a missing term, which
- * is at least 1/4, shows.
+ * is at least 1/4, shows. So do those of the numbers that a precision rounds, each by the share that
+ * context.h says.
  */
 static void verify_sample(const group *g, const run *r, const layer *l, int which, const char *what)
 {
@@ -58,6 +59,7 @@ static void verify_sample(const group *g, const run *r, const layer *l, int whic
     const int64_t *active = sebp_rows_indices(r->rows);
     int by_row = which == Y || which == DX;
     uint64_t seed = g->asked->seed + 1000 + (uint64_t)which;
+    static const double rounding[PRECISIONS] = {0, 0x1p-22, 0x1p-14, 0x1p-6};
     for (uint64_t s = 0; s < SAMPLES; s++) {
         int64_t i = (int64_t)(random_bits(seed, 2 * s) % (uint64_t)(by_row ? r->active : a->rows));
         int64_t j = (int64_t)(random_bits(seed, 2 * s + 1) % (uint64_t)a->cols);
@@ -66,6 +68,7 @@ static void verify_sample(const group *g, const run *r, const layer *l, int whic
         i = by_row ? active[i] : i;
         double expected = reference(r, l, which, i, j, &magnitude, &terms);
         double bound = 4 * sqrt((double)terms + 1) * (double)FLT_EPSILON * magnitude;
+        bound += rounding[g->asked->precision] * magnitude / sqrt((double)terms + 1) * 4;
         if (a->dtype == SEBP_BF16)
             bound += fabs(expected) * 0x1p-8;
         if (!(fabs(element(a, i, j) - expected) <= bound))

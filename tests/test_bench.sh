@@ -84,6 +84,9 @@ for dtype in f32 bf16; do
         prints verified
     done
     succeeds "$bench" --verify-only --quick --dtype $dtype --gemm native --seed 7
+    for precision in split high medium; do
+        succeeds "$bench" --verify-only --quick --dtype $dtype --precision $precision
+    done
 done
 succeeds "$bench" --verify-only --shape 1x1:1 --shape 7x5:3 --shape 65x17:33 --pattern both
 prints 'M 65, K 17, N 33'
@@ -239,6 +242,7 @@ refuses '--layer goes' "$bench" --quick --layer --forward
 refuses '--layer goes' "$bench" --quick --layer --sequence 64
 refuses '--dtype: ' "$bench" --quick --dtype f64
 refuses '--gemm: ' "$bench" --quick --gemm blas
+refuses '--precision: ' "$bench" --quick --precision bf16
 for threads in 0 -1 1025 2.5 two ''; do
     refuses '--threads: ' "$bench" --quick --threads "$threads"
 done
