@@ -108,7 +108,8 @@ enum {
     ELEMENTARY_GELU_TANH_SLOPE,
     ELEMENTARY_SILU,
     ELEMENTARY_SILU_SLOPE,
-    ELEMENTARY_COUNT
+    ELEMENTARY_COUNT,
+    ELEMENTARY_SHORT = 16 /* added: of the results that become bf16 */
 };
 
 #endif

@@ -15,6 +15,9 @@
  *     vec_store_bf16(p, v)              to nearest, ties to even, by integers, so that every tier
  *                                       gives the same bits: denormals stay, a NaN becomes a quiet
  *                                       NaN of its sign; _first(p, v, n)
+ *     vec_load_bf16_split(p, even, odd), vec_store_bf16_split(p, even, odd)
+ *                                       2 VEC_LANES bf16: lane i has elements 2 i and 2 i + 1. Where
+ *                                       their order does not matter, this costs less than two vecs
  *     vec_add(a, b), vec_mul(a, b)      a + b; a * b
  *     vec_fma(a, b, c)                  a * b + c, fused but in scalar
  *     vec_div(a, b), vec_sqrt(a)        a / b; the square root; both to nearest
@@ -60,6 +63,10 @@
  *
  * Where VEC_HAS_LDEXP is 1 there is vec_ldexp(v, n), v * 2^n rounded once for any integral n; NaN for
  * NaN. VEC_FMA_IS_FUSED says whether vec_fma() rounds once.
+ *
+ * Where VEC_HAS_LOOKUP is 1, as in scalar, looking up is as cheap as a multiplication, or nearly:
+ *
+ *     vec_lookup(table, size, index)    of a table of 16 or 32 f32 the one at index % size, lane by lane
  *
  * A GEMM's tile is TILE_ROWS x TILE_VECS vecs of C, as many as the registers hold.
  */

@@ -8,6 +8,7 @@
 #define VEC_LANES        8
 #define VEC_FMA_IS_FUSED 1
 #define VEC_HAS_LDEXP    0
+#define VEC_HAS_LOOKUP   0
 #define VEC_HAS_BF16_DOT 0
 #define TILE_ROWS        6
 #define TILE_VECS        2
@@ -80,14 +81,20 @@ static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
     return vec_load_bf16(whole);
 }
 
-static inline void vec_store_bf16(uint16_t *p, vec v)
+/* The bf16 in the upper half of each lane; what the lower half holds has no meaning. */
+static inline __m256i vec_round_bf16(vec v)
 {
     __m256i bits = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    __m256i chosen = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    __m256i chosen = _mm256_srli_epi32(vec_round_bf16(v), 16);
     __m256i packed = _mm256_packus_epi32(chosen, chosen); /* within each 128 bits */
     packed = _mm256_permute4x64_epi64(packed, 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
@@ -100,6 +107,19 @@ static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
     for (int64_t i = 0; i < n; i++) {
         p[i] = whole[i];
     }
+}
+
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    const __m256i low = _mm256_srli_epi32(vec_round_bf16(even), 16);
+    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(low, vec_round_bf16(odd), 0xAA));
 }
 
 static inline vec vec_add(vec a, vec b)

@@ -8,6 +8,7 @@
 #define VEC_LANES        4
 #define VEC_FMA_IS_FUSED 1
 #define VEC_HAS_LDEXP    0
+#define VEC_HAS_LOOKUP   0
 #define VEC_HAS_BF16_DOT 0
 #define TILE_ROWS        8
 #define TILE_VECS        3
@@ -81,14 +82,19 @@ static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
     return vec_load_bf16(whole);
 }
 
-static inline void vec_store_bf16(uint16_t *p, vec v)
+/* The bf16 in the upper half of each lane; what the lower half holds has no meaning. */
+static inline uint32x4_t vec_round_bf16(vec v)
 {
     uint32x4_t bits = vreinterpretq_u32_f32(v);
     uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
     uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-    uint32x4_t chosen = vbslq_u32(vceqq_f32(v, v), rounded, quiet);
-    vst1_u16(p, vshrn_n_u32(chosen, 16));
+    return vbslq_u32(vceqq_f32(v, v), rounded, quiet);
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    vst1_u16(p, vshrn_n_u32(vec_round_bf16(v), 16));
 }
 
 static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
@@ -98,6 +104,20 @@ static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
     for (int64_t i = 0; i < n; i++) {
         p[i] = whole[i];
     }
+}
+
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(p));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xFFFF0000)));
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    const uint32x4_t low = vshrq_n_u32(vec_round_bf16(even), 16);
+    const uint32x4_t both = vbslq_u32(vdupq_n_u32(0xFFFF0000), vec_round_bf16(odd), low);
+    vst1q_u16(p, vreinterpretq_u16_u32(both));
 }
 
 static inline vec vec_add(vec a, vec b)

@@ -8,6 +8,7 @@
 #define VEC_LANES        1
 #define VEC_FMA_IS_FUSED 0
 #define VEC_HAS_LDEXP    0
+#define VEC_HAS_LOOKUP   1
 #define VEC_HAS_BF16_DOT 0
 #define TILE_ROWS        4
 #define TILE_VECS        4
@@ -98,6 +99,18 @@ static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
     }
 }
 
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    *even = vec_load_bf16(p);
+    *odd = vec_load_bf16(p + 1);
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    vec_store_bf16(p, even);
+    vec_store_bf16(p + 1, odd);
+}
+
 static inline vec vec_add(vec a, vec b)
 {
     return a + b;
@@ -161,6 +174,11 @@ static inline vecm vec_less(vec a, vec b)
 static inline vec vec_select(vecm mask, vec a, vec b)
 {
     return mask ? a : b;
+}
+
+static inline vec vec_lookup(const float *table, int size, veci index)
+{
+    return table[index % (uint32_t)size];
 }
 
 static inline veci veci_set1(uint32_t x)
