@@ -169,10 +169,19 @@ void SEBP_NAME(activation_backward)(const sebp_activation_back_row *row)
 SPECIALIZED void dropout(void *y, const void *x, bool is_bf16, int64_t n, const sebp_dropout *how,
                          uint64_t group)
 {
-    row_scales scales = {.dropout = how, .group = group};
-    FOR_EACH_VEC(n, {
-        vec v = vec_mul(load_lanes(x, is_bf16, at, lanes), next_scales(&scales, at));
-        store_lanes(y, is_bf16, at, v, lanes);
+    row_scales scales = row_scales_of(how, group);
+    int64_t done = 0;
+    for (; done + RANDOM_STEP <= n; done += RANDOM_STEP) {
+        vec by[RANDOM_BATCH * RANDOM_VECS];
+        random_scales(by, &scales.source, group + (uint64_t)(done / RANDOM_GROUP));
+        for (int v = 0; v < RANDOM_BATCH * RANDOM_VECS; v++) {
+            const int64_t at = done + v * VEC_LANES;
+            vec_store_at(y, is_bf16, at, vec_mul(vec_load_at(x, is_bf16, at), by[v]));
+        }
+    }
+    FOR_EACH_VEC(n - done, {
+        vec v = load_lanes(x, is_bf16, done + at, lanes);
+        store_lanes(y, is_bf16, done + at, vec_mul(v, next_scales(&scales, done + at)), lanes);
     });
 }
 

@@ -41,9 +41,17 @@
  *     veci_set1(x), veci_lane_index()   all lanes x; 0, 1, 2, ...
  *     veci_from_bits(v)                 the bits of a vec; veci_to_bits(v) the other way
  *     veci_to_f32(v)                    the number, which is below 2^31; to nearest
- *     veci_add(a, b), veci_xor(a, b), veci_and(a, b)
+ *     veci_add(a, b), veci_and(a, b)
  *     veci_shift_left(v, bits), veci_shift_right(v, bits)     zeros come in; bits < 32
- *     veci_mul_low(a, b)                the lower 32 bits of a * b; veci_mul_high the upper ones
+ *     veci_less(a, b)                   a vecm: which lanes have a < b
+ *
+ * `vecl` is VEC_LANES u64, for products of u32.
+ *
+ *     vecl_set1(x), vecl_widen(v)       all lanes x; the lanes of a veci
+ *     vecl_mul(a, b)                    the product of the lower halves
+ *     vecl_upper(v)                     the upper half as the lower one, above which there is anything
+ *     vecl_xor(a, b)
+ *     vecl_narrow(v)                    a veci: the lower halves
  *
  * `vecd` is VEC_LANES f64, for sums that must not lose what f32 would lose.
  *

@@ -19,6 +19,9 @@ typedef __m256 vecm; /* all bits of a lane, or none */
 typedef struct vecd {
     __m256d low, high;
 } vecd;
+typedef struct vecl {
+    __m256i even, odd; /* lanes */
+} vecl;
 
 static inline __m256i vec_mask(int64_t n)
 {
@@ -221,11 +224,6 @@ static inline veci veci_add(veci a, veci b)
     return _mm256_add_epi32(a, b);
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return _mm256_xor_si256(a, b);
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return _mm256_and_si256(a, b);
@@ -241,16 +239,46 @@ static inline veci veci_shift_right(veci v, int bits)
     return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits));
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return _mm256_mullo_epi32(a, b);
+    const __m256i sign = _mm256_set1_epi32((int)0x80000000);
+    return _mm256_castsi256_ps(
+        _mm256_cmpgt_epi32(_mm256_xor_si256(b, sign), _mm256_xor_si256(a, sign)));
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(a, b), 32);
-    __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
-    return _mm256_blend_epi32(even, odd, 0xAA);
+    vecl v = {_mm256_set1_epi64x((long long)x), _mm256_set1_epi64x((long long)x)};
+    return v;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    vecl wide = {_mm256_and_si256(v, _mm256_set1_epi64x(0xFFFFFFFF)), _mm256_srli_epi64(v, 32)};
+    return wide;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    vecl product = {_mm256_mul_epu32(a.even, b.even), _mm256_mul_epu32(a.odd, b.odd)};
+    return product;
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    vecl upper = {_mm256_shuffle_epi32(v.even, 0xF5), _mm256_shuffle_epi32(v.odd, 0xF5)};
+    return upper;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    vecl both = {_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)};
+    return both;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return _mm256_blend_epi32(v.even, _mm256_slli_epi64(v.odd, 32), 0xAA);
 }
 
 static inline vec vec_or(vec a, vec b)

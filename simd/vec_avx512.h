@@ -23,6 +23,9 @@ typedef __mmask16 vecm;
 typedef struct vecd {
     __m512d low, high;
 } vecd;
+typedef struct vecl {
+    __m512i even, odd; /* lanes */
+} vecl;
 
 static inline __mmask16 vec_mask(int64_t n)
 {
@@ -243,11 +246,6 @@ static inline veci veci_add(veci a, veci b)
     return _mm512_add_epi32(a, b);
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return _mm512_xor_si512(a, b);
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return _mm512_and_si512(a, b);
@@ -263,16 +261,44 @@ static inline veci veci_shift_right(veci v, int bits)
     return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits));
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return _mm512_mullo_epi32(a, b);
+    return _mm512_cmplt_epu32_mask(a, b);
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
-    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
-    return _mm512_mask_mov_epi32(even, 0xAAAA, odd);
+    vecl v = {_mm512_set1_epi64((long long)x), _mm512_set1_epi64((long long)x)};
+    return v;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    vecl wide = {_mm512_and_si512(v, _mm512_set1_epi64(0xFFFFFFFF)), _mm512_srli_epi64(v, 32)};
+    return wide;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    vecl product = {_mm512_mul_epu32(a.even, b.even), _mm512_mul_epu32(a.odd, b.odd)};
+    return product;
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    vecl upper = {_mm512_shuffle_epi32(v.even, 0xF5), _mm512_shuffle_epi32(v.odd, 0xF5)};
+    return upper;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    vecl both = {_mm512_xor_si512(a.even, b.even), _mm512_xor_si512(a.odd, b.odd)};
+    return both;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return _mm512_mask_blend_epi32(0xAAAA, v.even, _mm512_slli_epi64(v.odd, 32));
 }
 
 static inline vec vec_or(vec a, vec b)

@@ -19,6 +19,9 @@ typedef uint32x4_t vecm; /* all bits of a lane, or none */
 typedef struct vecd {
     float64x2_t low, high;
 } vecd;
+typedef struct vecl {
+    uint64x2_t low, high;
+} vecl;
 
 static inline vec vec_zero(void)
 {
@@ -217,11 +220,6 @@ static inline veci veci_add(veci a, veci b)
     return vaddq_u32(a, b);
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return veorq_u32(a, b);
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return vandq_u32(a, b);
@@ -237,16 +235,45 @@ static inline veci veci_shift_right(veci v, int bits)
     return vshlq_u32(v, vdupq_n_s32(-bits));
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return vmulq_u32(a, b);
+    return vcltq_u32(a, b);
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    uint64x2_t low = vmull_u32(vget_low_u32(a), vget_low_u32(b));
-    uint64x2_t high = vmull_high_u32(a, b);
-    return vuzp2q_u32(vreinterpretq_u32_u64(low), vreinterpretq_u32_u64(high));
+    vecl v = {vdupq_n_u64(x), vdupq_n_u64(x)};
+    return v;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    vecl wide = {vmovl_u32(vget_low_u32(v)), vmovl_high_u32(v)};
+    return wide;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    vecl product = {vmull_u32(vmovn_u64(a.low), vmovn_u64(b.low)),
+                    vmull_u32(vmovn_u64(a.high), vmovn_u64(b.high))};
+    return product;
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    vecl upper = {vshrq_n_u64(v.low, 32), vshrq_n_u64(v.high, 32)};
+    return upper;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    vecl both = {veorq_u64(a.low, b.low), veorq_u64(a.high, b.high)};
+    return both;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return vuzp1q_u32(vreinterpretq_u32_u64(v.low), vreinterpretq_u32_u64(v.high));
 }
 
 static inline vec vec_or(vec a, vec b)

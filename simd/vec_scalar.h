@@ -15,6 +15,7 @@
 
 typedef float vec;
 typedef double vecd;
+typedef uint64_t vecl;
 typedef uint32_t veci;
 typedef bool vecm;
 
@@ -211,11 +212,6 @@ static inline veci veci_add(veci a, veci b)
     return a + b;
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return a ^ b;
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return a & b;
@@ -231,14 +227,39 @@ static inline veci veci_shift_right(veci v, int bits)
     return v >> bits;
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return a * b;
+    return a < b;
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    return (veci)((uint64_t)a * b >> 32);
+    return x;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    return v;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    return v >> 32;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    return a ^ b;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return (uint32_t)v;
 }
 
 static inline vec vec_or(vec a, vec b)
