@@ -116,7 +116,7 @@ SPECIALIZED void norm_forward(const sebp_norm_row *row, bool is_bf16)
         if (row->shift != NULL) {
             y = vec_add(y, load_lanes(row->shift, false, at, lanes));
         }
-        store_lanes(row->y, is_bf16, at, y, lanes);
+        put_lanes(row->y, is_bf16, row->stream, at, y, lanes);
     });
 }
 
@@ -194,7 +194,7 @@ SPECIALIZED void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
             dh = vec_add(dh, load_lanes(row->dh, is_bf16, at, lanes));
         }
         if (row->dh != NULL) {
-            store_lanes(row->dh, is_bf16, at, dh, lanes);
+            put_lanes(row->dh, is_bf16, row->stream && !row->accumulate, at, dh, lanes);
         }
         if (row->dx != NULL) {
             vec dx = row->dropout != NULL ? vec_mul(dh, next_scales(&scales, at)) : dh;

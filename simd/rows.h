@@ -43,6 +43,16 @@ static inline void store_lanes(void *row, bool is_bf16, int64_t at, vec v, int64
     }
 }
 
+/** Stores past the caches where `stream` says so, which f32 alone can; `row` is then aligned to a line. */
+static inline void put_lanes(void *row, bool is_bf16, bool stream, int64_t at, vec v, int64_t lanes)
+{
+    if (!is_bf16 && stream && lanes == VEC_LANES) {
+        vec_stream((float *)row + at, v);
+    } else {
+        store_lanes(row, is_bf16, at, v, lanes);
+    }
+}
+
 /** Has a vec that will be read soon brought to the caches; NULL: nothing. */
 static inline void fetch_lanes(const void *row, bool is_bf16, int64_t at)
 {

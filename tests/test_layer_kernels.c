@@ -92,9 +92,11 @@ START_TEST(norm_forward)
         for (int scalar = 0; scalar < 2; scalar++) {
             row.h = !has_h ? NULL : scalar ? h.scalar.data : h.tier.data;
             row.y = scalar ? y.scalar.data : y.tier.data;
+            row.stream = (uintptr_t)row.y % 64 == 0;
             row.mean = &mean[scalar];
             row.inverse = &inverse[scalar];
             (scalar ? &sebp_kernels_scalar : kernels)->norm_forward(&row);
+            kernels->stream_fence();
         }
         check(fabsf(mean[0] - mean[1]) <= 1e-5F, "mean %g, not %g", (double)mean[0],
               (double)mean[1]);
@@ -134,6 +136,7 @@ START_TEST(norm_backward)
         int wants = (int)testing_between(0, 15);
         for (int scalar = 0; scalar < 2; scalar++) {
             row.dh = !(wants & 1) ? NULL : scalar ? dh.scalar.data : dh.tier.data;
+            row.stream = (uintptr_t)row.dh % 64 == 0;
             row.dx = !(wants & 2) ? NULL : scalar ? dx.scalar.data : dx.tier.data;
             row.dgain = !(wants & 4)
                             ? NULL
