@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file pieces.h Polynomials for vec_math.h. Made by pieces.py, which says how they are ordered. */
+/** @file pieces.h Polynomials for vec_math.h, made by pieces.py, which says their order. */
 /* clang-format off */
 #ifndef SEBP_PIECES_H
 #define SEBP_PIECES_H

@@ -5,47 +5,57 @@
     python3 simd/pieces.py > simd/pieces.h
 
 Needs numpy. Piece n has its center at n * width; its coefficients stand at n mod PIECES, the lowest
-power first. The polynomials have a nearly least maximal error (Lawson's iteration), relative to the function
-where that does not pass through 0 in the piece. The first piece is 0, the last one is 1.
+power first. The polynomials have a nearly least maximal error (Lawson's iteration), relative to the
+function where that does not pass through 0 in the piece. The first piece is 0, the last one is 1.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy
 
 
-def normal(x):
+def normal(x: float) -> float:
+    """Give the normal distribution's share below x."""
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def normal_slope(x):
+def normal_slope(x: float) -> float:
+    """Give the derivative of x normal(x)."""
     return normal(x) + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-def curve(x):
+def curve(x: float) -> float:
+    """Give what the tanh form has in its exponential."""
     return 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
-def sigmoid(x):
+def sigmoid(x: float) -> float:
+    """Give 1 / (1 + exp(-x))."""
     return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def tanh_share(x):
+def tanh_share(x: float) -> float:
+    """Give the share of x that the tanh form keeps."""
     return sigmoid(curve(x))
 
 
-def tanh_slope(x):
+def tanh_slope(x: float) -> float:
+    """Give the derivative of x tanh_share(x)."""
     w = curve(x)
     bend = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     return sigmoid(w) + x * bend * sigmoid(w) * sigmoid(-w)
 
 
-def silu_slope(x):
+def silu_slope(x: float) -> float:
+    """Give the derivative of x sigmoid(x)."""
     return sigmoid(x) + x * sigmoid(x) * sigmoid(-x)
 
 
-def fit(function, center, width, degree):
-    """The coefficients of one piece, each rounded to f32 before the next is found."""
+def fit(
+    function: Callable[[float], float], center: float, width: float, degree: int
+) -> list[numpy.float32]:
+    """Find the coefficients of one piece, each rounded to f32 before the next is found."""
     count = 40 * (degree + 1)
     r = numpy.cos(numpy.pi * (numpy.arange(count) + 0.5) / count) * width / 2 * 1.0001
     y = numpy.array([function(center + each) for each in r])
@@ -68,8 +78,15 @@ def fit(function, center, width, degree):
     return coefficients
 
 
-def table(name, function, degree, pieces, first, width):
-    """Prints the coefficients of `pieces` pieces from piece `first` on, which is 0 as the last one is 1."""
+def table(
+    name: str,
+    function: Callable[[float], float],
+    degree: int,
+    pieces: int,
+    first: int,
+    width: float,
+) -> None:
+    """Print the coefficients of pieces from `first` on, which is 0 as the last one is 1."""
     zero, one = numpy.float32(0), numpy.float32(1)
     last = first + pieces - 1
     of_piece = {first: [zero] * (degree + 1), last: [one] + [zero] * degree}
@@ -86,15 +103,17 @@ def table(name, function, degree, pieces, first, width):
     print("};\n")
 
 
-def geometry(name, pieces, first, width):
+def geometry(name: str, pieces: int, first: int, width: float) -> tuple[int, int, float]:
+    """Print where a table's pieces lie, and return it."""
     print(f"#define {name}_PIECES {pieces}\n#define {name}_FIRST {first}")
     print(f"#define {name}_WIDTH {width}F\n")
     return pieces, first, width
 
 
-def main():
+def main() -> None:
+    """Print the header."""
     print("""/* SPDX-License-Identifier: Apache-2.0 */
-/** @file pieces.h Polynomials for vec_math.h. Made by pieces.py, which says how they are ordered. */
+/** @file pieces.h Polynomials for vec_math.h, made by pieces.py, which says their order. */
 /* clang-format off */
 #ifndef SEBP_PIECES_H
 #define SEBP_PIECES_H
