@@ -2,7 +2,8 @@
 /**
  * @file layers.h
  * What the kernels of row-wise layers work on: one row of n elements at a time. The elements of a
- * row are all f32 or all bf16; sums are taken in f32, and what is stored is rounded once.
+ * row are all f32 or all bf16; sums are taken in f32, and what is stored is rounded once. `stream`: of f32,
+ * y or dh goes past the caches; it is aligned to 64 bytes, and a stream_fence() follows.
  */
 #ifndef SEBP_SIMD_LAYERS_H
 #define SEBP_SIMD_LAYERS_H
@@ -29,6 +30,7 @@ typedef struct sebp_norm_row {
     uint64_t group;                     /* of the row's first element, as dropout counts them */
     void *h;                            /* NULL: x is h */
     void *y;
+    bool stream;                        /* y */
     float *mean, *inverse;              /* results */
     const void *next_x, *next_residual; /* of the next row, fetched meanwhile; NULL: none */
 } sebp_norm_row;
@@ -45,7 +47,8 @@ typedef struct sebp_norm_back_row {
     float mean, inverse;
     void *dh; /* NULL: not wanted */
     bool accumulate;
-    void *dx; /* NULL: not wanted */
+    bool stream; /* dh, where it does not accumulate */
+    void *dx;    /* NULL: not wanted */
     const struct sebp_dropout *dropout;
     uint64_t group;
     float *dgain, *dshift;        /* n each, added to; NULL: not wanted */
@@ -108,7 +111,8 @@ enum {
     ELEMENTARY_GELU_TANH_SLOPE,
     ELEMENTARY_SILU,
     ELEMENTARY_SILU_SLOPE,
-    ELEMENTARY_COUNT
+    ELEMENTARY_COUNT,
+    ELEMENTARY_SHORT = 16 /* added: of the results that become bf16 */
 };
 
 #endif

@@ -18,8 +18,8 @@ static inline float total_of(const vec sums[SUMS])
 /* h = residual + dropout(x) */
 SPECIALIZED void add_residual(const sebp_norm_row *row, bool is_bf16)
 {
-    row_scales scales = {.dropout = row->dropout, .group = row->group};
     if (row->dropout != NULL) {
+        row_scales scales = row_scales_of(row->dropout, row->group);
         FOR_EACH_VEC(row->n, {
             vec h = vec_mul(load_lanes(row->x, is_bf16, at, lanes), next_scales(&scales, at));
             if (row->residual != NULL) {
@@ -116,7 +116,7 @@ SPECIALIZED void norm_forward(const sebp_norm_row *row, bool is_bf16)
         if (row->shift != NULL) {
             y = vec_add(y, load_lanes(row->shift, false, at, lanes));
         }
-        store_lanes(row->y, is_bf16, at, y, lanes);
+        put_lanes(row->y, is_bf16, row->stream, at, y, lanes);
     });
 }
 
@@ -179,7 +179,10 @@ SPECIALIZED void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
     }
     const vec g_mean = row->is_rms ? vec_zero() : vec_set1(vec_sum(g_sum) / (float)row->n);
     const vec along = vec_set1(vec_sum(along_sum) / (float)row->n);
-    row_scales scales = {.dropout = row->dropout, .group = row->group};
+    row_scales scales;
+    if (row->dropout != NULL) {
+        scales = row_scales_of(row->dropout, row->group);
+    }
     FOR_EACH_VEC(row->n, {
         vec g = times_gain(row, load_lanes(row->dy, is_bf16, at, lanes), at, lanes);
         vec xh = normalized(row, &by, is_bf16, at, lanes);
@@ -191,7 +194,7 @@ SPECIALIZED void norm_backward(const sebp_norm_back_row *row, bool is_bf16)
             dh = vec_add(dh, load_lanes(row->dh, is_bf16, at, lanes));
         }
         if (row->dh != NULL) {
-            store_lanes(row->dh, is_bf16, at, dh, lanes);
+            put_lanes(row->dh, is_bf16, row->stream && !row->accumulate, at, dh, lanes);
         }
         if (row->dx != NULL) {
             vec dx = row->dropout != NULL ? vec_mul(dh, next_scales(&scales, at)) : dh;

@@ -6,10 +6,12 @@
 void SEBP_NAME(dropout_scales)(float *scales, int64_t groups, const sebp_dropout *dropout,
                                uint64_t group)
 {
-    for (int64_t i = 0; i < groups; i++, scales += RANDOM_GROUP) {
-        vec of_group[RANDOM_VECS];
-        random_scales(of_group, dropout, group + (uint64_t)i);
-        for (int v = 0; v < RANDOM_VECS; v++)
-            vec_store(scales + v * VEC_LANES, of_group[v]);
+    const random_source source = random_source_of(dropout);
+    vec made[RANDOM_BATCH * RANDOM_VECS];
+    for (int64_t i = 0; i < groups; i += RANDOM_BATCH) {
+        random_scales(made, &source, group + (uint64_t)i);
+        const int vecs = groups - i < RANDOM_BATCH ? RANDOM_VECS : RANDOM_BATCH * RANDOM_VECS;
+        for (int v = 0; v < vecs; v++)
+            vec_store(scales + i * RANDOM_GROUP + v * VEC_LANES, made[v]);
     }
 }

@@ -43,6 +43,16 @@ static inline void store_lanes(void *row, bool is_bf16, int64_t at, vec v, int64
     }
 }
 
+/** Stores past the caches where `stream` says so, which f32 alone can; `row` is then aligned to a line. */
+static inline void put_lanes(void *row, bool is_bf16, bool stream, int64_t at, vec v, int64_t lanes)
+{
+    if (!is_bf16 && stream && lanes == VEC_LANES) {
+        vec_stream((float *)row + at, v);
+    } else {
+        store_lanes(row, is_bf16, at, v, lanes);
+    }
+}
+
 /** Has a vec that will be read soon brought to the caches; NULL: nothing. */
 static inline void fetch_lanes(const void *row, bool is_bf16, int64_t at)
 {
@@ -61,22 +71,31 @@ static inline vec first_lanes(vec v, int64_t lanes)
     return vec_select(is_first, v, vec_zero());
 }
 
-/** What dropout multiplies a row by, made a group at a time. */
+/** What dropout multiplies a row by, made a few groups at a time. */
 typedef struct row_scales {
-    const sebp_dropout *dropout;
+    random_source source;
     uint64_t group; /* of the row's first element */
-    float held[RANDOM_GROUP];
+    float held[RANDOM_STEP];
 } row_scales;
+
+/* Of a row whose first element is in `group`. */
+static inline row_scales row_scales_of(const sebp_dropout *dropout, uint64_t group)
+{
+    row_scales scales;
+    scales.source = random_source_of(dropout);
+    scales.group = group;
+    return scales;
+}
 
 /** Those of the vec at `at`; vecs are asked for in order. */
 static inline vec next_scales(row_scales *scales, int64_t at)
 {
-    int64_t within = at % RANDOM_GROUP;
+    int64_t within = at % RANDOM_STEP;
     if (within == 0) {
-        vec of_group[RANDOM_VECS];
-        random_scales(of_group, scales->dropout, scales->group + (uint64_t)(at / RANDOM_GROUP));
-        for (int v = 0; v < RANDOM_VECS; v++) {
-            vec_store(scales->held + v * VEC_LANES, of_group[v]);
+        vec made[RANDOM_BATCH * RANDOM_VECS];
+        random_scales(made, &scales->source, scales->group + (uint64_t)(at / RANDOM_GROUP));
+        for (int v = 0; v < RANDOM_BATCH * RANDOM_VECS; v++) {
+            vec_store(scales->held + v * VEC_LANES, made[v]);
         }
     }
     return vec_load(scales->held + within);

@@ -15,6 +15,9 @@
  *     vec_store_bf16(p, v)              to nearest, ties to even, by integers, so that every tier
  *                                       gives the same bits: denormals stay, a NaN becomes a quiet
  *                                       NaN of its sign; _first(p, v, n)
+ *     vec_load_bf16_split(p, even, odd), vec_store_bf16_split(p, even, odd)
+ *                                       2 VEC_LANES bf16: lane i has elements 2 i and 2 i + 1. Where
+ *                                       their order does not matter, this costs less than two vecs
  *     vec_add(a, b), vec_mul(a, b)      a + b; a * b
  *     vec_fma(a, b, c)                  a * b + c, fused but in scalar
  *     vec_div(a, b), vec_sqrt(a)        a / b; the square root; both to nearest
@@ -38,9 +41,17 @@
  *     veci_set1(x), veci_lane_index()   all lanes x; 0, 1, 2, ...
  *     veci_from_bits(v)                 the bits of a vec; veci_to_bits(v) the other way
  *     veci_to_f32(v)                    the number, which is below 2^31; to nearest
- *     veci_add(a, b), veci_xor(a, b), veci_and(a, b)
+ *     veci_add(a, b), veci_and(a, b)
  *     veci_shift_left(v, bits), veci_shift_right(v, bits)     zeros come in; bits < 32
- *     veci_mul_low(a, b)                the lower 32 bits of a * b; veci_mul_high the upper ones
+ *     veci_less(a, b)                   a vecm: which lanes have a < b
+ *
+ * `vecl` is VEC_LANES u64, for products of u32.
+ *
+ *     vecl_set1(x), vecl_widen(v)       all lanes x; the lanes of a veci
+ *     vecl_mul(a, b)                    the product of the lower halves
+ *     vecl_upper(v)                     the upper half as the lower one, above which there is anything
+ *     vecl_xor(a, b)
+ *     vecl_narrow(v)                    a veci: the lower halves
  *
  * `vecd` is VEC_LANES f64, for sums that must not lose what f32 would lose.
  *
@@ -63,6 +74,10 @@
  *
  * Where VEC_HAS_LDEXP is 1 there is vec_ldexp(v, n), v * 2^n rounded once for any integral n; NaN for
  * NaN. VEC_FMA_IS_FUSED says whether vec_fma() rounds once.
+ *
+ * Where VEC_HAS_LOOKUP is 1, as in scalar, looking up is as cheap as a multiplication, or nearly:
+ *
+ *     vec_lookup(table, size, index)    of a table of 16 or 32 f32 the one at index % size, lane by lane
  *
  * A GEMM's tile is TILE_ROWS x TILE_VECS vecs of C, as many as the registers hold. Tiles of a matrix
  * unit are in tile.h.

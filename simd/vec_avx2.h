@@ -8,6 +8,7 @@
 #define VEC_LANES          8
 #define VEC_FMA_IS_FUSED   1
 #define VEC_HAS_LDEXP      0
+#define VEC_HAS_LOOKUP     0
 #define VEC_HAS_BF16_DOT   0
 #define VEC_HAS_BF16_PAIRS 0
 #define TILE_ROWS          6
@@ -19,6 +20,9 @@ typedef __m256 vecm; /* all bits of a lane, or none */
 typedef struct vecd {
     __m256d low, high;
 } vecd;
+typedef struct vecl {
+    __m256i even, odd; /* lanes */
+} vecl;
 
 static inline __m256i vec_mask(int64_t n)
 {
@@ -81,14 +85,20 @@ static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
     return vec_load_bf16(whole);
 }
 
-static inline void vec_store_bf16(uint16_t *p, vec v)
+/* The bf16 in the upper half of each lane; what the lower half holds has no meaning. */
+static inline __m256i vec_round_bf16(vec v)
 {
     __m256i bits = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    __m256i chosen = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    __m256i chosen = _mm256_srli_epi32(vec_round_bf16(v), 16);
     __m256i packed = _mm256_packus_epi32(chosen, chosen); /* within each 128 bits */
     packed = _mm256_permute4x64_epi64(packed, 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
@@ -101,6 +111,19 @@ static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
     for (int64_t i = 0; i < n; i++) {
         p[i] = whole[i];
     }
+}
+
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    const __m256i low = _mm256_srli_epi32(vec_round_bf16(even), 16);
+    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(low, vec_round_bf16(odd), 0xAA));
 }
 
 static inline vec vec_add(vec a, vec b)
@@ -202,11 +225,6 @@ static inline veci veci_add(veci a, veci b)
     return _mm256_add_epi32(a, b);
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return _mm256_xor_si256(a, b);
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return _mm256_and_si256(a, b);
@@ -222,16 +240,46 @@ static inline veci veci_shift_right(veci v, int bits)
     return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits));
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return _mm256_mullo_epi32(a, b);
+    const __m256i sign = _mm256_set1_epi32((int)0x80000000);
+    return _mm256_castsi256_ps(
+        _mm256_cmpgt_epi32(_mm256_xor_si256(b, sign), _mm256_xor_si256(a, sign)));
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(a, b), 32);
-    __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
-    return _mm256_blend_epi32(even, odd, 0xAA);
+    vecl v = {_mm256_set1_epi64x((long long)x), _mm256_set1_epi64x((long long)x)};
+    return v;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    vecl wide = {_mm256_and_si256(v, _mm256_set1_epi64x(0xFFFFFFFF)), _mm256_srli_epi64(v, 32)};
+    return wide;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    vecl product = {_mm256_mul_epu32(a.even, b.even), _mm256_mul_epu32(a.odd, b.odd)};
+    return product;
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    vecl upper = {_mm256_shuffle_epi32(v.even, 0xF5), _mm256_shuffle_epi32(v.odd, 0xF5)};
+    return upper;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    vecl both = {_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)};
+    return both;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return _mm256_blend_epi32(v.even, _mm256_slli_epi64(v.odd, 32), 0xAA);
 }
 
 static inline vec vec_or(vec a, vec b)

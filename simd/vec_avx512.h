@@ -8,6 +8,7 @@
 #define VEC_LANES        16
 #define VEC_FMA_IS_FUSED 1
 #define VEC_HAS_LDEXP    1
+#define VEC_HAS_LOOKUP   1
 #if defined SEBP_ISA_AVX512BF16 || defined SEBP_ISA_AMX
 #define VEC_HAS_BF16_DOT 1
 #else
@@ -23,10 +24,18 @@ typedef __mmask16 vecm;
 typedef struct vecd {
     __m512d low, high;
 } vecd;
+typedef struct vecl {
+    __m512i even, odd; /* lanes */
+} vecl;
 
 static inline __mmask16 vec_mask(int64_t n)
 {
     return (__mmask16)((1U << n) - 1);
+}
+
+static inline __m512i vec_lane_numbers(void)
+{
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 static inline vec vec_zero(void)
@@ -69,9 +78,12 @@ static inline void vec_stream_fence(void)
     _mm_sfence();
 }
 
+/* Each bf16 into the upper half of a lane, by one instruction. */
 static inline vec vec_widen_bf16(__m256i halves)
 {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    const __m512i place = _mm512_mullo_epi32(vec_lane_numbers(), _mm512_set1_epi32(0x10000));
+    return _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, place, _mm512_castsi256_si512(halves)));
 }
 
 static inline vec vec_load_bf16(const uint16_t *p)
@@ -84,26 +96,47 @@ static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
     return vec_widen_bf16(_mm256_maskz_loadu_epi16(vec_mask(n), p));
 }
 
-/* Not vcvtneps2bf16, which takes denormals for zero. */
-static inline __m256i vec_round_bf16(vec v)
+/* The bf16 in the upper half of each lane; what the lower half holds has no meaning. Not
+ * vcvtneps2bf16, which takes denormals for zero. */
+static inline __m512i vec_round_bf16(vec v)
 {
-    __m512i bits = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i bits = _mm512_castps_si512(v);
+    __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, quiet);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+static inline __m256i vec_upper_halves(__m512i v)
+{
+    const __m512i place =
+        _mm512_add_epi32(_mm512_mullo_epi32(vec_lane_numbers(), _mm512_set1_epi32(0x40004)),
+                         _mm512_set1_epi32(0x30001));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(place, v));
 }
 
 static inline void vec_store_bf16(uint16_t *p, vec v)
 {
-    _mm256_storeu_si256((__m256i *)p, vec_round_bf16(v));
+    _mm256_storeu_si256((__m256i *)p, vec_upper_halves(vec_round_bf16(v)));
 }
 
 static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
 {
-    _mm256_mask_storeu_epi16(p, vec_mask(n), vec_round_bf16(v));
+    _mm256_mask_storeu_epi16(p, vec_mask(n), vec_upper_halves(vec_round_bf16(v)));
+}
+
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    const __m512i pairs = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    const __m512i low = _mm512_srli_epi32(vec_round_bf16(even), 16);
+    _mm512_storeu_si512(p, _mm512_mask_mov_epi16(low, 0xAAAAAAAA, vec_round_bf16(odd)));
 }
 
 static inline vec vec_add(vec a, vec b)
@@ -176,6 +209,14 @@ static inline vec vec_select(vecm mask, vec a, vec b)
     return _mm512_mask_blend_ps(mask, b, a);
 }
 
+static inline vec vec_lookup(const float *table, int size, veci index)
+{
+    if (size == 16) {
+        return _mm512_permutexvar_ps(index, vec_load(table));
+    }
+    return _mm512_permutex2var_ps(vec_load(table), index, vec_load(table + 16));
+}
+
 static inline veci veci_set1(uint32_t x)
 {
     return _mm512_set1_epi32((int)x);
@@ -183,7 +224,7 @@ static inline veci veci_set1(uint32_t x)
 
 static inline veci veci_lane_index(void)
 {
-    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return vec_lane_numbers();
 }
 
 static inline veci veci_from_bits(vec v)
@@ -206,11 +247,6 @@ static inline veci veci_add(veci a, veci b)
     return _mm512_add_epi32(a, b);
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return _mm512_xor_si512(a, b);
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return _mm512_and_si512(a, b);
@@ -226,16 +262,44 @@ static inline veci veci_shift_right(veci v, int bits)
     return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits));
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return _mm512_mullo_epi32(a, b);
+    return _mm512_cmplt_epu32_mask(a, b);
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(a, b), 32);
-    __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
-    return _mm512_mask_mov_epi32(even, 0xAAAA, odd);
+    vecl v = {_mm512_set1_epi64((long long)x), _mm512_set1_epi64((long long)x)};
+    return v;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    vecl wide = {_mm512_and_si512(v, _mm512_set1_epi64(0xFFFFFFFF)), _mm512_srli_epi64(v, 32)};
+    return wide;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    vecl product = {_mm512_mul_epu32(a.even, b.even), _mm512_mul_epu32(a.odd, b.odd)};
+    return product;
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    vecl upper = {_mm512_shuffle_epi32(v.even, 0xF5), _mm512_shuffle_epi32(v.odd, 0xF5)};
+    return upper;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    vecl both = {_mm512_xor_si512(a.even, b.even), _mm512_xor_si512(a.odd, b.odd)};
+    return both;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return _mm512_mask_blend_epi32(0xAAAA, v.even, _mm512_slli_epi64(v.odd, 32));
 }
 
 static inline vec vec_or(vec a, vec b)

@@ -7,6 +7,7 @@
 #ifndef SEBP_VEC_MATH_H
 #define SEBP_VEC_MATH_H
 
+#include "pieces.h"
 #include "vec.h"
 
 /** 2^n for an integral n in [-126, 127]: the bits of 1.0 with n added to the exponent. */
@@ -202,42 +203,117 @@ static inline vec_tail vec_gelu_tanh_tail(vec x)
     return vec_sigmoid_tail(w, gain);
 }
 
-/** x / 2 (1 + erf(x / sqrt(2))), within 6 ulp. -Inf gives -0, as the limit is. */
-static inline vec vec_gelu(vec x)
+/* Where looking up is cheap, S and (x S(x))' are polynomials, one for each of 32 pieces of the line
+ * (pieces.py), of degree 7: 21 operations, where GELU's tail takes 45 and a division. Of a result that
+ * will be bf16 there are 16 pieces, of degree 5 to 7. The first piece is 0: left of it are all x for
+ * which x S(x) is below 2^-28, or 2^-23 if it will be bf16. */
+#if VEC_HAS_LOOKUP
+/* x, but within the first piece where it is left of that. */
+static inline vec vec_right_of(int first, float width, vec x)
 {
-    vec clamped = vec_clamp(x, VEC_NORMAL_LIMIT);
-    return vec_product_of_tail(x, clamped, vec_normal_tail(clamped));
+    return vec_max(vec_set1(((float)first + 0.25f) * width), x); /* NaN passes through */
 }
 
-/** Its derivative. Errors of this and of what follows are in include/sebp/layers.h. */
-static inline vec vec_gelu_slope(vec x)
+static inline vec vec_pieces(const float *table, int degree, int pieces, int first, float width,
+                             vec x)
 {
+    const vec last = vec_set1(((float)(first + pieces) - 0.75f) * width);
+    vec clamped = vec_min(last, vec_right_of(first, width, x));
+    /* Added to 1.5 * 2^23, the number of the piece stands in the low bits of the sum. */
+    const vec shift = vec_set1(12582912.0f);
+    vec shifted = vec_fma(clamped, vec_set1(1 / width), shift);
+    veci piece = veci_from_bits(shifted);
+    vec r = vec_fma(vec_sub(shifted, shift), vec_set1(-width), clamped);
+    vec p = vec_lookup(table + degree * pieces, pieces, piece);
+    for (int power = degree - 1; power >= 0; power--) {
+        p = vec_fma(p, r, vec_lookup(table + power * pieces, pieces, piece));
+    }
+    return p;
+}
+
+/* A table's polynomial at x; `where` names its pieces. */
+#define VEC_PIECES(table, where, x)                                                                \
+    vec_pieces(table, (int)(sizeof(table) / sizeof(float)) / where##_PIECES - 1, where##_PIECES,   \
+               where##_FIRST, where##_WIDTH, x)
+/* x times that, which is -0 left of all pieces. */
+#define VEC_TIMES_PIECES(table, where, x)                                                          \
+    vec_mul(vec_right_of(where##_FIRST, where##_WIDTH, x), VEC_PIECES(table, where, x))
+#endif
+
+/* Each function for results that stay f32, or will be bf16 (`is_short`). Errors are in
+ * include/sebp/layers.h. -Inf gives -0, as the limit is. */
+
+/** x / 2 (1 + erf(x / sqrt(2))). */
+static inline vec vec_gelu(vec x, bool is_short)
+{
+#if VEC_HAS_LOOKUP
+    return is_short ? VEC_TIMES_PIECES(normal_share_short, NORMAL_SHORT, x)
+                    : VEC_TIMES_PIECES(normal_share, NORMAL, x);
+#else
+    (void)is_short;
+    vec clamped = vec_clamp(x, VEC_NORMAL_LIMIT);
+    return vec_product_of_tail(x, clamped, vec_normal_tail(clamped));
+#endif
+}
+
+static inline vec vec_gelu_slope(vec x, bool is_short)
+{
+#if VEC_HAS_LOOKUP
+    return is_short ? VEC_PIECES(normal_slope_short, NORMAL_SHORT, x)
+                    : VEC_PIECES(normal_slope, NORMAL, x);
+#else
+    (void)is_short;
     return vec_slope_of_tail(x, vec_normal_tail(vec_clamp(x, VEC_NORMAL_LIMIT)));
+#endif
 }
 
 /** x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). */
-static inline vec vec_gelu_tanh(vec x)
+static inline vec vec_gelu_tanh(vec x, bool is_short)
 {
+#if VEC_HAS_LOOKUP
+    return is_short ? VEC_TIMES_PIECES(tanh_share_short, NORMAL_SHORT, x)
+                    : VEC_TIMES_PIECES(tanh_share, NORMAL, x);
+#else
+    (void)is_short;
     vec clamped = vec_clamp(x, VEC_GELU_TANH_LIMIT);
     return vec_product_of_tail(x, clamped, vec_gelu_tanh_tail(clamped));
+#endif
 }
 
-static inline vec vec_gelu_tanh_slope(vec x)
+static inline vec vec_gelu_tanh_slope(vec x, bool is_short)
 {
+#if VEC_HAS_LOOKUP
+    return is_short ? VEC_PIECES(tanh_slope_short, NORMAL_SHORT, x)
+                    : VEC_PIECES(tanh_slope, NORMAL, x);
+#else
+    (void)is_short;
     return vec_slope_of_tail(x, vec_gelu_tanh_tail(vec_clamp(x, VEC_GELU_TANH_LIMIT)));
+#endif
 }
 
 /** x / (1 + exp(-x)). */
-static inline vec vec_silu(vec x)
+static inline vec vec_silu(vec x, bool is_short)
 {
+#if VEC_HAS_LOOKUP
+    if (is_short) {
+        return VEC_TIMES_PIECES(sigmoid_share_short, SIGMOID_SHORT, x);
+    }
+#endif
+    (void)is_short;
     vec clamped = vec_clamp(x, VEC_SIGMOID_LIMIT), u = vec_magnitude(clamped);
     return vec_product_of_tail(x, clamped, vec_sigmoid_tail(u, u));
 }
 
-static inline vec vec_silu_slope(vec x)
+static inline vec vec_silu_slope(vec x, bool is_short)
 {
+#if VEC_HAS_LOOKUP
+    return is_short ? VEC_PIECES(sigmoid_slope_short, SIGMOID_SHORT, x)
+                    : VEC_PIECES(sigmoid_slope, SIGMOID, x);
+#else
+    (void)is_short;
     vec u = vec_magnitude(vec_clamp(x, VEC_SIGMOID_LIMIT));
     return vec_slope_of_tail(x, vec_sigmoid_tail(u, u));
+#endif
 }
 
 #endif

@@ -8,6 +8,7 @@
 #define VEC_LANES          4
 #define VEC_FMA_IS_FUSED   1
 #define VEC_HAS_LDEXP      0
+#define VEC_HAS_LOOKUP     0
 #define VEC_HAS_BF16_DOT   0
 #define VEC_HAS_BF16_PAIRS 0
 #define TILE_ROWS          8
@@ -19,6 +20,9 @@ typedef uint32x4_t vecm; /* all bits of a lane, or none */
 typedef struct vecd {
     float64x2_t low, high;
 } vecd;
+typedef struct vecl {
+    uint64x2_t low, high;
+} vecl;
 
 static inline vec vec_zero(void)
 {
@@ -82,14 +86,19 @@ static inline vec vec_load_bf16_first(const uint16_t *p, int64_t n)
     return vec_load_bf16(whole);
 }
 
-static inline void vec_store_bf16(uint16_t *p, vec v)
+/* The bf16 in the upper half of each lane; what the lower half holds has no meaning. */
+static inline uint32x4_t vec_round_bf16(vec v)
 {
     uint32x4_t bits = vreinterpretq_u32_f32(v);
     uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
     uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-    uint32x4_t chosen = vbslq_u32(vceqq_f32(v, v), rounded, quiet);
-    vst1_u16(p, vshrn_n_u32(chosen, 16));
+    return vbslq_u32(vceqq_f32(v, v), rounded, quiet);
+}
+
+static inline void vec_store_bf16(uint16_t *p, vec v)
+{
+    vst1_u16(p, vshrn_n_u32(vec_round_bf16(v), 16));
 }
 
 static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
@@ -99,6 +108,20 @@ static inline void vec_store_bf16_first(uint16_t *p, vec v, int64_t n)
     for (int64_t i = 0; i < n; i++) {
         p[i] = whole[i];
     }
+}
+
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(p));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xFFFF0000)));
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    const uint32x4_t low = vshrq_n_u32(vec_round_bf16(even), 16);
+    const uint32x4_t both = vbslq_u32(vdupq_n_u32(0xFFFF0000), vec_round_bf16(odd), low);
+    vst1q_u16(p, vreinterpretq_u16_u32(both));
 }
 
 static inline vec vec_add(vec a, vec b)
@@ -198,11 +221,6 @@ static inline veci veci_add(veci a, veci b)
     return vaddq_u32(a, b);
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return veorq_u32(a, b);
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return vandq_u32(a, b);
@@ -218,16 +236,45 @@ static inline veci veci_shift_right(veci v, int bits)
     return vshlq_u32(v, vdupq_n_s32(-bits));
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return vmulq_u32(a, b);
+    return vcltq_u32(a, b);
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    uint64x2_t low = vmull_u32(vget_low_u32(a), vget_low_u32(b));
-    uint64x2_t high = vmull_high_u32(a, b);
-    return vuzp2q_u32(vreinterpretq_u32_u64(low), vreinterpretq_u32_u64(high));
+    vecl v = {vdupq_n_u64(x), vdupq_n_u64(x)};
+    return v;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    vecl wide = {vmovl_u32(vget_low_u32(v)), vmovl_high_u32(v)};
+    return wide;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    vecl product = {vmull_u32(vmovn_u64(a.low), vmovn_u64(b.low)),
+                    vmull_u32(vmovn_u64(a.high), vmovn_u64(b.high))};
+    return product;
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    vecl upper = {vshrq_n_u64(v.low, 32), vshrq_n_u64(v.high, 32)};
+    return upper;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    vecl both = {veorq_u64(a.low, b.low), veorq_u64(a.high, b.high)};
+    return both;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return vuzp1q_u32(vreinterpretq_u32_u64(v.low), vreinterpretq_u32_u64(v.high));
 }
 
 static inline vec vec_or(vec a, vec b)

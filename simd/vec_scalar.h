@@ -8,6 +8,7 @@
 #define VEC_LANES          1
 #define VEC_FMA_IS_FUSED   0
 #define VEC_HAS_LDEXP      0
+#define VEC_HAS_LOOKUP     1
 #define VEC_HAS_BF16_DOT   0
 #define VEC_HAS_BF16_PAIRS 1
 #define TILE_ROWS          4
@@ -15,6 +16,7 @@
 
 typedef float vec;
 typedef double vecd;
+typedef uint64_t vecl;
 typedef uint32_t veci;
 typedef bool vecm;
 
@@ -112,6 +114,18 @@ static inline vec vec_load_pairs_first(const uint16_t *p, int64_t n)
     return vec_pair_bf16(p, n > 1 ? p + 1 : NULL, n);
 }
 
+static inline void vec_load_bf16_split(const uint16_t *p, vec *even, vec *odd)
+{
+    *even = vec_load_bf16(p);
+    *odd = vec_load_bf16(p + 1);
+}
+
+static inline void vec_store_bf16_split(uint16_t *p, vec even, vec odd)
+{
+    vec_store_bf16(p, even);
+    vec_store_bf16(p + 1, odd);
+}
+
 static inline vec vec_add(vec a, vec b)
 {
     return a + b;
@@ -177,6 +191,11 @@ static inline vec vec_select(vecm mask, vec a, vec b)
     return mask ? a : b;
 }
 
+static inline vec vec_lookup(const float *table, int size, veci index)
+{
+    return table[index % (uint32_t)size];
+}
+
 static inline veci veci_set1(uint32_t x)
 {
     return x;
@@ -207,11 +226,6 @@ static inline veci veci_add(veci a, veci b)
     return a + b;
 }
 
-static inline veci veci_xor(veci a, veci b)
-{
-    return a ^ b;
-}
-
 static inline veci veci_and(veci a, veci b)
 {
     return a & b;
@@ -227,14 +241,39 @@ static inline veci veci_shift_right(veci v, int bits)
     return v >> bits;
 }
 
-static inline veci veci_mul_low(veci a, veci b)
+static inline vecm veci_less(veci a, veci b)
 {
-    return a * b;
+    return a < b;
 }
 
-static inline veci veci_mul_high(veci a, veci b)
+static inline vecl vecl_set1(uint64_t x)
 {
-    return (veci)((uint64_t)a * b >> 32);
+    return x;
+}
+
+static inline vecl vecl_widen(veci v)
+{
+    return v;
+}
+
+static inline vecl vecl_mul(vecl a, vecl b)
+{
+    return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+}
+
+static inline vecl vecl_upper(vecl v)
+{
+    return v >> 32;
+}
+
+static inline vecl vecl_xor(vecl a, vecl b)
+{
+    return a ^ b;
+}
+
+static inline veci vecl_narrow(vecl v)
+{
+    return (uint32_t)v;
 }
 
 static inline vec vec_or(vec a, vec b)

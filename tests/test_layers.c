@@ -476,6 +476,18 @@ static double any_input(void)
     return testing_chance(0.1) ? odd[testing_between(0, 8)] : 6 * testing_uniform();
 }
 
+/* How far layers.h lets f(x) be from `value`, before it is multiplied or rounded to bf16. */
+static double value_bound(sebp_activation activation, sebp_dtype dtype, double value)
+{
+    if (activation == SEBP_RELU) {
+        return 0;
+    }
+    if (dtype == SEBP_BF16) {
+        return fmax(fabs(value) * 0x1p-14, 0x1p-22);
+    }
+    return fmax(fabs(value) * (activation == SEBP_GELU_TANH ? 250 : 6) * EPS, 0x1p-28);
+}
+
 START_TEST(activation)
 {
     const sebp_activation which = (sebp_activation)_i;
@@ -552,12 +564,15 @@ START_TEST(activation)
                 double x = testing_get(&both, i, j), g = testing_get(&dy, i, j);
                 double u = gated ? testing_get(&both, i, n + j) : 1;
                 double value = activated(which, x);
-                double ulps = which == SEBP_GELU_TANH ? 210 : 8;
-                double bound = fabs(value) * ulps * EPS + 0x1p-147;
-                layer_near(&got[0][0], i, j, value * u, bound, "y");
-                layer_near(&got[0][1], i, j, g * slope(which, x) * u, 1e-6, "dx");
+                const double bound = value_bound(which, dtype, value);
+                const double slope_bound = dtype == SEBP_BF16 ? 0x1p-14 : 0x1p-22;
+                const double want[3] = {value * u, g * slope(which, x) * u, g * value};
+                layer_near(&got[0][0], i, j, want[0], bound * fabs(u) + fabs(want[0]) * EPS, "y");
+                layer_near(&got[0][1], i, j, want[1],
+                           slope_bound * fabs(g * u) + 3 * fabs(want[1]) * EPS, "dx");
                 if (gated) {
-                    layer_near(&got[0][2], i, j, g * value, bound, "dup");
+                    layer_near(&got[0][2], i, j, want[2], bound * fabs(g) + fabs(want[2]) * EPS,
+                               "dup");
                 }
                 nonzeros += testing_get(&got[0][1], i, j) != 0;
                 elements++;

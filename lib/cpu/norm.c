@@ -40,12 +40,32 @@ static const float *f32_vector(const sebp_cpu *cpu, const sebp_matrix *vector, d
 
 /* ---- forward ---- */
 
+/* Whether to store the listed rows of `to` past the caches, which hold little of them anyway: a store into the
+ * caches reads the line first. Not where the line was just read, as one of `from`. */
+static bool streams_rows(const sebp_cpu *cpu, const sebp_row_list *list, const sebp_matrix *to,
+                         const sebp_matrix *const from[3])
+{
+    enum { LINE = 64 };
+    if (to == NULL || to->dtype != SEBP_F32) {
+        return false;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (from[i] != NULL && from[i]->data == to->data) {
+            return false;
+        }
+    }
+    const int64_t size = (int64_t)sizeof(float);
+    return (uintptr_t)to->data % LINE == 0 && to->stride % (LINE / size) == 0 &&
+           sebp_cpu_streams(cpu, list->count * to->cols * size);
+}
+
 typedef struct forward_job {
     const sebp_kernels *kernels;
     const sebp_norm_work *work;
     const float *gain, *shift;
     sebp_dropout dropout;
     int64_t pieces;
+    bool stream; /* y */
 } forward_job;
 
 static void forward_piece(void *data, int64_t piece)
@@ -63,6 +83,7 @@ static void forward_piece(void *data, int64_t piece)
                          .gain = job->gain,
                          .shift = job->shift,
                          .dropout = options->dropout > 0 ? &job->dropout : NULL,
+                         .stream = job->stream,
                          .mean = &mean,
                          .inverse = &inverse};
     int64_t end = work->list.count * (piece + 1) / job->pieces;
@@ -92,6 +113,9 @@ static void forward_piece(void *data, int64_t piece)
             statistics[1] = inverse;
         }
     }
+    if (job->stream) {
+        job->kernels->stream_fence();
+    }
 }
 
 sebp_status sebp_cpu_norm_forward(void *device, const sebp_norm_work *work)
@@ -110,13 +134,16 @@ sebp_status sebp_cpu_norm_forward(void *device, const sebp_norm_work *work)
     if (room == NULL) {
         return SEBP_ERROR_MEMORY;
     }
-    forward_job job = {.kernels = cpu->kernels,
-                       .work = work,
-                       .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
-                       .shift = f32_vector(cpu, work->shift, 0, room + gains),
-                       .dropout = sebp_dropout_of(work->options->dropout, work->options->seed,
-                                                  work->options->offset),
-                       .pieces = sebp_cpu_pieces(cpu, work->list.count, n)};
+    forward_job job = {
+        .kernels = cpu->kernels,
+        .work = work,
+        .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
+        .shift = f32_vector(cpu, work->shift, 0, room + gains),
+        .dropout =
+            sebp_dropout_of(work->options->dropout, work->options->seed, work->options->offset),
+        .pieces = sebp_cpu_pieces(cpu, work->list.count, n),
+        .stream = streams_rows(cpu, &work->list, work->y,
+                               (const sebp_matrix *[]){work->x, work->residual, work->h})};
     sebp_cpu_parallel(cpu, job.pieces, forward_piece, &job);
     return SEBP_SUCCESS;
 }
@@ -128,6 +155,7 @@ typedef struct backward_job {
     const sebp_norm_back_work *work;
     const float *gain;
     sebp_dropout dropout;
+    bool stream; /* dh */
     int64_t blocks;
     float *dgain, *dshift; /* blocks x n; NULL: not wanted */
     int64_t column_parts;
@@ -146,6 +174,7 @@ static void backward_block(void *data, int64_t block)
                               .is_rms = options->norm == SEBP_RMS_NORM,
                               .gain = job->gain,
                               .accumulate = options->dh_write == SEBP_ACCUMULATE,
+                              .stream = job->stream,
                               .dropout = options->dropout > 0 ? &job->dropout : NULL,
                               .dgain = job->dgain != NULL ? job->dgain + block * n : NULL,
                               .dshift = job->dshift != NULL ? job->dshift + block * n : NULL};
@@ -174,6 +203,9 @@ static void backward_block(void *data, int64_t block)
             row.next_dy = row.next_h = NULL;
         }
         job->cpu->kernels->norm_backward(&row);
+    }
+    if (job->stream) {
+        job->cpu->kernels->stream_fence();
     }
 }
 
@@ -235,12 +267,15 @@ sebp_status sebp_cpu_norm_backward(void *device, const sebp_norm_back_work *work
     if (room == NULL) {
         return SEBP_ERROR_MEMORY;
     }
-    backward_job job = {.cpu = cpu,
-                        .work = work,
-                        .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
-                        .dropout = sebp_dropout_of(work->options->dropout, work->options->seed,
-                                                   work->options->offset),
-                        .blocks = blocks};
+    backward_job job = {
+        .cpu = cpu,
+        .work = work,
+        .gain = f32_vector(cpu, work->gain, work->options->gain_offset, room),
+        .dropout =
+            sebp_dropout_of(work->options->dropout, work->options->seed, work->options->offset),
+        .stream = streams_rows(cpu, &work->list, work->dh,
+                               (const sebp_matrix *[]){work->dy, work->h, work->dx}),
+        .blocks = blocks};
     job.dgain = work->dgain != NULL ? room + gains : NULL;
     job.dshift = work->dshift != NULL ? room + gains + (wanted - 1) * blocks * n : NULL;
     sebp_cpu_parallel(cpu, blocks, backward_block, &job);
