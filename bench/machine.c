@@ -74,6 +74,8 @@ void open_machine(machine *m, const options *o)
 
     /* The dense reference is the fastest of all, whatever the environment wants measured. */
     unsetenv("SEBP_GEMM");
+    if (o->choices && m->contexts[SEBP_GEMM_AUTO] == NULL)
+        m->contexts[SEBP_GEMM_AUTO] = make_context(o, SEBP_GEMM_AUTO);
     if (m->contexts[SEBP_GEMM_NATIVE] == NULL)
         m->contexts[SEBP_GEMM_NATIVE] = make_context(o, SEBP_GEMM_NATIVE);
     if (m->info.onednn[0] != '\0' && m->contexts[SEBP_GEMM_ONEDNN] == NULL)

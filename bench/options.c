@@ -46,6 +46,7 @@ static const char usage[] =
     "      --forward             time the forward instead\n"
     "      --attention           time attention at texts of several lengths instead\n"
     "      --layer               time row-wise layers instead\n"
+    "      --choices             time the choice of the matrix product instead, beside all\n"
     "      --method LIST         compare training methods: full, lora, meprop, sparsegrad\n"
     "      --kept SHARE          of a weight's elements, that they train (0.0119)\n"
     "      --basis-rank R        leading vectors of SparseGrad's bases (all)\n"
@@ -280,6 +281,7 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"forward", no_argument, &o->forward, 1},
         {"attention", no_argument, &o->attention, 1},
         {"layer", no_argument, &o->layer, 1},
+        {"choices", no_argument, &o->choices, 1},
         {"fixed-support", no_argument, &o->fixed_support, 1},
         {"verify-only", no_argument, &o->verify_only, 1},
         {"quick", no_argument, &o->quick, 1},
@@ -324,6 +326,12 @@ static void parse_arguments(options *o, int argc, char **argv)
         die(USAGE, "--layer goes with --dtype, --threads, --repetitions, --seconds, --seed, "
                    "--verify-only, --quick and --csv alone");
     }
+    if (o->choices &&
+        (o->methods != 0 || o->forward || o->patterns || o->sources || o->caches ||
+         o->shape_count > 0 || o->activity_count > 0 || o->sequence > 0 || o->verify_only)) {
+        die(USAGE, "--choices goes with --dtype, --precision, --threads, --repetitions, --seconds, "
+                   "--seed, --quick and --csv alone");
+    }
     if (o->methods == 0 && (o->kept > 0 || o->basis_rank > 0 || o->fixed_support))
         die(USAGE, "--kept, --basis-rank and --fixed-support need --method");
 }
@@ -347,7 +355,7 @@ static void complete_options(options *o)
 {
     if (o->dtypes == 0)
         o->dtypes = FIRST;
-    if (o->layer || o->attention)
+    if (o->layer || o->attention || o->choices)
         return;
     if (o->shape_count == 0 && o->quick)
         add_shape(o, &(shape){"quick", 512, 192, 320, 64});

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* sebp-bench: verifies and times what the library computes; the options say what. */
 #include "attention.h"
+#include "choices.h"
 #include "layers.h"
 #include "machine.h"
 #include "methods.h"
@@ -17,6 +18,8 @@ int main(int argc, char **argv)
         measure_layers(&m, &o);
     else if (o.attention)
         measure_attention(&m, &o);
+    else if (o.choices)
+        measure_choices(&m, &o);
     else if (o.methods != 0)
         compare_methods(&m, &o);
     else
