@@ -106,7 +106,7 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
                              const sebp_matrix *db)
 {
     const sebp_linear_options *options = &call->options;
-    sebp_plan to_dx, to_dw;
+    sebp_plan to_dx = {.path = NULL}, to_dw = {.path = NULL};
 
     /* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
     if (dx != NULL) {

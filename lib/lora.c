@@ -257,6 +257,7 @@ sebp_status sebp_lora_merge(sebp_context *context, const sebp_matrix *a, const s
         return call.status;
 
     /* W += (scale A B)^T:  N x K = (r x N)^T (K x r)^T */
+    call.options.precision = SEBP_PRECISION_HIGHEST; /* it is done once, and stays */
     sebp_matrix a_copy = copy_of(&call, a), b_copy = copy_of(&call, b);
     sebp_plan plan = {.product = {.m = w->rows, .n = w->cols, .k = a->cols, .accumulate = true}};
     plan.product.a = sebp_whole_operand(&b_copy, true);

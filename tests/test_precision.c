@@ -334,6 +334,34 @@ START_TEST(nan_and_inf_are_those_of_f32)
 }
 END_TEST
 
+/* Which rows are summed in f32 because of a NaN does not depend on how a product is cut up. _i: the
+ * precision. */
+START_TEST(a_nan_leaves_the_bits_to_no_thread)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.precision = (sebp_precision)_i;
+    for (int round = testing_rounds(20); round > 0; round--) {
+        int64_t M = testing_between(100, 500), N = testing_between(20, 90), K = 64;
+        sebp_matrix x = testing_random_matrix(M, K, SEBP_F32, TESTING_REAL);
+        sebp_matrix w = testing_random_matrix(N, K, SEBP_F32, TESTING_REAL);
+        sebp_matrix y[2];
+        testing_set(&x, testing_between(0, M - 1), 0, testing_chance(0.5) ? NAN : INFINITY);
+        for (int i = 0; i < 2; i++) {
+            sebp_context *context = make_context(true);
+            y[i] = testing_matrix(M, N, N, SEBP_F32);
+            testing_succeed(sebp_linear_forward(context, &x, &w, NULL, NULL, &options, &y[i]),
+                            context);
+            sebp_context_destroy(context);
+        }
+        check(testing_same_bits(&y[0], &y[1]), "%" PRId64 " x %" PRId64 ": other bits", M, N);
+        for (int i = 0; i < 2; i++)
+            testing_release(&y[i]);
+        testing_release(&x);
+        testing_release(&w);
+    }
+}
+END_TEST
+
 /* Y of a call, a context and the environment that ask for a precision. */
 static sebp_matrix y_of(const layer *l, sebp_precision of_call, sebp_precision of_context,
                         const char *variable)
@@ -404,6 +432,7 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, integers_are_exact, first, end);
     tcase_add_loop_test(all, what_is_not_faster_is_not_done, first, end);
     tcase_add_loop_test(all, nan_and_inf_are_those_of_f32, SEBP_PRECISION_SPLIT, end);
+    tcase_add_loop_test(all, a_nan_leaves_the_bits_to_no_thread, SEBP_PRECISION_SPLIT, end);
     tcase_add_test(all, who_says_how_exact);
     suite_add_tcase(suite, all);
     return suite;

@@ -68,10 +68,15 @@ typedef enum sebp_placement {
  * parts are added up in f32 (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence
  * datatype for higher-precision computations", ARITH 2019). The error of a sum of K products a b, in
  * multiples of the sum of |a||b|, is at most what is said below and another K 2^-24 for each product of
- * parts; parts below 2^-126 count as zero. NaN and Inf give what they give in f32.
+ * parts; parts below 2^-126 count as zero. NaN and Inf give what they give in f32, but for an Inf of
+ * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN.
  *
  * Matrices of bf16 are multiplied exactly at every level. With an f32 matrix at their side they are so
- * too, and the f32 one is as the level says.
+ * too, and the f32 one is as the level says. Sums of bases (basis.h) and merges of LoRA take f32's own
+ * product, whatever is asked for.
+ *
+ * Which way is faster is measured when the first context of a process is made, and holds for all of its
+ * contexts. Where both are about as fast another process may choose the other one.
  */
 typedef enum sebp_precision {
     SEBP_PRECISION_DEFAULT = 0, /**< of a call: the context's; of a context: HIGHEST */

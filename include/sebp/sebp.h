@@ -31,6 +31,7 @@
  *   summation.
  * - **Threads**: a context is used by one thread at a time; contexts are independent of each other.
  *   Row sets and views are read-only once made and may be shared between threads.
+ * - **Precision**: products of f32 are as exact as the context says (context.h, sebp_precision).
  * - **Repeatability**: the same call on the same context gives the same bits. The library's own
  *   GEMM gives the same bits for every number of threads; oneDNN need not.
  * - The library prints nothing, except for the lines on standard error that SEBP_VERBOSE asks for.

@@ -3,7 +3,7 @@
  * @file arithmetic.c
  * How a product is computed: by multiply-adds of f32, or by products of bf16, of as many parts as the
  * precision asks for. The choice is that of a small model: what a multiply-add takes in a tile, and an
- * element in packing, either way. Both are measured when a context is made, as no table of processors
+ * element in packing, either way. Both are measured when the first context is made, as no table of processors
  * could tell: the bf16 dot of AVX-512 is twice as fast as f32's multiply-add on some, and half as fast
  * on others.
  */
@@ -11,6 +11,7 @@
 #include "config.h"
 #endif
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -122,7 +123,7 @@ static double measure(void (*work)(const trial *of), const trial *of, int64_t co
     return best / (ROUNDS * (double)count);
 }
 
-sebp_status sebp_cpu_measure(const sebp_kernels *kernels, sebp_rates *rates)
+static sebp_status measure_all(const sebp_kernels *kernels, sebp_rates *rates)
 {
     *rates = (sebp_rates){1, 1, 0, 0, 0, 0};
     if (!kernels->bf16_dots) /* there is one way only */
@@ -154,6 +155,29 @@ sebp_status sebp_cpu_measure(const sebp_kernels *kernels, sebp_rates *rates)
     rates->split = measure(split, &of, SEBP_MAX_PARTS * DEPTH * (int64_t)bf16->cols);
     rates->widen = measure(widen, &of, DEPTH * (int64_t)f32->cols);
     free(memory);
+    return SEBP_SUCCESS;
+}
+
+/* The rates of the kernels in use: NULL until the first context is made, and the same ever after, so
+ * that all contexts of a process choose alike. */
+static const sebp_rates *_Atomic measured;
+
+sebp_status sebp_cpu_measure(const sebp_kernels *kernels, sebp_rates *rates)
+{
+    const sebp_rates *known = atomic_load(&measured);
+    if (known == NULL) {
+        sebp_rates *made = malloc(sizeof *made);
+        sebp_status status = made != NULL ? measure_all(kernels, made) : SEBP_ERROR_MEMORY;
+        if (status != SEBP_SUCCESS) {
+            free(made);
+            return status;
+        }
+        if (atomic_compare_exchange_strong(&measured, &known, made))
+            known = made;
+        else
+            free(made); /* another thread was first: its rates are in `known` */
+    }
+    *rates = *known;
     return SEBP_SUCCESS;
 }
 
@@ -196,6 +220,10 @@ sebp_arithmetic sebp_choose_arithmetic(const sebp_cpu *cpu, const sebp_product *
     else
         return by_f32;
     const sebp_arithmetic by_bf16 = {true, parts};
+    if (is_bf16 && !cpu->kernels->bf16_dots)
+        return by_bf16; /* nothing was measured: the bits must not depend on m */
+    /* What is about as fast is left as it is: bf16 in bf16, and f32 in f32. */
+    const double margin = is_bf16 ? 1.1 : 0.95;
     const double bf16 = cost_of(cpu, product, by_bf16), f32 = cost_of(cpu, product, by_f32);
-    return bf16 < f32 || (is_bf16 && bf16 == f32) ? by_bf16 : by_f32;
+    return bf16 < margin * f32 ? by_bf16 : by_f32;
 }

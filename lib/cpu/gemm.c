@@ -16,7 +16,9 @@
  * other out of the caches. A large C that is written just once goes past the caches.
  *
  * Every element of C is summed in an order that depends on k alone, never on the chunk or the
- * worker it falls to: the same bits for every number of threads and every bound of the workspace.
+ * worker it falls to: the same bits for every number of threads and every bound of the workspace. In
+ * products of parts there is one exception: beside a row that holds NaN or Inf, the other rows of its
+ * sliver are summed in f32, too.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -97,18 +99,32 @@ static void run_terms(const sebp_native_plan *plan, const sebp_tile_work *work)
 static void run_untamed(const sebp_native_plan *plan, const sebp_tile_work *work, int64_t i,
                         int64_t j, int64_t at, int64_t depth)
 {
+    enum { SIDE = 32 /* of a tile, at most */, STEPS = 64 };
+    float sums[SIDE][SIDE], a[SIDE][STEPS], b[STEPS][SIDE];
     for (int64_t r = 0; r < work->rows; r++) {
         for (int64_t col = 0; col < work->cols; col++) {
-            float sum = work->accumulate ? work->from[r][work->c_at + col] : 0;
+            sums[r][col] = work->accumulate ? work->from[r][work->c_at + col] : 0;
             if (work->bias != NULL)
-                sum += work->bias[col];
-            for (int64_t k = at; k < at + depth; k++) {
-                sum += sebp_packing_element(&plan->a, i + r, k) *
-                       sebp_packing_element(&plan->b, j + col, k);
-            }
-            work->c[r][work->c_at + col] = sum;
+                sums[r][col] += work->bias[col];
         }
     }
+    for (int64_t first = at; first < at + depth; first += STEPS) {
+        const int64_t steps = sebp_min(STEPS, at + depth - first);
+        for (int64_t k = 0; k < steps; k++) {
+            for (int64_t r = 0; r < work->rows; r++)
+                a[r][k] = sebp_packing_element(&plan->a, i + r, first + k);
+            for (int64_t col = 0; col < work->cols; col++)
+                b[k][col] = sebp_packing_element(&plan->b, j + col, first + k);
+        }
+        for (int64_t r = 0; r < work->rows; r++) {
+            for (int64_t k = 0; k < steps; k++) {
+                for (int64_t col = 0; col < work->cols; col++)
+                    sums[r][col] += a[r][k] * b[k][col];
+            }
+        }
+    }
+    for (int64_t r = 0; r < work->rows; r++)
+        memcpy(work->c[r] + work->c_at, sums[r], (size_t)work->cols * sizeof(float));
 }
 
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at

@@ -121,10 +121,15 @@ void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float
     const int64_t group = group_of(how);
     for (int64_t first = 0; first < lanes; first += group) {
         const int64_t sliver = first / how->width, count = sebp_min(group, lanes - first);
-        bool is_tame = pack_group(kernels, how, packed + sliver * how->sliver_units, lane + first,
-                                  count, at, depth, room);
-        for (int64_t i = 0; i < sebp_div_ceil(count, how->width) && tame != NULL; i++)
-            tame[sliver + i] = is_tame;
+        float *to = packed + sliver * how->sliver_units;
+        bool is_tame = pack_group(kernels, how, to, lane + first, count, at, depth, room);
+        for (int64_t i = 0; i < count && tame != NULL; i += how->width, to += how->sliver_units) {
+            /* Which slivers are a group depends on where a chunk begins: each is tame by itself. */
+            const int64_t own = sebp_min(how->width, count - i);
+            tame[(first + i) / how->width] =
+                is_tame || (own < count &&
+                            pack_group(kernels, how, to, lane + first + i, own, at, depth, room));
+        }
     }
 }
 
