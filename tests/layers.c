@@ -90,3 +90,31 @@ sebp_matrix layer_output(int64_t rows, int64_t cols, sebp_dtype dtype)
 {
     return testing_matrix(rows, cols, testing_stride(cols), dtype);
 }
+
+int64_t layer_any_cols(void)
+{
+    return testing_chance(0.05) ? 0 : testing_between(1, testing_chance(0.3) ? 400 : 70);
+}
+
+/* Two layer_contexts whose results must be the same bits. */
+sebp_context *layer_contexts[2];
+
+void layer_open_contexts(void)
+{
+    layer_contexts[0] = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    layer_contexts[1] = testing_context(SEBP_GEMM_NATIVE, 3, 0);
+}
+
+void layer_close_contexts(void)
+{
+    sebp_context_destroy(layer_contexts[0]);
+    sebp_context_destroy(layer_contexts[1]);
+}
+
+double layer_kept(double probability, uint64_t seed, uint64_t offset, int64_t row, int64_t col,
+                  int64_t cols)
+{
+    uint64_t element = (uint64_t)(row * ((cols + 63) / 64 * 64) + col);
+    float u = sebp_random_uniform(seed, offset, element);
+    return u < (float)probability ? 0 : (double)(float)(1 / (1 - probability));
+}

@@ -35,4 +35,16 @@ void layer_not_vacuous(int64_t nonzeros, int64_t elements);
 /** An output: poison, of a matrix's shape; its gaps are checked as it is released. */
 sebp_matrix layer_output(int64_t rows, int64_t cols, sebp_dtype dtype);
 
+/** Columns of a random call: now and then none. */
+int64_t layer_any_cols(void);
+
+/** Two contexts, of one thread and of three, whose results must be the same bits. */
+extern sebp_context *layer_contexts[2];
+void layer_open_contexts(void);
+void layer_close_contexts(void);
+
+/** What dropout multiplies element (row, col) of a matrix of n columns by. */
+double layer_kept(double probability, uint64_t seed, uint64_t offset, int64_t row, int64_t col,
+                  int64_t cols);
+
 #endif
