@@ -118,11 +118,11 @@ refuses '--attention goes' "$bench" --attention --forward
 refuses '--attention goes' "$bench" --attention --shape 1x2:3
 # Row-wise layers
 succeeds "$bench" --layer --quick --verify-only --dtype both --threads 3
+prints '^verified$'
 succeeds "$bench" --choices --quick --repetitions 1 --seconds 0 --dtype both
 prints 'of 30 cases'
 succeeds "$bench" --choices --quick --repetitions 1 --seconds 0 --csv
 prints 'auto_over_best'
-prints '^verified$'
 succeeds "$bench" --layer --quick --csv --repetitions 2 --seconds 0
 if awk -F, 'NF != 10 || (NR > 1 && !($8 > 0 && $9 > 0 && $10 > 0)) { exit 1 } END { exit NR != 23 }' \
     "$work/out"; then pass; else fail "malformed csv"; fi
