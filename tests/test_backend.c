@@ -287,8 +287,8 @@ START_TEST(plans_run_again)
         plans[i].product = (sebp_product){.m = m,
                                           .n = n,
                                           .k = k,
-                                          .a = {of[0].data, of[0].stride, NULL, false},
-                                          .b = {of[1].data, of[1].stride, NULL, false},
+                                          .a = {of[0].data, of[0].stride, NULL, false, SEBP_F32},
+                                          .b = {of[1].data, of[1].stride, NULL, false, SEBP_F32},
                                           .c = of[2].data,
                                           .c_stride = of[2].stride,
                                           .accumulate = true};
