@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Prints simd/pieces.h: activations and their slopes as polynomials, piece by piece.
 
