@@ -139,6 +139,8 @@ typedef struct sebp_scores {
     int64_t dropout_stride;
 } sebp_scores;
 
+enum { SEBP_MAX_TILE = 32 }; /* rows and columns of a tile, at most */
+
 /** The tile of C that a kernel sums at once, and how its factors are packed. */
 typedef struct sebp_tile_shape {
     int rows, cols;

@@ -4,6 +4,13 @@
 
 enum { TILE_COLS = TILE_VECS * VEC_LANES };
 
+_Static_assert((int)TILE_ROWS <= SEBP_MAX_TILE && (int)TILE_COLS <= SEBP_MAX_TILE,
+               "a tile is larger than callers have room for");
+#if HAS_TILES
+_Static_assert((int)TILE_BLOCK <= (int)SEBP_MAX_TILE,
+               "a tile is larger than callers have room for");
+#endif
+
 const sebp_kernels SEBP_NAME(kernels) = {
     .isa = SEBP_ISA_TEXT,
     .shape_f32 = {TILE_ROWS, TILE_COLS, TILE_SLACK, 1, 1},

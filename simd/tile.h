@@ -7,11 +7,10 @@
  *
  * There are eight tiles, each TILE_SIDE rows of TILE_SIDE units of 4 bytes: an f32, or a pair of
  * bf16. A tile is named by a digit, 0 to 7, which must be a literal: it becomes part of an
- * instruction. A `tile_set` is the eight: a kernel declares one
- * and hands its address to each word.
+ * instruction. A `tile_set` is the eight: a kernel declares one and hands its address to each word.
  *
- *     tile_configure()                  before a thread's first other word
- *     tile_release()                    after its last: the thread has no tiles to be saved any more
+ *     tile_configure()                before a thread's first other word
+ *     tile_release()                  after its last: the thread has no tiles to be saved any more
  *     tile_zero(set, t)               all bits 0
  *     tile_load(set, t, p, stride)    the rows of a tile, `stride` bytes apart in memory
  *     tile_store(set, t, p, stride)   likewise

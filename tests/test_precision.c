@@ -362,6 +362,40 @@ START_TEST(a_nan_leaves_the_bits_to_no_thread)
 }
 END_TEST
 
+/* Matrices of bf16 are multiplied alike however many rows there are, whatever packing costs. */
+START_TEST(bf16_rows_alone_have_the_same_bits)
+{
+    static const sebp_rates rates[] = {
+        {.tile_f32 = 1, .tile_bf16 = 0.9, .pack_bf16 = 2},
+        {.tile_f32 = 0.9, .tile_bf16 = 1, .pack_f32 = 1, .widen = 1},
+    };
+    for (int round = testing_rounds(30); round > 0; round--) {
+        int64_t M = testing_between(2, 90), N = testing_between(1, 90), K = testing_between(1, 300);
+        int64_t row = testing_between(0, M - 1);
+        sebp_matrix x = testing_random_matrix(M, K, SEBP_BF16, TESTING_REAL);
+        sebp_matrix w = testing_random_matrix(N, K, SEBP_BF16, TESTING_REAL);
+        sebp_matrix all = testing_matrix(M, N, N, SEBP_F32),
+                    alone = testing_matrix(M, N, N, SEBP_F32);
+        sebp_context *context = make_context(true);
+        sebp_rows *one = NULL;
+        ((sebp_cpu *)context->device->state)->rates = rates[testing_between(0, 1)];
+        testing_succeed(sebp_rows_from_indices(&row, 1, M, &one), context);
+        testing_succeed(sebp_linear_forward(context, &x, &w, NULL, NULL, NULL, &all), context);
+        testing_succeed(sebp_linear_forward(context, &x, &w, NULL, one, NULL, &alone), context);
+        for (int64_t j = 0; j < N; j++) {
+            check(testing_get(&all, row, j) == testing_get(&alone, row, j),
+                  "column %" PRId64 " of row %" PRId64 " of %" PRId64, j, row, M);
+        }
+        sebp_rows_destroy(one);
+        sebp_context_destroy(context);
+        testing_release(&x);
+        testing_release(&w);
+        testing_release(&all);
+        testing_release(&alone);
+    }
+}
+END_TEST
+
 /* Y of a call, a context and the environment that ask for a precision. */
 static sebp_matrix y_of(const layer *l, sebp_precision of_call, sebp_precision of_context,
                         const char *variable)
@@ -433,6 +467,7 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, what_is_not_faster_is_not_done, first, end);
     tcase_add_loop_test(all, nan_and_inf_are_those_of_f32, SEBP_PRECISION_SPLIT, end);
     tcase_add_loop_test(all, a_nan_leaves_the_bits_to_no_thread, SEBP_PRECISION_SPLIT, end);
+    tcase_add_test(all, bf16_rows_alone_have_the_same_bits);
     tcase_add_test(all, who_says_how_exact);
     suite_add_tcase(suite, all);
     return suite;

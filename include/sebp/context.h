@@ -60,9 +60,10 @@ typedef enum sebp_placement {
 } sebp_placement;
 
 /**
- * How exact products of f32 matrices must be, from the most exact on. Names and meaning are those of
- * PyTorch's torch.set_float32_matmul_precision(). A level allows sums of products of bf16, which some
- * processors multiply many times faster; where they do not, the product is the exact one of f32.
+ * How exact products of f32 matrices must be, from the most exact on. HIGHEST, HIGH and MEDIUM mean
+ * what they mean to PyTorch's torch.set_float32_matmul_precision(). Some processors multiply bf16 many
+ * times faster than f32. A level allows the library to use that; where it would not be faster, the
+ * library multiplies f32.
  *
  * Each f32 is split into one, two or three bf16 whose sum is near to it, or equal to it; products of
  * parts are added up in f32 (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence
@@ -75,8 +76,9 @@ typedef enum sebp_placement {
  * too, and the f32 one is as the level says. Sums of bases (basis.h) and merges of LoRA take f32's own
  * product, whatever is asked for.
  *
- * Which way is faster is measured when the first context of a process is made, and holds for all of its
- * contexts. Where both are about as fast another process may choose the other one.
+ * Which is faster is measured when the first context of a process is made, and holds for all of its
+ * contexts. It also depends on the sizes of a product: below HIGHEST a row may be rounded otherwise alone
+ * than among others. Where both are about as fast, another process may choose otherwise.
  */
 typedef enum sebp_precision {
     SEBP_PRECISION_DEFAULT = 0, /**< of a call: the context's; of a context: HIGHEST */

@@ -21,8 +21,9 @@
  *
  *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<rows>,<milliseconds>
  *
- * A product is written as "native:auto" or "onednn:asked": which GEMM computed it, and why. The two
- * products of a backward are joined by "+", dW's first. The rows are "all rows", "one run",
+ * A product is written as "native:auto" or "onednn:asked": which GEMM computed it, and why.
+ * "native:medium", "native:high" and "native:split" are products of bf16 that the precision allowed. The
+ * two products of a backward are joined by "+", dW's first. The rows are "all rows", "one run",
  * "scattered rows" or "no rows", followed by " found" where the call found them.
  */
 #ifndef SEBP_LINEAR_H
@@ -80,12 +81,12 @@ typedef struct sebp_linear_options {
     }
 
 /**
- * Y[R] = X[R] W^T + b, with options->residual Z[R] added to it. With options->activated that matrix
- * becomes f(Y)[R]: Y is what the backward of the activation needs. The other rows of both are zeroed or
- * left, as options->inactive says.
+ * Y[R] = X[R] W^T + b. The other rows of Y are zeroed or left, as options->inactive says.
  *
- * Both save a pass over memory against calls of their own. f(Y) has the same bits as
- * sebp_activation_forward() gives of Y. Where it takes Y's place, Y is not kept.
+ * With options->residual its rows R are added to Y[R]. With options->activated the rows R of that matrix
+ * become f(Y[R]), and its other rows are treated as Y's. Either saves a pass over memory that a call of
+ * its own would take. The bits are those that sebp_activation_forward() gives of Y. The backward of f needs
+ * Y; where `activated` is Y itself, f(Y) takes its place.
  *
  * @param x        M x K; m x K with x_is_compact.
  * @param w        N x K, either dtype.
@@ -97,11 +98,10 @@ typedef struct sebp_linear_options {
  * Any stride is allowed, and any size may be 0. With K = 0 the active rows become what is added.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_STRIDE; SEBP_ERROR_OVERFLOW;
- *         SEBP_ERROR_DTYPE (the residual or `activated` not of Y's dtype);
- *         SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS
- *         (made for another M; x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
- *         SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. Only SEBP_ERROR_BACKEND may leave outputs half
- *         written.
+ *         SEBP_ERROR_DTYPE (an unknown one; the residual or `activated` not of Y's, `before` not of
+ *         dX's); SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS (made for another M; x_is_compact
+ *         without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND.
+ *         Only SEBP_ERROR_BACKEND may leave outputs half written.
  */
 SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x,
                                          const sebp_matrix *w, const sebp_matrix *bias,
@@ -111,9 +111,9 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
 /**
  * dX, dW and db from dY, on the active rows alone. Each output is optional.
  *
- * With options->before, Z, dX[R] = (dY[R] W) f'(Z[R]), element by element: the gradient of what the
- * activation took. It has the same bits as sebp_activation_backward() gives of dY W, and saves a pass
- * over memory.
+ * Where X is itself an activation, X = f(Z), options->before may be Z. Then dX[R] becomes the gradient of
+ * Z[R], which is (dY[R] W) f'(Z[R]) element by element. That saves a pass over memory. The bits are those
+ * that sebp_activation_backward() gives of dY[R] W.
  *
  * @param dy       M x N.
  * @param x        M x K, or m x K with x_is_compact; either dtype. Needed for dW only, else NULL.

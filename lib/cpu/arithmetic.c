@@ -3,9 +3,9 @@
  * @file arithmetic.c
  * How a product is computed: by multiply-adds of f32, or by products of bf16, of as many parts as the
  * precision asks for. The choice is that of a small model: what a multiply-add takes in a tile, and an
- * element in packing, either way. Both are measured when the first context is made, as no table of processors
- * could tell: the bf16 dot of AVX-512 is twice as fast as f32's multiply-add on some, and half as fast
- * on others.
+ * element in packing, either way. Both are measured when the first context is made, as no table of
+ * processors could tell: the bf16 dot of AVX-512 is twice as fast as f32's multiply-add on some, and
+ * half as fast on others.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -22,7 +22,8 @@ enum {
     DEPTH = 256, /* elements: packed factors of one tile stay in the nearest cache */
     TRIES = 5,   /* the shortest counts */
     ROUNDS = 8,  /* in one try */
-    ALIGNMENT = 64
+    ALIGNMENT = 64,
+    NEAR_ONE = 0x3F /* bytes like this are 0.75 in f32 and in bf16 */
 };
 
 int sebp_terms_of(const sebp_packing *a, const sebp_packing *b, int parts, sebp_term *terms)
@@ -45,31 +46,28 @@ typedef struct trial {
     const sebp_kernels *kernels;
     float *f32, *packed_a, *packed_b, *sums;
     uint16_t *bf16[SEBP_MAX_PARTS];
-    float *rows[64]; /* of the sums */
+    float *rows[SEBP_MAX_TILE]; /* of the sums */
 } trial;
 
-static void tile_f32(const trial *of)
+static void run_tile(const trial *of, const sebp_tile_shape *shape, sebp_tile *tile)
 {
-    const sebp_tile_shape *shape = &of->kernels->shape_f32;
     const sebp_tile_work work = {.units = DEPTH / shape->unit_elements,
                                  .a = of->packed_a,
                                  .b = of->packed_b,
                                  .c = of->rows,
                                  .rows = shape->rows,
                                  .cols = shape->cols};
-    of->kernels->tile_f32(&work);
+    tile(&work);
+}
+
+static void tile_f32(const trial *of)
+{
+    run_tile(of, &of->kernels->shape_f32, of->kernels->tile_f32);
 }
 
 static void tile_bf16(const trial *of)
 {
-    const sebp_tile_shape *shape = &of->kernels->shape_bf16;
-    const sebp_tile_work work = {.units = DEPTH / shape->unit_elements,
-                                 .a = of->packed_a,
-                                 .b = of->packed_b,
-                                 .c = of->rows,
-                                 .rows = shape->rows,
-                                 .cols = shape->cols};
-    of->kernels->tile_bf16(&work);
+    run_tile(of, &of->kernels->shape_bf16, of->kernels->tile_bf16);
 }
 
 static void pack_f32(const trial *of)
@@ -137,7 +135,7 @@ static sebp_status measure_all(const sebp_kernels *kernels, sebp_rates *rates)
     const int64_t floats = of_a + 2 * room + of_c + SEBP_MAX_PARTS * room / 2 + 16;
     if (posix_memalign(&memory, ALIGNMENT, (size_t)floats * sizeof(float)) != 0)
         return SEBP_ERROR_MEMORY;
-    memset(memory, 0, (size_t)floats * sizeof(float));
+    memset(memory, NEAR_ONE, (size_t)floats * sizeof(float));
     trial of = {.kernels = kernels, .packed_a = memory};
     of.packed_b = of.packed_a + of_a;
     of.f32 = of.packed_b + room;
@@ -183,6 +181,9 @@ sebp_status sebp_cpu_measure(const sebp_kernels *kernels, sebp_rates *rates)
 
 /* ---- the choice ---- */
 
+/* What is about as fast is left as it is: bf16 in bf16, and f32 in f32. */
+#define MARGIN 0.95
+
 static double packing_cost(const sebp_rates *rates, const sebp_packing *how)
 {
     if (how->packs == SEBP_F32)
@@ -206,12 +207,21 @@ static double cost_of(const sebp_cpu *cpu, const sebp_product *product, sebp_ari
            k * (m * packing_cost(&cpu->rates, &a) + n * packing_cost(&cpu->rates, &b));
 }
 
+/* Matrices of bf16 are multiplied one way, whatever their sizes: a row has the same bits alone and
+ * among others. */
+static sebp_arithmetic choose_for_bf16(const sebp_cpu *cpu)
+{
+    bool f32_is_faster = cpu->rates.tile_f32 < MARGIN * cpu->rates.tile_bf16;
+    return (sebp_arithmetic){cpu->kernels->bf16_dots ? !f32_is_faster : true, 1};
+}
+
 sebp_arithmetic sebp_choose_arithmetic(const sebp_cpu *cpu, const sebp_product *product)
 {
     const sebp_arithmetic by_f32 = {false, 1};
-    const bool is_bf16 = product->a.dtype == SEBP_BF16 && product->b.dtype == SEBP_BF16;
     int parts; /* at least, of those that are exact enough */
-    if (is_bf16 || product->precision == SEBP_PRECISION_MEDIUM)
+    if (product->a.dtype == SEBP_BF16 && product->b.dtype == SEBP_BF16)
+        return choose_for_bf16(cpu);
+    if (product->precision == SEBP_PRECISION_MEDIUM)
         parts = 1;
     else if (product->precision == SEBP_PRECISION_HIGH)
         parts = 2;
@@ -220,10 +230,6 @@ sebp_arithmetic sebp_choose_arithmetic(const sebp_cpu *cpu, const sebp_product *
     else
         return by_f32;
     const sebp_arithmetic by_bf16 = {true, parts};
-    if (is_bf16 && !cpu->kernels->bf16_dots)
-        return by_bf16; /* nothing was measured: the bits must not depend on m */
-    /* What is about as fast is left as it is: bf16 in bf16, and f32 in f32. */
-    const double margin = is_bf16 ? 1.1 : 0.95;
     const double bf16 = cost_of(cpu, product, by_bf16), f32 = cost_of(cpu, product, by_f32);
-    return bf16 < margin * f32 ? by_bf16 : by_f32;
+    return bf16 < MARGIN * f32 ? by_bf16 : by_f32;
 }

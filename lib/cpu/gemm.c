@@ -96,11 +96,12 @@ static void run_terms(const sebp_native_plan *plan, const sebp_tile_work *work)
 
 /* The same where a part is NaN or Inf, of which products of parts would make NaN alone: as f32 has it.
  * The tile is that of row i and column j of the product, and `depth` elements from `at` on. */
-static void run_untamed(const sebp_native_plan *plan, const sebp_tile_work *work, int64_t i,
-                        int64_t j, int64_t at, int64_t depth)
+static void run_in_f32(const sebp_native_plan *plan, const sebp_tile_work *work, int64_t i,
+                       int64_t j, int64_t at, int64_t depth)
 {
-    enum { SIDE = 32 /* of a tile, at most */, STEPS = 64 };
-    float sums[SIDE][SIDE], a[SIDE][STEPS], b[STEPS][SIDE];
+    enum { STEPS = 64 };
+    float sums[SEBP_MAX_TILE][SEBP_MAX_TILE];
+    float a[SEBP_MAX_TILE][STEPS], b[STEPS][SEBP_MAX_TILE];
     for (int64_t r = 0; r < work->rows; r++) {
         for (int64_t col = 0; col < work->cols; col++) {
             sums[r][col] = work->accumulate ? work->from[r][work->c_at + col] : 0;
@@ -138,14 +139,15 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
     int64_t cols = sebp_min(shape->cols, block->n1 - j0);
     bool is_first = i0 == block->m0, reads_rows = reads_b_rows(plan);
     bool adds_residual = product->residual != NULL && at == 0;
-    bool *b_tame =
-        block->room.b_tame != NULL ? block->room.b_tame + (j0 - block->n0) / shape->cols : NULL;
+    bool *b_is_finite = block->room.b_is_finite != NULL
+                            ? block->room.b_is_finite + (j0 - block->n0) / shape->cols
+                            : NULL;
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->room.packed_a,
         .b = sliver,
         .pack_b = is_first && reads_rows && cols == shape->cols &&
-                  (block->room.a_tame == NULL || block->room.a_tame[0]),
+                  (block->room.a_is_finite == NULL || block->room.a_is_finite[0]),
         .b_rows = block->room.b_rows,
         .b_at = j0 * bytes,
         .c = block->room.c_rows,
@@ -158,7 +160,7 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
     if (is_first && !work.pack_b) {
-        sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, b_tame,
+        sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, b_is_finite,
                         block->room.converted);
     }
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
@@ -171,10 +173,10 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         work.rows = sebp_min(shape->rows, i1 - i);
         work.ahead_line = lines * tile / tiles;
         work.ahead_lines = lines * (tile + 1) / tiles - work.ahead_line;
-        bool is_tame =
-            (b_tame == NULL || *b_tame) && (block->room.a_tame == NULL || block->room.a_tame[tile]);
-        if (!is_tame)
-            run_untamed(plan, &work, i, j0, at, depth);
+        bool is_finite = (b_is_finite == NULL || *b_is_finite) &&
+                         (block->room.a_is_finite == NULL || block->room.a_is_finite[tile]);
+        if (!is_finite)
+            run_in_f32(plan, &work, i, j0, at, depth);
         else
             run_terms(plan, &work);
         work.a += plan->a.sliver_units;
@@ -212,7 +214,7 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             int64_t i1 = sebp_min(i0 + plan->panel, block->m1);
             list_c_rows(plan, block, i0, i1);
             sebp_pack_lanes(plan->kernels, &plan->a, block->room.packed_a, i0, i1 - i0, at, depth,
-                            block->room.a_tame, block->room.converted);
+                            block->room.a_is_finite, block->room.converted);
             float *sliver = block->room.packed_b;
             int64_t finished = at + depth < k || block->room.c != NULL ? block->n1 : block->n0;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols) {

@@ -118,8 +118,8 @@ int64_t sebp_native_lay_out(const sebp_native_plan *plan, char *scratch, sebp_na
     room->b_rows = take(&at, (depth + 1) * (int64_t)sizeof(char *), &total);
     room->c_rows = take(&at, plan->panel * (int64_t)sizeof(float *), &total);
     room->residual_rows = take(&at, plan->panel * (int64_t)sizeof(float *), &total);
-    room->a_tame = plan->a.is_checked ? take(&at, a_slivers, &total) : NULL;
-    room->b_tame = plan->b.is_checked ? take(&at, b_slivers, &total) : NULL;
+    room->a_is_finite = plan->a.is_checked ? take(&at, a_slivers, &total) : NULL;
+    room->b_is_finite = plan->b.is_checked ? take(&at, b_slivers, &total) : NULL;
     room->converted = take(&at, converted, &total);
     return total;
 }

@@ -93,26 +93,27 @@ static bool pack_group(const sebp_kernels *kernels, const sebp_packing *how, flo
     const int64_t rows = is_lane ? lanes : depth, elements = is_lane ? depth : lanes;
     const int64_t first_row = is_lane ? lane : at, first = is_lane ? at : lane;
     const int64_t stride = room_stride(elements);
-    bool tame = true;
+    bool is_finite = true;
     for (int64_t i = 0; i < rows; i++) {
-        bool is_tame = convert(kernels, how, element_at(how, first_row + i, first), elements, room,
-                               i, rows, stride);
-        tame = tame && is_tame;
+        const void *from = element_at(how, first_row + i, first);
+        if (!convert(kernels, how, from, elements, room, i, rows, stride))
+            is_finite = false;
     }
     if (how->packs == how->dtype) {
         how->pack(packed, how->sliver_units, &how->slab, lane, lanes, at, depth);
-        return tame;
+        return is_finite;
     }
     const int64_t part_bytes = rows * stride * (int64_t)sebp_dtype_bytes(how->packs);
     for (int i = 0; i < how->parts; i++) {
         const sebp_slab converted = {(char *)room + i * part_bytes, stride, NULL, is_lane};
         how->pack(packed + i * how->part_units, how->sliver_units, &converted, 0, lanes, 0, depth);
     }
-    return tame;
+    return is_finite;
 }
 
 void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
-                     int64_t lane, int64_t lanes, int64_t at, int64_t depth, bool *tame, void *room)
+                     int64_t lane, int64_t lanes, int64_t at, int64_t depth, bool *finite,
+                     void *room)
 {
     if (sebp_packs_straight(how)) {
         how->pack(packed, how->sliver_units, &how->slab, lane, lanes, at, depth);
@@ -122,13 +123,13 @@ void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float
     for (int64_t first = 0; first < lanes; first += group) {
         const int64_t sliver = first / how->width, count = sebp_min(group, lanes - first);
         float *to = packed + sliver * how->sliver_units;
-        bool is_tame = pack_group(kernels, how, to, lane + first, count, at, depth, room);
-        for (int64_t i = 0; i < count && tame != NULL; i += how->width, to += how->sliver_units) {
-            /* Which slivers are a group depends on where a chunk begins: each is tame by itself. */
+        bool is_finite = pack_group(kernels, how, to, lane + first, count, at, depth, room);
+        for (int64_t i = 0; i < count && finite != NULL; i += how->width, to += how->sliver_units) {
+            /* Which slivers are a group depends on where a chunk begins: each is looked at by itself. */
             const int64_t own = sebp_min(how->width, count - i);
-            tame[(first + i) / how->width] =
-                is_tame || (own < count &&
-                            pack_group(kernels, how, to, lane + first + i, own, at, depth, room));
+            finite[(first + i) / how->width] =
+                is_finite || (own < count &&
+                              pack_group(kernels, how, to, lane + first + i, own, at, depth, room));
         }
     }
 }

@@ -46,12 +46,12 @@ int64_t sebp_packing_room(const sebp_packing *how, int64_t lanes, int64_t depth)
 /**
  * Packs `lanes` lanes from `lane` on, `depth` elements of each from `at` on.
  *
- * @param tame  for each sliver, whether all parts are finite; NULL: not wanted, where nothing is
+ * @param finite  for each sliver, whether all parts are finite; NULL: not wanted, where nothing is
  *              checked.
  * @param room  sebp_packing_room() bytes, 64-byte aligned.
  */
 void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
-                     int64_t lane, int64_t lanes, int64_t at, int64_t depth, bool *tame,
+                     int64_t lane, int64_t lanes, int64_t at, int64_t depth, bool *finite,
                      void *room);
 
 /** An element of the factor, as f32. */

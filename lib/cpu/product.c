@@ -52,13 +52,12 @@ static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
     return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
 }
 
-static const char *native_path(const sebp_cpu *cpu, const sebp_product *product,
-                               sebp_arithmetic arithmetic)
+/* NULL where no f32 is rounded or split. */
+static const char *path_by_parts(const sebp_product *product, sebp_arithmetic arithmetic)
 {
-    static const char *const by_parts[] = {"native:medium", "native:high", "native:split"};
-    if (arithmetic.by_bf16 && (product->a.dtype == SEBP_F32 || product->b.dtype == SEBP_F32))
-        return by_parts[arithmetic.parts - 1];
-    return cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
+    static const char *const paths[] = {"native:medium", "native:high", "native:split"};
+    bool has_f32 = product->a.dtype == SEBP_F32 || product->b.dtype == SEBP_F32;
+    return has_f32 && arithmetic.by_bf16 ? paths[arithmetic.parts - 1] : NULL;
 }
 
 /* Whether a product takes more scratch memory than there is. */
@@ -74,7 +73,7 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
     cpu_plan *made = plan_of(plan);
     const sebp_arithmetic arithmetic = sebp_choose_arithmetic(cpu, product);
     made->by = BY_NATIVE;
-    plan->path = native_path(cpu, product, arithmetic);
+    plan->path = cpu->gemm == SEBP_GEMM_NATIVE ? "native:asked" : "native:auto";
     if (product->m == 0 || product->n == 0) {
         made->by = BY_NOBODY;
         plan->path = "none:empty";
@@ -93,6 +92,8 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
     (void)prefers_onednn;
 #endif
     if (made->by == BY_NATIVE) {
+        const char *by_parts = path_by_parts(product, arithmetic);
+        plan->path = by_parts != NULL ? by_parts : plan->path; /* whatever has kept oneDNN away */
         sebp_native_plan_product(cpu, product, arithmetic, &made->how.native);
         made->scratch_bytes = sebp_native_scratch(&made->how.native);
     }

@@ -43,8 +43,8 @@ typedef struct sebp_native_room {
     const char **b_rows;         /* of the block of the depth at hand, where they are its steps */
     float **c_rows;              /* of the panel at hand: column 0 of C, or of its f32 block */
     const float **residual_rows; /* the same of the residual, where C has no f32 block */
-    bool *a_tame, *b_tame;       /* of each sliver; NULL where it is not checked */
-    void *converted;             /* rows that are converted as they are packed */
+    bool *a_is_finite, *b_is_finite; /* of each sliver; NULL where it is not checked */
+    void *converted;                 /* rows that are converted as they are packed */
 } sebp_native_room;
 
 /** Lays them out in a worker's scratch memory, and returns its bytes; NULL: it only counts. */
