@@ -4,7 +4,8 @@
  * The library's own matrix product: packs straight from gathered rows, writes straight to scattered
  * ones, so that compacting rows costs nothing beside the product.
  *
- * C is cut into a grid of chunks, one for each worker at a time. Within a chunk
+ * C is cut into a grid of chunks, a few to a worker, which takes the next one when it is done with one.
+ * Within a chunk
  *
  *     for each block of C (all of it, or a part that is summed in scratch memory)
  *       for each block of the depth
@@ -24,6 +25,7 @@
 #include "config.h"
 #endif
 
+#include <stdatomic.h>
 #include <string.h>
 
 #include "epilogue.h"
@@ -36,6 +38,7 @@ enum { FINISH_COLS = 256 /* columns of a panel of C that are in L2 when the epil
 typedef struct native_run {
     const sebp_native_plan *plan;
     char *scratch;
+    _Atomic int64_t next_chunk; /* of those that no worker has begun */
 } native_run;
 
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
@@ -128,6 +131,19 @@ static void run_in_f32(const sebp_native_plan *plan, const sebp_tile_work *work,
         memcpy(work->c[r] + work->c_at, sums[r], (size_t)work->cols * sizeof(float));
 }
 
+/* Packs B from column j0 on, where that begins a group of slivers. */
+static void pack_group(const sebp_native_plan *plan, const c_block *block, int64_t j0,
+                       float *sliver, int64_t at, int64_t depth)
+{
+    const int64_t first = (j0 - block->n0) / plan->shape->cols;
+    if (first % plan->b_group != 0)
+        return;
+    bool *finite = block->room.b_is_finite != NULL ? block->room.b_is_finite + first : NULL;
+    const int64_t cols = sebp_min(plan->b_group * plan->shape->cols, block->n1 - j0);
+    sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, finite,
+                    block->room.converted);
+}
+
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
  * column j0. The first panel also packs the sliver, and prefetches the rows of the next one. */
 static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
@@ -159,10 +175,8 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .stream = plan->stream,
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
-    if (is_first && !work.pack_b) {
-        sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, b_is_finite,
-                        block->room.converted);
-    }
+    if (is_first && !work.pack_b)
+        pack_group(plan, block, j0, sliver, at, depth);
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
     if (is_first && reads_rows && j0 + 2 * shape->cols <= block->n1) {
         work.ahead = block->room.b_rows;
@@ -205,7 +219,6 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
 {
     const sebp_tile_shape *shape = plan->shape;
     int64_t k = plan->product->k, k_block = plan->units * plan->shape->unit_elements;
-    int64_t b_units = plan->b.sliver_units * plan->b.parts;
     bool one_panel = block->m1 - block->m0 <= plan->panel;
     for (int64_t at = 0; at < k; at += k_block) {
         int64_t depth = sebp_min(k_block, k - at);
@@ -215,17 +228,18 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             list_c_rows(plan, block, i0, i1);
             sebp_pack_lanes(plan->kernels, &plan->a, block->room.packed_a, i0, i1 - i0, at, depth,
                             block->room.a_is_finite, block->room.converted);
-            float *sliver = block->room.packed_b;
+            int64_t index = 0; /* of the sliver */
             int64_t finished = at + depth < k || block->room.c != NULL ? block->n1 : block->n0;
-            for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols) {
+            for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols, index++) {
+                /* With one panel the next group takes the place of this one, which stays in cache. */
+                const int64_t place = one_panel ? index % plan->b_group : index;
+                float *sliver = block->room.packed_b + place * plan->b.sliver_units;
                 run_panel(plan, block, i0, i1, j0, sliver, at, depth);
                 int64_t j1 = sebp_min(j0 + shape->cols, block->n1);
                 if (j1 - finished >= FINISH_COLS || (j1 == block->n1 && finished < j1)) {
                     sebp_cpu_finish(plan->kernels, plan->product, i0, i1, finished, j1);
                     finished = j1;
                 }
-                if (!one_panel) /* else the next sliver takes its place, which stays in cache */
-                    sliver += b_units;
             }
         }
     }
@@ -285,14 +299,17 @@ static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int6
     }
 }
 
+/* A worker begins with a chunk of its own, the same in each call of the kind, so that its caches may
+ * still hold some of it. Then it takes whichever is next: threads differ in speed. */
 static void run_worker(void *work, int64_t worker)
 {
-    const native_run *run = work;
+    native_run *run = work;
     const sebp_native_plan *plan = run->plan;
     const sebp_product *product = plan->product;
+    const int64_t chunks = plan->grid_m * plan->grid_n;
     if (plan->by_bf16)
         plan->kernels->configure_tiles();
-    for (int64_t chunk = worker; chunk < plan->grid_m * plan->grid_n; chunk += plan->workers) {
+    for (int64_t chunk = worker; chunk < chunks; chunk = atomic_fetch_add(&run->next_chunk, 1)) {
         int64_t i = chunk / plan->grid_n, j = chunk % plan->grid_n;
         run_chunk(plan, cut(product->m, plan->grid_m, i, plan->shape->rows),
                   cut(product->m, plan->grid_m, i + 1, plan->shape->rows),
@@ -336,7 +353,7 @@ static void fill_rows(const sebp_kernels *kernels, const sebp_product *product)
 
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
 {
-    native_run run = {plan, scratch};
+    native_run run = {plan, scratch, plan->workers};
     if (plan->product->k == 0)
         fill_rows(cpu->kernels, plan->product);
     else

@@ -17,7 +17,7 @@ enum {
     A_SHARE_NUM = 3, /* of L2 for a packed panel of A */
     A_SHARE_DEN = 8,
     B_BYTES = 6 << 20, /* packed B of one worker: it streams from L3 */
-    ROUNDS = 2         /* chunks to a worker at most */
+    ROUNDS = 4         /* chunks to a worker at most */
 };
 
 /* How large blocks are, which depends on the tiles. */
@@ -36,13 +36,11 @@ static const blocking by_wide_tiles = {512, 768, 4 << 20, INT64_MAX, 24};
  * in L1. */
 static const blocking by_narrow_tiles = {384, 512, 4 << 20, INT64_MAX, 24};
 
-/* A matrix unit: AMX does 2048 flop a cycle. A step of 32 x 32 x 32 takes 64 cycles, and reads 2 KiB
- * of A and as much of B. L2 gives fewer than 64 bytes a cycle, so it can feed one of them: A's panel
- * lies there, and B's sliver, 256 units or 32 KiB, stays in an L1 of 48. A deeper one would write C
- * less often (each time is 4 KiB read and written, for 16 steps), but read both factors from L2. C's
- * block shares an L2 of 2 MiB with A's panel, and is near to a square, as A is packed again for each
- * block of columns and B for each block of rows. */
-static const blocking by_matrix_unit = {256, 256, 1 << 20, 512, 96};
+/* A matrix unit: AMX does 1024 flop a cycle. A step of 32 x 32 x 32 takes 64 cycles, and reads 2 KiB of
+ * A and as much of B. A's panel lies in L2. So does most of B's sliver, 384 units or 48 KiB: a shorter
+ * one would stay in L1, but C would be read and written more often, each time 8 KiB for a block of it.
+ * A and C share an L2 of 2 MiB, and columns are many, as A is packed again for each block of them. */
+static const blocking by_matrix_unit = {384, 384, 2 << 20, 1024, 96};
 
 /* Units from the start of one packed sliver of `width` lanes to the next. */
 static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
@@ -58,8 +56,19 @@ static const blocking *blocking_of(const sebp_tile_shape *shape)
     return shape->cols <= NARROW ? &by_narrow_tiles : &by_wide_tiles;
 }
 
-/* Chooses the grid that gives the busiest worker the smallest amount of work: computing its tiles,
- * and packing A for every column of chunks and B for every row of them. */
+/* What a grid of `count` chunks takes, each of which takes `chunk`: the mean of two estimates. Threads
+ * may be alike; then they end together, after whole rounds. Or some are slower, as another program runs
+ * beside them or they are cores of another kind; then all end within a chunk of each other. */
+static double grid_cost(int64_t count, double chunk, int64_t threads)
+{
+    double alike = (double)sebp_div_ceil(count, threads) * chunk;
+    if (threads == 1)
+        return alike;
+    double unlike = ((double)count / (double)threads + 1) * chunk;
+    return (alike + unlike) / 2;
+}
+
+/* Chooses the fastest grid: a chunk computes its tiles, and packs its rows of A and its columns of B. */
 static void choose_grid(sebp_native_plan *plan, int64_t threads)
 {
     const int packing = blocking_of(plan->shape)->packing;
@@ -70,8 +79,7 @@ static void choose_grid(sebp_native_plan *plan, int64_t threads)
         for (int64_t grid_n = 1; grid_n <= cols && grid_m * grid_n <= ROUNDS * threads; grid_n++) {
             double m = (double)(sebp_div_ceil(rows, grid_m) * plan->shape->rows);
             double n = (double)(sebp_div_ceil(cols, grid_n) * plan->shape->cols);
-            double cost =
-                (double)sebp_div_ceil(grid_m * grid_n, threads) * (m * n + packing * (m + n));
+            double cost = grid_cost(grid_m * grid_n, m * n + packing * (m + n), threads);
             if (best == 0 || cost < best) {
                 best = cost;
                 plan->grid_m = grid_m;
@@ -104,7 +112,7 @@ int64_t sebp_native_lay_out(const sebp_native_plan *plan, char *scratch, sebp_na
     const int64_t a_slivers = sebp_div_ceil(plan->panel, shape->rows);
     const int64_t b_slivers = sebp_div_ceil(plan->block_n, shape->cols);
     const int64_t converted = sebp_max(sebp_packing_room(&plan->a, plan->panel, depth),
-                                       sebp_packing_room(&plan->b, shape->cols, depth));
+                                       sebp_packing_room(&plan->b, plan->block_n, depth));
     int64_t total = 0;
     char *at = scratch;
     room->packed_a =
@@ -195,11 +203,15 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
         else
             plan->workers--; /* one tile needs far less than half of the smallest bound */
     }
+    plan->b_group = 1;
+    if (!sebp_packs_straight(&plan->b))
+        plan->b_group = sebp_min(plan->block_n, sebp_packing_lanes(&plan->b)) / shape->cols;
     plan->workers = sebp_max(1, plan->workers); /* were it more, there would be no memory for it */
     plan->worker_bytes = worker_bytes(plan);
     plan->a.sliver_units = sliver_units(plan, shape->rows);
     plan->a.part_units = sebp_div_ceil(plan->panel, shape->rows) * plan->a.sliver_units;
-    plan->b.sliver_units = plan->b.part_units = sliver_units(plan, shape->cols);
+    plan->b.part_units = sliver_units(plan, shape->cols); /* the parts of a sliver lie together */
+    plan->b.sliver_units = plan->b.part_units * plan->b.parts;
 }
 
 void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,

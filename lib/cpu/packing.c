@@ -8,8 +8,12 @@
 
 #include "packing.h"
 
+/* What is converted at a time stays in the nearest cache. Memory rows are read in runs of 1 KiB or so. */
 enum {
-    GROUP_LANES = 64, /* lanes converted at a time, about: they stay in the nearest caches */
+    LANES_OF_ROWS = 32,   /* lanes, about, where memory rows are lanes */
+    DEPTH_OF_ROWS = 1024, /* and elements of each */
+    LANES_OF_STEPS = 256, /* lanes where memory rows are steps of the depth */
+    DEPTH_OF_STEPS = 32,  /* and steps */
     LINE = 64
 };
 
@@ -32,6 +36,7 @@ sebp_packing sebp_packing_of(const sebp_kernels *kernels, const sebp_operand *op
     };
     const sebp_tile_shape *shape = arithmetic.by_bf16 ? &kernels->shape_bf16 : &kernels->shape_f32;
     how.width = is_a ? shape->rows : shape->cols;
+    how.unit_elements = shape->unit_elements;
     if (packs_bf16)
         how.pack = is_a ? kernels->pack_a_bf16 : kernels->pack_b_bf16;
     else
@@ -39,10 +44,15 @@ sebp_packing sebp_packing_of(const sebp_kernels *kernels, const sebp_operand *op
     return how;
 }
 
-/* Whole slivers, of GROUP_LANES lanes or one. */
-static int64_t group_of(const sebp_packing *how)
+int64_t sebp_packing_lanes(const sebp_packing *how)
 {
-    return sebp_max(1, GROUP_LANES / how->width) * how->width;
+    const int lanes = how->slab.lanes_are_rows ? LANES_OF_ROWS : LANES_OF_STEPS;
+    return sebp_max(1, lanes / how->width) * how->width;
+}
+
+static int64_t depth_of(const sebp_packing *how)
+{
+    return how->slab.lanes_are_rows ? DEPTH_OF_ROWS : DEPTH_OF_STEPS;
 }
 
 /* Converted rows are as far apart as this. */
@@ -55,9 +65,10 @@ int64_t sebp_packing_room(const sebp_packing *how, int64_t lanes, int64_t depth)
 {
     if (how->packs == how->dtype)
         return 0;
-    int64_t group = sebp_min(lanes, group_of(how));
-    int64_t rows = how->slab.lanes_are_rows ? group : depth;
-    int64_t elements = how->slab.lanes_are_rows ? depth : group;
+    lanes = sebp_min(lanes, sebp_packing_lanes(how));
+    depth = sebp_min(depth, depth_of(how));
+    int64_t rows = how->slab.lanes_are_rows ? lanes : depth;
+    int64_t elements = how->slab.lanes_are_rows ? depth : lanes;
     return rows * room_stride(elements) * how->parts * (int64_t)sebp_dtype_bytes(how->packs);
 }
 
@@ -85,16 +96,26 @@ static bool convert(const sebp_kernels *kernels, const sebp_packing *how, const 
     return kernels->split_f32(parts, how->parts, from, n);
 }
 
-/* A group of whole slivers. */
-static bool pack_group(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
+/* The memory that is needed next comes while this is converted. */
+static void fetch(const void *from, int64_t bytes)
+{
+    for (int64_t at = 0; at < bytes; at += LINE)
+        __builtin_prefetch((const char *)from + at, 0, 3);
+}
+
+/* A block of whole slivers, `depth` elements of each. */
+static bool pack_block(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
                        int64_t lane, int64_t lanes, int64_t at, int64_t depth, void *room)
 {
     const bool is_lane = how->slab.lanes_are_rows;
     const int64_t rows = is_lane ? lanes : depth, elements = is_lane ? depth : lanes;
     const int64_t first_row = is_lane ? lane : at, first = is_lane ? at : lane;
     const int64_t stride = room_stride(elements);
+    const int64_t bytes = elements * (int64_t)sebp_dtype_bytes(how->dtype);
     bool is_finite = true;
     for (int64_t i = 0; i < rows; i++) {
+        if (i + 1 < rows)
+            fetch(element_at(how, first_row + i + 1, first), bytes);
         const void *from = element_at(how, first_row + i, first);
         if (!convert(kernels, how, from, elements, room, i, rows, stride))
             is_finite = false;
@@ -111,6 +132,20 @@ static bool pack_group(const sebp_kernels *kernels, const sebp_packing *how, flo
     return is_finite;
 }
 
+/* A group of whole slivers. Returns whether all parts are finite. */
+static bool pack_group(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
+                       int64_t lane, int64_t lanes, int64_t at, int64_t depth, void *room)
+{
+    bool is_finite = true;
+    for (int64_t done = 0; done < depth; done += depth_of(how)) {
+        const int64_t steps = sebp_min(depth_of(how), depth - done);
+        float *to = packed + done / how->unit_elements * how->width;
+        if (!pack_block(kernels, how, to, lane, lanes, at + done, steps, room))
+            is_finite = false;
+    }
+    return is_finite;
+}
+
 void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float *packed,
                      int64_t lane, int64_t lanes, int64_t at, int64_t depth, bool *finite,
                      void *room)
@@ -119,7 +154,7 @@ void sebp_pack_lanes(const sebp_kernels *kernels, const sebp_packing *how, float
         how->pack(packed, how->sliver_units, &how->slab, lane, lanes, at, depth);
         return;
     }
-    const int64_t group = group_of(how);
+    const int64_t group = sebp_packing_lanes(how);
     for (int64_t first = 0; first < lanes; first += group) {
         const int64_t sliver = first / how->width, count = sebp_min(group, lanes - first);
         float *to = packed + sliver * how->sliver_units;

@@ -26,6 +26,7 @@ typedef struct sebp_packing {
     int parts;        /* each packed by itself */
     bool is_checked;  /* for NaN, Inf and what has no finite parts */
     int width;        /* lanes to a sliver */
+    int unit_elements; /* of the depth, to a unit */
     int64_t sliver_units;
     int64_t part_units; /* from a part to the next */
 } sebp_packing;
@@ -39,6 +40,9 @@ static inline bool sebp_packs_straight(const sebp_packing *how)
 /** All but the distances of slivers and parts, for the factor A or B. */
 sebp_packing sebp_packing_of(const sebp_kernels *kernels, const sebp_operand *operand, bool is_a,
                              sebp_arithmetic arithmetic);
+
+/** Lanes, whole slivers, that are packed at a time where packing is not straight. */
+int64_t sebp_packing_lanes(const sebp_packing *how);
 
 /** Bytes of room that packing `lanes` x `depth` elements takes at most; 0 where it is straight. */
 int64_t sebp_packing_room(const sebp_packing *how, int64_t lanes, int64_t depth);

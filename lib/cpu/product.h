@@ -24,6 +24,7 @@ typedef struct sebp_native_plan {
     int64_t panel;   /* rows of A to a packed panel */
     int64_t block_m; /* rows to a block of C */
     int64_t block_n; /* columns to a block of B and of C */
+    int64_t b_group; /* slivers of B that are packed at a time */
     int64_t workers;
     int64_t worker_bytes;
 } sebp_native_plan;
