@@ -33,12 +33,13 @@ from ._structs import (
 from ._version import __version__
 
 NAME = "libsebp.so.0"
+_OWN, _BUILT = "the package's own copy", "the source tree"
 
 _HOW_TO_BUILD = """\
-Build it in the source tree, then install the package from there:
-    ./bootstrap && make
+In a checkout or release of libsebp, this builds the library and puts it into the package:
     pip install ./python
-or install it (make install; ldconfig), or set SEBP_LIBRARY to the path of libsebp.so."""
+Or build it there (./bootstrap && make), or install it (make install; ldconfig), or set
+SEBP_LIBRARY to the path of libsebp.so."""
 
 
 def _is_fork_server() -> bool:
@@ -66,7 +67,7 @@ os.register_at_fork(after_in_child=_note_fork)
 TWO_POOLS = """\
 libsebp was compiled by clang and brings LLVM's OpenMP runtime, PyTorch brings GNU's: two pools of
 threads, which fight for the cores. Build libsebp with gcc, for one pool:
-    ./configure CC=gcc && make clean && make"""
+    CC=gcc pip install ./python    or    ./configure CC=gcc && make clean && make"""
 
 _view = POINTER(Matrix)
 _kept = POINTER(SparseStruct)
@@ -241,18 +242,50 @@ class LibraryMismatchError(ImportError):
     """The libsebp found is not the one this package was written for."""
 
 
+def _source_tree() -> Path | None:
+    """Find the C sources around the package, which it has in a checkout, a release or an sdist.
+
+    Where it is installed, what happens to lie in the folders around it is none of its business.
+    """
+    project = Path(__file__).resolve().parent.parent
+    for tree in (project.parent, project / "libsebp"):
+        if (tree / "configure.ac").is_file() and (tree / "include/sebp/sebp.h").is_file():
+            return tree
+    return None
+
+
+def _builds(tree: Path) -> list[Path]:
+    """List the libraries built in the source tree and its folders build*, the newest first."""
+    found = [folder / ".libs" / NAME for folder in (tree, *tree.glob("build*"))]
+    return sorted((file for file in found if file.is_file()), key=_time, reverse=True)
+
+
+def _time(file: Path) -> int:
+    return file.stat().st_mtime_ns
+
+
+def _newer_source(tree: Path, library: Path) -> Path | None:
+    """Find a source of the library that was changed after the library was built."""
+    built = _time(library)
+    sources = (
+        file for part in ("include", "lib", "simd") for file in (tree / part).rglob("*.[ch]")
+    )
+    return next((file for file in sources if _time(file) > built), None)
+
+
 def _places() -> Iterator[tuple[str, str]]:
     """Name the files to try, best first, each with where that is."""
     chosen = os.environ.get("SEBP_LIBRARY")
     if chosen:
         yield chosen, "SEBP_LIBRARY"
         return
-    package = Path(__file__).resolve().parent
-    tree = package.parent.parent
-    yield str(package / "lib" / NAME), "the package's own copy"
-    yield str(tree / ".libs" / NAME), "the source tree"
-    for build in sorted(tree.glob("build*")):
-        yield str(build / ".libs" / NAME), "a build tree"
+    yield str(Path(__file__).resolve().parent / "lib" / NAME), _OWN
+    tree = _source_tree()
+    if tree is not None:
+        builds = _builds(tree)
+        yield from ((str(file), _BUILT) for file in builds)
+        if not builds:
+            yield str(tree / ".libs" / NAME), "the source tree, or a folder build* in it"
     yield NAME, "the system's loader"
 
 
@@ -308,11 +341,25 @@ def _check_version(library: ctypes.CDLL, path: str) -> None:
         )
 
 
+def _warn_if_stale(path: str) -> None:
+    """Warn if a library of the source tree was built before its sources were changed."""
+    tree = _source_tree()
+    newer = _newer_source(tree, Path(path))
+    if newer is not None:
+        warnings.warn(
+            f"{path} is older than {newer.relative_to(tree)}: build it again (make, or "
+            "pip install --editable ./python).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """Load libsebp; once, then the same again.
 
-    Warns (RuntimeWarning) where it will not share PyTorch's pool of threads.
+    Warns (RuntimeWarning) where it will not share PyTorch's pool of threads, and where a source
+    tree's library is older than its sources.
 
     Returns
     -------
@@ -322,7 +369,8 @@ def load() -> ctypes.CDLL:
     Raises
     ------
     LibraryNotFoundError
-        If no place has it. The message lists the places and how to build it.
+        If no place has it, or if the package's own copy does not load: another one is not taken in
+        its place. The message lists the places and how to build it.
     LibraryMismatchError
         If its version or its functions are not those of this package.
     """
@@ -336,12 +384,16 @@ def load() -> ctypes.CDLL:
             library = ctypes.CDLL(path)
         except OSError as error:
             tried.append(f"{path} ({where}): {error}")
+            if where == _OWN:
+                break
             continue
         _check_version(library, path)
         if _is_forked:
             library.sebp_after_fork()
         if torch_is_gnu and brings_llvm_openmp(library):
             warnings.warn(TWO_POOLS, RuntimeWarning, stacklevel=2)
+        if where == _BUILT:
+            _warn_if_stale(path)
         return library
     places = "".join(f"\n    {line}" for line in tried)
     raise LibraryNotFoundError(f"libsebp was not found. Looked at:{places}\n{_HOW_TO_BUILD}")

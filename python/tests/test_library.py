@@ -3,6 +3,8 @@
 
 import ctypes
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,7 @@ def test_not_found_says_where_and_how(tmp_path):
     assert done.returncode != 0
     assert "LibraryNotFoundError" in done.stderr
     assert missing in done.stderr
+    assert "pip install ./python" in done.stderr
     assert "./bootstrap" in done.stderr
 
 
@@ -57,6 +60,95 @@ def test_another_version():
     done = run_python(code)
     assert "9.9.0" in done.stdout
     assert sebp.__version__ in done.stdout
+
+
+LOADED = """
+import sys
+del sys.path[0]  # the folder in which the tests run
+from sebp import _library
+print(_library.load()._name)
+"""
+
+
+def built_library() -> Path:
+    """Return the library that the tests run on."""
+    return Path(next(iter(_library.mapped_files("libsebp.so")), _library.load()._name))
+
+
+def copy_package(folder: Path) -> Path:
+    """Copy the package, without a library, into a folder that PYTHONPATH is to name."""
+    source = Path(sebp.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__", "lib")
+    shutil.copytree(source, folder / "sebp", ignore=ignored)
+    return folder
+
+
+def put_library(folder: Path, built: int) -> Path:
+    """Put the library into a folder, as if it had been built at that time."""
+    folder.mkdir(parents=True)
+    target = folder / "libsebp.so.0"
+    shutil.copyfile(built_library(), target)
+    os.utime(target, (built, built))
+    return target
+
+
+def make_tree(tree: Path, changed: int) -> Path:
+    """Make a source tree around a copy of the package; its C files have one time."""
+    (tree / "include/sebp").mkdir(parents=True)
+    (tree / "lib").mkdir()
+    for name in ("configure.ac", "include/sebp/sebp.h", "lib/gemm.c"):
+        (tree / name).touch()
+        os.utime(tree / name, (changed, changed))
+    return copy_package(tree / "python")
+
+
+def test_own_copy_comes_first(tmp_path):
+    package = make_tree(tmp_path, 1000)
+    put_library(tmp_path / ".libs", 3000)
+    own = put_library(package / "sebp/lib", 2000)
+    done = run_python(LOADED, PYTHONPATH=str(package), SEBP_LIBRARY="")
+    assert done.stdout == f"{own}\n", done.stderr
+
+
+def test_own_copy_that_does_not_load(tmp_path):
+    """Another library is not taken in its place."""
+    package = make_tree(tmp_path, 1000)
+    put_library(tmp_path / ".libs", 3000)
+    own = put_library(package / "sebp/lib", 2000)
+    own.write_text("no library")
+    done = run_python(LOADED, PYTHONPATH=str(package), SEBP_LIBRARY="")
+    assert "LibraryNotFoundError" in done.stderr
+    assert str(own) in done.stderr
+
+
+@pytest.mark.parametrize("newest", [".libs", "build/.libs", "build-editable/.libs"])
+def test_newest_build_of_the_source_tree(tmp_path, newest):
+    package = make_tree(tmp_path, 1000)
+    for folder in (".libs", "build/.libs", "build-editable/.libs"):
+        put_library(tmp_path / folder, 3000 if folder == newest else 2000)
+    done = run_python(LOADED, PYTHONPATH=str(package), SEBP_LIBRARY="")
+    assert done.stdout == f"{tmp_path / newest / 'libsebp.so.0'}\n"
+    assert "Warning" not in done.stderr
+
+
+def test_stale_build(tmp_path):
+    """A library that is older than its sources is told of."""
+    package = make_tree(tmp_path, 2000)
+    put_library(tmp_path / ".libs", 1000)
+    done = run_python(LOADED, PYTHONPATH=str(package), SEBP_LIBRARY="")
+    assert done.stdout == f"{tmp_path / '.libs/libsebp.so.0'}\n"
+    assert "RuntimeWarning" in done.stderr
+    assert re.search("is older than (lib/gemm.c|include/sebp/sebp.h): build it again", done.stderr)
+
+
+def test_folders_around_an_installed_package(tmp_path):
+    """They are not searched: a library that happens to lie there is not this package's."""
+    package = copy_package(tmp_path / "python")
+    strange = [put_library(tmp_path / name, 1000) for name in (".libs", "build/.libs")]
+    done = run_python(LOADED, PYTHONPATH=str(package), SEBP_LIBRARY="")
+    for library in strange:
+        assert str(library) not in done.stdout + done.stderr
+    assert done.returncode == 0 or "LibraryNotFoundError" in done.stderr
 
 
 def test_struct_sizes():
