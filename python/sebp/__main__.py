@@ -10,9 +10,26 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from . import LibraryMismatchError, LibraryNotFoundError, SebpError, __version__, _library
 from ._structs import Info
 from .core import Context, linear_forward
+from .core.calls import UNSUPPORTED
+from .sparse import BasisSums
+
+
+def _has_lapack(context: Context) -> bool:
+    """Tell whether the library can solve for bases, which only LAPACK does."""
+    sums = BasisSums(1, 1)
+    sums.add(np.ones((1, 1), np.float32), context=context)
+    try:
+        sums.solve(1, 1, context=context)
+    except SebpError as error:
+        if error.status != UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def _print_library() -> None:
@@ -23,7 +40,10 @@ def _print_library() -> None:
     print(f"libsebp          {library.sebp_version().decode()} at {path}")
     with Context() as context:
         print(f"kernels          {library.sebp_isa().decode()}")
+        print(f"OpenMP           {info.openmp or 'none'}")
         print(f"oneDNN           {info.onednn.decode() or 'none'}")
+        print(f"hwloc            {info.hwloc.decode() or 'none'}")
+        print(f"LAPACK           {'yes' if _has_lapack(context) else 'none'}")
         print(f"threads          {context.threads} on {info.cores} cores")
 
 

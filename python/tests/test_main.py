@@ -2,6 +2,7 @@
 """``python3 -m sebp``."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -31,6 +32,12 @@ def test_says_what_is_loaded(gnu_openmp):
     assert lines["PyTorch"] == f"{torch.__version__}, 2 threads"
     assert lines["threads"].startswith("2 on ")
     assert lines["thread pools"] == "one"
+    with sebp.Context() as context:
+        assert (lines["OpenMP"] != "none") == (context.threads == 2)
+    assert lines["LAPACK"] in ("yes", "none")
+    for part, file in (("oneDNN", "libdnnl"), ("hwloc", "libhwloc")):
+        mapped = bool(_library.mapped_files(file))
+        assert bool(re.match(r"\d+\.\d+", lines[part])) == mapped, lines[part]
     assert int(lines["OpenMP runtimes"]) >= 1
 
 
