@@ -1,52 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a copy of a freshly built libsebp into the package, where there is one.
+"""Builds libsebp from its C sources and puts it into the package.
 
-The library is looked for in ``../.libs`` and in the folder that ``SEBP_BUILD`` names. Without
-one the package is pure Python, and finds libsebp when it is imported.
+README.md says how to steer that.
 """
 
 import os
-import shutil
+import runpy
+import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+from setuptools.errors import SetupError
 
-NAME = "libsebp.so.0"
+HERE = Path(__file__).resolve().parent
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(HERE))
 
+from building.library import (  # noqa: E402
+    NAME,
+    build,
+    check_library,
+    keep,
+    wants_system_library,
+)
+from building.programs import BuildError  # noqa: E402
+from building.sources import add_to_sdist, find_tree  # noqa: E402
 
-def built_library() -> Path | None:
-    """Find the library in the build tree.
-
-    Returns
-    -------
-    Path or None
-        The shared library; None if it has not been built.
-    """
-    here = Path(__file__).resolve().parent
-    folders = [here.parent]
-    if os.environ.get("SEBP_BUILD"):
-        folders.insert(0, Path(os.environ["SEBP_BUILD"]))
-    for folder in folders:
-        library = folder / ".libs" / NAME
-        if library.is_file():
-            return library
-    return None
+VERSION = runpy.run_path(str(HERE / "sebp" / "_version.py"))["__version__"]
+# What setuptools writes goes there, so that the sources stay as they are. An sdist takes the list
+# of its files from where they are.
+WORK = tempfile.TemporaryDirectory(prefix="sebp-")
+OPTIONS = {"build": {"build_base": WORK.name}}
+if "sdist" not in sys.argv:
+    OPTIONS["egg_info"] = {"egg_base": WORK.name}
 
 
 class BuildWithLibrary(build_py):
-    """Copies the library beside the modules; an editable install uses it where it was built."""
+    """Builds the library and puts it beside the modules.
+
+    An editable install has the modules where they are, and so nothing beside them. The library is
+    then put into a folder of the sources that git ignores, where the package looks for builds.
+    """
 
     def run(self) -> None:
-        """Build, into an empty folder, then copy."""
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        """Copy the modules, then build the library, unless one is installed."""
         super().run()
-        library = built_library()
-        if library is not None and not self.editable_mode:
-            target = Path(self.build_lib) / "sebp" / "lib"
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(library, target / NAME)
+        try:
+            self._add_library()
+        except BuildError as error:
+            raise SetupError(f"sebp was not installed.\n\n{error}\n") from None
+
+    def _add_library(self) -> None:
+        if wants_system_library(os.environ):
+            check_library(
+                NAME,
+                VERSION,
+                "SEBP_SYSTEM_LIBRARY=1 takes a libsebp that the loader finds. Install one (make "
+                "install; ldconfig), or leave the variable out to have one built.",
+            )
+            return
+        with tempfile.TemporaryDirectory(prefix="sebp-build-") as work:
+            library = build(HERE, Path(work), VERSION, os.environ)
+            if self.editable_mode:
+                keep(library, find_tree(HERE) / "build-editable" / ".libs")
+            else:
+                keep(library, Path(self.build_lib) / "sebp" / "lib")
+
+
+class SourcesWithLibrary(sdist):
+    """Adds the C sources, and a configure made of them, so that gcc and make suffice."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy the package's files, then the C sources."""
+        super().make_release_tree(base_dir, files)
+        try:
+            add_to_sdist(find_tree(HERE), Path(base_dir), os.environ)
+        except BuildError as error:
+            raise SetupError(f"There is no sdist.\n\n{error}\n") from None
 
 
 class AnyPython(bdist_wheel):
@@ -66,12 +100,17 @@ class WithLibrary(Distribution):
         Returns
         -------
         bool
-            Whether the library has been built.
+            Whether it carries the library.
         """
-        return built_library() is not None
+        return os.environ.get("SEBP_SYSTEM_LIBRARY") != "1"
 
 
 setup(
-    cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": AnyPython},
+    cmdclass={
+        "bdist_wheel": AnyPython,
+        "build_py": BuildWithLibrary,
+        "sdist": SourcesWithLibrary,
+    },
     distclass=WithLibrary,
+    options=OPTIONS,
 )

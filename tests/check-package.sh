@@ -2,57 +2,38 @@
 # SPDX-License-Identifier: Apache-2.0
 # usage: check-package.sh SOURCES BUILD
 #
-# Installs the Python package from SOURCES, the folder python/ of a tarball, in the ways that users
-# do, and runs it far from there. BUILD is where the library was built. pip writes into SOURCES.
+# Installs the Python package from SOURCES, an unpacked tarball, in the ways that users do, and runs
+# it far from there. BUILD is where the library was built.
 
 set -u
-
-# shellcheck source=tests/checks.sh
-. "$(dirname "$0")/checks.sh"
 
 if [ $# -ne 2 ]; then
     echo "usage: $0 SOURCES BUILD" >&2
     exit 2
 fi
+here=$(cd "$(dirname "$0")" && pwd)
 sources=$(cd "$1" && pwd) && build=$(cd "$2" && pwd) || exit 2
-python=${PYTHON:-python3}
-unset SEBP_LIBRARY PYTHONPATH
-cd "$work" || exit 1
+# shellcheck source=tests/checks.sh
+. "$here/checks.sh"
+# shellcheck source=tests/package.sh
+. "$here/package.sh"
+project=$sources/python
 
-# uses LIBRARY COMMAND...: the interpreter finds that library, and it computes.
-uses()
-{
-    library=$1
-    shift
-    "$@" -m sebp >"$work/found" || { cat "$work/found"; return 1; }
-    cat "$work/found"
-    grep -q "^libsebp .* at $library\$" "$work/found" && "$@" -c '
-import numpy
-import sebp
-dy, x = numpy.array([[0], [3]], numpy.float32), numpy.array([[5, 7], [11, 13]], numpy.float32)
-dx, dw, db = sebp.linear_backward(dy, x)
-assert dw.tolist() == [[33, 39]], dw
-'
-}
-
-# fails_with MESSAGE COMMAND...
-fails_with()
-{
-    message=$1
-    shift
-    ! "$@" >"$work/found" 2>&1 && grep -q "$message" "$work/found"
-}
-
-# A wheel with the library, on its own and beside what the interpreter has, PyTorch say.
-check "pip wheel, with the library" \
-    env SEBP_BUILD="$build" "$python" -m pip wheel -q --no-deps -w with "$sources"
+# A wheel with a library that make has built, beside what the interpreter has, PyTorch say.
+check "pip wheel, with the library of a build" \
+    env SEBP_BUILD="$build" "$python" -m pip wheel -q --no-deps -w with "$project"
 check "its name says for which machines" ls with/sebp-*-py3-none-linux_*.whl
 check "it installs" "$python" -m pip install -q --no-deps --target site with/sebp-*.whl
 check "its own library is used" \
     uses "$work/site/sebp/lib/libsebp.so.0" env PYTHONPATH="$work/site" "$python"
 
 # One without, which finds the library as any program does.
-check "pip wheel, without the library" "$python" -m pip wheel -q --no-deps -w without "$sources"
+check "a library that is not installed is not taken" \
+    fails_with 'libsebp.so.0 does not load' env SEBP_SYSTEM_LIBRARY=1 \
+    "$python" -m pip wheel --no-deps -w without "$project"
+check "pip wheel, for a library that is" \
+    env SEBP_SYSTEM_LIBRARY=1 LD_LIBRARY_PATH="$build/.libs" \
+    "$python" -m pip wheel -q --no-deps -w without "$project"
 check "its name says for any machine" ls without/sebp-*-py3-none-any.whl
 check "a clean environment" "$python" -m venv clean
 check "it installs there" clean/bin/python3 -m pip install -q without/sebp-*.whl
@@ -61,16 +42,63 @@ check "it says that there is no library" \
 check "the loader's library is used" \
     uses "$build/.libs/libsebp.so.*" env LD_LIBRARY_PATH="$build/.libs" clean/bin/python3
 
-# From the folder: a copy, then in place.
-check "pip install" \
-    env SEBP_BUILD="$build" clean/bin/python3 -m pip install -q --force-reinstall --no-deps "$sources"
-check "its copy of the library is used" \
-    uses "$work/clean/lib/.*/sebp/lib/libsebp.so.0" clean/bin/python3
-check "pip install --editable" \
-    clean/bin/python3 -m pip install -q --force-reinstall --no-deps --editable "$sources"
-check "the sources are used" \
-    test "$(clean/bin/python3 -c 'import sebp; print(sebp.__file__)')" = "$sources/sebp/__init__.py"
-check "with the library named" \
+# kernels LIBRARY: the tiers that it has, and this machine runs.
+kernels()
+{
+    "$python" -c '
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.sebp_isa_name.restype = ctypes.c_char_p
+print(*(library.sebp_isa_name(i).decode() for i in range(library.sebp_isa_count())))' "$1"
+}
+
+# A checkout, as git gives it: no configure. The compiler need not optimize for what is looked at.
+checkout "$sources" checkout
+find checkout -type f | sort >before
+# install PATH ARGUMENT...: into the clean environment, with the programs of these folders only.
+install()
+{
+    path=$1
+    shift
+    env PATH="$path" CFLAGS=-O0 \
+        "$work/clean/bin/python3" -m pip install --force-reinstall --no-deps "$@"
+}
+# unchanged: nothing was written there.
+unchanged()
+{
+    find checkout -type f | sort | diff before -
+}
+
+clean/bin/python3 -m pip uninstall -q -y sebp
+check "without a compiler nothing is installed" \
+    fails_with 'a C compiler and make are missing' install "$work/clean/bin" checkout/python
+check "nothing is" fails_with "No module named sebp" clean/bin/python3 -m sebp
+
+programs bare autoreconf autoconf aclocal automake libtoolize pkg-config git
+check "pip install, without autotools and git" install "$work/bare" checkout/python
+check "its library is used" uses "$work/clean/lib/.*/sebp/lib/libsebp.so.0" clean/bin/python3
+check "it lacks what only configure finds" finds 'OpenMP  *[0-9]*' 'oneDNN  *none' 'hwloc  *none' \
+    'LAPACK  *none'
+own=$(echo "$work"/clean/lib/*/site-packages/sebp/lib)
+kernels "$build/.libs/libsebp.so.0" >wanted
+kernels "$own/libsebp.so.0" >given
+check "it has all kernels" diff wanted given
+symbols "$build/.libs/libsebp.so.0" >wanted
+symbols "$own/libsebp.so.0" >given
+check "it offers the same functions" diff wanted given
+check "the checkout is as it was" unchanged
+
+check "pip install --editable, with autotools" install "$PATH" --editable checkout/python
+check "the sources are used" test \
+    "$(clean/bin/python3 -c 'import sebp; print(sebp.__file__)')" = \
+    "$work/checkout/python/sebp/__init__.py"
+check "the library built for them is used" \
+    uses "$work/checkout/build-editable/.libs/libsebp.so.0" clean/bin/python3
+# What BUILD was configured with.
+check "it has what configure finds" finds 'oneDNN  *[0-9].*' 'hwloc  *[0-9].*' 'LAPACK  *yes'
+check "unless another is named" \
     uses "$build/.libs/libsebp.so.*" env SEBP_LIBRARY="$build/.libs/libsebp.so" clean/bin/python3
+rm -r checkout/build-editable
+check "else the checkout is as it was" unchanged
 
 finish
