@@ -39,7 +39,8 @@ alone()
     env -i PATH="$work/fresh/bin" "$@"
 }
 check "a fresh environment" "$python" -m venv fresh
-check "it installs there" alone fresh/bin/python3 -m pip install -q wheel/sebp-*.whl
+check "it installs there" env PATH="$work/fresh/bin" \
+    fresh/bin/python3 -m pip install -q wheel/sebp-*.whl
 own=$(echo "$work"/fresh/lib/*/site-packages/sebp/lib)
 check "its library is used" uses "$own/libsebp.so.0" alone fresh/bin/python3
 check "with all parts" finds 'OpenMP  *[0-9]*' 'oneDNN  *[0-9].*' 'hwloc  *[0-9].*' 'LAPACK  *yes'
