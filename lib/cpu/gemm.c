@@ -73,7 +73,7 @@ static void list_c_rows(const sebp_native_plan *plan, const c_block *block, int6
 static bool reads_b_rows(const sebp_native_plan *plan)
 {
     bool reads_bf16 = plan->b.dtype == SEBP_BF16;
-    return !plan->b.slab.lanes_are_rows && sebp_packs_straight(&plan->b) &&
+    return plan->copy == NULL && !plan->b.slab.lanes_are_rows && sebp_packs_straight(&plan->b) &&
            reads_bf16 == plan->by_bf16;
 }
 
@@ -129,7 +129,8 @@ static void run_in_f32(const sebp_native_plan *plan, const sebp_tile_work *work,
 }
 
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
- * column j0. The first panel also packs the sliver, and prefetches the rows of the next one. */
+ * column j0. Where no copy of B is kept the first panel also packs the sliver, and prefetches the rows of
+ * the next one. */
 static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
                       int64_t j0, float *sliver, int64_t at, int64_t depth)
 {
@@ -137,11 +138,13 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
     const sebp_product *product = plan->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->b.dtype);
     int64_t cols = sebp_min(shape->cols, block->n1 - j0);
-    bool is_first = i0 == block->m0, reads_rows = reads_b_rows(plan);
+    bool is_first = i0 == block->m0 && plan->copy == NULL, reads_rows = reads_b_rows(plan);
     bool adds_residual = product->residual != NULL && at == 0;
-    bool *b_is_finite = block->room.b_is_finite != NULL
-                            ? block->room.b_is_finite + (j0 - block->n0) / shape->cols
-                            : NULL;
+    bool *packed_is_finite = block->room.b_is_finite != NULL
+                                 ? block->room.b_is_finite + (j0 - block->n0) / shape->cols
+                                 : NULL;
+    const bool *b_is_finite =
+        plan->copy != NULL ? sebp_cpu_copy_finite(plan, at, j0) : packed_is_finite;
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->room.packed_a,
@@ -160,7 +163,7 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
     if (is_first && !work.pack_b) {
-        sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, b_is_finite,
+        sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, packed_is_finite,
                         block->room.converted);
     }
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
@@ -215,7 +218,8 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             list_c_rows(plan, block, i0, i1);
             sebp_pack_lanes(plan->kernels, &plan->a, block->room.packed_a, i0, i1 - i0, at, depth,
                             block->room.a_is_finite, block->room.converted);
-            float *sliver = block->room.packed_b;
+            float *sliver = plan->copy != NULL ? sebp_cpu_copy_sliver(plan, at, block->n0)
+                                               : block->room.packed_b;
             int64_t finished = at + depth < k || block->room.c != NULL ? block->n1 : block->n0;
             for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols) {
                 run_panel(plan, block, i0, i1, j0, sliver, at, depth);
@@ -224,7 +228,9 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
                     sebp_cpu_finish(plan->kernels, plan->product, i0, i1, finished, j1);
                     finished = j1;
                 }
-                if (!one_panel) /* else the next sliver takes its place, which stays in cache */
+                if (!one_panel ||
+                    plan->copy !=
+                        NULL) /* else the next sliver takes its place, which stays in cache */
                     sliver += b_units;
             }
         }
@@ -337,8 +343,11 @@ static void fill_rows(const sebp_kernels *kernels, const sebp_product *product)
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
 {
     native_run run = {plan, scratch};
-    if (plan->product->k == 0)
+    if (plan->product->k == 0) {
         fill_rows(cpu->kernels, plan->product);
-    else
-        sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
+        return;
+    }
+    if (plan->copy != NULL)
+        sebp_cpu_make_copy(cpu, plan, scratch);
+    sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
 }
