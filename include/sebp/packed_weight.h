@@ -5,15 +5,19 @@
  *
  * Each product with W first copies W into an order that its kernels read, rounded or split where the
  * precision asks for that. Of few rows this copy is most of the work. A packed weight keeps such copies:
- * one for Y = X W^T, one for dX = dY W, and others where calls differ in dtype or precision. The forward
- * and the backward of a step share it, and so do the batches of a step that accumulates gradients. For a
- * frozen weight, as LoRA has it, a copy is made once.
+ * one for Y = X W^T, one for dX = dY W, and others where calls differ in dtype or precision. A copy pays
+ * where it is used at least twice: in the batches of a step that accumulates gradients, in steps of
+ * several forwards, and most of all for a frozen weight, as LoRA has it, of which it is made once. Where W
+ * changes after each forward and backward, nothing is gained.
  *
  *     sebp_packed_weight_create(context, &w, 0, &packed);
  *     options.packed_weight = packed;
+ *     options.dw_write = options.db_write = SEBP_ACCUMULATE;
  *     for (each step) {
- *         sebp_linear_forward(context, &x, &w, &bias, rows, &options, &y);
- *         sebp_linear_backward(context, &dy, &x, &w, rows, &options, &dx, &dw, &db);
+ *         for (each batch) {
+ *             sebp_linear_forward(context, &x, &w, &bias, rows, &options, &y);
+ *             sebp_linear_backward(context, &dy, &x, &w, rows, &options, &dx, &dw, &db);
+ *         }
  *         sebp_adamw_step(context, &dw, step, NULL, &w, &moment1, &moment2);
  *         sebp_packed_weight_changed(packed);
  *     }
@@ -24,9 +28,9 @@
  * That calls mean the same matrix is checked in each: it has the address, the shape, the stride and the
  * dtype that W had when the packed weight was made. W itself is still read, so it must stay where it is.
  *
- * Results have the same bits as without it, with one exception: a product that SEBP_GEMM_AUTO would give
- * to oneDNN is done by the library's own GEMM where a copy is kept. Under SEBP_GEMM_ONEDNN copies are of
- * use only to what oneDNN cannot do.
+ * Results have the same bits as without it, with one exception: a forward of few rows that SEBP_GEMM_AUTO
+ * would give to oneDNN is done by the library's own GEMM, which is then faster. What oneDNN does has no use
+ * for copies, and none are made for it.
  *
  * A packed weight belongs to the context that it is made for, and like that is used by one thread at a
  * time. Calls on any other context refuse it. The context may be destroyed before it.

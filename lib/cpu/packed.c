@@ -5,16 +5,22 @@
  * packing would write the same bits to the same places: the same factor, kernel, parts and blocks of the
  * depth. None of these depends on the rows of A, on threads or on the workspace, but the arithmetic may.
  *
- * A plan finds its copy, or makes room for one; the first run packs it.
+ * A plan finds its copy, or makes room for one. The first run packs it: on the way, where a chunk has all
+ * rows of C, or beforehand, where several chunks would pack the same slivers.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
 #endif
 
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "operations.h"
 #include "product.h"
+
+enum { LARGE_PAGE = 2 << 20, LINE = 64 };
 
 struct sebp_packed_copy {
     sebp_packed_copy *next;
@@ -90,6 +96,17 @@ static bool serves(const sebp_packed_copy *copy, const sebp_packed_copy *wanted)
            copy->units == wanted->units;
 }
 
+/* Pages as large as there are: a product of few rows reads a copy once, and would wait for addresses. */
+static void ask_for_large_pages(void *data, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    if (bytes >= LARGE_PAGE)
+        madvise(data, (size_t)(bytes / LARGE_PAGE * LARGE_PAGE), MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 /* Memory for the slivers and, behind them, what is known of each. */
 static bool allocate(sebp_packed *packed, sebp_packed_copy *copy, int64_t sliver_units)
 {
@@ -102,9 +119,11 @@ static bool allocate(sebp_packed *packed, sebp_packed_copy *copy, int64_t sliver
         return false;
     if (copy->bytes > packed->max_bytes - packed->bytes)
         drop_copies(packed, false);
+    const size_t alignment = copy->bytes >= LARGE_PAGE ? LARGE_PAGE : LINE;
     if (copy->bytes > packed->max_bytes - packed->bytes ||
-        sebp_cpu_alloc(NULL, copy->bytes, &data) != SEBP_SUCCESS)
+        posix_memalign(&data, alignment, (size_t)copy->bytes) != 0)
         return false;
+    ask_for_large_pages(data, copy->bytes);
     copy->data = data;
     copy->finite = (bool *)data + bytes;
     return true;
@@ -160,9 +179,19 @@ float *sebp_cpu_copy_sliver(const sebp_native_plan *plan, int64_t at, int64_t j)
     return plan->copy->data + sliver_at(plan, at, j) * plan->b.sliver_units * plan->b.parts;
 }
 
-const bool *sebp_cpu_copy_finite(const sebp_native_plan *plan, int64_t at, int64_t j)
+bool *sebp_cpu_copy_finite(const sebp_native_plan *plan, int64_t at, int64_t j)
 {
     return plan->copy->is_checked ? plan->copy->finite + sliver_at(plan, at, j) : NULL;
+}
+
+bool sebp_cpu_copy_is_made(const sebp_packed_copy *copy)
+{
+    return copy->is_made;
+}
+
+void sebp_cpu_copy_made(sebp_packed_copy *copy)
+{
+    copy->is_made = true;
 }
 
 /* A copy being made. */

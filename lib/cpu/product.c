@@ -15,6 +15,8 @@
 enum {
     LARGE = 512,   /* of a product's sizes */
     FEW_ROWS = 16, /* of A: what it takes to pack B shows */
+    PACKED_ROWS =
+        4,         /* from so many on our own GEMM is the faster one of few, where B^T is packed */
     FEW_STEPS = 64 /* of the depth of dW: so does what it takes to pack both */
 };
 
@@ -35,11 +37,13 @@ static cpu_plan *plan_of(sebp_plan *plan)
     return (cpu_plan *)(void *)plan->device;
 }
 
-/* Whether our own GEMM has, or can have, a copy of B. */
-static bool has_copy(const sebp_cpu *cpu, const sebp_product *product, sebp_arithmetic arithmetic)
+/* Whether our own GEMM is the faster one for few rows, as it has a copy of B, or can have one. Of a B that
+ * is not transposed oneDNN makes its own as fast. */
+static bool gains_by_copy(const sebp_cpu *cpu, const sebp_product *product,
+                          sebp_arithmetic arithmetic)
 {
     sebp_native_plan plan;
-    if (product->packed_b == NULL)
+    if (product->packed_b == NULL || !product->b.transposed || product->m < PACKED_ROWS)
         return false;
     sebp_native_plan_product(cpu, product, arithmetic, &plan);
     return plan.copy != NULL;
@@ -59,8 +63,9 @@ static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
                                           : product->m <= FEW_ROWS &&
                                                 !sebp_cpu_streams(cpu, product->n * product->k * 4);
     bool suits = !arithmetic.by_bf16 && (is_small || (is_dense && is_large));
-    return cpu->gemm == SEBP_GEMM_ONEDNN ||
-           (cpu->gemm == SEBP_GEMM_AUTO && suits && !has_copy(cpu, product, arithmetic));
+    if (suits && is_small && cpu->gemm == SEBP_GEMM_AUTO)
+        suits = !gains_by_copy(cpu, product, arithmetic);
+    return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
 }
 
 /* Of a product by our own GEMM, where that is not said by `reason`: what keeps oneDNN away. */

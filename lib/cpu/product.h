@@ -67,10 +67,13 @@ void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scra
 sebp_packed_copy *sebp_cpu_find_copy(const sebp_native_plan *plan);
 /** Makes plan->copy, unless it is made. */
 void sebp_cpu_make_copy(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
+bool sebp_cpu_copy_is_made(const sebp_packed_copy *copy);
+/** A product has packed all its slivers. */
+void sebp_cpu_copy_made(sebp_packed_copy *copy);
 /** Its sliver of column j and of the block of the depth that begins at `at`; whether that is finite, or NULL
  * where that is not checked. */
 float *sebp_cpu_copy_sliver(const sebp_native_plan *plan, int64_t at, int64_t j);
-const bool *sebp_cpu_copy_finite(const sebp_native_plan *plan, int64_t at, int64_t j);
+bool *sebp_cpu_copy_finite(const sebp_native_plan *plan, int64_t at, int64_t j);
 
 /* onednn.c: oneDNN's; only in a build with it. */
 
