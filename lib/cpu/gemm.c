@@ -79,6 +79,16 @@ static bool reads_b_rows(const sebp_native_plan *plan)
            reads_bf16 == plan->by_bf16;
 }
 
+/* Whether the first tile of a sliver packs it on the way, of `rows` rows of A. That tile is computed whole,
+ * so it does not pay where the rows fill less than half of it. Nor does it for pairs of bf16, of which two
+ * memory rows are woven into one, unless a matrix unit multiplies meanwhile. */
+static bool packs_in_tile(const sebp_native_plan *plan, int64_t rows)
+{
+    const sebp_tile_shape *shape = plan->shape;
+    bool weaves = shape->unit_elements > 1 && shape->step_units == 1;
+    return reads_b_rows(plan) && 2 * rows > shape->rows && !weaves;
+}
+
 /* The sum of the terms: the first as `work` says, the others added to it. */
 static void run_terms(const sebp_native_plan *plan, const sebp_tile_work *work)
 {
@@ -157,7 +167,7 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->room.packed_a,
         .b = sliver,
-        .pack_b = packs && reads_rows && cols == shape->cols &&
+        .pack_b = packs && packs_in_tile(plan, i1 - i0) && cols == shape->cols &&
                   (block->room.a_is_finite == NULL || block->room.a_is_finite[0]),
         .b_rows = block->room.b_rows,
         .b_at = j0 * bytes,
