@@ -47,6 +47,8 @@ static layer make_layer(int64_t M, int64_t N, int64_t K, testing_values values)
 static layer any_layer(testing_values values)
 {
     int64_t sizes[3] = {testing_between(1, 90), testing_between(1, 90), testing_between(1, 90)};
+    if (testing_chance(0.1))
+        sizes[testing_between(1, 2)] = 1;
     if (testing_chance(0.4)) /* more than a block of the depth, in one of the two products */
         sizes[testing_between(1, 2)] = testing_between(500, 1600);
     return make_layer(sizes[0], sizes[1], sizes[2], values);
@@ -188,8 +190,10 @@ END_TEST
 /* As many rows as come, and whatever is asked of a call, one packed weight serves. */
 START_TEST(calls_of_every_kind)
 {
-    for (int round = testing_rounds(20); round > 0; round--) {
+    for (int round = testing_rounds(100); round > 0; round--) {
         layer first = any_layer(TESTING_REAL);
+        if (testing_chance(0.5))
+            set_odd(&first.w);
         sebp_context *context = make_context(NULL);
         int64_t max_bytes = testing_chance(0.5) ? testing_between(1, 1 << 20) : 0;
         sebp_packed_weight *packed = pack(context, &first, max_bytes);

@@ -24,10 +24,8 @@ enum { LARGE_PAGE = 2 << 20, LINE = 64 };
 
 struct sebp_packed_copy {
     sebp_packed_copy *next;
-    sebp_pack *pack; /* this and the next six tell copies apart */
-    sebp_tile *tile;
-    sebp_dtype packs;
-    bool transposed, is_checked;
+    /* What copies of a matrix differ in: the next five. All else follows from them. */
+    bool transposed, by_bf16, is_checked;
     int parts;
     int64_t units;   /* to a block of the depth */
     bool is_planned; /* since the matrix changed last: a plan may hold it */
@@ -90,8 +88,7 @@ void sebp_cpu_packed_free(void *device, sebp_packed *packed)
 
 static bool serves(const sebp_packed_copy *copy, const sebp_packed_copy *wanted)
 {
-    return copy->pack == wanted->pack && copy->tile == wanted->tile &&
-           copy->packs == wanted->packs && copy->transposed == wanted->transposed &&
+    return copy->transposed == wanted->transposed && copy->by_bf16 == wanted->by_bf16 &&
            copy->is_checked == wanted->is_checked && copy->parts == wanted->parts &&
            copy->units == wanted->units;
 }
@@ -137,10 +134,8 @@ sebp_packed_copy *sebp_cpu_find_copy(const sebp_native_plan *plan)
         return NULL;
     const sebp_tile_shape *shape = plan->shape;
     const sebp_packed_copy wanted = {
-        .pack = plan->b.pack,
-        .tile = plan->tile,
-        .packs = plan->b.packs,
         .transposed = product->b.transposed,
+        .by_bf16 = plan->by_bf16,
         .is_checked = plan->b.is_checked,
         .parts = plan->b.parts,
         .units = plan->units,
