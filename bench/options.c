@@ -44,6 +44,7 @@ static const char usage[] =
     "      --dtype WHICH         f32, bf16 or both (f32)\n"
     "      --warm, --cold        state of the caches; give both for both (warm)\n"
     "      --forward             time the forward instead\n"
+    "      --packed              time each case with W kept packed as well\n"
     "      --attention           time attention at texts of several lengths instead\n"
     "      --layer               time row-wise layers instead\n"
     "      --choices             time the choice of the matrix product instead, beside all\n"
@@ -279,6 +280,7 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"warm", no_argument, &warm, FIRST},
         {"cold", no_argument, &cold, SECOND},
         {"forward", no_argument, &o->forward, 1},
+        {"packed", no_argument, &o->packed, 1},
         {"attention", no_argument, &o->attention, 1},
         {"layer", no_argument, &o->layer, 1},
         {"choices", no_argument, &o->choices, 1},
@@ -332,6 +334,8 @@ static void parse_arguments(options *o, int argc, char **argv)
         die(USAGE, "--choices goes with --dtype, --precision, --threads, --repetitions, --seconds, "
                    "--seed, --quick and --csv alone");
     }
+    if (o->packed && (o->methods != 0 || o->attention || o->layer || o->choices))
+        die(USAGE, "--packed goes with neither --method, --attention, --layer nor --choices");
     if (o->methods == 0 && (o->kept > 0 || o->basis_rank > 0 || o->fixed_support))
         die(USAGE, "--kept, --basis-rank and --fixed-support need --method");
 }

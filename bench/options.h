@@ -39,7 +39,7 @@ typedef struct options {
     double kept;        /* share of elements that train */
     int64_t basis_rank; /* 0: all vectors */
     int fixed_support;  /* SparseGrad chooses its elements once */
-    int csv, verify_only, quick, forward, attention, layer, choices;
+    int csv, verify_only, quick, forward, packed, attention, layer, choices;
 } options;
 
 /* "auto", "native", "onednn", by sebp_gemm. */

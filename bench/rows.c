@@ -11,10 +11,11 @@
 #include "inputs.h"
 
 /* The runs of a group: each GEMM on all rows, bandwidths, and all cases. */
-enum { MAX_RUNS = 4 * MAX_ACTIVITIES + 6 };
+enum { MAX_RUNS = 8 * MAX_ACTIVITIES + 6 };
 
 const char *const scattered_names[2] = {"tail", "scattered"};
 const char *const found_names[2] = {"given", "found"};
+const char *const packed_names[2] = {"plain", "packed"};
 const char *const cold_names[2] = {"warm", "cold"};
 const char *const forward_names[2] = {"backward", "forward"};
 
@@ -75,6 +76,21 @@ int is_case(const run *r)
     return r->kind == CALL && !r->dense;
 }
 
+/* A case, by itself and with W packed: the two take turns. */
+static void add_case(group *g, const machine *m, int scattered, int found, double activity)
+{
+    for (int packed = 0; packed <= g->asked->packed; packed++) {
+        run *r = add_run(g, CALL);
+        r->gemm = m->gemm;
+        r->scattered = scattered;
+        r->found = found;
+        r->packed = packed;
+        r->activity = activity;
+        r->active = (int64_t)(r->activity * (double)g->sizes->m + 0.5);
+        r->active = r->active < 1 ? 1 : r->active;
+    }
+}
+
 static void add_runs(group *g, const machine *m)
 {
     const options *o = g->asked;
@@ -92,15 +108,8 @@ static void add_runs(group *g, const machine *m)
     for (int scattered = 0; scattered < 2; scattered++) {
         for (int found = 0; found < 2; found++) {
             for (int i = 0; i < o->activity_count; i++) {
-                if (!(o->patterns >> scattered & 1) || !(o->sources >> found & 1))
-                    continue;
-                run *r = add_run(g, CALL);
-                r->gemm = m->gemm;
-                r->scattered = scattered;
-                r->found = found;
-                r->activity = o->activities[i];
-                r->active = (int64_t)(r->activity * (double)g->sizes->m + 0.5);
-                r->active = r->active < 1 ? 1 : r->active;
+                if ((o->patterns >> scattered & 1) && (o->sources >> found & 1))
+                    add_case(g, m, scattered, found, o->activities[i]);
             }
         }
     }
@@ -127,17 +136,20 @@ void perform_run(const machine *m, const group *g, const run *r, const layer *l)
 {
     const sebp_matrix *at = l->at, *filled = &at[g->asked->forward ? Y : DX];
     sebp_context *context = m->contexts[r->gemm];
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
     sebp_status status = SEBP_SUCCESS;
+    options.packed_weight = r->packed ? g->packed[l - g->layers] : NULL;
     if (r->kind == READ) {
         read_memory(at[DY].data, matrix_bytes(&at[DY]), m->memory_threads);
     } else if (r->kind != CALL) {
         fill_memory(filled->data, matrix_bytes(filled), r->kind == FILL_STREAMING,
                     m->memory_threads);
     } else if (g->asked->forward) {
-        status = sebp_linear_forward(context, &at[X], &at[W], &at[B], r->rows, NULL, &at[Y]);
+        status = sebp_linear_forward(context, &at[X], &at[W], &at[B], r->rows, &options, &at[Y]);
     } else {
-        status = sebp_linear_backward(context, &at[r->found ? FOUND : DY], &at[X], &at[W],
-                                      r->found ? NULL : r->rows, NULL, &at[DX], &at[DW], &at[DB]);
+        status =
+            sebp_linear_backward(context, &at[r->found ? FOUND : DY], &at[X], &at[W],
+                                 r->found ? NULL : r->rows, &options, &at[DX], &at[DW], &at[DB]);
     }
     if (status != SEBP_SUCCESS)
         die(FAILED, "%s: %s", g->sizes->name, sebp_context_message(context));
@@ -208,6 +220,19 @@ static int allocate_layers(group *g, const machine *m, char *reason, size_t room
     return 1;
 }
 
+static void pack_weights(group *g, const machine *m)
+{
+    for (int i = 0; i < g->layer_count; i++) {
+        sebp_context *context = m->contexts[m->gemm];
+        g->packed[i] = NULL;
+        if (!g->asked->packed)
+            continue;
+        if (sebp_packed_weight_create(context, &g->layers[i].at[W], 0, &g->packed[i]) !=
+            SEBP_SUCCESS)
+            die(FAILED, "%s: %s", g->sizes->name, sebp_context_message(context));
+    }
+}
+
 static void make_rows(group *g)
 {
     for (int i = 0; i < g->run_count; i++) {
@@ -244,6 +269,7 @@ static void run_group(const machine *m, group *g)
         return;
     }
     make_rows(g);
+    pack_weights(g, m);
     for (int i = 0; i < g->run_count; i++) {
         if (g->runs[i].kind == CALL)
             verify_run(m, g, &g->runs[i]);
@@ -257,6 +283,7 @@ static void run_group(const machine *m, group *g)
     for (int i = 0; i < g->run_count; i++)
         sebp_rows_destroy(g->runs[i].rows);
     for (int i = 0; i < g->layer_count; i++) {
+        sebp_packed_weight_destroy(g->packed[i]);
         for (int which = 0; which < MATRICES; which++)
             free(g->layers[i].at[which].data);
     }

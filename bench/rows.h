@@ -37,6 +37,7 @@ typedef struct run {
     run_kind kind;
     sebp_gemm gemm;
     int dense, scattered, found;
+    int packed;      /* W is */
     double activity; /* as asked for */
     int64_t active;  /* m, rounded from it */
     sebp_rows *rows;
@@ -49,7 +50,8 @@ typedef struct group {
     const shape *sizes;
     sebp_dtype dtype;
     int cold;
-    layer layers[2]; /* cold calls take them in turn */
+    layer layers[2];               /* cold calls take them in turn */
+    sebp_packed_weight *packed[2]; /* their W; NULL where no run has a use for it */
     int layer_count;
     run *runs;
     int run_count;
@@ -58,6 +60,7 @@ typedef struct group {
 /** By the fields of a run or a group of the same name. */
 extern const char *const scattered_names[2];
 extern const char *const found_names[2];
+extern const char *const packed_names[2];
 extern const char *const cold_names[2];
 extern const char *const forward_names[2];
 

@@ -16,7 +16,8 @@ void print_rows_heading(const machine *m, const options *o)
 {
     if (o->csv) {
         puts("shape,M,K,N,sequence,direction,dtype,cache,pattern,rows,activity,active_rows,threads,"
-             "isa,gemm,repetitions,dense_gemm,dense_ms,dense_min_ms,dense_gflops,read_gbs,fill_gbs,"
+             "isa,gemm,weight,repetitions,dense_gemm,dense_ms,dense_min_ms,dense_gflops,read_gbs,"
+             "fill_gbs,"
              "compact_ms,compact_min_ms,speedup,limit_ms,efficiency,gflops,status");
         return;
     }
@@ -34,11 +35,11 @@ static void print_csv_case(const machine *m, const group *g, const run *r)
 {
     const shape *s = g->sizes;
     printf("%s,%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%s,%s,%s,%s,%s,%g,%" PRId64
-           ",%d,%s,%s,",
+           ",%d,%s,%s,%s,",
            s->name, s->m, s->k, s->n, s->sequence, forward_names[g->asked->forward],
            sebp_dtype_name(g->dtype), cold_names[g->cold], scattered_names[r->scattered],
            found_names[r->found], r->activity, r->active, m->threads, sebp_isa(),
-           gemm_names[m->gemm]);
+           gemm_names[m->gemm], packed_names[r->packed]);
 }
 
 void print_rows_unmeasured(const machine *m, const group *g, const char *status)
@@ -81,8 +82,9 @@ void print_rows_results(const machine *m, const group *g)
                gemm_names[dense->gemm], fill_gbs);
         if (read != NULL)
             printf(", read %.1f GB/s", read_gbs);
-        printf("\n%-16s %8s %6s %10s %10s %8s %10s %10s %9s\n", "rows", "activity", "active",
-               "dense ms", "compact ms", "speedup", "limit ms", "efficiency", "Gflop/s");
+        printf("\n%-*s %8s %6s %10s %10s %8s %10s %10s %9s\n", o->packed ? 23 : 16, "rows",
+               "activity", "active", "dense ms", "compact ms", "speedup", "limit ms", "efficiency",
+               "Gflop/s");
     }
     for (int i = 0; i < g->run_count; i++) {
         const run *r = &g->runs[i];
@@ -98,9 +100,11 @@ void print_rows_results(const machine *m, const group *g)
                    gemm_names[dense->gemm], dense_ms, dense->ms[0], dense_gflops, read_gbs,
                    fill_gbs, ms, r->ms[0], dense_ms / ms, limit_ms, limit_ms / ms, gflops);
         } else {
-            printf("%-9s %-6s %8g %6" PRId64 " %10.2f %10.2f %8.2f %10.2f %10.2f %9.1f\n",
-                   scattered_names[r->scattered], found_names[r->found], r->activity, r->active,
-                   dense_ms, ms, dense_ms / ms, limit_ms, limit_ms / ms, gflops);
+            printf("%-9s %-6s ", scattered_names[r->scattered], found_names[r->found]);
+            if (o->packed)
+                printf("%-6s ", packed_names[r->packed]);
+            printf("%8g %6" PRId64 " %10.2f %10.2f %8.2f %10.2f %10.2f %9.1f\n", r->activity,
+                   r->active, dense_ms, ms, dense_ms / ms, limit_ms, limit_ms / ms, gflops);
         }
     }
 }

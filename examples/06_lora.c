@@ -93,10 +93,13 @@ int main(void)
     /* As it begins: A random, B zero, so that the layer is what it was. */
     fill(a[0], K * R, 0.1);
     memset(b, 0, sizeof b);
+    /* W is frozen, so what products make of it before they multiply is made once, and kept. */
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    check(context, sebp_packed_weight_create(context, &wv, 0, &options.packed_weight));
     printf("%d elements train beside %d frozen ones\n", K * R + R * N, N * K);
     for (int step = 1; step <= STEPS; step++) {
-        check(context,
-              sebp_lora_forward(context, &xv, &wv, NULL, &av, &bv, scale, rows, NULL, &hv, &yv));
+        check(context, sebp_lora_forward(context, &xv, &wv, NULL, &av, &bv, scale, rows, &options,
+                                         &hv, &yv));
         double now = loss(rows);
         check(context, sebp_lora_backward(context, &dyv, &xv, NULL, &av, &bv, &hv, scale, rows,
                                           NULL, &dhv, NULL, &dav, &dbv));
@@ -107,9 +110,10 @@ int main(void)
         }
     }
 
-    /* Merged, the layer is an ordinary one again. */
+    /* Merged, the layer is an ordinary one again. W changes, so it is packed no more. */
     check(context,
-          sebp_lora_forward(context, &xv, &wv, NULL, &av, &bv, scale, rows, NULL, &hv, &yv));
+          sebp_lora_forward(context, &xv, &wv, NULL, &av, &bv, scale, rows, &options, &hv, &yv));
+    sebp_packed_weight_destroy(options.packed_weight);
     memcpy(target, y, sizeof y);
     check(context, sebp_lora_merge(context, &av, &bv, scale, &wv));
     check(context, sebp_linear_forward(context, &xv, &wv, NULL, rows, NULL, &yv));

@@ -41,6 +41,9 @@ typedef struct sebp_operand {
     sebp_dtype dtype;
 } sebp_operand;
 
+/** Copies of a matrix as products read it that have it, or its transpose, as their B: a device's own. */
+typedef struct sebp_packed sebp_packed;
+
 /**
  * C (+)= A B + bias + residual, with A: m x k, B: k x n, C: m x n, sums in f32. m, n, k >= 0; k = 0
  * gives what is added, or zero.
@@ -56,6 +59,7 @@ typedef struct sebp_product {
     int64_t m, n, k;
     sebp_precision precision;
     sebp_operand a, b;
+    sebp_packed *packed_b; /* copies of B's matrix, whole; NULL: none */
     void *c;
     int64_t c_stride;
     const int64_t *c_rows; /* NULL: as they lie */
@@ -146,6 +150,16 @@ typedef struct sebp_backend {
     sebp_status (*plan_product)(void *device, sebp_plan *plan);
     /** May run any number of times, while the scratch memory reserved for the method is as it was. */
     sebp_status (*run_product)(void *device, sebp_plan *plan);
+
+    /* Copies of a factor, kept from product to product. They change no product's status. */
+
+    /** Copies of one matrix, none of them made yet, of at most max_bytes >= 1 together. *packed NULL: the
+     * device keeps none, and the next three are not called. SEBP_ERROR_MEMORY. */
+    sebp_status (*packed_make)(void *device, int64_t max_bytes, sebp_packed **packed);
+    /** The matrix may hold other values from now on. No plan is waiting to run. */
+    void (*packed_forget)(sebp_packed *packed);
+    int64_t (*packed_bytes)(const sebp_packed *packed);
+    void (*packed_free)(void *device, sebp_packed *packed);
 
     /* Rows. */
 

@@ -96,7 +96,7 @@ void sebp_check_precision(sebp_call *call)
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->precision is %d", (int)precision);
 }
 
-void sebp_check_unused(sebp_call *call, const char *name, const sebp_matrix *option)
+void sebp_check_unused(sebp_call *call, const char *name, const void *option)
 {
     if (option != NULL)
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->%s is not for this function", name);

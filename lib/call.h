@@ -65,10 +65,13 @@ void sebp_take_any_options(sebp_call *call, const void *given, size_t first_byte
 /** NULL leaves the defaults. */
 void sebp_take_options(sebp_call *call, const sebp_linear_options *options);
 void sebp_check_precision(sebp_call *call);
-/** That a matrix of the options, for which the call has no use, is NULL. */
-void sebp_check_unused(sebp_call *call, const char *name, const sebp_matrix *option);
+/** That what the options name, for which the call has no use, is NULL. */
+void sebp_check_unused(sebp_call *call, const char *name, const void *option);
 /** The same of all matrices of the options. */
 void sebp_check_no_epilogue(sebp_call *call);
+/** That a packed weight of the options is of this context and of `w`, where that is not NULL
+ * (packed_weight.c). */
+void sebp_check_packed_weight(sebp_call *call, const sebp_matrix *w);
 void sebp_check_views(sebp_call *call, const sebp_argument *arguments, int count);
 void sebp_check_same_dtype(sebp_call *call, const sebp_argument *one, const sebp_argument *other);
 void sebp_check_f32(sebp_call *call, const sebp_argument *argument);
@@ -110,6 +113,8 @@ sebp_operand sebp_whole_operand(const sebp_matrix *view, bool transposed);
 sebp_operand sebp_active_operand(const sebp_call *call, const sebp_matrix *view, bool transposed);
 /** X[R], whether X is whole or compact. */
 sebp_operand sebp_x_operand(const sebp_call *call, const sebp_matrix *x, bool transposed);
+/** The copies of W that the options name, for a product whose B is W (packed_weight.c). */
+sebp_packed *sebp_packed_w(const sebp_call *call);
 /** Sends a product to a whole matrix, or to the active rows of one. */
 void sebp_to_whole(const sebp_matrix *view, sebp_product *product);
 void sebp_to_active_rows(const sebp_call *call, const sebp_matrix *view, sebp_product *product);

@@ -49,6 +49,7 @@ sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, con
     sebp_check_same_dtype(&call, &arguments[ACTIVATED], &arguments[Y]);
     sebp_check_inactive(&call);
     sebp_check_precision(&call);
+    sebp_check_packed_weight(&call, w);
     sebp_check_unused(&call, "before", options->before);
     if (options->activated != NULL)
         sebp_check_activation(&call, options->activation);
@@ -69,6 +70,7 @@ sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x, con
     sebp_product *product = &plan.product;
     product->a = sebp_x_operand(&call, x, false);
     product->b = sebp_whole_operand(w, true);
+    product->packed_b = sebp_packed_w(&call);
     sebp_to_active_rows(&call, y, product);
     if (bias != NULL) {
         product->bias = bias->data;
@@ -113,6 +115,7 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
         to_dx.product = (sebp_product){.m = call->m, .n = dx->cols, .k = dy->cols};
         to_dx.product.a = sebp_active_operand(call, dy, false);
         to_dx.product.b = sebp_whole_operand(w, false);
+        to_dx.product.packed_b = sebp_packed_w(call);
         to_dx.product.accumulate = options->dx_write == SEBP_ACCUMULATE;
         sebp_to_active_rows(call, dx, &to_dx.product);
         to_dx.product.activation = options->activation;
@@ -191,6 +194,7 @@ sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy, c
         sebp_check_rule(&call, &call.options.rule);
     sebp_check_inactive(&call);
     sebp_check_precision(&call);
+    sebp_check_packed_weight(&call, w);
     sebp_check_write(&call, "dx_write", options->dx_write);
     sebp_check_write(&call, "dw_write", options->dw_write);
     sebp_check_write(&call, "db_write", options->db_write);

@@ -40,6 +40,7 @@ static void plan_forward(sebp_call *call, const sebp_matrix *x, const sebp_matri
     plans[MORE_Y].product = (sebp_product){.m = m, .n = n, .k = r, .accumulate = true};
     plans[TO_Y].product.a = plans[TO_H].product.a = sebp_x_operand(call, x, false);
     plans[TO_Y].product.b = sebp_whole_operand(w, true);
+    plans[TO_Y].product.packed_b = sebp_packed_w(call);
     if (bias != NULL) {
         plans[TO_Y].product.bias = bias->data;
         plans[TO_Y].product.bias_dtype = bias->dtype;
@@ -76,6 +77,7 @@ sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix *x, const
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_no_epilogue(&call);
     sebp_check_precision(&call);
+    sebp_check_packed_weight(&call, w);
     for (int i = W; i <= H; i++)
         sebp_check_same_dtype(&call, &arguments[i], &arguments[X]);
     sebp_check_inactive(&call);
@@ -139,6 +141,7 @@ static int plan_backward(sebp_call *call, const sebp_matrix *dy, const sebp_matr
     sebp_to_whole(da, &plans[TO_DA].product);
     if (dx != NULL) {
         plans[TO_DX].product.b = sebp_whole_operand(w, false);
+        plans[TO_DX].product.packed_b = sebp_packed_w(call);
         plans[TO_DX].product.accumulate = call->options.dx_write == SEBP_ACCUMULATE;
         sebp_to_active_rows(call, dx, &plans[TO_DX].product);
         sebp_to_active_rows(call, dx, &plans[MORE_DX].product);
@@ -175,6 +178,7 @@ sebp_status sebp_lora_backward(sebp_context *context, const sebp_matrix *dy, con
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_no_epilogue(&call);
     sebp_check_precision(&call);
+    sebp_check_packed_weight(&call, w);
     for (int i = X; i <= DH; i++)
         sebp_check_same_dtype(&call, &arguments[i], &arguments[DY]);
     sebp_check_same_dtype(&call, &arguments[W], &arguments[DY]);

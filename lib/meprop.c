@@ -86,6 +86,7 @@ sebp_status sebp_meprop_gradient(sebp_context *context, const sebp_matrix *dy, c
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, 2);
     sebp_check_no_epilogue(&call);
+    sebp_check_unused(&call, "packed_weight", call.options.packed_weight);
     sebp_check_precision(&call);
     sebp_check_sparse_room(&call, "gradient", gradient);
     sebp_check_same_dtype(&call, of_x, of_dy);

@@ -380,6 +380,7 @@ sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_basis *ba
     sebp_take_options(&call, options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_no_epilogue(&call);
+    sebp_check_unused(&call, "packed_weight", call.options.packed_weight);
     sebp_check_precision(&call);
     sebp_check_same_dtype(&call, &arguments[X], &arguments[DY]);
     sebp_check_f32(&call, &arguments[R]);

@@ -38,6 +38,14 @@ static sebp_status call_forward(sebp_context *context, void **result)
     return sebp_linear_forward(context, &on.x, &on.w, &on.bias, on.rows, NULL, &on.y);
 }
 
+static sebp_status call_packed_weight(sebp_context *context, void **result)
+{
+    sebp_packed_weight *made = NULL;
+    sebp_status status = sebp_packed_weight_create(context, &on.w, 0, &made);
+    *result = made;
+    return status;
+}
+
 static sebp_status call_lora_forward(sebp_context *context, void **result)
 {
     (void)result;
@@ -385,6 +393,11 @@ static void destroy_basis(void *made)
     sebp_basis_destroy(made);
 }
 
+static void destroy_packed_weight(void *made)
+{
+    sebp_packed_weight_destroy(made);
+}
+
 static void destroy_sums(void *made)
 {
     sebp_basis_sums_destroy(made);
@@ -417,6 +430,7 @@ const allocation_target allocation_targets[] = {
     {"linear_backward dw", call_backward_dw, NULL, 1},
     {"linear_backward found", call_backward_found, NULL, 1},
     {"linear_forward", call_forward, NULL, 1},
+    {"linear packed weight", call_packed_weight, destroy_packed_weight, 2},
     {"norm_forward", call_norm_forward, NULL, 1},
     {"norm_backward", call_norm_backward, NULL, 1},
     {"cross_entropy", call_cross_entropy, NULL, 1},

@@ -136,6 +136,22 @@ static sebp_status count_run(void *device, sebp_plan *plan)
     return status;
 }
 
+static sebp_status count_packed_make(void *device, int64_t max_bytes, sebp_packed **packed)
+{
+    counting *self = device;
+    ENTER(device, SEBP_ERROR_MEMORY);
+    sebp_status status = sebp_cpu_packed_make(self->cpu, max_bytes, packed);
+    self->packed += status == SEBP_SUCCESS;
+    return status;
+}
+
+static void count_packed_free(void *device, sebp_packed *packed)
+{
+    counting *self = device;
+    sebp_cpu_packed_free(self->cpu, packed);
+    self->packed--;
+}
+
 static sebp_status count_scan(void *device, const sebp_matrix *dy, sebp_measure measure,
                               double limit, double *score)
 {
@@ -288,7 +304,7 @@ static void count_info(const void *device, sebp_info *info)
 static void count_destroy(void *device)
 {
     counting *self = device;
-    leaked = self->live != 0;
+    leaked = self->live != 0 || self->packed != 0;
     sebp_cpu_destroy(self->cpu);
     munmap(self->handles, COUNTING_ARENA);
     munmap(self->memory, COUNTING_ARENA);
@@ -308,6 +324,10 @@ const sebp_backend counting_backend = {
     .scratch = count_scratch,
     .plan_product = count_plan,
     .run_product = count_run,
+    .packed_make = count_packed_make,
+    .packed_forget = sebp_cpu_packed_forget,
+    .packed_bytes = sebp_cpu_packed_bytes,
+    .packed_free = count_packed_free,
     .scan_rows = count_scan,
     .zero_other_rows = count_zero,
     .sum_rows = count_sum,

@@ -24,6 +24,7 @@ struct counting {
     char *memory;  /* what lies behind them */
     device_memory pieces[COUNTING_BLOCKS];
     int live;
+    int packed;  /* weights */
     size_t used; /* of the arena */
     void *scratch;
     int64_t operations, fails_at, uploaded, downloaded;

@@ -33,6 +33,23 @@ static sebp_status linear_forward_epilogues(method_world *w)
                                &options, &w->at[Y]);
 }
 
+/* A call with W packed, which then is not packed again. */
+static sebp_status linear_forward_packed(method_world *w)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    sebp_status status =
+        sebp_packed_weight_create(w->context, &w->at[W], 0, &options.packed_weight);
+    for (int i = 0; i < 2 && status == SEBP_SUCCESS; i++) {
+        status = sebp_linear_forward(w->context, &w->at[X], &w->at[W], NULL, w->given->rows,
+                                     &options, &w->at[Y]);
+        ck_assert(status != SEBP_SUCCESS || sebp_packed_weight_bytes(options.packed_weight) > 0);
+        if (status == SEBP_ERROR_MEMORY && i == 1)
+            status = SEBP_ERROR_BACKEND; /* Y has been written */
+    }
+    sebp_packed_weight_destroy(options.packed_weight);
+    return status;
+}
+
 static sebp_status backward(method_world *w, const sebp_rows *of,
                             const sebp_linear_options *options)
 {
@@ -43,6 +60,17 @@ static sebp_status backward(method_world *w, const sebp_rows *of,
 static sebp_status linear_backward(method_world *w)
 {
     return backward(w, w->given->rows, NULL);
+}
+
+static sebp_status linear_backward_packed(method_world *w)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    sebp_status status =
+        sebp_packed_weight_create(w->context, &w->at[W], 0, &options.packed_weight);
+    if (status == SEBP_SUCCESS)
+        status = backward(w, w->given->rows, &options);
+    sebp_packed_weight_destroy(options.packed_weight);
+    return status;
 }
 
 static sebp_status linear_backward_adds(method_world *w)
@@ -193,6 +221,8 @@ static const method methods[] = {
     {"linear_forward_all", linear_forward_all},
     {"linear_forward_epilogues", linear_forward_epilogues},
     {"linear_backward", linear_backward},
+    {"linear_forward_packed", linear_forward_packed},
+    {"linear_backward_packed", linear_backward_packed},
     {"linear_backward_adds", linear_backward_adds},
     {"linear_backward_activated", linear_backward_activated},
     {"linear_backward_finds", linear_backward_finds},

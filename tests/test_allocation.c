@@ -131,6 +131,51 @@ START_TEST(a_merge_that_fails_leaves_the_weight)
 }
 END_TEST
 
+/* What has no memory for a copy of W goes without. */
+START_TEST(a_copy_that_fails_changes_nothing)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    int done = 0, without = 0;
+    if (!failing_works("a_copy_that_fails_changes_nothing")) {
+        return;
+    }
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    allocation_poison();
+    testing_succeed(sebp_linear_forward(context, &on.x, &on.w, &on.bias, on.rows, NULL, &on.y),
+                    context);
+    sebp_matrix first = testing_copy(&on.y);
+    sebp_context_destroy(context);
+    for (int64_t n = 1; !done; n++) {
+        context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+        testing_succeed(sebp_packed_weight_create(context, &on.w, 0, &options.packed_weight),
+                        context);
+        allocation_poison();
+        failing_live_count = 0;
+        failing_arm(n);
+        sebp_status status =
+            sebp_linear_forward(context, &on.x, &on.w, &on.bias, on.rows, &options, &on.y);
+        failing_disarm();
+        done = failing_asked_for < n;
+        if (status == SEBP_SUCCESS) {
+            without += sebp_packed_weight_bytes(options.packed_weight) == 0;
+            ck_assert(testing_same_bits(&on.y, &first));
+        } else {
+            ck_assert_int_eq(status, SEBP_ERROR_MEMORY);
+            ck_assert(allocation_is_poison());
+        }
+        testing_succeed(
+            sebp_linear_forward(context, &on.x, &on.w, &on.bias, on.rows, &options, &on.y),
+            context);
+        ck_assert(testing_same_bits(&on.y, &first));
+        ck_assert_int_gt(sebp_packed_weight_bytes(options.packed_weight), 0);
+        sebp_packed_weight_destroy(options.packed_weight);
+        sebp_context_destroy(context);
+    }
+    ck_assert_int_eq(without, 2); /* for what is known of it, and for the copy */
+    testing_release(&first);
+}
+END_TEST
+
 /* The moments that a state has of the elements 0 to 199; others are NaN. */
 static void read_state(const sebp_sparse_adamw *state, float moments[400])
 {
@@ -209,6 +254,7 @@ static Suite *make_suite(void)
     tcase_add_checked_fixture(tests, allocation_setup, allocation_teardown);
     tcase_add_loop_test(tests, every_allocation_fails, 0, allocation_target_count);
     tcase_add_test(tests, a_merge_that_fails_leaves_the_weight);
+    tcase_add_test(tests, a_copy_that_fails_changes_nothing);
     tcase_add_test(tests, a_step_that_fails_leaves_the_state);
     suite_add_tcase(suite, tests);
     return suite;

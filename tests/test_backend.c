@@ -126,13 +126,24 @@ static void drop_factor(operand_pair *factor)
     drop(scalar, (void *)(uintptr_t)factor->scalar.rows);
 }
 
+/* Now and then with copies of B, which a device may have no room for, or not know of. */
 static void run_product(side on, sebp_product *product)
 {
     sebp_plan plan = {.product = *product};
+    sebp_packed *packed = NULL;
+    if (product->b.rows == NULL && testing_chance(0.4)) {
+        succeed(on.backend->packed_make(on.device, testing_between(1, 1 << 19), &packed));
+        plan.product.packed_b = packed;
+    }
     succeed(on.backend->plan_product(on.device, &plan));
     ck_assert_ptr_nonnull(plan.path);
     sebp_status status = on.backend->run_product(on.device, &plan);
     ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", plan.path, sebp_status_string(status));
+    if (packed != NULL) {
+        on.backend->packed_forget(packed);
+        ck_assert_int_le(on.backend->packed_bytes(packed), 1 << 19);
+        on.backend->packed_free(on.device, packed);
+    }
 }
 
 static sebp_precision some_precision(void)

@@ -103,6 +103,21 @@ succeeds "$bench" --csv --quick --verify-only --activity .5
 csv 4
 prints ',verified$'
 
+
+# Packed weights: each case twice
+succeeds "$bench" --quick --packed --repetitions 2 --seconds 0 --dtype both
+prints '^tail +given +plain +0.25 +128 '
+prints '^tail +given +packed +0.25 +128 '
+succeeds "$bench" --csv --quick --packed --repetitions 2 --seconds 0 --forward --warm --cold
+csv 24
+if [ "$(grep -c ',auto,packed,' "$work/out")" -eq 12 ]; then pass; else fail "packed weights"; fi
+succeeds "$bench" --verify-only --packed --precision medium --shape 65x17:33
+prints '^verified$'
+refuses '--packed goes' "$bench" --packed --choices
+refuses '--packed goes' "$bench" --packed --method full
+refuses '--packed goes' "$bench" --packed --attention
+refuses '--packed goes' "$bench" --packed --layer
+
 # Attention
 for dtype in f32 bf16; do
     succeeds "$bench" --attention --quick --verify-only --dtype $dtype --threads 3

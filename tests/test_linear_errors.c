@@ -184,6 +184,73 @@ START_TEST(epilogues)
 }
 END_TEST
 
+/* A packed weight of `view`, for a call on `context`. */
+static sebp_packed_weight *packed_of(sebp_context *context, sebp_matrix view)
+{
+    sebp_packed_weight *made = NULL;
+    ck_assert_int_eq(sebp_packed_weight_create(context, &view, 0, &made), SEBP_SUCCESS);
+    return made;
+}
+
+#define PACKED(word, change)                                                                       \
+    do {                                                                                           \
+        FORWARD(SEBP_ERROR_VALUE, "options->packed_weight" word,                                   \
+                (call.options.packed_weight = packed, change));                                    \
+        BACKWARD(SEBP_ERROR_VALUE, "options->packed_weight" word,                                  \
+                 (call.options.packed_weight = packed, change));                                   \
+    } while (0)
+
+/* It is of one matrix, as it lies, and of one context. */
+START_TEST(packed_weights)
+{
+    const sebp_matrix w = linear_call_on.inputs[2];
+    sebp_packed_weight *packed = packed_of(linear_call_on.context, w);
+    PACKED(" is of a matrix of 8x8", call.w_view.rows--);
+    PACKED(" is of a matrix of 8x8", call.w_view.cols--);
+    PACKED(" is of a matrix of 8x8", call.w_view.stride--);
+    PACKED(" is of a matrix of 8x8, stride 9, f32, but w is 8x8, stride 9, bf16",
+           call.w_view.dtype = SEBP_BF16);
+    PACKED(" is of a matrix that lies elsewhere", call.w_view.data = (float *)call.w_view.data + 1);
+    sebp_context *other = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    sebp_packed_weight *of_other = packed_of(other, w);
+    PACKED(" was made for another context", call.options.packed_weight = of_other);
+    /* Without dX there is no W to compare. */
+    BACKWARD(SEBP_ERROR_VALUE, "options->packed_weight was made for another context",
+             (call.options.packed_weight = of_other, call.w = call.dx = NULL));
+    sebp_packed_weight_destroy(of_other);
+    sebp_context_destroy(other);
+    linear_call_reset();
+    call.options.packed_weight = packed;
+    call.w = call.dx = NULL;
+    ck_assert_int_eq(linear_call_backward(), SEBP_SUCCESS);
+
+    /* Making one. */
+    sebp_context *context = linear_call_on.context;
+    sebp_packed_weight *made = packed;
+    sebp_matrix view = w;
+    ck_assert_int_eq(sebp_packed_weight_create(NULL, &w, 0, &made), SEBP_ERROR_NULL);
+    testing_refuse(sebp_packed_weight_create(context, NULL, 0, &made), SEBP_ERROR_NULL, "w is NULL",
+                   context);
+    testing_refuse(sebp_packed_weight_create(context, &w, 0, NULL), SEBP_ERROR_NULL,
+                   "packed_weight is NULL", context);
+    testing_refuse(sebp_packed_weight_create(context, &w, -1, &made), SEBP_ERROR_VALUE, "-1",
+                   context);
+    view.data = NULL;
+    testing_refuse(sebp_packed_weight_create(context, &view, 0, &made), SEBP_ERROR_NULL, "w is",
+                   context);
+    view = w;
+    view.stride = 1;
+    testing_refuse(sebp_packed_weight_create(context, &view, 0, &made), SEBP_ERROR_STRIDE, "w has",
+                   context);
+    view = w;
+    view.dtype = (sebp_dtype)2;
+    testing_refuse(sebp_packed_weight_create(context, &view, 0, &made), SEBP_ERROR_DTYPE, "w has",
+                   context);
+    ck_assert_ptr_eq(made, packed);
+    sebp_packed_weight_destroy(packed);
+}
+END_TEST
+
 /* Two things wrong at once: the one that sebp.h puts first is told. */
 START_TEST(order_of_checks)
 {
@@ -278,6 +345,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, forward_views);
     tcase_add_test(tests, forward_rest);
     tcase_add_test(tests, epilogues);
+    tcase_add_test(tests, packed_weights);
     tcase_add_test(tests, order_of_checks);
     tcase_add_test(tests, legal_calls);
     suite_add_tcase(suite, tests);

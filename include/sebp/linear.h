@@ -22,7 +22,8 @@
  *     sebp,<function>,<M>,<K>,<N>,<m>,<dtype>,<gemm of each product>,<rows>,<milliseconds>
  *
  * A product is written as "native:auto" or "onednn:asked": which GEMM computed it, and why.
- * "native:medium", "native:high" and "native:split" are products of bf16 that the precision allowed. The
+ * "native:medium", "native:high" and "native:split" are products of bf16 that the precision allowed.
+ * "-packed" at the end says that a packed weight had the copy of W that the product read. The
  * two products of a backward are joined by "+", dW's first. The rows are "all rows", "one run",
  * "scattered rows" or "no rows", followed by " found" where the call found them.
  */
@@ -34,6 +35,7 @@
 #include <sebp/activation.h>
 #include <sebp/context.h>
 #include <sebp/matrix.h>
+#include <sebp/packed_weight.h>
 #include <sebp/rows.h>
 #include <sebp/status.h>
 
@@ -70,6 +72,8 @@ typedef struct sebp_linear_options {
     const sebp_matrix *before; /**< backward: Z, of which X = f(Z) is the activation: dX[R] becomes
                                      Z's gradient; M x K, of dX's dtype. NULL: dX is X's gradient */
     sebp_precision precision;  /**< of products with f32 (context.h); default the context's */
+    sebp_packed_weight *
+        packed_weight; /**< of w, whose elements are what they were (packed_weight.h); NULL: none */
 } sebp_linear_options;
 
 /** Options as they are by default, with size_bytes set. */
@@ -77,7 +81,7 @@ typedef struct sebp_linear_options {
     {                                                                                              \
         sizeof(sebp_linear_options), {SEBP_RULE_NONZERO, 0.0, 0, 0.0}, 0, SEBP_INACTIVE_ZERO,      \
             SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE, 0, SEBP_GELU, 0, 0,                    \
-            SEBP_PRECISION_DEFAULT                                                                 \
+            SEBP_PRECISION_DEFAULT, 0                                                              \
     }
 
 /**
@@ -99,7 +103,8 @@ typedef struct sebp_linear_options {
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; SEBP_ERROR_STRIDE; SEBP_ERROR_OVERFLOW;
  *         SEBP_ERROR_DTYPE (an unknown one; the residual or `activated` not of Y's, `before` not of
- *         dX's); SEBP_ERROR_VALUE (an option); SEBP_ERROR_ROWS (made for another M; x_is_compact
+ *         dX's); SEBP_ERROR_VALUE (an option; a packed weight of another matrix than w, or of another
+ *         context); SEBP_ERROR_ROWS (made for another M; x_is_compact
  *         without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND.
  *         Only SEBP_ERROR_BACKEND may leave outputs half written.
  */

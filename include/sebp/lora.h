@@ -48,8 +48,8 @@ SEBP_BEGIN_DECLS
  * @param b        r x N.
  * @param scale    alpha / r; finite.
  * @param rows     R, made for M rows. NULL: all rows.
- * @param options  NULL: the defaults. Of the options x_is_compact, inactive and
- *                 precision are used, and epilogues (linear.h) are refused.
+ * @param options  NULL: the defaults. Of the options x_is_compact, inactive, precision
+ *                 and packed_weight, of the frozen W, are used, and epilogues (linear.h) are refused.
  * @param h        m x r. Its i-th row belongs to the i-th active row.
  * @param y        M x N, either dtype. Other rows: zeroed or left, as options->inactive says.
  *
@@ -77,8 +77,8 @@ SEBP_API sebp_status sebp_lora_forward(sebp_context *context, const sebp_matrix 
  * @param scale    as in the forward.
  * @param rows     R, as in the forward. NULL: all rows. No rule is used, as the rows are those of
  *                 H.
- * @param options  NULL: the defaults. Of the options x_is_compact, inactive, dx_write and
- *                 precision are used, and dw_write for dA and dB; epilogues are refused.
+ * @param options  NULL: the defaults. Of the options x_is_compact, inactive, dx_write,
+ *                 precision and packed_weight are used, and dw_write for dA and dB; epilogues are refused.
  * @param dh       m x r, overwritten: the gradient of H before its scale.
  * @param dx       M x K, either dtype, or NULL.
  * @param da       K x r, either dtype.

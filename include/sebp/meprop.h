@@ -29,7 +29,7 @@ SEBP_BEGIN_DECLS
  * @param x         M x K, or m x K with x_is_compact; of dY's dtype.
  * @param rows      R, made for M rows. NULL: found in dY by options->rule.
  * @param options   NULL: the defaults. Of the options rule, x_is_compact and precision are
- *                  used, and epilogues (linear.h) are refused.
+ *                  used, and epilogues and packed_weight (linear.h) are refused.
  * @param gradient  N x K, with room for its count k of indices and values, from 1 to N K.
  *
  * The arrays of the gradient overlap neither each other nor dY nor X.

@@ -55,6 +55,7 @@
 #include <sebp/matrix.h>
 #include <sebp/meprop.h>
 #include <sebp/optim.h>
+#include <sebp/packed_weight.h>
 #include <sebp/random.h>
 #include <sebp/rows.h>
 #include <sebp/sequences.h>

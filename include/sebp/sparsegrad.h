@@ -68,7 +68,8 @@ SEBP_API sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m)
  * @param x         M x K, or m x K with x_is_compact; of dY's dtype.
  * @param rows      made for M rows. NULL: found in dY by options->rule.
  * @param options   NULL: the defaults. dw_write says whether R is overwritten or added to;
- *                  dx_write, db_write and inactive are ignored, epilogues (linear.h) refused.
+ *                  dx_write, db_write and inactive are ignored, epilogues and packed_weight (linear.h)
+ *                  refused.
  * @param rotation  SEBP_ROTATE_AUTO, or the order to use.
  * @param r         R: r_out x r_in, f32, any stride; overlaps nothing else. All layers may share
  *                  one such matrix, as it is no longer needed once its top k are chosen.

@@ -39,6 +39,7 @@ typedef struct native_run {
     const sebp_native_plan *plan;
     char *scratch;
     _Atomic int64_t next_chunk; /* of those that no worker has begun */
+    bool has_b;                 /* packed, whole */
 } native_run;
 
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
@@ -50,6 +51,7 @@ static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple
 /* A block of C being summed: rows [m0, m1) and columns [n0, n1) of the product. */
 typedef struct c_block {
     int64_t m0, m1, n0, n1;
+    bool has_b;            /* B is packed */
     sebp_native_room room; /* of the worker */
     const float *bias;     /* for columns n0 on; or NULL */
 } c_block;
@@ -78,6 +80,16 @@ static bool reads_b_rows(const sebp_native_plan *plan)
     bool reads_bf16 = plan->b.dtype == SEBP_BF16;
     return !plan->b.slab.lanes_are_rows && sebp_packs_straight(&plan->b) &&
            reads_bf16 == plan->by_bf16;
+}
+
+/* Whether the first tile of a sliver packs it on the way, of `rows` rows of A. That tile is computed whole,
+ * so it does not pay where the rows fill less than half of it. Nor does it for pairs of bf16, of which two
+ * memory rows are woven into one, unless a matrix unit multiplies meanwhile. */
+static bool packs_in_tile(const sebp_native_plan *plan, int64_t rows)
+{
+    const sebp_tile_shape *shape = plan->shape;
+    bool weaves = shape->unit_elements > 1 && shape->step_units == 1;
+    return reads_b_rows(plan) && 2 * rows > shape->rows && !weaves;
 }
 
 /* The sum of the terms: the first as `work` says, the others added to it. */
@@ -131,21 +143,30 @@ static void run_in_f32(const sebp_native_plan *plan, const sebp_tile_work *work,
         memcpy(work->c[r] + work->c_at, sums[r], (size_t)work->cols * sizeof(float));
 }
 
+/* Whether the sliver of column j0 is finite: where that is noted as it is packed. NULL: nowhere. */
+static bool *finite_note(const sebp_native_plan *plan, const c_block *block, int64_t j0, int64_t at)
+{
+    if (plan->copy != NULL)
+        return sebp_cpu_copy_finite(plan, at, j0);
+    return block->room.b_is_finite != NULL
+               ? block->room.b_is_finite + (j0 - block->n0) / plan->shape->cols
+               : NULL;
+}
+
 /* Packs B from column j0 on, where that begins a group of slivers. */
 static void pack_group(const sebp_native_plan *plan, const c_block *block, int64_t j0,
                        float *sliver, int64_t at, int64_t depth)
 {
-    const int64_t first = (j0 - block->n0) / plan->shape->cols;
-    if (first % plan->b_group != 0)
+    if ((j0 - block->n0) / plan->shape->cols % plan->b_group != 0)
         return;
-    bool *finite = block->room.b_is_finite != NULL ? block->room.b_is_finite + first : NULL;
     const int64_t cols = sebp_min(plan->b_group * plan->shape->cols, block->n1 - j0);
-    sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth, finite,
-                    block->room.converted);
+    sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth,
+                    finite_note(plan, block, j0, at), block->room.converted);
 }
 
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
- * column j0. The first panel also packs the sliver, and prefetches the rows of the next one. */
+ * column j0. The first panel also packs the sliver, unless that has been done, and prefetches the rows
+ * of the next one. */
 static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_t i0, int64_t i1,
                       int64_t j0, float *sliver, int64_t at, int64_t depth)
 {
@@ -153,16 +174,14 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
     const sebp_product *product = plan->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->b.dtype);
     int64_t cols = sebp_min(shape->cols, block->n1 - j0);
-    bool is_first = i0 == block->m0, reads_rows = reads_b_rows(plan);
+    bool packs = i0 == block->m0 && !block->has_b, reads_rows = reads_b_rows(plan);
     bool adds_residual = product->residual != NULL && at == 0;
-    bool *b_is_finite = block->room.b_is_finite != NULL
-                            ? block->room.b_is_finite + (j0 - block->n0) / shape->cols
-                            : NULL;
+    bool *b_is_finite = finite_note(plan, block, j0, at);
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->room.packed_a,
         .b = sliver,
-        .pack_b = is_first && reads_rows && cols == shape->cols &&
+        .pack_b = packs && packs_in_tile(plan, i1 - i0) && cols == shape->cols &&
                   (block->room.a_is_finite == NULL || block->room.a_is_finite[0]),
         .b_rows = block->room.b_rows,
         .b_at = j0 * bytes,
@@ -175,10 +194,10 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .stream = plan->stream,
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
-    if (is_first && !work.pack_b)
+    if (packs && !work.pack_b)
         pack_group(plan, block, j0, sliver, at, depth);
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
-    if (is_first && reads_rows && j0 + 2 * shape->cols <= block->n1) {
+    if (packs && reads_rows && j0 + 2 * shape->cols <= block->n1) {
         work.ahead = block->room.b_rows;
         work.ahead_at = work.b_at + shape->cols * bytes;
         lines = depth * sebp_div_ceil(shape->cols * bytes, 64);
@@ -204,7 +223,7 @@ static void list_b_rows(const sebp_native_plan *plan, const c_block *block, int6
                         int64_t depth)
 {
     const sebp_slab *slab = &plan->b.slab;
-    if (!reads_b_rows(plan))
+    if (block->has_b || !reads_b_rows(plan))
         return;
     int64_t row_bytes = slab->stride * (int64_t)sebp_dtype_bytes(plan->b.dtype);
     for (int64_t k = 0; k < depth; k++) {
@@ -214,12 +233,23 @@ static void list_b_rows(const sebp_native_plan *plan, const c_block *block, int6
     block->room.b_rows[depth] = NULL;
 }
 
+/* Where the sliver of column j0 is, or will be: in the copy, or in scratch memory. There, with one panel,
+ * the next group of slivers takes the place of this one, which stays in cache. */
+static float *sliver_of(const sebp_native_plan *plan, const c_block *block, int64_t j0, int64_t at)
+{
+    int64_t index = (j0 - block->n0) / plan->shape->cols;
+    if (plan->copy != NULL)
+        return sebp_cpu_copy_sliver(plan, at, j0);
+    if (block->m1 - block->m0 <= plan->panel)
+        index %= plan->b_group;
+    return block->room.packed_b + index * plan->b.sliver_units;
+}
+
 /* Sums a block over the whole depth. */
 static void sum_block(const sebp_native_plan *plan, const c_block *block)
 {
     const sebp_tile_shape *shape = plan->shape;
     int64_t k = plan->product->k, k_block = plan->units * plan->shape->unit_elements;
-    bool one_panel = block->m1 - block->m0 <= plan->panel;
     for (int64_t at = 0; at < k; at += k_block) {
         int64_t depth = sebp_min(k_block, k - at);
         list_b_rows(plan, block, at, depth);
@@ -228,12 +258,9 @@ static void sum_block(const sebp_native_plan *plan, const c_block *block)
             list_c_rows(plan, block, i0, i1);
             sebp_pack_lanes(plan->kernels, &plan->a, block->room.packed_a, i0, i1 - i0, at, depth,
                             block->room.a_is_finite, block->room.converted);
-            int64_t index = 0; /* of the sliver */
             int64_t finished = at + depth < k || block->room.c != NULL ? block->n1 : block->n0;
-            for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols, index++) {
-                /* With one panel the next group takes the place of this one, which stays in cache. */
-                const int64_t place = one_panel ? index % plan->b_group : index;
-                float *sliver = block->room.packed_b + place * plan->b.sliver_units;
+            for (int64_t j0 = block->n0; j0 < block->n1; j0 += shape->cols) {
+                float *sliver = sliver_of(plan, block, j0, at);
                 run_panel(plan, block, i0, i1, j0, sliver, at, depth);
                 int64_t j1 = sebp_min(j0 + shape->cols, block->n1);
                 if (j1 - finished >= FINISH_COLS || (j1 == block->n1 && finished < j1)) {
@@ -272,9 +299,10 @@ static void store_block(const sebp_native_plan *plan, const c_block *block)
     }
 }
 
-static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+static void run_chunk(const native_run *run, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                       char *scratch)
 {
+    const sebp_native_plan *plan = run->plan;
     const sebp_product *product = plan->product;
     c_block block;
     sebp_native_lay_out(plan, scratch, &block.room);
@@ -284,6 +312,7 @@ static void run_chunk(const sebp_native_plan *plan, int64_t m0, int64_t m1, int6
             block.m1 = sebp_min(m + plan->block_m, m1);
             block.n0 = n;
             block.n1 = sebp_min(n + plan->block_n, n1);
+            block.has_b = run->has_b || (plan->copy != NULL && m > m0);
             block.bias = product->bias != NULL ? (const float *)product->bias + n : NULL;
             if (product->bias != NULL && product->bias_dtype == SEBP_BF16) {
                 plan->kernels->f32_from_bf16(block.room.bias, (const uint16_t *)product->bias + n,
@@ -311,7 +340,7 @@ static void run_worker(void *work, int64_t worker)
         plan->kernels->configure_tiles();
     for (int64_t chunk = worker; chunk < chunks; chunk = atomic_fetch_add(&run->next_chunk, 1)) {
         int64_t i = chunk / plan->grid_n, j = chunk % plan->grid_n;
-        run_chunk(plan, cut(product->m, plan->grid_m, i, plan->shape->rows),
+        run_chunk(run, cut(product->m, plan->grid_m, i, plan->shape->rows),
                   cut(product->m, plan->grid_m, i + 1, plan->shape->rows),
                   cut(product->n, plan->grid_n, j, plan->shape->cols),
                   cut(product->n, plan->grid_n, j + 1, plan->shape->cols),
@@ -353,9 +382,15 @@ static void fill_rows(const sebp_kernels *kernels, const sebp_product *product)
 
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
 {
-    native_run run = {plan, scratch, plan->workers};
-    if (plan->product->k == 0)
+    native_run run = {plan, scratch, plan->workers, false};
+    if (plan->product->k == 0) {
         fill_rows(cpu->kernels, plan->product);
-    else
-        sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
+        return;
+    }
+    if (plan->copy != NULL && plan->grid_m > 1) /* else each chunk makes its part */
+        sebp_cpu_make_copy(cpu, plan, scratch);
+    run.has_b = plan->copy != NULL && sebp_cpu_copy_is_made(plan->copy);
+    sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
+    if (plan->copy != NULL)
+        sebp_cpu_copy_made(plan->copy);
 }

@@ -110,9 +110,10 @@ int64_t sebp_native_lay_out(const sebp_native_plan *plan, char *scratch, sebp_na
     const sebp_tile_shape *shape = plan->shape;
     const int64_t depth = plan->units * shape->unit_elements;
     const int64_t a_slivers = sebp_div_ceil(plan->panel, shape->rows);
-    const int64_t b_slivers = sebp_div_ceil(plan->block_n, shape->cols);
+    const int64_t b_slivers = plan->copy == NULL ? sebp_div_ceil(plan->block_n, shape->cols) : 0;
+    const int64_t b_lanes = sebp_max(plan->block_n, SEBP_COPIED_SLIVERS * shape->cols);
     const int64_t converted = sebp_max(sebp_packing_room(&plan->a, plan->panel, depth),
-                                       sebp_packing_room(&plan->b, plan->block_n, depth));
+                                       sebp_packing_room(&plan->b, b_lanes, depth));
     int64_t total = 0;
     char *at = scratch;
     room->packed_a =
@@ -163,6 +164,9 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
         int64_t blocks = sebp_div_ceil(units, of_shape->k_block / parts);
         plan->units = sebp_round_up(sebp_div_ceil(units, blocks), shape->step_units);
     }
+    plan->b.part_units = sliver_units(plan, shape->cols); /* the parts of a sliver lie together */
+    plan->b.sliver_units = plan->b.part_units * plan->b.parts;
+    plan->copy = sebp_cpu_find_copy(plan);
     int64_t threads = sebp_cpu_threads(cpu);
     choose_grid(plan, threads);
     int64_t chunk_m = sebp_round_up(sebp_div_ceil(product->m, plan->grid_m), shape->rows);
@@ -210,8 +214,6 @@ static void size_blocks(sebp_native_plan *plan, const sebp_cpu *cpu)
     plan->worker_bytes = worker_bytes(plan);
     plan->a.sliver_units = sliver_units(plan, shape->rows);
     plan->a.part_units = sebp_div_ceil(plan->panel, shape->rows) * plan->a.sliver_units;
-    plan->b.part_units = sliver_units(plan, shape->cols); /* the parts of a sliver lie together */
-    plan->b.sliver_units = plan->b.part_units * plan->b.parts;
 }
 
 void sebp_native_plan_product(const sebp_cpu *cpu, const sebp_product *product,

@@ -27,6 +27,13 @@ void sebp_cpu_destroy(void *device);
 sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan);
 sebp_status sebp_cpu_run_product(void *device, sebp_plan *plan);
 
+/* packed.c */
+
+sebp_status sebp_cpu_packed_make(void *device, int64_t max_bytes, sebp_packed **packed);
+void sebp_cpu_packed_forget(sebp_packed *packed);
+int64_t sebp_cpu_packed_bytes(const sebp_packed *packed);
+void sebp_cpu_packed_free(void *device, sebp_packed *packed);
+
 /* rows.c */
 
 sebp_status sebp_cpu_scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,

@@ -15,6 +15,8 @@
 enum {
     LARGE = 512,   /* of a product's sizes */
     FEW_ROWS = 16, /* of A: what it takes to pack B shows */
+    PACKED_ROWS =
+        4,         /* from so many on our own GEMM is the faster one of few, where B^T is packed */
     FEW_STEPS = 64 /* of the depth of dW: so does what it takes to pack both */
 };
 
@@ -35,6 +37,18 @@ static cpu_plan *plan_of(sebp_plan *plan)
     return (cpu_plan *)(void *)plan->device;
 }
 
+/* Whether our own GEMM is the faster one for few rows, as it has a copy of B, or can have one. Of a B that
+ * is not transposed oneDNN makes its own as fast. */
+static bool gains_by_copy(const sebp_cpu *cpu, const sebp_product *product,
+                          sebp_arithmetic arithmetic)
+{
+    sebp_native_plan plan;
+    if (product->packed_b == NULL || !product->b.transposed || product->m < PACKED_ROWS)
+        return false;
+    sebp_native_plan_product(cpu, product, arithmetic, &plan);
+    return plan.copy != NULL;
+}
+
 /* Whether oneDNN should do a product if it can. Where the choice is ours, it gets the large f32
  * products whose matrices it can read in place, where it measures a few percent faster, and those
  * of few rows with a B that comes from the caches, where it is up to five times as fast. Our own GEMM
@@ -49,15 +63,22 @@ static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
                                           : product->m <= FEW_ROWS &&
                                                 !sebp_cpu_streams(cpu, product->n * product->k * 4);
     bool suits = !arithmetic.by_bf16 && (is_small || (is_dense && is_large));
+    if (suits && is_small && cpu->gemm == SEBP_GEMM_AUTO)
+        suits = !gains_by_copy(cpu, product, arithmetic);
     return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
 }
 
-/* NULL where no f32 is rounded or split. */
-static const char *path_by_parts(const sebp_product *product, sebp_arithmetic arithmetic)
+/* Of a product by our own GEMM, where that is not said by `reason`: what keeps oneDNN away. */
+static const char *native_path(const sebp_product *product, sebp_arithmetic arithmetic,
+                               bool is_packed, const char *reason)
 {
     static const char *const paths[] = {"native:medium", "native:high", "native:split"};
+    static const char *const packed_paths[] = {"native:medium-packed", "native:high-packed",
+                                               "native:split-packed"};
     bool has_f32 = product->a.dtype == SEBP_F32 || product->b.dtype == SEBP_F32;
-    return has_f32 && arithmetic.by_bf16 ? paths[arithmetic.parts - 1] : NULL;
+    if (has_f32 && arithmetic.by_bf16)
+        return (is_packed ? packed_paths : paths)[arithmetic.parts - 1];
+    return is_packed ? "native:packed" : reason;
 }
 
 /* Whether a product takes more scratch memory than there is. */
@@ -92,9 +113,8 @@ sebp_status sebp_cpu_plan_product(void *device, sebp_plan *plan)
     (void)prefers_onednn;
 #endif
     if (made->by == BY_NATIVE) {
-        const char *by_parts = path_by_parts(product, arithmetic);
-        plan->path = by_parts != NULL ? by_parts : plan->path; /* whatever has kept oneDNN away */
         sebp_native_plan_product(cpu, product, arithmetic, &made->how.native);
+        plan->path = native_path(product, arithmetic, made->how.native.copy != NULL, plan->path);
         made->scratch_bytes = sebp_native_scratch(&made->how.native);
     }
     if (cpu->scratch_is_settled && is_larger(cpu, made)) {

@@ -7,6 +7,11 @@
 
 /* gemm_plan.c and gemm.c: the library's own. */
 
+/** A copy of B that is kept (packed.c). */
+typedef struct sebp_packed_copy sebp_packed_copy;
+
+enum { SEBP_COPIED_SLIVERS = 4 /* packed at once into a copy */ };
+
 /** A product, and how it is cut. */
 typedef struct sebp_native_plan {
     const sebp_product *product;
@@ -17,9 +22,10 @@ typedef struct sebp_native_plan {
     sebp_packing a, b;
     sebp_term terms[SEBP_MAX_TERMS];
     int term_count;
-    int64_t units;  /* at most, to a block of the depth */
-    bool in_blocks; /* C is summed in f32 blocks of scratch memory */
-    bool stream;    /* C is written past the caches */
+    int64_t units;          /* at most, to a block of the depth */
+    sebp_packed_copy *copy; /* of B, kept; NULL: none, B is packed in scratch memory */
+    bool in_blocks;         /* C is summed in f32 blocks of scratch memory */
+    bool stream;            /* C is written past the caches */
     int64_t grid_m, grid_n;
     int64_t panel;   /* rows of A to a packed panel */
     int64_t block_m; /* rows to a block of C */
@@ -54,6 +60,21 @@ int64_t sebp_native_lay_out(const sebp_native_plan *plan, char *scratch, sebp_na
  * two apart would compete for the same few places of a cache. */
 int64_t sebp_native_block_stride(const sebp_native_plan *plan);
 void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
+
+/* packed.c */
+
+/** The copy of B that a product can use, or room for it; NULL: neither. Of the plan all must be settled but
+ * the sizes of grid and blocks. */
+sebp_packed_copy *sebp_cpu_find_copy(const sebp_native_plan *plan);
+/** Makes plan->copy, unless it is made. */
+void sebp_cpu_make_copy(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
+bool sebp_cpu_copy_is_made(const sebp_packed_copy *copy);
+/** A product has packed all its slivers. */
+void sebp_cpu_copy_made(sebp_packed_copy *copy);
+/** Its sliver of column j and of the block of the depth that begins at `at`; whether that is finite, or NULL
+ * where that is not checked. */
+float *sebp_cpu_copy_sliver(const sebp_native_plan *plan, int64_t at, int64_t j);
+bool *sebp_cpu_copy_finite(const sebp_native_plan *plan, int64_t at, int64_t j);
 
 /* onednn.c: oneDNN's; only in a build with it. */
 

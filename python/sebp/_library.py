@@ -114,6 +114,10 @@ _FUNCTIONS = {
         c_int,
         [c_void_p, *[_view] * 7, c_void_p, c_void_p, _attention_options, *[_view] * 4],
     ),
+    "sebp_packed_weight_create": (c_int, [c_void_p, _view, c_int64, POINTER(c_void_p)]),
+    "sebp_packed_weight_changed": (None, [c_void_p]),
+    "sebp_packed_weight_bytes": (c_int64, [c_void_p]),
+    "sebp_packed_weight_destroy": (None, [c_void_p]),
     "sebp_linear_forward": (
         c_int,
         [c_void_p, _view, _view, _view, c_void_p, _linear_options, _view],

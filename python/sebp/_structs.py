@@ -64,6 +64,7 @@ class LinearOptions(ctypes.Structure):
         ("activated", ctypes.POINTER(Matrix)),
         ("before", ctypes.POINTER(Matrix)),
         ("precision", ctypes.c_int),
+        ("packed_weight", ctypes.c_void_p),
     ]
 
 

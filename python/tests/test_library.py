@@ -178,7 +178,15 @@ def test_struct_sizes():
     linear = LinearOptions(ctypes.sizeof(LinearOptions))
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 0
     assert result[0] == 9.0
-    linear.precision = 9  # the last field
+    packed = ctypes.c_void_p()
+    assert library.sebp_packed_weight_create(context, view, 0, packed) == 0
+    linear.packed_weight = packed  # the last field
+    assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 0
+    assert library.sebp_packed_weight_bytes(packed) > 0
+    assert library.sebp_linear_forward(context, view, out, None, None, linear, view) == 8
+    linear.packed_weight = None
+    library.sebp_packed_weight_destroy(packed)
+    linear.precision = 9
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 8
     linear.size_bytes = LinearOptions.residual.offset - 8  # where version 0.1.0's ended
     assert library.sebp_linear_forward(context, view, view, None, None, linear, out) == 2
