@@ -40,7 +40,7 @@ static const blocking by_narrow_tiles = {384, 512, 4 << 20, INT64_MAX, 24};
  * A and as much of B. A's panel lies in L2. So does most of B's sliver, 384 units or 48 KiB: a shorter
  * one would stay in L1, but C would be read and written more often, each time 8 KiB for a block of it.
  * A and C share an L2 of 2 MiB, and columns are many, as A is packed again for each block of them. */
-static const blocking by_matrix_unit = {384, 384, 2 << 20, 1024, 96};
+static const blocking by_matrix_unit = {384, 384, 2 << 20, 1024, 40};
 
 /* Units from the start of one packed sliver of `width` lanes to the next. */
 static int64_t sliver_units(const sebp_native_plan *plan, int64_t width)
