@@ -101,6 +101,7 @@ _FUNCTIONS = {
     "sebp_sequences_from_lengths": (c_int, [c_void_p, c_int64, POINTER(c_void_p)]),
     "sebp_sequences_from_padded": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
     "sebp_sequences_from_mask": (c_int, [c_void_p, c_int64, c_int64, POINTER(c_void_p)]),
+    "sebp_sequences_from_offsets": (c_int, [c_void_p, c_int64, POINTER(c_void_p)]),
     "sebp_sequences_destroy": (None, [c_void_p]),
     "sebp_sequences_count": (c_int64, [c_void_p]),
     "sebp_sequences_total": (c_int64, [c_void_p]),

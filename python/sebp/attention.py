@@ -24,7 +24,7 @@ from .core.rows import whole_numbers
 class Sequences(Handle):
     """Where the texts of a batch lie among the rows of a matrix. Immutable.
 
-    Made by :meth:`from_lengths`, :meth:`from_padded` and :meth:`from_mask`.
+    Made by :meth:`from_lengths`, :meth:`from_padded`, :meth:`from_mask` and :meth:`from_offsets`.
     """
 
     def __init__(self, pointer: ctypes.c_void_p) -> None:
@@ -57,6 +57,14 @@ class Sequences(Handle):
         if array.ndim != 2:
             raise ValueError(f"mask has {array.ndim} dimensions, not 2")
         return cls._make("sebp_sequences_from_mask", array.ctypes.data, *array.shape)
+
+    @classmethod
+    def from_offsets(cls, offsets: Sequence[int]) -> "Sequences":
+        """Texts that lie end to end, by their cumulative lengths (``cu_seqlens``), the first 0."""
+        array = whole_numbers(offsets, "offsets")
+        if array.size == 0:
+            raise ValueError("offsets are empty; they begin with 0")
+        return cls._make("sebp_sequences_from_offsets", array.ctypes.data, array.size - 1)
 
     @property
     def total(self) -> int:
