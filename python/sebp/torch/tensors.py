@@ -54,6 +54,17 @@ def matrix_of(tensor: Tensor) -> Matrix:
     return matrix
 
 
+def by_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is where the library can read it row by row, or else a copy.
+
+    Autograd sees the copy, so it is made once for a forward and its backward.
+    """
+    *lead, cols = tensor.shape
+    if tensor.is_contiguous() or _row_stride(tensor, math.prod(lead), cols) is not None:
+        return tensor
+    return tensor.contiguous()
+
+
 def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
     """Return the stride between a tensor's rows, or None where there is none that serves."""
     *strides, step = tensor.stride()

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's attention in autograd: within each text of a batch, forward and backward."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+
+from ..attention import AttentionOptions
+from .context import thread_context
+from .tensors import DTYPES, by_rows, matrix_of
+from .texts import Side, Texts
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query sees in its text, the ends of queries and keys aligned.
+
+    Attributes
+    ----------
+    causal : bool
+        Whether it sees none behind its own position.
+    window : int or None
+        How far before its position it sees keys, and without `causal` also behind it; None: all.
+    """
+
+    causal: bool
+    window: int | None = None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    texts: Texts,
+    pattern: Pattern,
+    bias: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute attention within each text by the library.
+
+    Inputs are read where they lie if the heads of a token are adjacent and tokens a constant stride
+    apart, as after a projection, a fused one too; else they are copied once.
+
+    Parameters
+    ----------
+    query : Tensor, B x H x L x D
+        float32 or bfloat16, on the CPU; `key` and `value` as well.
+    key : Tensor, B x H_k x L_k x D
+        With H a multiple of H_k.
+    value : Tensor, B x H_k x L_k x D_v
+    texts : Texts
+        Which tokens attend to which.
+    pattern : Pattern
+        Which keys of its text a query sees.
+    bias : Tensor, 1 or B x 1 or H x L x L_k, optional
+        What is added to the scores.
+    scaling : float, optional
+        Of the scores, not 0. Default: 1 / sqrt(D).
+    softcap : float, optional
+        Scores become softcap * tanh(scores / softcap).
+    dropout : float
+        Of probabilities, in [0, 1). Its seed is drawn from PyTorch's default generator, so that the
+        same state of that gives the same numbers.
+
+    Returns
+    -------
+    Tensor, B x L x H x D_v
+        Zero for tokens of no text, and for queries that see no key.
+
+    Raises
+    ------
+    TypeError
+        If tensors are of other dtypes, or not on the CPU.
+    ValueError, SebpError
+        If shapes or options do not go together.
+    RuntimeError
+        In a backward of the backward.
+    """
+    _check(query, key, value, texts, bias)
+    if scaling == 0 or softcap == 0:
+        raise ValueError(f"scaling is {scaling} and softcap {softcap}; neither can be 0")
+    width, width_v = query.shape[3], value.shape[3]
+    if width != width_v:  # the library has one head size; zeros change no score and no output
+        wide = max(width, width_v)
+        query, key, value = (functional.pad(x, (0, wide - x.shape[3])) for x in (query, key, value))
+    options = AttentionOptions(
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        scale=width**-0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        causal=pattern.causal,
+        window_left=-1 if pattern.window is None else pattern.window,
+        window_right=-1 if pattern.window is None or pattern.causal else pattern.window,
+        dropout=dropout,
+        seed=int(torch.randint(2**63 - 1, (1,))) if dropout > 0 else 0,
+    )
+    # B x L x H x D, and then the heads of a token in one: as the library has them.
+    q, k, v = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+    if bias is None:
+        out = _side_by_side(q, k, v, None, texts, options)
+    elif bias.shape[0] == 1 and all(s.begins_at_corner() for s in (texts.queries, texts.keys)):
+        longest = texts.queries.max_length, texts.keys.max_length
+        corner = bias[0, :, : longest[0], : longest[1]]
+        out = _side_by_side(q, k, v, corner, texts, options)
+    else:
+        out = _one_by_one(q, k, v, bias, texts, options)
+    return out.unflatten(2, (query.shape[1], -1))[..., :width_v]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, texts: Texts, bias: Tensor | None) -> None:
+    """Raise for tensors that the library does not take."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.device.type != "cpu":
+            raise TypeError(f"{name} is on {tensor.device}; sebp's attention is for the CPU")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; sebp's attention has float32 and bfloat16")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"query is {query.dtype}, but {name} is {tensor.dtype}")
+        side = texts.queries if tensor is query else texts.keys
+        if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != side.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, but texts lie in {side.shape}")
+    if bias is None:
+        return
+    if bias.device.type != "cpu" or not bias.is_floating_point():
+        raise TypeError(f"the bias is {bias.dtype} on {bias.device}, not of numbers on the CPU")
+    batch, heads, lengths = query.shape[0], query.shape[1], (query.shape[2], key.shape[2])
+    is_fit = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    if not is_fit or bias.shape[2:] != lengths:
+        raise ValueError(
+            f"the bias is {tuple(bias.shape)}, not 1 or {batch} x 1 or {heads} x {lengths}"
+        )
+
+
+def _side_by_side(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, texts: Texts, options: AttentionOptions
+) -> Tensor:
+    """Compute all texts in one call: B x L x (H D). bias: 1 or H x longest x longest."""
+    if bias is not None:
+        bias = bias.float().flatten(0, 1).contiguous()
+    q_in, k_in, v_in = (
+        by_rows(_gather(x, side))
+        for x, side in ((q, texts.queries), (k, texts.keys), (v, texts.keys))
+    )
+    out = _Attention.apply(q_in, k_in, v_in, bias, texts, options)
+    if texts.queries.rows is None:
+        return out
+    padded = out.new_zeros(q.shape[0] * q.shape[1], q.shape[2])
+    return padded.index_copy(0, texts.queries.rows, out).view(q.shape)
+
+
+def _gather(x: Tensor, side: Side) -> Tensor:
+    return x if side.rows is None else x.flatten(0, 1).index_select(0, side.rows)
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, texts: Texts, options: AttentionOptions
+) -> Tensor:
+    """Compute each text by itself, as each has a bias of its own: B x L x (H D)."""
+    outs = []
+    sides = texts.queries.columns(), texts.keys.columns()
+    for number, ((row, at_q), (row_k, at_k)) in enumerate(zip(*sides, strict=True)):
+        row = row if at_q.numel() > 0 else row_k
+        text = Texts.of_rows(1, at_q.numel(), at_k.numel())
+        own = bias[row if bias.shape[0] > 1 else 0][:, at_q][:, :, at_k]
+        parts = (q[row, at_q], k[row, at_k], v[row, at_k])
+        q_i, k_i, v_i = (part[None] for part in parts)
+        outs.append(
+            _side_by_side(q_i, k_i, v_i, own, text, replace(options, offset=number)).squeeze(0)
+        )
+    tokens = torch.from_numpy(texts.queries.tokens)
+    padded = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2])
+    return padded.index_copy(0, tokens, torch.cat([padded[:0], *outs])).view(q.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """out from q, k, v and the bias."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        texts: Texts,
+        options: AttentionOptions,
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = None
+        if any(ctx.needs_input_grad):
+            lse = torch.empty(*q.shape[:-1], options.heads)
+        inputs = [None if x is None else matrix_of(x) for x in (q, k, v, bias)]
+        outputs = [None if x is None else matrix_of(x) for x in (out, lse)]
+        sequences = texts.queries.sequences, texts.keys.sequences
+        given = options.as_struct()
+        thread_context().call("sebp_attention_forward", *inputs, *sequences, given, *outputs)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.texts, ctx.options = texts, options
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        needs, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
+        gradients = _Backward.apply(by_rows(dout), *saved, ctx.texts, ctx.options, needs)
+        return (*gradients, None, None)
+
+
+class _Backward(torch.autograd.Function):
+    """dq, dk, dv and dbias from dout; a function of its own, to refuse a backward of it."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        texts: Texts,
+        options: AttentionOptions,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        gradients = [
+            torch.empty(x.shape, dtype=x.dtype) if needed else None
+            for x, needed in zip((q, k, v, bias), needs, strict=True)
+        ]
+        inputs = [None if x is None else matrix_of(x) for x in (dout, q, k, v, bias, out, lse)]
+        outputs = [None if x is None else matrix_of(x) for x in gradients]
+        sequences = texts.queries.sequences, texts.keys.sequences
+        given = options.as_struct()
+        thread_context().call("sebp_attention_backward", *inputs, *sequences, given, *outputs)
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple:
+        raise RuntimeError(
+            "sebp's attention has no second derivatives; attn_implementation='eager' has them"
+        )
