@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         merge_lora,
         padding_free,
         profile,
+        register_attention,
         remove_padding_free,
         remove_sebp_from_model,
     )
@@ -52,6 +53,7 @@ _OF_TORCH = (
     "merge_lora",
     "padding_free",
     "profile",
+    "register_attention",
     "remove_padding_free",
     "remove_sebp_from_model",
 )
@@ -77,6 +79,7 @@ __all__ = [
     "openmp_runtimes",
     "padding_free",
     "profile",
+    "register_attention",
     "remove_padding_free",
     "remove_sebp_from_model",
 ]

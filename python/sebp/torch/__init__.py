@@ -2,6 +2,7 @@
 """The linear layer of libsebp in PyTorch, on CPU tensors of float32 and bfloat16."""
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
+from .attention_interface import register_attention
 from .layers import linear
 from .lora import apply_lora_to_model, merge_lora
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
@@ -23,6 +24,7 @@ __all__ = [
     "merge_lora",
     "padding_free",
     "profile",
+    "register_attention",
     "remove_padding_free",
     "remove_sebp_from_model",
 ]

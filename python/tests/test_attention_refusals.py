@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides where texts begin with ``attn_implementation="sebp"``, and what is refused."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sebp.torch.mask_codes import sebp_mask
+
+transformers = pytest.importorskip("transformers", minversion="5")
+from attention_models import (  # noqa: E402
+    draw_texts,
+    flat,
+    hidden,
+    in_double,
+    make,
+    offsets,
+    padded,
+)
+from transformers.masking_utils import (  # noqa: E402
+    bidirectional_mask_function,
+    causal_mask_function,
+)
+
+
+def test_cumulative_lengths_decide_over_positions() -> None:
+    model, texts = make("llama"), draw_texts((6, 6))
+    batch = flat("llama", texts)
+    want = hidden(model, batch)
+    batch["position_ids"] = torch.arange(12)[None] % 6
+    assert torch.equal(hidden(model, batch), want)
+    # Positions begin again at every third token, and not where texts do; the rotation is theirs.
+    third = dict(batch, position_ids=torch.arange(12)[None] % 3)
+    alone = [
+        hidden(model, {"input_ids": t[None], "attention_mask": torch.ones(1, 6)}, use_cache=False)
+        for t in texts
+    ]
+    assert torch.allclose(want, torch.cat(alone, 1), atol=1e-5)
+    eager = in_double(model)
+    mask = torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).tril()[None, None] > 0
+    mask = torch.zeros(1, 1, 12, 12).double().masked_fill(~mask, -torch.inf)
+    ids, at = third["input_ids"], third["position_ids"]
+    wanted = eager(input_ids=ids, position_ids=at, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(hidden(model, third).double(), wanted, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("wrong", [[0, 1, 2, 5, 6, 7], [0, 1, 0, 0, 2, 3], [3, 4, 5, 0, 1, 2]])
+def test_positions_that_say_nothing_are_refused(wrong: list[int], use_cache: bool) -> None:
+    model = make("llama")
+    ids = draw_texts((6,))[0][None]
+    at = torch.tensor([wrong])
+    with pytest.raises(ValueError, match="do not say where texts begin"):
+        model(input_ids=ids, position_ids=at, use_cache=use_cache)
+    ends = offsets((3, 3))
+    model(input_ids=ids, position_ids=at, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    model(input_ids=ids, position_ids=at, attention_mask=torch.tensor([[1, 1, 1, 1, 1, 0]]))
+
+
+@pytest.mark.parametrize("ends", [[0], [0, 5], [1, 6], [0, 7], [0, 4, 3, 6], [], [[0, 6]]])
+def test_wrong_cumulative_lengths_are_refused(ends: list) -> None:
+    model, ids = make("bert"), draw_texts((6,))[0][None]
+    wrong, right = torch.tensor(ends), torch.tensor([0, 6])
+    for q, k in ((wrong, right), (right, wrong)):
+        with pytest.raises(ValueError, match="cu_seq_lens_"):
+            model(input_ids=ids, cu_seq_lens_q=q, cu_seq_lens_k=k)
+    with pytest.raises(ValueError, match="come together"):
+        model(input_ids=ids, cu_seq_lens_q=right)
+    with pytest.raises(ValueError, match="not a list of integers"):
+        model(input_ids=ids, cu_seq_lens_q=right.float(), cu_seq_lens_k=right)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="attention_mask has padding, and cu_seq_lens_q"):
+        model(input_ids=ids, attention_mask=mask, cu_seq_lens_q=right, cu_seq_lens_k=right)
+
+
+def test_empty_texts_and_texts_of_one_token() -> None:
+    model, texts = make("llama"), draw_texts((1, 1, 4))
+    batch = flat("llama", texts)
+    want = hidden(model, batch)
+    for text, part in zip(texts, want[0].split((1, 1, 4)), strict=True):
+        torch.testing.assert_close(part, hidden(model, {"input_ids": text[None]})[0])
+    ends = torch.tensor([0, 0, 1, 2, 2, 6, 6])
+    batch.update(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    assert torch.equal(hidden(model, batch), want)
+
+
+def attention_of(model: nn.Module) -> tuple[nn.Module, Callable]:
+    """Find a model's first attention layer, and the function that it calls."""
+    layer = next(m for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "config"))
+    return layer, transformers.AttentionInterface()["sebp"]
+
+
+@pytest.mark.parametrize(
+    "more, match",
+    [
+        ({"s_aux": torch.zeros(4)}, "argument s_aux; .* sinks"),
+        ({"output_attentions": True}, "argument output_attentions; .*eager"),
+        ({"head_mask": torch.ones(4)}, "argument head_mask"),
+        ({"new_argument": 1}, "argument new_argument; leave it out"),
+        ({"sliding_window": 2}, "sliding_window is 2, but the mask is None"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"attention_mask": torch.ones(1, 6)}, "attention_mask is torch.float32"),
+        ({"attention_mask": torch.ones(1, 6, dtype=torch.long)}, "attention_mask is torch.int64"),
+        ({"attention_mask": torch.full((1, 1, 6, 6), 2.0**62)}, "neither sebp's"),
+        ({"attention_mask": torch.ones(1, 1, 6, 6) > 0, "softcap": 2.0}, "softcap goes with"),
+        ({"position_bias": torch.zeros(1, 4, 6, 5)}, "the bias is"),
+    ],
+)
+def test_what_attention_cannot_do_is_refused(more: dict, match: str) -> None:
+    layer, attention = attention_of(make("llama"))
+    q = torch.randn(1, 4, 6, 8)
+    given = {"attention_mask": None, **more}
+    with pytest.raises(ValueError, match=match):
+        attention(layer, q, q, q, **given)
+    with pytest.raises(ValueError, match="which see which is left open"):
+        attention(layer, q[:, :, :3], q, q, None)
+    none = {"s_aux": None, "head_mask": None, "output_attentions": False, "use_cache": True}
+    attention(layer, q, q, q, None, **none)
+
+
+def test_sinks_are_refused_by_the_model_that_has_them() -> None:
+    model = make("gpt_oss")
+    with pytest.raises(ValueError, match="s_aux"):
+        model(input_ids=draw_texts((6,))[0][None])
+
+
+def test_the_users_is_causal() -> None:
+    model = make("llama")
+    reference = in_double(model)
+    reference.config.is_causal = False
+    batch = padded("llama", draw_texts())
+    real = batch["attention_mask"].bool()
+    want = hidden(reference, batch)[real]
+    states = hidden(model, batch, is_causal=False)[real]
+    torch.testing.assert_close(states.double(), want, rtol=0, atol=5e-5)
+    model.config.is_causal = False
+    states = hidden(model, batch)[real]
+    torch.testing.assert_close(states.double(), want, rtol=0, atol=5e-5)
+    layer, attention = attention_of(model)
+    q, real = torch.randn(1, 4, 6, 8), torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
+    for function, given in ((bidirectional_mask_function, True), (causal_mask_function, False)):
+        skips = {"allow_is_bidirectional_skip": True}
+        mask = sebp_mask(1, 6, 6, mask_function=function, attention_mask=real, **skips)
+        attention(layer, q, q, q, mask, is_causal=not given)
+        with pytest.raises(ValueError, match=f"is_causal is {given}, but the mask is "):
+            attention(layer, q, q, q, mask, is_causal=given)
+
+
+def test_a_window_over_gaps_is_refused() -> None:
+    model = make("mistral")
+    ids = draw_texts((12,))[0][None]
+    gaps = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="gaps within texts"):
+        model(input_ids=ids, attention_mask=gaps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_the_users_own_goes_to_pytorch_with_a_warning(dtype: torch.dtype) -> None:
+    model = make("llama")
+    reference = in_double(model)
+    ids = draw_texts((6,))[0][None]
+    seen = (torch.rand(6, 6) < 0.5).logical_or(torch.eye(6) > 0)[None, None]
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)
+    given = seen if dtype == torch.bool else mask
+    with pytest.warns(UserWarning, match="LlamaAttention: a mask of four dimensions"):
+        states = hidden(model, {"input_ids": ids, "attention_mask": given})
+    want = hidden(reference, {"input_ids": ids, "attention_mask": mask.double()})
+    torch.testing.assert_close(states.double(), want, rtol=0, atol=5e-5)
+
+
+def test_a_mask_of_padded_keys_alone_is_the_librarys() -> None:
+    model = make("layoutlm")
+    batch = padded("layoutlm", draw_texts((6, 3)))
+    real = batch["attention_mask"].bool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states = hidden(model, batch)
+    want = hidden(in_double(model), batch)
+    torch.testing.assert_close(states.double()[real], want[real], rtol=0, atol=5e-5)
