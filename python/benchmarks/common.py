@@ -87,8 +87,12 @@ class Mode:
 
     @property
     def activity(self) -> float:
-        """The share of real tokens among those of all batches."""
-        masks = [batch["attention_mask"] for batch in self.batches]
+        """The share of real tokens among those of all batches; 1 for batches without a mask."""
+        ids = [batch["input_ids"] for batch in self.batches]
+        masks = [
+            batch.get("attention_mask", torch.ones_like(x))
+            for x, batch in zip(ids, self.batches, strict=True)
+        ]
         return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 

@@ -129,6 +129,18 @@ def test_gaps_leave_the_order_of_tokens(name: str) -> None:
     check(model, [states[real]], [want[real]], reference)
 
 
+def test_a_bias_of_positions_goes_with_flattened_texts() -> None:
+    model = transformers.T5EncoderModel(families.FAMILIES["t5"].make_config()).eval()
+    model.set_attn_implementation("sebp")
+    reference = in_double(model)
+    texts = draw_texts()
+    batch = flat("t5", texts)
+    del batch["position_ids"]
+    states = list(hidden(model, batch)[0].split(list(LENGTHS)))
+    want = [hidden(reference, {"input_ids": text[None]})[0] for text in texts]
+    check(model, states, want, reference)
+
+
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_the_padding_of_keys_is_not_that_of_as_many_queries(name: str) -> None:
     model = make(name)
@@ -232,6 +244,18 @@ def test_compiled_models_run_as_they_are() -> None:
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(hidden(compiled, batch, use_cache=False), want)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_models_are_pytorchs() -> None:
+    model = make("bert")
+    batch = padded("bert", draw_texts((6, 3)))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    model.config.return_dict = False
+    traced = torch.jit.trace(model, (ids, mask))
+    assert "scaled_dot_product_attention" in str(traced.inlined_graph)
+    real = mask.bool()
+    torch.testing.assert_close(traced(ids, mask)[0][real], model(ids, mask)[0][real])
 
 
 # --------------------------------------------------------------------------------------------------

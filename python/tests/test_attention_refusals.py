@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import sebp
 from sebp.torch.mask_codes import sebp_mask
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -45,6 +46,29 @@ def test_cumulative_lengths_decide_over_positions() -> None:
     ids, at = third["input_ids"], third["position_ids"]
     wanted = eager(input_ids=ids, position_ids=at, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(hidden(model, third).double(), wanted, rtol=0, atol=5e-5)
+
+
+def test_a_mask_of_ones_says_nothing_and_one_with_padding_all() -> None:
+    # As flash attention has it: positions decide where the mask leaves nothing out.
+    model, texts = make("llama"), draw_texts((3, 4))
+    batch = flat("llama", texts)
+    both = {key: batch[key] for key in ("input_ids", "position_ids")}
+    ones = torch.ones(1, 7, dtype=torch.long)
+    want = hidden(model, batch)
+    torch.testing.assert_close(hidden(model, both, attention_mask=ones), want)
+    ones[0, 6] = 0
+    one_text = hidden(in_double(model), both, attention_mask=ones, use_cache=True)
+    states = hidden(model, both, attention_mask=ones)
+    torch.testing.assert_close(states[:, :6].double(), one_text[:, :6], rtol=0, atol=5e-5)
+    assert (states[:, 3:6] - want[:, 3:6]).abs().max() > 1e-3
+
+
+def test_a_transformers_without_lengths_of_queries_is_too_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", lambda cache_position: None)
+    with pytest.raises(ImportError, match="too old"):
+        sebp.register_attention()
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

@@ -80,16 +80,20 @@ def register_attention() -> str:
     Raises
     ------
     ImportError
-        If transformers is not installed, or is older than 5.
+        If transformers is not installed, or too old: its masks have no ``q_length`` then.
     LibraryNotFoundError, LibraryMismatchError
         If libsebp is not found, or is another version's.
     """
     import transformers
+    import transformers.masking_utils
 
     from .. import _library
 
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise ImportError(f"this is transformers {transformers.__version__}; sebp needs 5 or later")
+    mask_function = transformers.masking_utils.sdpa_mask
+    if "q_length" not in inspect.signature(mask_function).parameters:
+        raise ImportError(
+            f"transformers {transformers.__version__} is too old for sebp's attention"
+        )
     _library.load()
     if NAME not in transformers.AttentionInterface():
         # Under torch.compile they run as they are: lengths are read from tensors.
