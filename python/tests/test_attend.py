@@ -75,6 +75,9 @@ def as_floats(inputs: list[Tensor]) -> list[Tensor]:
     return [x.detach().float().requires_grad_() for x in inputs]
 
 
+GATHERED = ("gaps", "a gap", "packed, padded")
+AT_CORNERS = ("whole", "right", "one", "a text without tokens")
+
 # The number of each token's text, 0 for padding.
 LAYOUTS = {
     "whole": [[1] * 9, [1] * 9],
@@ -82,6 +85,8 @@ LAYOUTS = {
     "left": [[0, 0, 0, 1, 1, 1, 1, 1, 1], [0] * 8 + [1]],
     "gaps": [[1, 0, 1, 1, 1, 0, 0, 1, 0], [1] * 9],
     "packed": [[1, 1, 1, 2, 3, 3, 3, 3, 3], [1, 2, 2, 2, 2, 3, 4, 4, 4]],
+    "a gap": [[1, 1, 0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0, 0]],
+    "one, then two": [[1] * 9, [1, 1, 1, 1, 2, 2, 2, 2, 2]],
     "packed, padded": [[1, 1, 1, 2, 2, 2, 0, 0, 0], [1] * 9],
     "one": [[1] * 9],
     "a text without tokens": [[1] * 9, [0] * 9],
@@ -290,6 +295,14 @@ def test_the_seed_is_pytorchs_generator(has_bias: bool) -> None:
     assert not torch.equal(torch.autograd.grad(no_dropout, inputs, dout)[0], wanted[0])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_each_text_has_dropout_of_its_own(rows: int) -> None:
+    inputs = [torch.randn(1, 2, 16, 8).expand(2, -1, -1, -1) for _ in range(3)]
+    texts, bias = Texts.of_rows(2, 16, 16), torch.zeros(rows, 1, 16, 16)
+    assert torch.equal(*attend(*inputs, texts, FULL, bias))
+    assert not torch.equal(*attend(*inputs, texts, FULL, bias, dropout=0.5))
+
+
 def test_a_backward_has_its_forwards_dropout() -> None:
     q, k = (torch.randn(1, 1, 16, 16) for _ in range(2))
     v = torch.randn(1, 1, 16, 16, requires_grad=True)
@@ -312,16 +325,13 @@ def test_texts_are_gathered_only_where_they_must_be() -> None:
     for name, layout in LAYOUTS.items():
         of = np.array(layout)
         side = Side.of_segments(of) if of.max() > 1 else Side.of_mask(of > 0)
-        assert (side.rows is not None) == (name in ("gaps", "packed, padded")), name
+        assert (side.rows is not None) == (name in GATHERED), name
         np.testing.assert_array_equal(side.tokens, np.flatnonzero(of))
         pieces = [(row, at.tolist()) for row, at in side.columns() if at.numel() > 0]
         texts = [(r, t) for r, row in enumerate(layout) for t in sorted(set(row) - {0})]
         wanted = [(r, [i for i, t in enumerate(layout[r]) if t == text]) for r, text in texts]
         assert pieces == wanted, name
-        assert side.begins_at_corner() == (name in ("whole", "right", "one", LAST)), name
-
-
-LAST = "a text without tokens"
+        assert side.begins_at_corner() == (name in AT_CORNERS), name
 
 
 def test_sequences_from_offsets_are_those_of_the_lengths() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import sebp
 from sebp.torch.mask_codes import sebp_mask
@@ -24,6 +25,7 @@ from attention_models import (  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402
     bidirectional_mask_function,
     causal_mask_function,
+    sliding_window_causal_mask_function,
 )
 
 
@@ -124,6 +126,7 @@ def attention_of(model: nn.Module) -> tuple[nn.Module, Callable]:
         ({"output_attentions": True}, "argument output_attentions; .*eager"),
         ({"head_mask": torch.ones(4)}, "argument head_mask"),
         ({"new_argument": 1}, "argument new_argument; leave it out"),
+        ({"new_argument": False}, "argument new_argument; leave it out"),
         ({"sliding_window": 2}, "sliding_window is 2, but the mask is None"),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"attention_mask": torch.ones(1, 6)}, "attention_mask is torch.float32"),
@@ -143,6 +146,35 @@ def test_what_attention_cannot_do_is_refused(more: dict, match: str) -> None:
         attention(layer, q[:, :, :3], q, q, None)
     none = {"s_aux": None, "head_mask": None, "output_attentions": False, "use_cache": True}
     attention(layer, q, q, q, None, **none)
+
+
+def test_a_window_is_the_masks() -> None:
+    layer, attention = attention_of(make("llama"))
+    q = torch.randn(1, 4, 6, 8)
+    mask = sebp_mask(1, 6, 6, mask_function=sliding_window_causal_mask_function(3))
+    own = attention(layer, q, q, q, mask)[0]
+    assert torch.equal(attention(layer, q, q, q, mask, sliding_window=3)[0], own)
+    with pytest.raises(ValueError, match="sliding_window is 4, but that of the mask is 3"):
+        attention(layer, q, q, q, mask, sliding_window=4)
+    with pytest.raises(ValueError, match="sliding_window is 99, but that of the mask is 3"):
+        attention(layer, q, q, q, mask, sliding_window=99)
+
+
+def test_learned_queries_are_those_of_each_row() -> None:
+    layer, attention = attention_of(make("bert"))
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(2, 4, 6, 8)
+    out = attention(layer, q, k, k, None)[0]
+    want = functional.scaled_dot_product_attention(q.expand(2, -1, -1, -1), k, k)
+    torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+def test_a_bias_of_rows_does_not_go_with_texts_across_them() -> None:
+    layer, attention = attention_of(make("bert"))
+    q, ends = torch.randn(2, 4, 6, 8), torch.tensor([0, 8, 12])
+    of = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    assert attention(layer, q, q, q, None, **of)[0].shape == (2, 6, 4, 8)
+    with pytest.raises(ValueError, match="position_bias with cu_seq_lens_q"):
+        attention(layer, q, q, q, None, position_bias=torch.zeros(1, 4, 6, 6), **of)
 
 
 def test_sinks_are_refused_by_the_model_that_has_them() -> None:

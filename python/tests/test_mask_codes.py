@@ -84,6 +84,7 @@ def test_there_is_no_mask_where_it_says_nothing(function: object, more: dict) ->
     assert make(function, None, **more) is None
     assert make(function, torch.ones(2, 5).bool(), **more) is None
     assert make(WINDOW, None) is not None
+    assert decode(make(m.sliding_window_causal_mask_function(4), None)).pattern.window == 3
 
 
 def test_a_static_cache_has_room_behind_the_last_query() -> None:
