@@ -75,6 +75,32 @@ def test_times(call, name, options):
     assert float(rows["pytorch"]["step_speedup"]) == 1
 
 
+def test_packed_texts(call):
+    options = (
+        "--layers 1 --hidden 128 --texts 3 --shortest 2 --longest 9 --vocabulary 99 --rounds 2"
+    )
+    rows = {row["mode"]: row for row in call("packed", options)}
+    assert list(rows) == ["padded", "padded-sebp", "packed", "packed-sebp"]
+    assert float(rows["padded"]["activity"]) < 1 == float(rows["packed-sebp"]["activity"])
+    for row in rows.values():
+        assert 0 < float(row["backward_ms"]) < float(row["step_ms"])
+
+
+def test_packed_texts_have_one_loss():
+    packed = importlib.import_module("packed")
+    torch = pytest.importorskip("torch")
+    modes = packed.make_modes([[torch.arange(1, 6), torch.arange(2, 5)]])
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=64, num_attention_heads=1, num_hidden_layers=1
+    )
+    model = transformers.LlamaForCausalLM(config)
+    packed.sebp.register_attention()
+    packed.check_losses(modes, model)
+    modes[3].batches[0]["cu_seq_lens_q"][1] += 1
+    with pytest.raises(SystemExit, match="losses differ"):
+        packed.check_losses(modes, model)
+
+
 def test_real_texts(call, data):
     (row,) = call("bert", f"{BERT} --data {data} --modes pytorch")
     lengths = [7 - i % 5 + 2 for i in range(40)]
