@@ -177,6 +177,14 @@ def test_a_bias_of_rows_does_not_go_with_texts_across_them() -> None:
         attention(layer, q, q, q, None, position_bias=torch.zeros(1, 4, 6, 6), **of)
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 6, 6) > 0])
+def test_other_devices_are_refused(mask: torch.Tensor | None) -> None:
+    layer, attention = attention_of(make("bert"))
+    q = torch.randn(1, 4, 6, 8, device="meta")
+    with pytest.raises(TypeError, match="query is on meta; .* for the CPU"):
+        attention(layer, q, q, q, mask)
+
+
 def test_sinks_are_refused_by_the_model_that_has_them() -> None:
     model = make("gpt_oss")
     with pytest.raises(ValueError, match="s_aux"):

@@ -165,7 +165,9 @@ def sebp_attention(
         For tensors that the library does not take.
     """
     _refuse(kwargs)
-    if torch.is_autocast_enabled("cpu") and query.is_cpu:
+    if query.device.type != "cpu":
+        raise TypeError(f"query is on {query.device}; attn_implementation='sebp' is for the CPU")
+    if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(dtype) for x in (query, key, value))
     mask = None
