@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layer of libsebp in PyTorch, on CPU tensors of float32 and bfloat16."""
+"""The linear layer and attention of libsebp in PyTorch, on CPU tensors of float32 and bfloat16."""
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
 from .attention_interface import register_attention
