@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..attention import AttentionOptions
 from .context import thread_context
@@ -40,6 +41,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    bias_is_of_texts: bool = False,
 ) -> Tensor:
     """Compute attention within each text by the library.
 
@@ -66,6 +68,9 @@ def attend(
     dropout : float
         Of probabilities, in [0, 1). Its seed is drawn from PyTorch's default generator, so that the
         same state of that gives the same numbers.
+    bias_is_of_texts : bool
+        The bias is not of the B rows but of each text alike, from its first token on: 1 x 1 or H x
+        L' x L'_k, L' and L'_k the lengths of the longest text or more.
 
     Returns
     -------
@@ -81,7 +86,12 @@ def attend(
     RuntimeError
         In a backward of the backward.
     """
-    _check(query, key, value, texts, bias)
+    if has_torch_function((query, key, value)):  # a subclass, or a mode that changes calls
+        return handle_torch_function(
+            attend, (query, key, value), query, key, value, texts, pattern, bias, scaling, softcap,
+            dropout=dropout, bias_is_of_texts=bias_is_of_texts,
+        )  # fmt: skip
+    _check(query, key, value, texts, bias, bias_is_of_texts)
     if scaling == 0 or softcap == 0:
         raise ValueError(f"scaling is {scaling} and softcap {softcap}; neither can be 0")
     width, width_v = query.shape[3], value.shape[3]
@@ -103,7 +113,9 @@ def attend(
     q, k, v = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     if bias is None:
         out = _side_by_side(q, k, v, None, texts, options)
-    elif bias.shape[0] == 1 and all(s.begins_at_corner() for s in (texts.queries, texts.keys)):
+    elif bias_is_of_texts or (
+        bias.shape[0] == 1 and all(s.begins_at_corner() for s in (texts.queries, texts.keys))
+    ):
         longest = texts.queries.max_length, texts.keys.max_length
         corner = bias[0, :, : longest[0], : longest[1]]
         out = _side_by_side(q, k, v, corner, texts, options)
@@ -112,7 +124,14 @@ def attend(
     return out.unflatten(2, (query.shape[1], -1))[..., :width_v]
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, texts: Texts, bias: Tensor | None) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    texts: Texts,
+    bias: Tensor | None,
+    bias_is_of_texts: bool,
+) -> None:
     """Raise for tensors that the library does not take."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device.type != "cpu":
@@ -130,7 +149,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, texts: Texts, bias: Tensor
         raise TypeError(f"the bias is {bias.dtype} on {bias.device}, not of numbers on the CPU")
     batch, heads, lengths = query.shape[0], query.shape[1], (query.shape[2], key.shape[2])
     is_fit = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
-    if not is_fit or bias.shape[2:] != lengths:
+    if bias_is_of_texts:
+        lengths = texts.queries.max_length, texts.keys.max_length
+        longer = is_fit and bias.shape[2] >= lengths[0] and bias.shape[3] >= lengths[1]
+        is_fit = longer and bias.shape[0] == 1
+    else:
+        is_fit = is_fit and bias.shape[2:] == lengths
+    if not is_fit:
         raise ValueError(
             f"the bias is {tuple(bias.shape)}, not 1 or {batch} x 1 or {heads} x {lengths}"
         )

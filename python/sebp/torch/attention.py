@@ -6,16 +6,28 @@ that table has it. Calls whose mask is not a :class:`~sebp.torch.packing.Packing
 transformers' own. Configurations are not changed.
 """
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .attend import Pattern, attend
 from .packing import Unfit, current_packing, lengths_of
+from .tensors import DTYPES
+from .texts import Texts
 
 SDPA = "sdpa"
+NAMES = (SDPA, "sebp")  # attentions that compute packed texts
 
 
-def attend(
+@functools.lru_cache(maxsize=16)  # the layers of a model have the same texts
+def _texts_of(lengths: tuple[int, ...]) -> Texts:
+    return Texts.of_lengths(np.array(lengths, np.int64))
+
+
+def attend_packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -25,8 +37,9 @@ def attend(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Compute attention within each text; adjacent texts of one length are computed together.
+    """Compute attention within each text: by the library, or by PyTorch for dtypes it has not.
 
     Parameters
     ----------
@@ -44,12 +57,50 @@ def attend(
         Of probabilities.
     scaling : float, optional
         Of scores.
+    softcap : float, optional
+        Scores become softcap * tanh(scores / softcap).
 
     Returns
     -------
     Tensor, 1 x T x heads x D
         What each token attends to.
+
+    Raises
+    ------
+    Unfit
+        If a text is longer than a window that the model's configuration does not name.
     """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    packing = current_packing()
+    is_cut = window is not None and max(lengths) > window
+    if is_cut and packing is not None and not packing.may_cut:
+        raise Unfit(f"its attention has a window of {window}, which no sliding_window names")
+    if query.dtype in DTYPES:
+        pattern = Pattern(is_causal, None if window is None else window - 1)
+        texts = _texts_of(tuple(lengths))
+        return attend(
+            query, key, value, texts, pattern, bias, scaling, softcap, dropout,
+            bias_is_of_texts=True,
+        )  # fmt: skip
+    if softcap is not None:
+        raise Unfit(f"its attention has the argument softcap, in {query.dtype}")
+    return _text_by_text(query, key, value, lengths, is_causal, window, bias, dropout, scaling)
+
+
+def _text_by_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    is_causal: bool,
+    window: int | None,
+    bias: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Compute it by PyTorch; adjacent texts of one length are computed together."""
     sizes, texts = [], []
     for length in lengths:
         if texts and sizes[-1] == length:
@@ -95,14 +146,25 @@ def _mask(
     distance = token[:, None] - token
     seen = (distance >= 0) if is_causal else torch.ones_like(distance, dtype=torch.bool)
     if is_cut:
-        packing = current_packing()
-        if packing is not None and not packing.may_cut:
-            raise Unfit(f"its attention has a window of {window}, which no sliding_window names")
         seen &= distance.abs() < window
     if bias is None:
         return seen
     bias = bias[0, :, :length, :length].to(query.dtype)
     return bias if bool(seen.all()) else bias.masked_fill(~seen, -torch.inf)
+
+
+def check_packed(query: Tensor, key: Tensor, lengths: list[int]) -> None:
+    """Raise an :class:`Unfit` where queries or keys are not the tokens of packed texts.
+
+    Parameters
+    ----------
+    query, key : Tensor, 1 x heads x T x D
+    lengths : list of int
+        Of the texts.
+    """
+    tokens = sum(lengths)
+    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
+        raise Unfit("its attention is not of tokens to the tokens of their text")
 
 
 def _sdpa(
@@ -133,13 +195,12 @@ def _sdpa(
     for name in ("position_bias", "softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise Unfit(f"its attention has the argument {name}")
-    tokens = sum(lengths)
-    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
-        raise Unfit("its attention is not of tokens to the tokens of their text")
+    check_packed(query, key, lengths)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     window = kwargs.get("sliding_window")
-    return attend(query, key, value, lengths, is_causal, window, None, dropout, scaling), None
+    out = attend_packed(query, key, value, lengths, is_causal, window, None, dropout, scaling)
+    return out, None
 
 
 _of_transformers: dict[str, object] = {}

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .attend import Pattern, attend
+from .attention import attend_packed, check_packed
 from .forward import is_traced
 from .mask_codes import Mask, decode, decode_row, restarts, sebp_mask
+from .packing import Unfit, lengths_of
 from .texts import Side, Texts
 
 NAME = "sebp"
@@ -167,6 +169,12 @@ def sebp_attention(
     _refuse(kwargs)
     if query.device.type != "cpu":
         raise TypeError(f"query is on {query.device}; attn_implementation='sebp' is for the CPU")
+    lengths = lengths_of(attention_mask)
+    if lengths is not None:
+        return _of_packed(
+            module, query, key, value, lengths, dropout, scaling, is_causal, sliding_window,
+            softcap, position_bias,
+        )  # fmt: skip
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -192,6 +200,31 @@ def sebp_attention(
     else:
         texts = _texts(module, mask, pattern, query, key, position_ids)
     out = attend(query, key, value, texts, pattern, position_bias, scaling, softcap, dropout)
+    return out, None
+
+
+def _of_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    window: int | None,
+    softcap: float | None,
+    position_bias: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Compute attention where ``padding_free`` has removed padding."""
+    if position_bias is not None:
+        raise Unfit("its attention has the argument position_bias")
+    check_packed(query, key, lengths)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    out = attend_packed(
+        query, key, value, lengths, is_causal, window, None, dropout, scaling, softcap
+    )
     return out, None
 
 

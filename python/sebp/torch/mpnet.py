@@ -5,7 +5,7 @@ import math
 
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend_packed
 from .forward import Forward, put_in, take_out
 from .packing import current_packing, lengths_of
 
@@ -48,7 +48,7 @@ def _attention_forward(
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
-    y = attend(
+    y = attend_packed(
         heads(module.q(hidden_states)),
         heads(module.k(hidden_states)),
         heads(module.v(hidden_states)),

@@ -290,8 +290,8 @@ def _reason_against(module: nn.Module) -> str:
         return "its attention is not one of transformers' table of attentions"
     if "position_ids" not in signature_of(kind.forward).parameters:
         return "it cannot be told positions"
-    if module.config._attn_implementation != attention.SDPA and not mpnet.is_mpnet(module):
-        return f'its attention is "{module.config._attn_implementation}", not "sdpa"'
+    if module.config._attn_implementation not in attention.NAMES and not mpnet.is_mpnet(module):
+        return f'its attention is "{module.config._attn_implementation}", not "sdpa" or "sebp"'
     return ""
 
 
@@ -300,8 +300,8 @@ def padding_free(model: nn.Module, check: bool = True) -> PaddingFreeReport:
 
     Padding is removed where a base model (BertModel, LlamaModel, ...) gets its 2-D
     ``attention_mask``, and restored at its last hidden state: heads work as before. Attention runs
-    text by text, by ``scaled_dot_product_attention``. Parameters, names, configurations and
-    checkpoints are not changed.
+    within each text, by the library, or by PyTorch text by text in dtypes that the library has not.
+    Parameters, names, configurations and checkpoints are not changed.
 
     Results are the model's own up to rounding. Where they might not be, a call runs with padding:
 

@@ -55,7 +55,7 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     config, mask = module.config, given.get("attention_mask")
     if given.get("use_cache") or any(given.get(name) is not None for name in CACHES):
         return "a cache"
-    if config._attn_implementation != attention.SDPA and not mpnet.is_mpnet(module):
+    if config._attn_implementation not in attention.NAMES and not mpnet.is_mpnet(module):
         return f"the attention has been set to {config._attn_implementation}"
     if type(mask) not in (Tensor, nn.Parameter):
         return "no attention_mask" if mask is None else f"a mask of class {type(mask).__name__}"

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .attend import attend
 from .packing import Unfit
 
 _PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
@@ -195,6 +196,9 @@ class WithoutDropout(TorchFunctionMode):
             if p and training is not False:
                 self.met = True
             return x
+        if func is attend:
+            self.met = self.met or kwargs["dropout"] > 0
+            kwargs["dropout"] = 0.0
         if func is functional.scaled_dot_product_attention:
             p = kwargs.pop("dropout_p", args[4] if len(args) > 4 else 0.0)
             self.met = self.met or p > 0
