@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows what SEBP would save on a model and a batch, without changing the model."""
 
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -20,9 +19,8 @@ from .apply import linear_layers
 from .heat_map import draw
 from .padding_free import runs_padding_free
 from .rows import find_rows
+from .step import Batch, Step, generators_kept, stand_ins, unwrap
 from .tensors import DTYPES, matrix_of
-
-Batch = Mapping[str, object] | Sequence[object] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,71 +158,6 @@ class Profile:
         Path(path).write_text(self.to_svg(), encoding="utf-8")
 
 
-class _Step(nn.Module):
-    """A forward and a backward, as a module, so that both see the parameters it is given."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[object], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Batch) -> None:
-        """Run both."""
-        if isinstance(batch, Mapping):
-            output = self.model(**batch)
-        elif isinstance(batch, Tensor):
-            output = self.model(batch)
-        else:
-            output = self.model(*batch)
-        self.loss(output).backward()
-
-
-def _loss_of(output: object) -> Tensor:
-    """Find the loss in what a model returned."""
-    loss = output
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif not isinstance(output, Tensor):
-        loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError(
-            "the model returned no loss. A model of transformers needs labels in the batch; for any"
-            " other say how: profile(..., loss=lambda output: ...)"
-        )
-    return loss
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Restore the state of all random number generators."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
-    """Make tensors to run a model with instead of its parameters and buffers.
-
-    Those for parameters share their memory, but not their hooks. Their gradients are dropped at
-    once.
-    """
-    tensors = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for name, parameter in model.named_parameters():
-        leaf = parameter.detach().requires_grad_(parameter.requires_grad)
-        if leaf.requires_grad:
-            leaf.register_post_accumulate_grad_hook(_drop_gradient)
-        tensors[name] = leaf
-    return tensors
-
-
 def profile(
     model: nn.Module,
     batch: Batch,
@@ -268,7 +201,7 @@ def profile(
     >>> profile.save_svg("profile.svg")
     """
     rule = parse_rule(rows)
-    model = _unwrap(model)
+    model = unwrap(model)
     layers = linear_layers(model)
     found: dict[str, list[NDArray[np.bool_]]] = {name: [] for name, _ in layers}
     flops = dict.fromkeys(found, 0)
@@ -288,7 +221,7 @@ def profile(
             y.register_hook(partial(look, name, 2 * products * layer.weight.numel()))
 
     with ExitStack() as stack:
-        stack.enter_context(_generators_kept())
+        stack.enter_context(generators_kept())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in layers:
@@ -296,8 +229,8 @@ def profile(
                 partial(note, name), prepend=True, with_kwargs=True
             )
             stack.callback(handle.remove)
-        step = _Step(model, loss or _loss_of)
-        torch.func.functional_call(step, _stand_ins(step), (batch,))
+        step = Step(model, loss)
+        torch.func.functional_call(step, stand_ins(step), (batch,))
 
     shapes = Counter(call.shape for calls in found.values() for call in calls if call.ndim == 2)
     shape = shapes.most_common(1)[0][0] if shapes else None
@@ -311,17 +244,6 @@ def profile(
         n, k = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
         result.layers.append(LayerProfile(name, k, n, is_active, flops[name]))
     return result
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the model itself, without what DistributedDataParallel or a compiler put around it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _join(calls: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
