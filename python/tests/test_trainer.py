@@ -17,7 +17,7 @@ from models import make_batch, make_model  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch import trainer as ours  # noqa: E402
+from sebp.torch import savings as ours  # noqa: E402
 from sebp.torch.work import LayerKind, Work, work_done  # noqa: E402
 
 KEYS = {"sebp_activity", "sebp_seconds_saved"}
@@ -227,10 +227,10 @@ def test_estimate(monkeypatch):
     monkeypatch.setattr(
         ours, "dense_seconds_per_row", lambda kind: {4: 0.1, 7: 0.02}[kind.in_features]
     )
-    activity, saved = sebp.SebpCallback().since({first: Work(60, 20, 1.5), other: done[other]})
+    activity, saved = ours.Savings().since({first: Work(60, 20, 1.5), other: done[other]})
     assert activity == pytest.approx((10 + 50) / (40 + 50))
     assert saved == pytest.approx(40 * 0.1 - 0.5 + 50 * 0.02 - 4.0)
-    assert sebp.SebpCallback().since(done) == (None, 0.0)
+    assert ours.Savings().since(done) == (None, 0.0)
 
 
 def test_estimate_is_near(monkeypatch):
@@ -242,7 +242,7 @@ def test_estimate_is_near(monkeypatch):
         x, dy = torch.randn(2048, 640, requires_grad=True), torch.randn(2048, 640)
         weight = torch.randn(640, 640, requires_grad=True)
         dy[400:] = 0
-        callback, taken = sebp.SebpCallback(), {}
+        savings, taken = ours.Savings(), {}
         for function in (torch.nn.functional.linear, sebp.torch.linear):
             function(x, weight).backward(dy)
             ys = [function(x, weight) for _ in range(4)]
@@ -250,7 +250,7 @@ def test_estimate_is_near(monkeypatch):
             for y in ys:
                 y.backward(dy)
             taken[function] = time.thread_time() - start
-        activity, saved = callback.since(before)
+        activity, saved = savings.since(before)
     finally:
         torch.set_num_threads(threads)
     dense, sparse = taken.values()

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SEBP in Hugging Face's Trainer. Imported only when it is used, as it imports transformers."""
 
-import time
-
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,26 +9,8 @@ from .._rules import RowRule, parse_rule
 from .apply import OWNER, Layers, Report, apply_sebp_to_model
 from .layers import take_rule
 from .padding_free import has_asked, put_padding_back
+from .savings import Savings
 from .work import LayerKind, Work, work_done
-
-_MOST = 512  # rows and outputs of the product that is timed
-
-
-def dense_seconds_per_row(kind: LayerKind) -> float:
-    """Time PyTorch's own products of a layer's backward, on a part of the layer."""
-    n = min(kind.out_features, _MOST)
-    dy = torch.ones(_MOST, n, dtype=kind.dtype)
-    x = torch.ones(_MOST, kind.in_features, dtype=kind.dtype)
-    weight = torch.ones(n, kind.in_features, dtype=kind.dtype)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        if kind.need_dx:
-            dy @ weight
-        if kind.need_dw:
-            dy.t() @ x
-        times.append(time.perf_counter() - start)
-    return min(times) / _MOST * kind.out_features / max(n, 1)
 
 
 class SebpCallback(TrainerCallback):
@@ -98,7 +77,7 @@ class SebpCallback(TrainerCallback):
         self.report: Report | None = None
         self._model: nn.Module | None = None
         self._had_padding = False
-        self._dense: dict[LayerKind, float] = {}
+        self._savings = Savings()
         # The work done when training began, at the last log and at the last step.
         self._begin: dict[LayerKind, Work] = {}
         self._log: dict[LayerKind, Work] = {}
@@ -131,8 +110,8 @@ class SebpCallback(TrainerCallback):
         """Set the text of the progress bar, which the Trainer draws again."""
         if self._model is None or not state.is_world_process_zero:
             return
-        activity, _ = self.since(self._step)
-        _, saved = self.since(self._begin)
+        activity, _ = self._savings.since(self._step)
+        _, saved = self._savings.since(self._begin)
         self._step = work_done()
         if activity is not None:
             for bar in list(getattr(tqdm, "_instances", ())):
@@ -152,7 +131,7 @@ class SebpCallback(TrainerCallback):
             return
         if not logs or not {"loss", "train_runtime"} & logs.keys():
             return
-        activity, saved = self.since(self._begin if "train_runtime" in logs else self._log)
+        activity, saved = self._savings.since(self._begin if "train_runtime" in logs else self._log)
         self._log = work_done()
         if activity is not None:
             ours = {"sebp_activity": round(activity, 4), "sebp_seconds_saved": round(saved, 3)}
@@ -179,31 +158,3 @@ class SebpCallback(TrainerCallback):
         if not self._had_padding:
             put_padding_back(self._model, OWNER)
         self._model = None
-
-    def since(self, before: dict[LayerKind, Work]) -> tuple[float | None, float]:
-        """Sum up the work since a time.
-
-        Parameters
-        ----------
-        before : dict of LayerKind to Work
-            What :func:`~.work.work_done` gave then.
-
-        Returns
-        -------
-        activity : float or None
-            Active rows / rows; None if no layer has worked since.
-        saved : float
-            Seconds.
-        """
-        rows = active = 0
-        saved = 0.0
-        for kind, now in work_done().items():
-            then = before.get(kind, Work())
-            if now.rows == then.rows:
-                continue
-            if kind not in self._dense:
-                self._dense[kind] = dense_seconds_per_row(kind)
-            rows += now.rows - then.rows
-            active += now.active - then.active
-            saved += self._dense[kind] * (now.rows - then.rows) - (now.seconds - then.seconds)
-        return (active / rows if rows else None), saved
