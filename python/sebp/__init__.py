@@ -4,7 +4,7 @@
 On a PyTorch model::
 
     import sebp
-    sebp.apply_sebp_to_model(model)
+    sebp.prepare(model)
 
 The layer on NumPy arrays is in :mod:`sebp.core`, SparseGrad on them in :mod:`sebp.sparse`,
 PyTorch's in :mod:`sebp.torch`. These modules need no import of their own. PyTorch is imported when
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import torch as torch
     from .torch import (
         PaddingFreeReport,
+        Prepared,
         Profile,
         Report,
         apply_lora_to_model,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         apply_sparsegrad_to_model,
         merge_lora,
         padding_free,
+        prepare,
         profile,
         register_attention,
         remove_padding_free,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _MODULES = ("attention", "core", "sparse", "torch")
 _OF_TORCH = (
     "PaddingFreeReport",
+    "Prepared",
     "Profile",
     "Report",
     "apply_lora_to_model",
@@ -52,6 +55,7 @@ _OF_TORCH = (
     "apply_sparsegrad_to_model",
     "merge_lora",
     "padding_free",
+    "prepare",
     "profile",
     "register_attention",
     "remove_padding_free",
@@ -63,6 +67,7 @@ __all__ = [
     "LibraryMismatchError",
     "LibraryNotFoundError",
     "PaddingFreeReport",
+    "Prepared",
     "Profile",
     "Report",
     "Rows",
@@ -78,6 +83,7 @@ __all__ = [
     "merge_lora",
     "openmp_runtimes",
     "padding_free",
+    "prepare",
     "profile",
     "register_attention",
     "remove_padding_free",
@@ -90,7 +96,15 @@ def __getattr__(name: str) -> object:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _OF_TORCH:
-        return getattr(importlib.import_module(f"{__name__}.torch"), name)
+        try:
+            return getattr(importlib.import_module(f"{__name__}.torch"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ModuleNotFoundError(
+                f"sebp.{name} needs PyTorch, which is not installed: pip install torch",
+                name="torch",
+            ) from error
     if name == "SebpCallback":
         return importlib.import_module(f"{__name__}.torch.trainer").SebpCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from .attention_interface import register_attention
 from .layers import linear
 from .lora import apply_lora_to_model, merge_lora
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
+from .prepare import Prepared, prepare
 from .profile import LayerProfile, Profile, profile
 from .sparse_optimizer import SparseOptimizer
 from .sparsegrad import apply_meprop_to_model, apply_sparsegrad_to_model
@@ -13,6 +14,7 @@ from .sparsegrad import apply_meprop_to_model, apply_sparsegrad_to_model
 __all__ = [
     "LayerProfile",
     "PaddingFreeReport",
+    "Prepared",
     "Profile",
     "Report",
     "SparseOptimizer",
@@ -23,6 +25,7 @@ __all__ = [
     "linear",
     "merge_lora",
     "padding_free",
+    "prepare",
     "profile",
     "register_attention",
     "remove_padding_free",

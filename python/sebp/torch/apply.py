@@ -89,6 +89,44 @@ def chooser(layers: Layers) -> Callable[[str, nn.Module], bool]:
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def give_rules(
+    model: nn.Module, rule: Rule, layers: Layers, reason: Callable[[nn.Module], str] = lambda m: ""
+) -> Report:
+    """Give linear layers a backward on active rows, and warn of nothing.
+
+    Parameters
+    ----------
+    model : nn.Module
+    rule : Rule
+    layers : str, sequence of str, or callable, optional
+        As for :func:`apply_sebp_to_model`.
+    reason : callable
+        Returns why a layer is to be skipped that could be changed, or "".
+
+    Returns
+    -------
+    Report
+        Of the layers chosen.
+    """
+    report = Report(rule)
+    is_chosen = chooser(layers)
+    chosen = [(name, module) for name, module in _linear(model) if is_chosen(name, module)]
+    for name, module in chosen:
+        if has_rule(module):
+            report.already.append(name)
+        elif why := _refusal(module) or reason(module):
+            report.skipped[name] = why
+        else:
+            give_rule(module, rule)
+            report.replaced.append(name)
+    return report
+
+
+def _linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the layers that are linear by their class."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, linear_classes())]
+
+
 def apply_sebp_to_model(
     model: nn.Module,
     rows: RowRule = "nonzero",
@@ -131,26 +169,16 @@ def apply_sebp_to_model(
     LibraryNotFoundError, LibraryMismatchError
         If libsebp is not found, or is another version's.
     """
-    report = Report(parse_rule(rows))
+    rule = parse_rule(rows)
     _library.load()
-    is_chosen = chooser(layers)
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, linear_classes())]
-    chosen = [(name, module) for name, module in linear if is_chosen(name, module)]
-    for name, module in chosen:
-        if has_rule(module):
-            report.already.append(name)
-        elif reason := _refusal(module):
-            report.skipped[name] = reason
-        else:
-            give_rule(module, report.rule)
-            report.replaced.append(name)
+    report = give_rules(model, rule, layers)
     if padding:
         report.padding = leave_padding_out(model, check, OWNER)
         if not (report.padding.changed or report.padding.already):
             warnings.warn(f"the forward leaves no padding out: {report.padding}", stacklevel=2)
-    if not chosen:
+    if not (report.replaced or report.already or report.skipped):
         reason = "the model has no linear layers"
-        if linear:
+        if linear := _linear(model):
             reason = f"layers={layers!r} matches none of {len(linear)}, such as {linear[0][0]!r}"
         warnings.warn(f"no layer was replaced: {reason}", stacklevel=2)
     if report.already:

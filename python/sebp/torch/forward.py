@@ -7,7 +7,8 @@ The module keeps its class, so that tools which look up layers by class find the
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -29,7 +30,8 @@ class Forward:
         A function of a module of this package. It gets this object, then what the forward is
         called with.
     is_out : bool
-        Whether it was removed. Calls of it then go to what was there before.
+        Whether it was removed, or the model runs :func:`as_it_is`. Calls of it then go to what was
+        there before.
     """
 
     def __init__(self, module: nn.Module, function: Callable) -> None:
@@ -133,6 +135,19 @@ def take_out(module: nn.Module, function: Callable) -> None:
             if _ours(one.previous) is forward:
                 one.previous = forward.previous
         return
+
+
+@contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """Run a model within a ``with`` as if this package had put nothing into it."""
+    put = [one for module in model.modules() for one in _all_of(module) if not one.is_out]
+    for one in put:
+        one.is_out = True
+    try:
+        yield
+    finally:
+        for one in put:
+            one.is_out = False
 
 
 def is_replaced(module: nn.Module) -> bool:

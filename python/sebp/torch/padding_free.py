@@ -43,6 +43,9 @@ class PaddingFreeReport:
     calls : Counter of str
         How many calls of the model have left padding out so far, under "", and how many have not,
         by the reason. It counts on as the model runs.
+    tokens : Counter of str
+        How many tokens these calls had: "real", and padded ones "left out" or "computed". Calls
+        with padding are counted where they were given an ``attention_mask``, B x L, by its name.
     """
 
     changed: list[str] = field(default_factory=list)
@@ -50,6 +53,7 @@ class PaddingFreeReport:
     skipped: dict[str, str] = field(default_factory=dict)
     layers: int = 0
     calls: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         """Describe it in a few lines."""
@@ -365,7 +369,7 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
     proofs.check = check
     is_again = owner in proofs.owners
     proofs.owners.add(owner)
-    report = PaddingFreeReport(calls=proofs.calls)
+    report = PaddingFreeReport(calls=proofs.calls, tokens=proofs.tokens)
     changed: list[nn.Module] = []
     layers: set[nn.Module] = set()
     found = _bases(model)

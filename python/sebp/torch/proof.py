@@ -55,6 +55,9 @@ class Proofs:
         Why no call of the model can run without padding; "" if that is not so.
     calls : Counter of str
         How many calls ran without padding, under "", and with padding, by reason.
+    tokens : Counter of str
+        How many tokens these calls had: "real", and padded ones "left out" or "computed". A call
+        with padding is counted where its ``attention_mask`` is known.
     warned : set of str
         The reasons that a warning has told.
     owners : set of str
@@ -69,6 +72,7 @@ class Proofs:
     refused: dict[Kind, str] = field(default_factory=dict)
     unfit: str = ""
     calls: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
     warned: set[str] = field(default_factory=set)
     owners: set[str] = field(default_factory=set)
     settled: set[tuple[bool, bool]] = field(default_factory=set)
@@ -379,6 +383,7 @@ class Call:
     def _count(self, reason: str) -> None:
         """Count a call, and warn once for each reason to run with padding."""
         self.proofs.calls[reason] += 1
+        self._count_tokens("computed" if reason else "left out")
         if not reason or reason in self.proofs.warned or reason.startswith(_QUIET):
             return
         self.proofs.warned.add(reason)
@@ -388,6 +393,17 @@ class Call:
             f" {reason}",
             stacklevel=2,
         )
+
+    def _count_tokens(self, padded: str) -> None:
+        """Count the tokens of a call, the padded ones under a name."""
+        masks = [packing.mask for _, packing in self._packings]
+        if padded == "computed":
+            mask = self.given.get("attention_mask")
+            masks = [mask] if isinstance(mask, Tensor) and mask.dim() == 2 else []
+        for mask in masks:
+            real = int(torch.count_nonzero(mask))
+            self.proofs.tokens["real"] += real
+            self.proofs.tokens[padded] += mask.numel() - real
 
 
 def _is_end_of_recomputation(error: Exception) -> bool:
