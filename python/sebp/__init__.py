@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from . import sparse as sparse
     from . import torch as torch
     from .torch import (
+        Comparison,
         PaddingFreeReport,
         Prepared,
         Profile,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         apply_meprop_to_model,
         apply_sebp_to_model,
         apply_sparsegrad_to_model,
+        compare,
         merge_lora,
         padding_free,
         prepare,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 # Not in __all__: a star import is not to put its own torch in the place of PyTorch.
 _MODULES = ("attention", "core", "sparse", "torch")
 _OF_TORCH = (
+    "Comparison",
     "PaddingFreeReport",
     "Prepared",
     "Profile",
@@ -53,6 +56,7 @@ _OF_TORCH = (
     "apply_meprop_to_model",
     "apply_sebp_to_model",
     "apply_sparsegrad_to_model",
+    "compare",
     "merge_lora",
     "padding_free",
     "prepare",
@@ -63,6 +67,7 @@ _OF_TORCH = (
 )
 
 __all__ = [
+    "Comparison",
     "Context",
     "LibraryMismatchError",
     "LibraryNotFoundError",
@@ -78,6 +83,7 @@ __all__ = [
     "apply_meprop_to_model",
     "apply_sebp_to_model",
     "apply_sparsegrad_to_model",
+    "compare",
     "linear_backward",
     "linear_forward",
     "merge_lora",

@@ -3,6 +3,7 @@
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
 from .attention_interface import register_attention
+from .compare import Comparison, compare
 from .layers import linear
 from .lora import apply_lora_to_model, merge_lora
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
@@ -12,6 +13,7 @@ from .sparse_optimizer import SparseOptimizer
 from .sparsegrad import apply_meprop_to_model, apply_sparsegrad_to_model
 
 __all__ = [
+    "Comparison",
     "LayerProfile",
     "PaddingFreeReport",
     "Prepared",
@@ -22,6 +24,7 @@ __all__ = [
     "apply_meprop_to_model",
     "apply_sebp_to_model",
     "apply_sparsegrad_to_model",
+    "compare",
     "linear",
     "merge_lora",
     "padding_free",

@@ -94,8 +94,25 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def stand_ins(model: nn.Module, keep_gradients: bool = False) -> dict[str, Tensor]:
+def stand_ins(model: nn.Module) -> dict[str, Tensor]:
     """Make tensors to run a model with instead of its parameters and buffers.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    dict of str to Tensor
+        For ``torch.func.functional_call``: those of :func:`parameters_for`, whose gradients are
+        dropped at once, and copies of the buffers.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return buffers | parameters_for(model)
+
+
+def parameters_for(model: nn.Module, keep_gradients: bool = False) -> dict[str, Tensor]:
+    """Make tensors to run a model with instead of its parameters.
 
     Parameters
     ----------
@@ -106,10 +123,9 @@ def stand_ins(model: nn.Module, keep_gradients: bool = False) -> dict[str, Tenso
     Returns
     -------
     dict of str to Tensor
-        For ``torch.func.functional_call``. Those for parameters share their memory, but not their
-        hooks. Those for buffers are copies.
+        They share the parameters' memory, but not their gradients and hooks.
     """
-    tensors = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors = {}
     for name, parameter in model.named_parameters():
         leaf = parameter.detach().requires_grad_(parameter.requires_grad)
         if leaf.requires_grad and not keep_gradients:
