@@ -9,6 +9,7 @@ from .lora import apply_lora_to_model, merge_lora
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare
 from .profile import LayerProfile, Profile, profile
+from .run_report import RunReport
 from .sparse_optimizer import SparseOptimizer
 from .sparsegrad import apply_meprop_to_model, apply_sparsegrad_to_model
 
@@ -19,6 +20,7 @@ __all__ = [
     "Prepared",
     "Profile",
     "Report",
+    "RunReport",
     "SparseOptimizer",
     "apply_lora_to_model",
     "apply_meprop_to_model",

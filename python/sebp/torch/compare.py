@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from .changes import Changes
 from .forward import as_it_is
 from .padding_free import proofs_of
 from .parts import Parts, parts_of
-from .prepare import Prepared, prepare
 from .step import Batch, Loss, Step, parameters_for, unwrap
 from .trace import State, WithoutDropout
 from .work import Work, work_done
@@ -258,9 +258,9 @@ def _optimizer_seconds(model: nn.Module) -> float:
     return seconds
 
 
-def _keep_counts(prepared: Prepared, stack: ExitStack) -> None:
+def _keep_counts(model: nn.Module, stack: ExitStack) -> None:
     """Give the counts of calls that were there before what they count now, at the end."""
-    if (proofs := proofs_of(prepared.model)) is None:
+    if (proofs := proofs_of(model)) is None:
         return
     for counter in (proofs.calls, proofs.tokens):
         stack.callback(counter.update, Counter(counter))
@@ -286,7 +286,7 @@ def _activity(before: dict, after: dict) -> float | None:
 
 
 def _compare(
-    runner: _Runner, prepared: Prepared, repetitions: int, optimizer_step: bool
+    runner: _Runner, changes: Changes, repetitions: int, optimizer_step: bool
 ) -> Comparison:
     """Take all steps."""
     model, sides = runner.model, (True, False)
@@ -296,13 +296,13 @@ def _compare(
     losses, difference, differs, has_dropout = runner.compare_gradients()
     seconds: dict[bool, list[float]] = {side: [] for side in sides}
     dropped: dict[bool, float] = {}
-    calls, work = Counter(prepared.padding.calls), work_done()
+    calls, work = Counter(changes.padding.calls), work_done()
     for repetition in range(repetitions):
         for side in sides if repetition % 2 == 0 else sides[::-1]:
             taken, dropped[side] = runner.run(side)
             seconds[side].append(taken + optimizer)
     activity = _activity(work, work_done())
-    calls = Counter(prepared.padding.calls) - calls
+    calls = Counter(changes.padding.calls) - calls
     speedups = [a / b for a, b in zip(*seconds.values(), strict=True)]
     plain, ours = (
         StepFigures(statistics.median(seconds[side]), loss, dropped[side], runner.parts(side))
@@ -327,7 +327,7 @@ def _compare(
         optimizer,
     )
     found.warnings.extend(_what_differs(found, model))
-    found.warnings.extend(_why_no_gain(found, prepared, calls))
+    found.warnings.extend(_why_no_gain(found, changes, calls))
     return found
 
 
@@ -349,7 +349,7 @@ def _what_differs(found: Comparison, model: nn.Module) -> list[str]:
     return texts
 
 
-def _why_no_gain(found: Comparison, prepared: Prepared, calls: Counter[str]) -> list[str]:
+def _why_no_gain(found: Comparison, changes: Changes, calls: Counter[str]) -> list[str]:
     """Say that nothing is gained, and why, where that is so."""
     texts = []
     is_all_active = found.activity is not None and found.activity > _ALL_ACTIVE
@@ -360,7 +360,7 @@ def _why_no_gain(found: Comparison, prepared: Prepared, calls: Counter[str]) -> 
         )
     reasons = [why for why in calls if why not in ("", "no padding")]
     if found.activity is None and not calls[""]:
-        skipped = [*prepared.layers.skipped.values()]
+        skipped = [*changes.layers.skipped.values()]
         why = f"libsebp computed none of it ({skipped[0] if skipped else 'no linear layer trains'})"
     elif found.speedup >= _GAIN:
         return texts
@@ -370,7 +370,7 @@ def _why_no_gain(found: Comparison, prepared: Prepared, calls: Counter[str]) -> 
         why = f"padding stays in the forward ({reasons[0]})"
     elif found.speedups[1] >= _GAIN:
         why = "steps differ too much from one to the next; the machine may be busy"
-    elif calls[""] and not prepared.model.training:
+    elif calls[""] and not changes.model.training:
         why = "in evaluation with gradients each call is computed twice"
     else:
         why = "the rows left out are too few, or the layers too small, to make up for the calls"
@@ -432,13 +432,13 @@ def compare(
         model = unwrap(model)
     _refuse(model, repetitions)
     with ExitStack() as stack:
-        prepared = stack.enter_context(prepare(model, quiet=True))
+        changes = stack.enter_context(Changes(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         runner = _Runner(model, batch, loss)
         stack.callback(runner.state.put_back)
-        _keep_counts(prepared, stack)
-        found = _compare(runner, prepared, repetitions, optimizer_step)
+        _keep_counts(changes.model, stack)
+        found = _compare(runner, changes, repetitions, optimizer_step)
     for text in found.warnings:
         warnings.warn(f"sebp.compare: {text}", stacklevel=2)
     return found

@@ -2,25 +2,14 @@
 """Puts all that suits a model into it by one call, and takes it out by another."""
 
 from collections import Counter
-from types import TracebackType
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from .. import _library
-from .._rules import Rule
-from .apply import Report, give_rules
-from .layers import take_rule
-from .padding_free import (
-    PaddingFreeReport,
-    has_asked,
-    leave_padding_out,
-    proofs_of,
-    put_padding_back,
-)
-from .step import unwrap
-from .tensors import DTYPES
-
-_OWNER = "prepare"  # for leave_padding_out()
+from .changes import Changes
+from .compare import compare
+from .run_report import Run, RunReport
+from .step import Batch, Loss
 
 _EXPECT_REAL_TOKENS = """\
 expect   a step whose time grows with the real tokens, not with the padded length
@@ -33,62 +22,42 @@ expect   a shorter backward where its gradients have rows of zeros, as those of 
 expect   losses and gradients as before, up to rounding"""
 
 
-class Prepared:
+class Prepared(Changes):
     """What :func:`prepare` did to a model; ``str()`` reports it.
 
-    As a context manager it undoes it at the end.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The model, without what DistributedDataParallel or a compiler put around it.
-    layers : Report
-        The linear layers that skip rows of zeros, by name.
-    padding : PaddingFreeReport
-        The base models that run without padding, by name.
-    is_in : bool
-        Whether it is in the model: not yet undone.
+    As a context manager it undoes it at the end. It has the attributes of
+    :class:`~sebp.torch.changes.Changes`: `model`, `layers`, `padding` and `is_in`.
     """
 
-    def __init__(self, model: nn.Module, check: bool) -> None:
-        self.model = model
-        self.is_in = True
-        # A rule of its own, so that undo() tells its layers from those changed since.
-        rule = Rule()
-        self.layers: Report = give_rules(model, rule, None, _reason_to_leave)
-        self._given = [model.get_submodule(name) for name in self.layers.replaced]
-        self._rule = rule
-        proofs = proofs_of(model)
-        self._has_asked = not has_asked(model, _OWNER)
-        found = leave_padding_out(model, check if proofs is None else proofs.check, _OWNER)
-        if proofs is not None:
-            found.already, found.changed = found.changed + found.already, []
-        self.padding: PaddingFreeReport = found
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
+        super().__init__(model, check)
+        self._run = Run(self.padding)
 
-    def undo(self) -> None:
-        """Make the model what it was before; twice is once.
+    def report(self, batch: Batch | None = None, loss: Loss | None = None) -> RunReport:
+        """Report what a run has computed since, and what it left out.
 
-        What was there before stays, and what has been put in since.
+        Parameters
+        ----------
+        batch : mapping, sequence or Tensor, optional
+            Take a step on it as :func:`~sebp.compare` does, to measure the parts of a step:
+            products, attention and the rest. The model may be in use, and undone.
+        loss : callable, optional
+            As for :func:`~sebp.compare`.
+
+        Returns
+        -------
+        RunReport
+            A table by ``str()``, a drawing by ``save_svg()``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Those of :func:`~sebp.compare`.
         """
-        if not self.is_in:
-            return
-        self.is_in = False
-        for layer in self._given:
-            if vars(layer).get("sebp_rule") is self._rule:
-                take_rule(layer)
-        if self._has_asked:
-            put_padding_back(self.model, _OWNER)
-
-    def __enter__(self) -> "Prepared":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
+        report = self._run.report()  # first, as a comparison is counted too
+        if batch is None:
+            return report
+        return replace(report, comparison=compare(self.model, batch, loss))
 
     def __str__(self) -> str:
         """Report what was changed, what was left and why, and what to expect."""
@@ -123,18 +92,6 @@ def _count(names: list[str], what: str) -> str:
 
 def _more(count: int) -> str:
     return f" and {count} more" if count else ""
-
-
-def _reason_to_leave(layer: nn.Module) -> str:
-    """Return why the library would compute nothing of a layer, or ""."""
-    weight = layer.weight
-    if type(weight) not in (Tensor, nn.Parameter):
-        return f"its weight is a {type(weight).__name__}"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}, and libsebp works on the CPU"
-    if weight.dtype not in DTYPES:
-        return f"its weight is of {weight.dtype}, and libsebp computes float32 and bfloat16"
-    return ""
 
 
 def prepare(model: nn.Module, *, check: bool = True, quiet: bool = False) -> Prepared:
@@ -175,10 +132,7 @@ def prepare(model: nn.Module, *, check: bool = True, quiet: bool = False) -> Pre
     >>> trainer.train()
     >>> prepared.undo()
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not an nn.Module")
-    _library.load()
-    prepared = Prepared(unwrap(model), check)
+    prepared = Prepared(model, check)
     if not quiet:
         print(prepared)
     return prepared
