@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from families import ENCODERS  # noqa: E402
+from families import make_batch as make_task_batch  # noqa: E402
+from families import make_model as make_task  # noqa: E402
 from models import make_batch, make_model  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -169,6 +171,58 @@ def test_same_step(name):
             "real": int(mask.sum()),
             "left out": int((1 - mask).sum()),
         }
+
+
+@pytest.mark.filterwarnings("ignore:sebp. ")
+@pytest.mark.parametrize(
+    ("name", "head", "training", "evaluation"),
+    [
+        ("bert", "seq", "", ""),
+        ("bert", "tok", "", "logits depends on padded tokens"),
+        ("bert", "mlm", "", "logits depends on padded tokens"),
+        ("bert", "qa", "loss came out as", "start_logits depends on padded tokens"),
+        ("llama", "seq", "", "a cache"),
+        ("llama", "lm", "", "a cache"),
+        ("t5", "s2s", None, None),
+        ("bart", "s2s", None, None),
+        ("clip", "base", "it failed without padding", "it failed without padding"),
+        ("layoutlm", "tok", "the argument bbox", "the argument bbox"),
+    ],
+)
+def test_tasks(name, head, training, evaluation):
+    """The table in README.md: what runs without padding, and why the others do not."""
+    model = make_task(name, head).train()
+    calls = sebp.prepare(model, quiet=True).padding.calls
+    for reason in (training, evaluation):
+        batch = make_task_batch(name, head, "right", 1)
+        if not model.training and head == "qa":
+            del batch["start_positions"], batch["end_positions"]
+        elif not model.training and head != "s2s":
+            batch.pop("labels", None)
+        calls.clear()
+        with torch.set_grad_enabled(model.training):
+            model(**batch)
+        if reason is None:
+            assert not calls
+        else:
+            assert len(calls) == 1
+            assert list(calls)[0].startswith(reason)
+            assert (list(calls)[0] == "") == (reason == "")
+        model.eval()
+
+
+def test_mean_over_the_text():
+    """Without a check padded tokens are zeros, which a mean by the mask leaves out."""
+    model = make_task("bert", "base").eval()
+    batch = make_task_batch("bert", "base", "right", 1)
+    is_real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        want = model(**batch).last_hidden_state[is_real]
+        prepared = sebp.prepare(model, check=False, quiet=True)
+        got = model(**batch).last_hidden_state
+    assert prepared.padding.calls == {"": 1}
+    torch.testing.assert_close(got[is_real], want, rtol=1e-4, atol=1e-5)
+    assert not got[~is_real].any()
 
 
 def test_counts_padding_that_is_computed():

@@ -63,7 +63,10 @@ class Prepared(Changes):
         """Report what was changed, what was left and why, and what to expect."""
         layers, padding = self.layers, self.padding
         lines = [f"sebp.prepare: {type(self.model).__name__}"]
-        lines += [f"changed  {name} runs on real tokens alone" for name in padding.changed]
+        lines += [
+            f"changed  {name} runs on real tokens alone, in calls where that is proved the same"
+            for name in padding.changed
+        ]
         if layers.replaced:
             count = _count(layers.replaced, "linear layer")
             lines.append(f"changed  {count}: rows of zeros are skipped in the backward")
