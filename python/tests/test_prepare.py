@@ -258,6 +258,7 @@ def test_says_what_is_left():
         (nn.ReLU(), "no gain: libsebp finds no linear layer in"),
         (nn.Linear(2, 2).half(), "no gain: libsebp finds no linear layer that it computes"),
         (nn.Linear(2, 2, device="meta"), "its weight is on meta"),
+        (nn.Linear(2, 2, device="meta"), "no gain on meta"),
     ],
 )
 def test_models_where_nothing_can_be_done(model, why):
@@ -265,6 +266,12 @@ def test_models_where_nothing_can_be_done(model, why):
     assert why in text
     assert "changed" not in text
     assert not forwards(model)
+
+
+def test_model_on_another_device():
+    text = str(sebp.prepare(make_model("bert").to("meta"), quiet=True))
+    assert "no gain on meta" in text
+    assert "a step whose time" not in text
 
 
 def test_wrapped_models():

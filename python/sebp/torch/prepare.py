@@ -77,7 +77,10 @@ class Prepared(Changes):
         for reason, count in Counter(layers.skipped.values()).items():
             first = next(name for name, why in layers.skipped.items() if why == reason)
             lines.append(f"left     {first or 'the layer'}{_more(count - 1)}: {reason}")
-        if padding.changed or padding.already:
+        devices = {parameter.device.type for parameter in self.model.parameters()}
+        if devices and "cpu" not in devices:
+            lines.append(f"expect   no gain on {devices.pop()}: libsebp works on the CPU")
+        elif padding.changed or padding.already:
             lines.append(_EXPECT_REAL_TOKENS)
         elif layers.replaced or layers.already:
             lines.append(_EXPECT_ROWS)
