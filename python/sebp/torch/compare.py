@@ -122,7 +122,7 @@ class Comparison:
         lines.append(f"{'loss':15}{plain.loss:12.6g}{ours.loss:12.6g}{note}")
         if self.has_dropout:
             note = ""
-            if abs(plain.dropped_loss - ours.dropped_loss) > 1e-3 * abs(plain.dropped_loss):
+            if abs(plain.dropped_loss - ours.dropped_loss) > 1e-5 * abs(plain.dropped_loss):
                 note = "   other random numbers, as there are fewer tokens"
             values = f"{plain.dropped_loss:12.6g}{ours.dropped_loss:12.6g}"
             lines.append(f"  {'with dropout':13}{values}{note}")
