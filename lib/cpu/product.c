@@ -13,8 +13,8 @@
 #include "row_work.h"
 
 enum {
-    LARGE = 512,   /* of a product's sizes */
-    FEW_ROWS = 16, /* of A: what it takes to pack B shows */
+    LARGE = 512,  /* of a product's sizes */
+    FEW_ROWS = 8, /* of A: what it takes to pack B shows */
     PACKED_ROWS =
         4,         /* from so many on our own GEMM is the faster one of few, where B^T is packed */
     FEW_STEPS = 64 /* of the depth of dW: so does what it takes to pack both */
