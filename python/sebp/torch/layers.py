@@ -11,42 +11,53 @@ from torch.nn import functional
 
 from .._rules import RowRule, Rule, parse_rule
 from . import ops  # noqa: F401, registers sebp::linear
+from .direct import PLAIN, direct_linear, is_direct
 from .forward import Forward, is_traced, is_transformed, put_in, take_out
 from .packing import current_packing
 from .tensors import DTYPES
 
-_PLAIN = (Tensor, nn.Parameter)
 
-
-def _refusal(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> str:
-    """Return why PyTorch's own linear has to be used, or "" if it has not."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if is_traced():
-        return "tracing or export"
+def _refused_kind(tensors: tuple[Tensor, ...]) -> str:
+    """Return which kind of tensors the library does not know, or ""."""
     is_compiling = torch.compiler.is_compiling()
     if any(tensor.is_nested for tensor in tensors):
         return "a nested tensor"
-    if weight.dim() != 2:
-        return "shape"
-    k, n = weight.shape if transposed else reversed(weight.shape)
-    if x.dim() == 0 or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
-        return "shape"
     for tensor in tensors:
         # A subclass knows best what a product with it is: quantized, distributed, nested, ...
-        if not is_compiling and type(tensor) not in _PLAIN:
+        if not is_compiling and type(tensor) not in PLAIN:
             return f"a tensor of class {type(tensor).__name__}"
         if tensor.device.type != "cpu":
             return f"device {tensor.device.type}"
         if tensor.layout != torch.strided:
             return f"layout {tensor.layout}"
+    return "torch.func" if not is_compiling and is_transformed() else ""
+
+
+def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool) -> str:
+    """Return why PyTorch's own linear has to be used, or "" if it has not."""
+    x, weight = tensors[:2]
+    if is_traced():
+        return "tracing or export"
+    if not direct and (reason := _refused_kind(tensors)):
+        return reason
+    if weight.dim() != 2:
+        return "shape"
+    n, k = weight.shape
+    if transposed:
+        n, k = k, n
+    if x.dim() == 0 or x.shape[-1] != k or (len(tensors) == 3 and tensors[2].shape != (n,)):
+        return "shape"
+    dtype = x.dtype
+    is_mixed = False
+    for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype}"
+        is_mixed = is_mixed or tensor.dtype != dtype
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return f"autocast to {torch.get_autocast_dtype('cpu')}"
-    elif any(tensor.dtype != x.dtype for tensor in tensors):
-        return "mixed dtypes"
-    return "torch.func" if not is_compiling and is_transformed() else ""
+        return ""
+    return "mixed dtypes" if is_mixed else ""
 
 
 def sparse_linear(
@@ -68,10 +79,12 @@ def sparse_linear(
     Tensor, ... x N, or None
         Y, or None where PyTorch's own linear has to be used.
     """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     )
-    reason = _refusal(x, weight, bias, transposed) if needs_grad else "no gradient"
+    direct = needs_grad and is_direct(*tensors)
+    reason = _refusal(tensors, transposed, direct) if needs_grad else "no gradient"
     if reason:
         is_worth_a_line = needs_grad and not torch.compiler.is_compiling()
         if is_worth_a_line and os.environ.get("SEBP_VERBOSE") == "1":
@@ -79,6 +92,8 @@ def sparse_linear(
         return None
     packing = None if torch.compiler.is_compiling() else current_packing()
     mask = packing.mask if packing is not None and packing.counts(x) else None
+    if direct:
+        return direct_linear(x, weight, bias, mask, transposed, rule)
     return torch.ops.sebp.linear.default(x, weight, bias, mask, transposed, *rule)
 
 

@@ -76,7 +76,8 @@ def linear_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dX, dW and db on the active rows; what is not needed is empty."""
     rule = Rule(kind, value)
-    return linear_backward(dy, x, weight, total, transposed, rule, need_dx, need_dw, need_db)
+    found = linear_backward(dy, x, weight, total, transposed, rule, need_dx, need_dw, need_db)
+    return tuple(dy.new_empty(0) if one is None else one for one in found)
 
 
 @linear_backward_op.register_fake

@@ -100,7 +100,7 @@ def linear_backward(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute dX, dW and db on the active rows.
 
     Parameters
@@ -120,7 +120,7 @@ def linear_backward(
     dx : Tensor, ... x K
     dw : Tensor, of the weight's shape
     db : Tensor, N
-        Empty where it is not needed.
+        None where it is not needed.
     """
     if not is_ours(dy, x, weight):
         return _dense_backward(dy, x, weight, transposed, need_dx, need_dw, need_db)
@@ -128,9 +128,9 @@ def linear_backward(
     vdy = matrix_of(dy)
     active = find_rows(vdy, rule)
     n, k = sizes(dy, x, weight, transposed)
-    dx = dy.new_empty((*dy.shape[:-1], k) if need_dx else 0)
-    dw = dy.new_empty(((k, n) if transposed else (n, k)) if need_dw else 0)
-    db = dy.new_empty(n if need_db else 0)
+    dx = dy.new_empty((*dy.shape[:-1], k)) if need_dx else None
+    dw = dy.new_empty((k, n) if transposed else (n, k)) if need_dw else None
+    db = dy.new_empty(n) if need_db else None
     run = _library_backward_transposed if transposed else library_backward
     run(
         vdy,
@@ -208,7 +208,7 @@ def _dense_backward(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute by PyTorch what the library does not take, with all rows active."""
     dy2 = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     dx = dw = db = None
@@ -220,4 +220,4 @@ def _dense_backward(
         dw = x2.t() @ dy2 if transposed else dy2.t() @ x2
     if need_db:
         db = dy2.sum(0)
-    return tuple(dy.new_empty(0) if t is None else t for t in (dx, dw, db))
+    return dx, dw, db

@@ -40,8 +40,8 @@ def matrix_of(tensor: Tensor) -> Matrix:
             f"a tensor is of {tensor.dtype} on {tensor.device}, {tensor.layout}; not of float32 or"
             " bfloat16 on the CPU with strides"
         )
-    *lead, cols = tensor.shape
-    rows = math.prod(lead)
+    shape = tensor.shape
+    rows, cols = math.prod(shape[:-1]), shape[-1]
     stride = cols if tensor.is_contiguous() else _row_stride(tensor, rows, cols)
     is_copy = stride is None or tensor.is_neg()
     if is_copy:
@@ -50,7 +50,9 @@ def matrix_of(tensor: Tensor) -> Matrix:
     if address == 0 and rows * cols > 0:
         raise TypeError(f"a {type(tensor).__name__} has no memory of its own")
     matrix = Matrix(address, rows, cols, stride, dtype)
-    matrix.memory, matrix.is_copy = tensor, is_copy
+    matrix.memory = tensor
+    if is_copy:
+        matrix.is_copy = True
     return matrix
 
 
@@ -86,7 +88,10 @@ def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
 
 def is_ours(*tensors: Tensor | None) -> bool:
     """Return whether the library can work with these: on the CPU, all float32 or all bfloat16."""
-    first = tensors[0]
-    return first.dtype in DTYPES and all(
-        t is None or (t.dtype == first.dtype and t.device.type == "cpu") for t in tensors
-    )
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES:
+        return False
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu):
+            return False
+    return True

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sebp::linear`` without PyTorch's dispatcher, where that would only pass the call on.
+
+An operator that is written in Python costs some 100 microseconds for each call of its forward and
+its backward, which is more than a small layer's products take. What that pays for is that others
+can step in between: modes, transforms, tracers, compilers, profilers, subclasses of tensors. The
+dispatcher decides by the keys of the tensors and of the thread who steps in. Where these are the
+plain ones nobody does, and the same functions are called directly.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from .._rules import Rule
+from .forward import is_transformed
+from .products import linear_backward, linear_forward
+
+PLAIN = (Tensor, nn.Parameter)  # of these classes, not of one derived from them
+
+
+def _keys(*names: str) -> object:
+    """Make a set of dispatch keys."""
+    key_set = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        key_set = key_set.add(getattr(torch._C.DispatchKey, name))
+    return key_set
+
+
+try:
+    _keys_of = torch._C._dispatch_keys
+    _keys_of_thread = torch._C._dispatch_tls_local_include_set
+    _is_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded
+    _is_profiled = torch._C._autograd._profiler_enabled
+    _has_function_mode = torch._C._is_torch_function_mode_enabled
+    # Of a tensor in the CPU's memory with strides that is not negated, wrapped, quantized, nested
+    # or made for inference.
+    _TENSOR = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+    # Of a thread without modes, transforms or tracers.
+    _THREAD = _keys("BackendSelect", "ADInplaceOrView")
+    _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+    _IS_KNOWN = True
+except AttributeError:  # a PyTorch that has other names for these
+    _IS_KNOWN = False
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Return whether nobody steps in between an operator called with these and autograd.
+
+    Autocast does not count.
+
+    Parameters
+    ----------
+    tensors : Tensor or None
+
+    Returns
+    -------
+    bool
+        False also under ``torch.compile``, and where a profiler is to see the operator.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not _IS_KNOWN
+        or _keys_of_thread() != _THREAD
+        or _is_left_out(_AUTOGRAD)
+        or _has_function_mode()
+        or _is_profiled()
+        or is_transformed()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or _keys_of(tensor) != _TENSOR):
+            return False
+    return True
+
+
+class sebp_linear(torch.autograd.Function):
+    """What ``sebp::linear`` computes. Its name is that of the node in the graph of gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        total: int,
+        transposed: bool,
+        rule: Rule,
+    ) -> Tensor:
+        """Compute Y, and save what the operator saves."""
+        ctx.total, ctx.transposed, ctx.rule = total, transposed, rule
+        need_x, need_w, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_w else None, weight if need_x else None)
+        return linear_forward(x, weight, bias, transposed)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        """Compute the gradients, by ``sebp::linear_backward`` where others may step in."""
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        # With gradients of gradients autograd has to see the operator.
+        if not torch.is_grad_enabled() and is_direct(dy, x, weight):
+            gradients = linear_backward(dy, x, weight, ctx.total, ctx.transposed, ctx.rule, *needs)
+            return (*gradients, None, None, None)
+        gradients = torch.ops.sebp.linear_backward(
+            dy, x, weight, ctx.total, ctx.transposed, *ctx.rule, *needs
+        )
+        found = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return (*found, None, None, None)
+
+
+def direct_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    transposed: bool,
+    rule: Rule,
+) -> Tensor:
+    """Apply Y = X W^T + b, or X W + b, as ``sebp::linear`` does.
+
+    Parameters
+    ----------
+    x : Tensor, ... x K
+    weight : Tensor, N x K, or K x N if `transposed`
+    bias : Tensor, N, or None
+        All of tensors that :func:`is_direct` is true of, float32 or bfloat16, of one dtype but
+        under autocast.
+    mask : Tensor, B x L, or None
+        Of the padded batch, as the operator takes it.
+    transposed : bool
+    rule : Rule
+        Which rows of dY to keep.
+
+    Returns
+    -------
+    Tensor, ... x N
+        Y.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+        bias = None if bias is None else bias.to(torch.bfloat16)
+    total = math.prod(x.shape[:-1]) if mask is None else mask.numel()
+    return sebp_linear.apply(x, weight, bias, total, transposed, rule)
