@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row rules, as users write them and as the library takes them."""
 
+import functools
 import operator
 from typing import NamedTuple, SupportsIndex
 
@@ -23,13 +24,14 @@ class Rule(NamedTuple):
     kind: int = RULE_NONZERO
     value: float = 0.0
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019, keeps tuples of two numbers alive
     def struct(self) -> RuleStruct:
         """Write the rule as the library takes it.
 
         Returns
         -------
         RuleStruct
-            A ``sebp_rule``.
+            A ``sebp_rule``. Others get the same one, so it is not to be changed.
         """
         return RuleStruct(
             self.kind,

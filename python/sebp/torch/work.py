@@ -26,7 +26,7 @@ class Work(NamedTuple):
     seconds: float = 0.0
 
 
-_work: dict[LayerKind, Work] = {}
+_work: dict[LayerKind, list] = {}  # sums in the order of Work's
 _lock = threading.Lock()
 
 
@@ -41,8 +41,13 @@ os.register_at_fork(after_in_child=_note_fork)
 def count_work(kind: LayerKind, rows: int, active: int, seconds: float) -> None:
     """Add one backward to the sums of its kind."""
     with _lock:
-        before = _work.get(kind, Work())
-        _work[kind] = Work(before.rows + rows, before.active + active, before.seconds + seconds)
+        sums = _work.get(kind)
+        if sums is None:
+            _work[kind] = [rows, active, seconds]
+        else:
+            sums[0] += rows
+            sums[1] += active
+            sums[2] += seconds
 
 
 def work_done() -> dict[LayerKind, Work]:
@@ -54,4 +59,4 @@ def work_done() -> dict[LayerKind, Work]:
         A copy. Backwards that PyTorch computed instead of the library are not counted.
     """
     with _lock:
-        return dict(_work)
+        return {kind: Work(*sums) for kind, sums in _work.items()}
