@@ -203,6 +203,24 @@ def test_unpacked_as_something_else(unpacked):
         same(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("which", "shape"), [(0, (2, 5, 4)), (0, (3, 5, 3)), (1, (5, 4)), (1, (6, 5))]
+)
+def test_unpacked_in_another_size(which, shape, dtype):
+    """Sizes are those of the tensors: nothing is read past their end."""
+    tensors = inputs(dtype=dtype)
+    other = torch.ones(shape, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.dim() == 3, lambda is_x: other if is_x == (which == 0) else tensors[is_x ^ 1]
+    ):
+        y = linear(*tensors)
+    with pytest.raises(
+        (sebp.SebpError, RuntimeError), match="should be|must match|invalid gradient"
+    ):
+        y.backward(gradient(dtype))
+
+
 @pytest.mark.parametrize("kind", ["reentrant", "not", "selective", "counted in the backward"])
 @pytest.mark.parametrize("cast", [False, True])
 def test_checkpoints(kind, cast):

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sebp import sparse  # noqa: E402
+from sebp import SebpError, sparse  # noqa: E402
 from sebp._structs import F32  # noqa: E402
 from sebp.torch.tensors import matrix_of  # noqa: E402
 
@@ -136,3 +136,26 @@ def test_a_copy_is_not_written_to():
         with pytest.raises(ValueError, match="not an array that can be written"):
             update(matrix_of(other))
         assert not other.any(), name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("which", ["rows of x", "columns of x", "weight", "bias"])
+def test_sizes_that_do_not_go_together(which, transposed):
+    """The operators look at each tensor's own size, and read nothing past its end."""
+    dy, x, w, bias = (torch.randn(*s) for s in ((3, 6), (3, 4), (6, 4), (6,)))
+    w = w.t().contiguous() if transposed else w
+    if which == "rows of x":
+        x = torch.randn(2, 4)
+    elif which == "columns of x":
+        x = torch.randn(3, 5)
+    elif which == "weight":
+        w = torch.randn(3, 6) if transposed else torch.randn(6, 3)
+    else:
+        bias = torch.randn(5)
+    errors = (SebpError, RuntimeError)
+    if which != "rows of x":
+        with pytest.raises(errors, match="should be|must match"):
+            torch.ops.sebp.linear(x, w, bias, None, transposed)
+    if which != "bias":
+        with pytest.raises(errors, match="should be|row set is for"):
+            torch.ops.sebp.linear_backward(dy, x, w, 3, transposed, 0, 0.0, True, True, True)

@@ -18,7 +18,9 @@ from .tensors import DTYPES
 
 
 def _refused_kind(tensors: tuple[Tensor, ...]) -> str:
-    """Return which kind of tensors the library does not know, or ""."""
+    """Return why tensors or calls of this kind are PyTorch's own, or ""."""
+    if is_traced():
+        return "tracing or export"
     is_compiling = torch.compiler.is_compiling()
     if any(tensor.is_nested for tensor in tensors):
         return "a nested tensor"
@@ -35,11 +37,10 @@ def _refused_kind(tensors: tuple[Tensor, ...]) -> str:
 
 def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool) -> str:
     """Return why PyTorch's own linear has to be used, or "" if it has not."""
-    x, weight = tensors[:2]
-    if is_traced():
-        return "tracing or export"
+    # What is recorded is not direct.
     if not direct and (reason := _refused_kind(tensors)):
         return reason
+    x, weight = tensors[:2]
     if weight.dim() != 2:
         return "shape"
     n, k = weight.shape

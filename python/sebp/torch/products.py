@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._rules import Rule
-from .._structs import ACCUMULATE, LinearOptions, Matrix
+from .._structs import ACCUMULATE, F32, LinearOptions, Matrix
 from ..core import Rows
 from .context import thread_context
 from .rows import find_rows
-from .tensors import is_ours, matrix_of
+from .tensors import DTYPES, is_ours, matrix_of, matrix_of_size
 from .work import LayerKind, count_work
 
 # --------------------------------------------------------------------------------------------------
@@ -41,23 +41,35 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
     # takes twice as long.
     if is_ours(x, weight, bias) and x.dtype == torch.float32:
         y = x.new_empty(shape)
-        _library_forward(x, weight, bias, transposed, y)
+        if transposed:
+            _library_forward_transposed(x, weight, bias, y)
+        else:
+            _library_forward(x, weight, bias, y)
         return y
     w = _laid_out(weight)
     y = functional.linear(_laid_out(_flat(x)), w.t() if transposed else w, bias)
     return torch.ops.aten._unsafe_view.default(y, shape)
 
 
-def _library_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, y: Tensor
-) -> None:
-    """Fill Y: ... x N."""
+def _library_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Fill Y: ... x N, of float32, just made."""
+    n, k = weight.shape
+    m = math.prod(x.shape[:-1])
+    thread_context().call(
+        "sebp_linear_forward",
+        matrix_of_size(x, m, k, F32),
+        matrix_of_size(weight, n, k, F32),
+        None if bias is None else matrix_of_size(bias, 1, n, F32),
+        None,
+        None,
+        Matrix(y.data_ptr(), m, n, n, F32),
+    )
+
+
+def _library_forward_transposed(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """As :func:`_library_forward` for W: K x N."""
     context, vx, vw, vy = thread_context(), matrix_of(x), matrix_of(weight), matrix_of(y)
-    if not transposed:
-        vb = None if bias is None else matrix_of(bias)
-        context.call("sebp_linear_forward", vx, vw, vb, None, None, vy)
-        return
-    # X W, for W: K x N, is what the backward computes as dX = dY W; it is added to b.
+    # X W is what the backward computes as dX = dY W; it is added to b.
     options = LinearOptions(ctypes.sizeof(LinearOptions))
     if bias is not None:
         options.dx_write = ACCUMULATE
@@ -125,22 +137,26 @@ def linear_backward(
     if not is_ours(dy, x, weight):
         return _dense_backward(dy, x, weight, transposed, need_dx, need_dw, need_db)
     start = time.perf_counter()
-    vdy = matrix_of(dy)
-    active = find_rows(vdy, rule)
     n, k = sizes(dy, x, weight, transposed)
-    dx = dy.new_empty((*dy.shape[:-1], k)) if need_dx else None
-    dw = dy.new_empty((k, n) if transposed else (n, k)) if need_dw else None
-    db = dy.new_empty(n) if need_db else None
+    w_rows, w_cols = (k, n) if transposed else (n, k)
+    *lead, _ = dy.shape
+    m, dtype = math.prod(lead), DTYPES[dy.dtype]
+    vdy = matrix_of_size(dy, m, n, dtype)
+    active = find_rows(vdy, rule)
+    dx = dw = db = vx = vw = vdx = vdw = vdb = None
+    if need_dx:
+        dx = dy.new_empty((*lead, k))
+        vw = matrix_of_size(weight, w_rows, w_cols, dtype)
+        vdx = Matrix(dx.data_ptr(), m, k, k, dtype)
+    if need_dw:
+        dw = dy.new_empty((w_rows, w_cols))
+        vx = matrix_of_size(x, m, k, dtype)
+        vdw = Matrix(dw.data_ptr(), w_rows, w_cols, w_cols, dtype)
+    if need_db:
+        db = dy.new_empty(n)
+        vdb = Matrix(db.data_ptr(), 1, n, n, dtype)
     run = _library_backward_transposed if transposed else library_backward
-    run(
-        vdy,
-        matrix_of(x) if need_dw else None,
-        matrix_of(weight) if need_dx else None,
-        active,
-        matrix_of(dx) if need_dx else None,
-        matrix_of(dw) if need_dw else None,
-        matrix_of(db) if need_db else None,
-    )
+    run(vdy, vx, vw, active, vdx, vdw, vdb)
     count_work(
         LayerKind(n, k, dy.dtype, need_dx, need_dw),
         total,

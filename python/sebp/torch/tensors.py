@@ -67,6 +67,42 @@ def by_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def matrix_of_size(tensor: Tensor, rows: int, cols: int, dtype: int) -> Matrix:
+    """Describe a tensor as :func:`matrix_of` does; faster where it is contiguous and of this size.
+
+    Parameters
+    ----------
+    tensor : Tensor, ... x K
+        On the CPU, as :func:`matrix_of` takes it.
+    rows, cols : int
+        The M and K that it should have.
+    dtype : int
+        ``DTYPES[tensor.dtype]``.
+
+    Returns
+    -------
+    Matrix
+        M x K, or of the size that the tensor has. It keeps the memory alive.
+
+    Raises
+    ------
+    TypeError
+        As :func:`matrix_of` does.
+    """
+    if (
+        tensor.layout is torch.strided
+        and tensor.shape[-1] == cols
+        and tensor.numel() == rows * cols
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and (address := tensor.data_ptr()) != 0
+    ):
+        matrix = Matrix(address, rows, cols, cols, dtype)
+        matrix.memory = tensor
+        return matrix
+    return matrix_of(tensor)
+
+
 def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
     """Return the stride between a tensor's rows, or None where there is none that serves."""
     *strides, step = tensor.stride()
