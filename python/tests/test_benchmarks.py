@@ -444,3 +444,11 @@ def test_matthews():
     assert matthews(torch.tensor([1, 1, 0, 0]), labels) == pytest.approx(2 / 12**0.5)
     assert matthews(1 - labels, labels) == pytest.approx(-1)
     assert matthews(torch.ones(4, dtype=torch.long), labels) == 0
+
+
+def test_call_cost():
+    words = [sys.executable, str(FOLDER / "call_cost.py"), "--rounds", "1", "--shapes", "2x3x4:5"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    _, *lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["2x3x4:5", d] for d in ("float32", "bfloat16")]
+    assert all(0 < float(time) < 1e5 for line in lines for time in line.split()[2:5])
