@@ -41,7 +41,8 @@ typedef struct sebp_operand {
     sebp_dtype dtype;
 } sebp_operand;
 
-/** Copies of a matrix as products read it that have it, or its transpose, as their B: a device's own. */
+/** Packed copies of a matrix, for products whose factor B is that matrix or its transpose: a device's
+ * own. */
 typedef struct sebp_packed sebp_packed;
 
 /**

@@ -12,7 +12,7 @@
 
 #include "call.h"
 
-enum { DEFAULT_BYTES = 16, DEFAULT_MORE = 1 << 20 }; /* for an element, and beside */
+enum { DEFAULT_BYTES = 24, DEFAULT_MORE = 1 << 20 }; /* for an element, and beside */
 
 struct sebp_packed_weight {
     sebp_device *device; /* held */

@@ -291,6 +291,44 @@ START_TEST(memory_is_bounded)
 }
 END_TEST
 
+/* A copy of dX's needs more room than there is, so that of Y stays, though W has changed. */
+START_TEST(a_copy_goes_for_one_that_fits_alone)
+{
+    layer l = {.M = 20, .N = 100, .K = 33, .out = SEBP_F32};
+    l.dy = testing_random_matrix(l.M, l.N, SEBP_F32, TESTING_REAL);
+    l.x = testing_random_matrix(l.M, l.K, SEBP_F32, TESTING_REAL);
+    l.w = testing_random_matrix(l.N, l.K, SEBP_F32, TESTING_REAL);
+    l.bias = testing_random_matrix(1, l.N, SEBP_F32, TESTING_REAL);
+    l.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    sebp_matrix y = testing_matrix(l.M, l.N, l.N, SEBP_F32);
+    sebp_packed_weight *packed = pack(context, &l, 0);
+    l.options.packed_weight = packed;
+    testing_succeed(sebp_linear_forward(context, &l.x, &l.w, &l.bias, NULL, &l.options, &y),
+                    context);
+    const int64_t bytes = sebp_packed_weight_bytes(packed);
+    ck_assert_int_gt(bytes, 0);
+    sebp_packed_weight_destroy(packed);
+
+    packed = pack(context, &l, bytes);
+    outputs want = run(context, &l, packed);
+    ck_assert_int_eq(sebp_packed_weight_bytes(packed), bytes);
+    sebp_packed_weight_changed(packed);
+    sebp_matrix dx = testing_matrix(l.M, l.K, l.K, SEBP_F32);
+    testing_succeed(
+        sebp_linear_backward(context, &l.dy, NULL, &l.w, NULL, &l.options, &dx, NULL, NULL),
+        context);
+    ck_assert_int_eq(sebp_packed_weight_bytes(packed), bytes);
+    check_same(run(context, &l, packed), &want, &l, "after a change");
+    testing_release(&dx);
+    testing_release(&y);
+    free_outputs(&want);
+    sebp_packed_weight_destroy(packed);
+    sebp_context_destroy(context);
+    free_layer(&l);
+}
+END_TEST
+
 /* Where the choice is the library's, a forward of few rows is done with the copy that is kept; all others
  * are done by whom they are done without it. */
 START_TEST(auto_takes_the_copy)
@@ -298,8 +336,11 @@ START_TEST(auto_takes_the_copy)
     static const struct {
         int64_t M, N, K;
         bool gains;
-    } cases[] = {
-        {3, 96, 128, false}, {4, 96, 128, true}, {16, 64, 64, true}, {520, 512, 640, false}};
+    } cases[] = {{3, 96, 128, false},
+                 {4, 96, 128, true},
+                 {8, 64, 64, true},
+                 {9, 64, 64, true},
+                 {520, 512, 640, false}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         layer l = {.M = cases[i].M, .N = cases[i].N, .K = cases[i].K, .out = SEBP_F32};
         l.dy = testing_random_matrix(l.M, l.N, SEBP_F32, TESTING_REAL);
@@ -318,6 +359,10 @@ START_TEST(auto_takes_the_copy)
             testing_same_bits(&with.at[Y], cases[i].gains ? &by_native.at[Y] : &without.at[Y]));
         ck_assert(testing_same_bits(&with.at[DX], &without.at[DX]));
         ck_assert(!cases[i].gains || sebp_packed_weight_bytes(packed) > 0);
+        sebp_packed_weight *narrow = pack(context, &l, 1); /* no room changes no bits */
+        check_same(run(context, &l, narrow), &with, &l, "without room for a copy");
+        ck_assert_int_eq(sebp_packed_weight_bytes(narrow), 0);
+        sebp_packed_weight_destroy(narrow);
         free_outputs(&by_native);
         free_outputs(&without);
         free_outputs(&with);
@@ -493,6 +538,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, calls_of_every_kind);
     tcase_add_test(all, copies_are_used);
     tcase_add_test(all, memory_is_bounded);
+    tcase_add_test(all, a_copy_goes_for_one_that_fits_alone);
     tcase_add_test(all, auto_takes_the_copy);
     tcase_add_test(all, lora_takes_it);
     tcase_add_test(all, others_refuse_it);

@@ -23,7 +23,8 @@
  *
  * A product is written as "native:auto" or "onednn:asked": which GEMM computed it, and why.
  * "native:medium", "native:high" and "native:split" are products of bf16 that the precision allowed.
- * "-packed" at the end says that a packed weight had the copy of W that the product read. The
+ * "native:packed" and "-packed" at the end say that the product read a copy of W that a packed weight keeps,
+ * or made one. The
  * two products of a backward are joined by "+", dW's first. The rows are "all rows", "one run",
  * "scattered rows" or "no rows", followed by " found" where the call found them.
  */
@@ -72,8 +73,8 @@ typedef struct sebp_linear_options {
     const sebp_matrix *before; /**< backward: Z, of which X = f(Z) is the activation: dX[R] becomes
                                      Z's gradient; M x K, of dX's dtype. NULL: dX is X's gradient */
     sebp_precision precision;  /**< of products with f32 (context.h); default the context's */
-    sebp_packed_weight *
-        packed_weight; /**< of w, whose elements are what they were (packed_weight.h); NULL: none */
+    /** Of w, whose elements are what they were (packed_weight.h). NULL: none. */
+    sebp_packed_weight *packed_weight;
 } sebp_linear_options;
 
 /** Options as they are by default, with size_bytes set. */

@@ -12,9 +12,9 @@
  *
  *     sebp_packed_weight_create(context, &w, 0, &packed);
  *     options.packed_weight = packed;
- *     options.dw_write = options.db_write = SEBP_ACCUMULATE;
  *     for (each step) {
  *         for (each batch) {
+ *             options.dw_write = options.db_write = is_first_batch ? SEBP_OVERWRITE : SEBP_ACCUMULATE;
  *             sebp_linear_forward(context, &x, &w, &bias, rows, &options, &y);
  *             sebp_linear_backward(context, &dy, &x, &w, rows, &options, &dx, &dw, &db);
  *         }
@@ -25,12 +25,14 @@
  * **The caller promises that the elements of W are what they were**, from the first call that is given the
  * packed weight to the last, but for changes that are told by sebp_packed_weight_changed(). The library
  * does not look: after a change that is not told, results are those of the old W, or of a mixture of both.
- * That calls mean the same matrix is checked in each: it has the address, the shape, the stride and the
- * dtype that W had when the packed weight was made. W itself is still read, so it must stay where it is.
+ * Functions of the library that write W (AdamW, weight decay, LoRA's merge, SparseGrad's update) do not
+ * tell it.
+ * Each call checks that w has the address, the shape, the stride and the dtype that W had when the packed
+ * weight was made. W itself is still read, so it must stay where it is.
  *
- * Results have the same bits as without it, with one exception: a forward of few rows that SEBP_GEMM_AUTO
- * would give to oneDNN is done by the library's own GEMM, which is then faster. What oneDNN does has no use
- * for copies, and none are made for it.
+ * Results have the same bits as without it, with one exception: an f32 forward of 4 to 8 rows that
+ * SEBP_GEMM_AUTO would give to oneDNN is done by the library's own GEMM, which is then faster. oneDNN does
+ * not use copies, and none are made for it.
  *
  * A packed weight belongs to the context that it is made for, and like that is used by one thread at a
  * time. Calls on any other context refuse it. The context may be destroyed before it.
@@ -58,7 +60,7 @@ typedef struct sebp_packed_weight sebp_packed_weight;
  *
  * @param w              N x K, either dtype; any size may be 0.
  * @param max_bytes      at most so many bytes for its copies. What does not fit is not kept, and calls
- *                       pack as they do without. 0: 16 bytes for each element of W and 1 MiB, which is
+ *                       pack as they do without. 0: 24 bytes for each element of W and 1 MiB, which is
  *                       enough for Y and dX at any precision, but for very narrow weights.
  * @param packed_weight  where it is put; untouched on error.
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; as sebp_linear_forward() for the view w; SEBP_ERROR_VALUE
@@ -68,8 +70,8 @@ SEBP_API sebp_status sebp_packed_weight_create(sebp_context *context, const sebp
                                                int64_t max_bytes,
                                                sebp_packed_weight **packed_weight);
 
-/** Says that elements of W have changed, or may have: copies are made anew when they are next needed, in
- * the memory that they have. NULL: nothing. */
+/** Says that elements of W have changed, or may have: copies are made anew when they are next needed. Those
+ * that have not been needed since make room for others. NULL: nothing. */
 SEBP_API void sebp_packed_weight_changed(sebp_packed_weight *packed_weight);
 
 /** The bytes that its copies take now, at most max_bytes; 0 for NULL, and on a device that keeps none.

@@ -10,7 +10,8 @@
  *     for each block of C (all of it, or a part that is summed in scratch memory)
  *       for each block of the depth
  *         for each panel of A: pack it (it stays in L2)
- *           for each sliver of B: pack it with the first panel; run the panel's tiles
+ *           for each sliver of B: with the first panel pack it, or the group that it begins, unless a
+ *             copy of B is kept; run the panel's tiles
  *
  * C is summed in scratch memory if it is bf16, so that it is rounded once, or large and added to for
  * many blocks of the depth: its own rows may lie a multiple of 4 KiB apart, where they drive each
@@ -39,7 +40,7 @@ typedef struct native_run {
     const sebp_native_plan *plan;
     char *scratch;
     _Atomic int64_t next_chunk; /* of those that no worker has begun */
-    bool has_b;                 /* packed, whole */
+    bool b_is_packed;           /* the whole of B */
 } native_run;
 
 /* Part `index` of `whole` cut into `count` even parts at multiples of `multiple`. */
@@ -51,7 +52,7 @@ static int64_t cut(int64_t whole, int64_t count, int64_t index, int64_t multiple
 /* A block of C being summed: rows [m0, m1) and columns [n0, n1) of the product. */
 typedef struct c_block {
     int64_t m0, m1, n0, n1;
-    bool has_b;            /* B is packed */
+    bool b_is_packed;
     sebp_native_room room; /* of the worker */
     const float *bias;     /* for columns n0 on; or NULL */
 } c_block;
@@ -100,6 +101,8 @@ static void run_terms(const sebp_native_plan *plan, const sebp_tile_work *work)
         return;
     sebp_tile_work more = *work;
     more.accumulate = true;
+    more.pack_b = false;
+    more.ahead = NULL;
     more.from = (const float *const *)work->c;
     more.bias = NULL;
     for (int i = 1; i < plan->term_count; i++) {
@@ -144,7 +147,7 @@ static void run_in_f32(const sebp_native_plan *plan, const sebp_tile_work *work,
 }
 
 /* Whether the sliver of column j0 is finite: where that is noted as it is packed. NULL: nowhere. */
-static bool *finite_note(const sebp_native_plan *plan, const c_block *block, int64_t j0, int64_t at)
+static bool *finite_flag(const sebp_native_plan *plan, const c_block *block, int64_t j0, int64_t at)
 {
     if (plan->copy != NULL)
         return sebp_cpu_copy_finite(plan, at, j0);
@@ -161,7 +164,7 @@ static void pack_group(const sebp_native_plan *plan, const c_block *block, int64
         return;
     const int64_t cols = sebp_min(plan->b_group * plan->shape->cols, block->n1 - j0);
     sebp_pack_lanes(plan->kernels, &plan->b, sliver, j0, cols, at, depth,
-                    finite_note(plan, block, j0, at), block->room.converted);
+                    finite_flag(plan, block, j0, at), block->room.converted);
 }
 
 /* Runs the tiles of one packed panel of A, rows [i0, i1), against the sliver of B that begins at
@@ -174,9 +177,9 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
     const sebp_product *product = plan->product;
     int64_t bytes = (int64_t)sebp_dtype_bytes(product->b.dtype);
     int64_t cols = sebp_min(shape->cols, block->n1 - j0);
-    bool packs = i0 == block->m0 && !block->has_b, reads_rows = reads_b_rows(plan);
+    bool packs = i0 == block->m0 && !block->b_is_packed, reads_rows = reads_b_rows(plan);
     bool adds_residual = product->residual != NULL && at == 0;
-    bool *b_is_finite = finite_note(plan, block, j0, at);
+    bool *b_is_finite = finite_flag(plan, block, j0, at);
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->room.packed_a,
@@ -223,7 +226,7 @@ static void list_b_rows(const sebp_native_plan *plan, const c_block *block, int6
                         int64_t depth)
 {
     const sebp_slab *slab = &plan->b.slab;
-    if (block->has_b || !reads_b_rows(plan))
+    if (block->b_is_packed || !reads_b_rows(plan))
         return;
     int64_t row_bytes = slab->stride * (int64_t)sebp_dtype_bytes(plan->b.dtype);
     for (int64_t k = 0; k < depth; k++) {
@@ -312,7 +315,7 @@ static void run_chunk(const native_run *run, int64_t m0, int64_t m1, int64_t n0,
             block.m1 = sebp_min(m + plan->block_m, m1);
             block.n0 = n;
             block.n1 = sebp_min(n + plan->block_n, n1);
-            block.has_b = run->has_b || (plan->copy != NULL && m > m0);
+            block.b_is_packed = run->b_is_packed || (plan->copy != NULL && m > m0);
             block.bias = product->bias != NULL ? (const float *)product->bias + n : NULL;
             if (product->bias != NULL && product->bias_dtype == SEBP_BF16) {
                 plan->kernels->f32_from_bf16(block.room.bias, (const uint16_t *)product->bias + n,
@@ -388,9 +391,9 @@ void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scra
         return;
     }
     if (plan->copy != NULL && plan->grid_m > 1) /* else each chunk makes its part */
-        sebp_cpu_make_copy(cpu, plan, scratch);
-    run.has_b = plan->copy != NULL && sebp_cpu_copy_is_made(plan->copy);
+        sebp_cpu_fill_copy(cpu, plan, scratch);
+    run.b_is_packed = plan->copy != NULL && sebp_cpu_copy_is_filled(plan->copy);
     sebp_cpu_parallel(cpu, plan->workers, run_worker, &run);
     if (plan->copy != NULL)
-        sebp_cpu_copy_made(plan->copy);
+        sebp_cpu_mark_copy_filled(plan->copy);
 }

@@ -38,8 +38,9 @@ static const blocking by_narrow_tiles = {384, 512, 4 << 20, INT64_MAX, 24};
 
 /* A matrix unit: AMX does 1024 flop a cycle. A step of 32 x 32 x 32 takes 64 cycles, and reads 2 KiB of
  * A and as much of B. A's panel lies in L2. So does most of B's sliver, 384 units or 48 KiB: a shorter
- * one would stay in L1, but C would be read and written more often, each time 8 KiB for a block of it.
- * A and C share an L2 of 2 MiB, and columns are many, as A is packed again for each block of them. */
+ * one would stay in L1, but C would be read and written more often, each time 8 KiB for a tile of it. A
+ * block of C is larger than what the panel leaves of an L2 of 2 MiB. Smaller ones measured slower, as A
+ * is packed again for each block of columns, and B for each block of rows. */
 static const blocking by_matrix_unit = {384, 384, 2 << 20, 1024, 40};
 
 /* Units from the start of one packed sliver of `width` lanes to the next. */
@@ -111,7 +112,9 @@ int64_t sebp_native_lay_out(const sebp_native_plan *plan, char *scratch, sebp_na
     const int64_t depth = plan->units * shape->unit_elements;
     const int64_t a_slivers = sebp_div_ceil(plan->panel, shape->rows);
     const int64_t b_slivers = plan->copy == NULL ? sebp_div_ceil(plan->block_n, shape->cols) : 0;
-    const int64_t b_lanes = sebp_max(plan->block_n, SEBP_COPIED_SLIVERS * shape->cols);
+    const int64_t b_lanes = plan->copy == NULL
+                                ? plan->block_n
+                                : sebp_max(plan->block_n, SEBP_COPIED_SLIVERS * shape->cols);
     const int64_t converted = sebp_max(sebp_packing_room(&plan->a, plan->panel, depth),
                                        sebp_packing_room(&plan->b, b_lanes, depth));
     int64_t total = 0;

@@ -29,7 +29,7 @@ struct sebp_packed_copy {
     int parts;
     int64_t units;   /* to a block of the depth */
     bool is_planned; /* since the matrix changed last: a plan may hold it */
-    bool is_made;
+    bool is_filled;
     int64_t slivers, blocks; /* of columns, and of the depth */
     int64_t bytes;
     float *data;  /* block after block, sliver after sliver, part after part */
@@ -54,7 +54,7 @@ sebp_status sebp_cpu_packed_make(void *device, int64_t max_bytes, sebp_packed **
 void sebp_cpu_packed_forget(sebp_packed *packed)
 {
     for (sebp_packed_copy *copy = packed->first; copy != NULL; copy = copy->next)
-        copy->is_planned = copy->is_made = false;
+        copy->is_planned = copy->is_filled = false;
 }
 
 int64_t sebp_cpu_packed_bytes(const sebp_packed *packed)
@@ -86,7 +86,7 @@ void sebp_cpu_packed_free(void *device, sebp_packed *packed)
     free(packed);
 }
 
-static bool serves(const sebp_packed_copy *copy, const sebp_packed_copy *wanted)
+static bool matches(const sebp_packed_copy *copy, const sebp_packed_copy *wanted)
 {
     return copy->transposed == wanted->transposed && copy->by_bf16 == wanted->by_bf16 &&
            copy->is_checked == wanted->is_checked && copy->parts == wanted->parts &&
@@ -104,6 +104,15 @@ static void ask_for_large_pages(void *data, int64_t bytes)
 #endif
 }
 
+/* Of the copies that have to stay. */
+static int64_t planned_bytes(const sebp_packed *packed)
+{
+    int64_t bytes = 0;
+    for (const sebp_packed_copy *copy = packed->first; copy != NULL; copy = copy->next)
+        bytes += copy->is_planned ? copy->bytes : 0;
+    return bytes;
+}
+
 /* Memory for the slivers and, behind them, what is known of each. */
 static bool allocate(sebp_packed *packed, sebp_packed_copy *copy, int64_t sliver_units)
 {
@@ -114,11 +123,12 @@ static bool allocate(sebp_packed *packed, sebp_packed_copy *copy, int64_t sliver
         __builtin_mul_overflow(units, (int64_t)sizeof(float), &bytes) ||
         __builtin_add_overflow(bytes, count, &copy->bytes))
         return false;
+    if (copy->bytes > packed->max_bytes - planned_bytes(packed))
+        return false;
     if (copy->bytes > packed->max_bytes - packed->bytes)
         drop_copies(packed, false);
     const size_t alignment = copy->bytes >= LARGE_PAGE ? LARGE_PAGE : LINE;
-    if (copy->bytes > packed->max_bytes - packed->bytes ||
-        posix_memalign(&data, alignment, (size_t)copy->bytes) != 0)
+    if (posix_memalign(&data, alignment, (size_t)copy->bytes) != 0)
         return false;
     ask_for_large_pages(data, copy->bytes);
     copy->data = data;
@@ -143,7 +153,7 @@ sebp_packed_copy *sebp_cpu_find_copy(const sebp_native_plan *plan)
         .slivers = sebp_div_ceil(product->n, shape->cols),
         .blocks = sebp_div_ceil(sebp_div_ceil(product->k, shape->unit_elements), plan->units)};
     for (sebp_packed_copy *copy = packed->first; copy != NULL; copy = copy->next) {
-        if (serves(copy, &wanted)) {
+        if (matches(copy, &wanted)) {
             copy->is_planned = true;
             return copy;
         }
@@ -179,14 +189,14 @@ bool *sebp_cpu_copy_finite(const sebp_native_plan *plan, int64_t at, int64_t j)
     return plan->copy->is_checked ? plan->copy->finite + sliver_at(plan, at, j) : NULL;
 }
 
-bool sebp_cpu_copy_is_made(const sebp_packed_copy *copy)
+bool sebp_cpu_copy_is_filled(const sebp_packed_copy *copy)
 {
-    return copy->is_made;
+    return copy->is_filled;
 }
 
-void sebp_cpu_copy_made(sebp_packed_copy *copy)
+void sebp_cpu_mark_copy_filled(sebp_packed_copy *copy)
 {
-    copy->is_made = true;
+    copy->is_filled = true;
 }
 
 /* A copy being made. */
@@ -215,11 +225,11 @@ static void copy_share(void *work, int64_t worker)
     }
 }
 
-void sebp_cpu_make_copy(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
+void sebp_cpu_fill_copy(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch)
 {
     copy_job job = {plan, scratch};
-    if (plan->copy->is_made)
+    if (plan->copy->is_filled)
         return;
     sebp_cpu_parallel(cpu, plan->workers, copy_share, &job);
-    plan->copy->is_made = true;
+    plan->copy->is_filled = true;
 }

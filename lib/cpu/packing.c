@@ -97,7 +97,7 @@ static bool convert(const sebp_kernels *kernels, const sebp_packing *how, const 
 }
 
 /* The memory that is needed next comes while this is converted. */
-static void fetch(const void *from, int64_t bytes)
+static void prefetch(const void *from, int64_t bytes)
 {
     for (int64_t at = 0; at < bytes; at += LINE)
         __builtin_prefetch((const char *)from + at, 0, 3);
@@ -115,7 +115,7 @@ static bool pack_block(const sebp_kernels *kernels, const sebp_packing *how, flo
     bool is_finite = true;
     for (int64_t i = 0; i < rows; i++) {
         if (i + 1 < rows)
-            fetch(element_at(how, first_row + i + 1, first), bytes);
+            prefetch(element_at(how, first_row + i + 1, first), bytes);
         const void *from = element_at(how, first_row + i, first);
         if (!convert(kernels, how, from, elements, room, i, rows, stride))
             is_finite = false;

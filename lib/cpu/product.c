@@ -15,8 +15,8 @@
 enum {
     LARGE = 512,  /* of a product's sizes */
     FEW_ROWS = 8, /* of A: what it takes to pack B shows */
-    PACKED_ROWS =
-        4,         /* from so many on our own GEMM is the faster one of few, where B^T is packed */
+    /* From so many on our own GEMM is the faster one of few, where B is kept packed, transposed. */
+    PACKED_ROWS = 4,
     FEW_STEPS = 64 /* of the depth of dW: so does what it takes to pack both */
 };
 
@@ -37,16 +37,12 @@ static cpu_plan *plan_of(sebp_plan *plan)
     return (cpu_plan *)(void *)plan->device;
 }
 
-/* Whether our own GEMM is the faster one for few rows, as it has a copy of B, or can have one. Of a B that
- * is not transposed oneDNN makes its own as fast. */
-static bool gains_by_copy(const sebp_cpu *cpu, const sebp_product *product,
-                          sebp_arithmetic arithmetic)
+/* Whether our own GEMM is the faster one for few rows, as B is kept packed. Of a B that is not transposed
+ * oneDNN makes its own copy as fast. Whether there is room for a copy does not count: the same call is to
+ * have the same bits whatever was called before. */
+static bool gains_by_copy(const sebp_product *product)
 {
-    sebp_native_plan plan;
-    if (product->packed_b == NULL || !product->b.transposed || product->m < PACKED_ROWS)
-        return false;
-    sebp_native_plan_product(cpu, product, arithmetic, &plan);
-    return plan.copy != NULL;
+    return product->packed_b != NULL && product->b.transposed && product->m >= PACKED_ROWS;
 }
 
 /* Whether oneDNN should do a product if it can. Where the choice is ours, it gets the large f32
@@ -64,7 +60,7 @@ static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
                                                 !sebp_cpu_streams(cpu, product->n * product->k * 4);
     bool suits = !arithmetic.by_bf16 && (is_small || (is_dense && is_large));
     if (suits && is_small && cpu->gemm == SEBP_GEMM_AUTO)
-        suits = !gains_by_copy(cpu, product, arithmetic);
+        suits = !gains_by_copy(product);
     return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
 }
 
@@ -72,12 +68,12 @@ static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
 static const char *native_path(const sebp_product *product, sebp_arithmetic arithmetic,
                                bool is_packed, const char *reason)
 {
-    static const char *const paths[] = {"native:medium", "native:high", "native:split"};
-    static const char *const packed_paths[] = {"native:medium-packed", "native:high-packed",
-                                               "native:split-packed"};
+    static const char *const paths[2][SEBP_MAX_PARTS] = {
+        {"native:medium", "native:high", "native:split"},
+        {"native:medium-packed", "native:high-packed", "native:split-packed"}};
     bool has_f32 = product->a.dtype == SEBP_F32 || product->b.dtype == SEBP_F32;
     if (has_f32 && arithmetic.by_bf16)
-        return (is_packed ? packed_paths : paths)[arithmetic.parts - 1];
+        return paths[is_packed][arithmetic.parts - 1];
     return is_packed ? "native:packed" : reason;
 }
 

@@ -44,7 +44,8 @@ int64_t sebp_native_scratch(const sebp_native_plan *plan);
 
 /** The scratch memory of one worker. */
 typedef struct sebp_native_room {
-    float *packed_a, *packed_b;  /* a panel of A, and a block of B or a sliver of it */
+    float *packed_a, *packed_b;  /* a panel of A; a block or a group of slivers of B, unless a
+                                    copy of B is kept */
     float *c;                    /* an f32 block of C; NULL: C is summed in place */
     float *bias;                 /* of a block's columns, as f32 */
     const char **b_rows;         /* of the block of the depth at hand, where they are its steps */
@@ -66,11 +67,11 @@ void sebp_native_product(sebp_cpu *cpu, const sebp_native_plan *plan, void *scra
 /** The copy of B that a product can use, or room for it; NULL: neither. Of the plan all must be settled but
  * the sizes of grid and blocks. */
 sebp_packed_copy *sebp_cpu_find_copy(const sebp_native_plan *plan);
-/** Makes plan->copy, unless it is made. */
-void sebp_cpu_make_copy(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
-bool sebp_cpu_copy_is_made(const sebp_packed_copy *copy);
+/** Fills plan->copy, unless it is filled. */
+void sebp_cpu_fill_copy(sebp_cpu *cpu, const sebp_native_plan *plan, void *scratch);
+bool sebp_cpu_copy_is_filled(const sebp_packed_copy *copy);
 /** A product has packed all its slivers. */
-void sebp_cpu_copy_made(sebp_packed_copy *copy);
+void sebp_cpu_mark_copy_filled(sebp_packed_copy *copy);
 /** Its sliver of column j and of the block of the depth that begins at `at`; whether that is finite, or NULL
  * where that is not checked. */
 float *sebp_cpu_copy_sliver(const sebp_native_plan *plan, int64_t at, int64_t j);
