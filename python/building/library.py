@@ -2,6 +2,7 @@
 """Builds libsebp, or takes one that is there, as the environment says."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,8 +21,10 @@ _LOAD = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
 library.sebp_version.restype = ctypes.c_char_p
-print(library.sebp_version().decode())
+missing = [name for name in sys.argv[2:] if not hasattr(library, name)]
+print(library.sebp_version().decode(), *missing)
 """
+_USER = Path(__file__).resolve().parent.parent / "sebp" / "_library.py"
 
 
 def wants_system_library(environment: Mapping[str, str]) -> bool:
@@ -46,20 +49,25 @@ def wants_system_library(environment: Mapping[str, str]) -> bool:
 
 
 def check_library(library: str, version: str, advice: str) -> None:
-    """See that a library loads, and is of the package's version: same major and minor.
+    """See that a library loads, and is what the package needs.
+
+    That is its version, the same major and minor, with all the functions that it calls.
 
     Raises
     ------
     BuildError
         If not; `advice` ends the message.
     """
+    names = re.findall(r'^    "(sebp_\w+)": \(', _USER.read_text(), re.MULTILINE)
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, library], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _LOAD, library, *names], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1]
         raise BuildError(f"{library} does not load: {reason}\n{advice}")
-    found = done.stdout.strip()
+    found, *missing = done.stdout.split()
+    if missing:
+        raise BuildError(f"{library} is of an older state: it has no {missing[0]}.\n{advice}")
     if found.split(".")[:2] != version.split(".")[:2]:
         raise BuildError(f"{library} is libsebp {found}, but this is sebp {version}.\n{advice}")
     print(f"sebp: {library} is libsebp {found}", flush=True)

@@ -343,3 +343,26 @@ def test_sequences_from_offsets_are_those_of_the_lengths() -> None:
             Sequences.from_offsets(wrong)
     with pytest.raises(ValueError, match="empty"):
         Sequences.from_offsets([])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_of_no_account(dtype: torch.dtype) -> None:
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    want = attend(q, q, q, Texts.of_rows(1, 5, 5), CAUSAL)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = attend(q, q, q, Texts.of_rows(1, 5, 5), CAUSAL)
+        got.sum().backward()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got, want)
+    assert bool(q.grad.any())
+
+
+@pytest.mark.parametrize("name", ["scaling", "softcap"])
+def test_numbers_that_would_get_no_gradient_are_refused(name: str) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    number = torch.tensor(0.3, requires_grad=True)
+    with pytest.raises(TypeError, match=f"{name} is a Tensor"):
+        attend(q, q, q, Texts.of_rows(1, 5, 5), FULL, **{name: number})

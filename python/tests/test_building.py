@@ -7,6 +7,7 @@ The programs are small scripts, so nothing is compiled here; tests/check-package
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -317,6 +318,15 @@ def test_versions_are_compared():
         library.check_library(path, "9.0.0", "")
     with pytest.raises(programs.BuildError, match="(?s)absent.so.0 does not load.*Install it"):
         library.check_library("absent.so.0", __version__, "Install it")
+
+
+def test_functions_are_looked_for(tmp_path):
+    """A library of an older state has the version, but not all that is called."""
+    source = tmp_path / "old.c"
+    source.write_text(f'const char *sebp_version(void) {{ return "{__version__}"; }}')
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "old.so", source], check=True)
+    with pytest.raises(programs.BuildError, match="(?s)older state: it has no sebp_.*Again"):
+        library.check_library(str(tmp_path / "old.so"), __version__, "Again")
 
 
 def test_packages_of_a_distribution(debian, tmp_path):

@@ -345,3 +345,34 @@ def test_a_sparse_optimizer_is_refused():
     sebp.apply_meprop_to_model(model, optimizer, 5, layers="0")
     with pytest.raises(ValueError, match="0: a SparseOptimizer trains it"):
         compare(model, torch.randn(9, 6), loss=loss_of_some)
+
+
+def test_a_loss_of_the_parameters_leaves_their_gradients():
+    model, batch = make_model("bert").train(), make_batch("bert", 1)
+    parameters = list(model.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    before = [p.grad for p in parameters]
+    values = parameters[0].grad.clone()
+    sebp.compare(
+        model,
+        batch,
+        repetitions=1,
+        loss=lambda output: output.loss + sum(p.square().sum() for p in parameters),
+    )
+    assert all(p.grad is grad for p, grad in zip(parameters, before, strict=True))
+    assert torch.equal(parameters[0].grad, values)
+
+
+def test_gradients_of_what_a_batch_holds_deeper():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, pair):
+            return self.layer(pair[0]["x"]) + pair[1]
+
+    x, y = torch.randn(5, 4, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    sebp.compare(Model(), {"pair": ({"x": x}, y)}, repetitions=1, loss=lambda out: out.sum())
+    assert x.grad is None
+    assert y.grad is None

@@ -326,3 +326,16 @@ def test_pytorch_is_not_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_removed_where_the_result_is_gone(copied):
+    model = make_model("bert")
+    before = insides(model)
+    sebp.prepare(model, quiet=True)
+    if copied:
+        model = copy.deepcopy(model)
+    sebp.remove_sebp_from_model(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    if not copied:
+        same_insides(before, insides(model))

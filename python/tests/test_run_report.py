@@ -75,6 +75,8 @@ def test_with_a_batch(tmp_path):
     report = prepared.report(batch)
     assert report.rows == plain.rows  # the comparison's own are not among them
     assert report.calls == plain.calls
+    again = prepared.report()  # nor among those of a later report
+    assert (again.rows, again.active, again.calls) == (plain.rows, plain.active, plain.calls)
     assert report.comparison.difference < 1e-4
     assert str(report).endswith(str(report.comparison))
     report.save_svg(tmp_path / "run.svg")

@@ -15,6 +15,7 @@ from .layers import give_rule, has_rule, linear_classes, take_rule
 from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
 
 OWNER = "apply_sebp_to_model"  # for leave_padding_out()
+PREPARED = "prepare"  # likewise, of sebp.prepare
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -204,4 +205,5 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
         The names of the layers restored; empty if none had SEBP.
     """
     put_padding_back(model, OWNER)
+    put_padding_back(model, PREPARED)
     return [name for name, module in model.named_modules() if take_rule(module)]

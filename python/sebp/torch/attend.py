@@ -80,7 +80,7 @@ def attend(
     Raises
     ------
     TypeError
-        If tensors are of other dtypes, or not on the CPU.
+        If tensors are of other dtypes, or not on the CPU; if `scaling` or `softcap` is a tensor.
     ValueError, SebpError
         If shapes or options do not go together.
     RuntimeError
@@ -92,6 +92,9 @@ def attend(
             dropout=dropout, bias_is_of_texts=bias_is_of_texts,
         )  # fmt: skip
     _check(query, key, value, texts, bias, bias_is_of_texts)
+    for name, number in (("scaling", scaling), ("softcap", softcap)):
+        if isinstance(number, Tensor):
+            raise TypeError(f"{name} is a Tensor, which would get no gradient; give a float")
     if scaling == 0 or softcap == 0:
         raise ValueError(f"scaling is {scaling} and softcap {softcap}; neither can be 0")
     width, width_v = query.shape[3], value.shape[3]
@@ -107,7 +110,7 @@ def attend(
         window_left=-1 if pattern.window is None else pattern.window,
         window_right=-1 if pattern.window is None or pattern.causal else pattern.window,
         dropout=dropout,
-        seed=int(torch.randint(2**63 - 1, (1,))) if dropout > 0 else 0,
+        seed=int(torch.randint(2**63 - 1, (1,), device="cpu")) if dropout > 0 else 0,
     )
     # B x L x H x D, and then the heads of a token in one: as the library has them.
     q, k, v = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
@@ -215,10 +218,10 @@ class _Attention(torch.autograd.Function):
         texts: Texts,
         options: AttentionOptions,
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = None
         if any(ctx.needs_input_grad):
-            lse = torch.empty(*q.shape[:-1], options.heads)
+            lse = torch.empty(*q.shape[:-1], options.heads, dtype=torch.float32, device=q.device)
         inputs = [None if x is None else matrix_of(x) for x in (q, k, v, bias)]
         outputs = [None if x is None else matrix_of(x) for x in (out, lse)]
         sequences = texts.queries.sequences, texts.keys.sequences
@@ -253,7 +256,7 @@ class _Backward(torch.autograd.Function):
         needs: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         gradients = [
-            torch.empty(x.shape, dtype=x.dtype) if needed else None
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
             for x, needed in zip((q, k, v, bias), needs, strict=True)
         ]
         inputs = [None if x is None else matrix_of(x) for x in (dout, q, k, v, bias, out, lse)]

@@ -295,7 +295,8 @@ def _is_plain(mask: Tensor) -> bool:
 def _fit(mask: Mask, query: Tensor, states: Tensor) -> Tensor:
     """Take the keys or values that a mask is for; those behind are a static cache's room."""
     rows, tokens = mask.segments.shape
-    if mask.queries != query.shape[2] or tokens > states.shape[2] or rows != states.shape[0]:
+    is_fit = tokens == states.shape[2] or (mask.has_room and tokens < states.shape[2])
+    if mask.queries != query.shape[2] or not is_fit or rows != states.shape[0]:
         raise ValueError(
             f"the mask is for {mask.queries} queries and {rows} x {tokens} keys, but there are"
             f" {query.shape[2]} and {states.shape[0]} x {states.shape[2]}"
@@ -385,7 +386,13 @@ def _side_of_offsets(offsets: Tensor, states: Tensor, name: str) -> Side:
             f"cu_seq_lens_{name} goes from {first} to {last}, for {total} tokens; it goes from 0 to"
             " their number and never falls"
         )
-    return Side.of_lengths(lengths, (states.shape[0], states.shape[2]))
+    rows, length = states.shape[0], states.shape[2]
+    if not np.isin(np.arange(1, rows) * length, np.cumsum(lengths)).all():
+        raise ValueError(
+            f"a text of cu_seq_lens_{name} goes over the end of a row of {length} tokens: these are"
+            " lengths of another sequence, or the batch is to be one row"
+        )
+    return Side.of_lengths(lengths, (rows, length))
 
 
 def _texts(
@@ -399,7 +406,7 @@ def _texts(
     """Read the texts from a mask, or from positions."""
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if mask is not None and not mask.is_told:
-        raise ValueError(_UNTOLD)
+        raise ValueError(_NOT_TOLD)
     if mask is not None and mask.segments.max(initial=0) > 1:
         return Texts.of_segments(mask.segments)
     may_be_own = queries == keys and not (mask is not None and mask.is_of_keys)
@@ -412,6 +419,8 @@ def _texts(
             raise ValueError(_PACKED)
         return Texts.of_segments(begins.cumsum(1))
     real = mask.segments > 0
+    if queries == keys:
+        _check_positions(position_ids, real)
     of_queries = real[:, -queries:] if is_own else np.ones((batch, queries), np.bool_)
     if queries == 0:
         of_queries = real[:, :0]
@@ -420,13 +429,25 @@ def _texts(
     return Texts.of_masks(of_queries, real)
 
 
-_UNTOLD = """\
+def _check_positions(position_ids: Tensor | None, real: np.ndarray) -> None:
+    """Raise where positions of real tokens begin again in a row that has padding: B x L."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != real.shape[1]:
+        return
+    positions = position_ids.detach().cpu().numpy()
+    if positions.shape[0] not in (1, real.shape[0]):
+        return
+    for row, seen in zip(np.broadcast_to(positions, real.shape), real, strict=True):
+        if (np.diff(row[seen]) < 0).any():
+            raise ValueError(_PACKED)
+
+
+_NOT_TOLD = """\
 position_ids do not say where texts begin: each is to be one more than the one before, or that of \
 the first token again. Give cu_seq_lens_q and cu_seq_lens_k, or an attention_mask."""
 
 _PACKED = """\
 position_ids begin again, but 'sdpa' and flash attention would not part texts there: the batch has \
-several rows and a cache or a mask, or this may be attention to another sequence. Give \
+padding, or several rows and a cache or a mask, or this may be attention to another sequence. Give \
 cu_seq_lens_q and cu_seq_lens_k, or use_cache=False and no attention_mask."""
 
 
@@ -441,7 +462,7 @@ def _begins(position_ids: Tensor | None, batch: int, length: int) -> np.ndarray 
         return None
     begins = restarts(positions)
     if begins is None:
-        raise ValueError(_UNTOLD)
+        raise ValueError(_NOT_TOLD)
     return np.broadcast_to(begins, (batch, length))
 
 

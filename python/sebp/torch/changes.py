@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import _library
 from .._rules import Rule
-from .apply import Report, give_rules
+from .apply import PREPARED, Report, give_rules
 from .layers import take_rule
 from .padding_free import (
     PaddingFreeReport,
@@ -20,7 +20,6 @@ from .padding_free import (
 from .step import unwrap
 from .tensors import DTYPES
 
-_OWNER = "prepare"  # for leave_padding_out()
 _Self = TypeVar("_Self", bound="Changes")
 
 
@@ -64,8 +63,8 @@ class Changes:
         self._given = [model.get_submodule(name) for name in self.layers.replaced]
         self._rule = rule
         proofs = proofs_of(model)
-        self._has_asked = not has_asked(model, _OWNER)
-        found = leave_padding_out(model, check if proofs is None else proofs.check, _OWNER)
+        self._has_asked = not has_asked(model, PREPARED)
+        found = leave_padding_out(model, check if proofs is None else proofs.check, PREPARED)
         if proofs is not None:
             found.already, found.changed = found.changed + found.already, []
         self.padding: PaddingFreeReport = found
@@ -82,7 +81,7 @@ class Changes:
             if vars(layer).get("sebp_rule") is self._rule:
                 take_rule(layer)
         if self._has_asked:
-            put_padding_back(self.model, _OWNER)
+            put_padding_back(self.model, PREPARED)
 
     def __enter__(self: _Self) -> _Self:
         return self

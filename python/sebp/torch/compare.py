@@ -5,7 +5,7 @@ import math
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -19,7 +19,7 @@ from .padding_free import proofs_of
 from .parts import Parts, parts_of
 from .step import Batch, Loss, Step, parameters_for, unwrap
 from .trace import State, WithoutDropout
-from .work import Work, work_done
+from .work import Work, forget_work, work_done
 
 # What the order of sums may change, as a share of a gradient's largest element: in float32 some
 # thousand roundings of 6e-8. In shorter formats one rounding is 4e-3, and where the terms of a sum
@@ -189,12 +189,12 @@ class _Runner:
                     scales[name] = _largest(gradient)
                     tensor.grad = gradient.neg_()
             losses.append(self.run(False, tensors)[1])
-        least = _SMALL * max(scales.values(), default=0.0)
+        min_scale = _SMALL * max(scales.values(), default=0.0)
         difference, differs = 0.0, ""
         for name, tensor in tensors.items():
             if tensor.grad is None:
                 continue
-            off, scale = _largest(tensor.grad.to_dense()), max(scales[name], least)
+            off, scale = _largest(tensor.grad.to_dense()), max(scales[name], min_scale)
             off = off / scale if scale else math.inf * off if off else 0.0
             off = off if math.isfinite(off) else math.inf
             if off > difference:
@@ -207,19 +207,16 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _detached(batch: Batch) -> Batch:
-    """Replace tensors of a batch that require gradients, as theirs are not to change."""
-
-    def stand_in(value: object) -> object:
-        if isinstance(value, Tensor) and value.requires_grad:
-            return value.detach().requires_grad_()
-        return value
-
-    if isinstance(batch, Mapping):
-        return {key: stand_in(value) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        return [stand_in(value) for value in batch]
-    return stand_in(batch)
+def _detached(value: object) -> object:
+    """Replace tensors in a batch that require gradients, as theirs are not to change."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() if value.requires_grad else value
+    if isinstance(value, Mapping):
+        return {key: _detached(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_detached(one) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def _refuse(model: nn.Module, repetitions: int) -> None:
@@ -266,6 +263,13 @@ def _keep_counts(model: nn.Module, stack: ExitStack) -> None:
     for counter in (proofs.calls, proofs.tokens):
         stack.callback(counter.update, Counter(counter))
         stack.callback(counter.clear)  # callbacks run in reverse
+
+
+def _keep_gradients(model: nn.Module, stack: ExitStack) -> None:
+    """Take the gradients away and give them back: a loss may be of the parameters themselves."""
+    for parameter in model.parameters():
+        stack.callback(setattr, parameter, "grad", parameter.grad)
+        parameter.grad = None
 
 
 def _real_share(batch: Batch) -> float | None:
@@ -445,6 +449,8 @@ def compare(
         runner = _Runner(model, batch, loss)
         stack.callback(runner.state.put_back)
         _keep_counts(changes.model, stack)
+        stack.callback(forget_work, work_done())
+        _keep_gradients(changes.model, stack)
         found = _compare(runner, changes, repetitions, optimizer_step)
     for text in found.warnings:
         warnings.warn(f"sebp.compare: {text}", stacklevel=2)

@@ -12,6 +12,7 @@ bits, so that a mask says the same where it has been detached, sliced or copied:
 - 20 to 39: one more than the window, 0 without one
 - 40 to 59: how many queries there are, which are the last of these tokens, or the others' own
 - 60: whether attention is causal
+- 61: whether keys may follow that the mask leaves out, the room of a static cache
 - 62: always set, as in no mask of zeros and ones
 """
 
@@ -29,6 +30,7 @@ from .forward import is_traced
 _FIELD = 2**20 - 1
 _UNTOLD = _FIELD
 _CAUSAL = 1 << 60
+_ROOM = 1 << 61
 _OURS = 1 << 62
 _MODULE = "transformers.masking_utils"
 
@@ -49,6 +51,8 @@ class Mask:
         Whether the positions that say where texts begin were understood.
     is_of_keys : bool
         Whether it says nothing of the queries: which of them are padding.
+    has_room : bool
+        Whether there may be more keys than it says, behind these.
     """
 
     pattern: Pattern
@@ -56,13 +60,15 @@ class Mask:
     segments: NDArray[np.int64]
     is_told: bool = True
     is_of_keys: bool = False
+    has_room: bool = False
 
     def encode(self) -> Tensor:
         """Make a mask of it: int64, B x L_k."""
         window = 0 if self.pattern.window is None else self.pattern.window + 1
         if max(window, self.queries, self.segments.shape[1]) >= _FIELD:
             raise ValueError(f"sebp's attention takes rows of less than {_FIELD} tokens")
-        same = _OURS | (_CAUSAL if self.pattern.causal else 0) | self.queries << 40 | window << 20
+        same = _OURS | (_CAUSAL if self.pattern.causal else 0) | (_ROOM if self.has_room else 0)
+        same |= self.queries << 40 | window << 20
         segments = self.segments if self.is_told else np.full_like(self.segments, _UNTOLD)
         return torch.from_numpy(np.where(segments > 0, segments | same, 0))
 
@@ -79,7 +85,8 @@ def decode(mask: Tensor) -> Mask | None:
     segments, window = codes & _FIELD, header >> 20 & _FIELD
     pattern = Pattern(bool(header & _CAUSAL), window - 1 if window > 0 else None)
     is_told = not bool((segments == _UNTOLD).any())
-    return Mask(pattern, header >> 40 & _FIELD, segments, is_told)
+    queries, has_room = header >> 40 & _FIELD, bool(header & _ROOM)
+    return Mask(pattern, queries, segments, is_told, has_room=has_room)
 
 
 def decode_row(mask: Tensor, queries: int) -> Mask | None:
@@ -260,7 +267,7 @@ def sebp_mask(
         is_aligned = not pattern.causal or (tokens == kv_length and q_length in (1, tokens))
         if pattern.window is None and is_aligned and bool(segments.all()):
             return None
-    return Mask(pattern, q_length, segments, is_told).encode()
+    return Mask(pattern, q_length, segments, is_told, has_room=tokens < kv_length).encode()
 
 
 def _of_padding(mask: Tensor | None, batch: int, tokens: int, offset: int) -> NDArray[np.int64]:

@@ -7,14 +7,14 @@ import torch
 
 from .work import LayerKind, Work, work_done
 
-_MOST = 512  # rows and outputs of the product that is timed
+_MAX_ROWS = 512  # rows and outputs of the product that is timed
 
 
 def dense_seconds_per_row(kind: LayerKind) -> float:
     """Time PyTorch's own products of a layer's backward, on a part of the layer."""
-    n = min(kind.out_features, _MOST)
-    dy = torch.ones(_MOST, n, dtype=kind.dtype)
-    x = torch.ones(_MOST, kind.in_features, dtype=kind.dtype)
+    n = min(kind.out_features, _MAX_ROWS)
+    dy = torch.ones(_MAX_ROWS, n, dtype=kind.dtype)
+    x = torch.ones(_MAX_ROWS, kind.in_features, dtype=kind.dtype)
     weight = torch.ones(n, kind.in_features, dtype=kind.dtype)
     times = []
     for _ in range(3):
@@ -24,7 +24,7 @@ def dense_seconds_per_row(kind: LayerKind) -> float:
         if kind.need_dw:
             dy.t() @ x
         times.append(time.perf_counter() - start)
-    return min(times) / _MOST * kind.out_features / max(n, 1)
+    return min(times) / _MAX_ROWS * kind.out_features / max(n, 1)
 
 
 class Savings:

@@ -50,6 +50,13 @@ def count_work(kind: LayerKind, rows: int, active: int, seconds: float) -> None:
             sums[2] += seconds
 
 
+def forget_work(done: dict[LayerKind, Work]) -> None:
+    """Count on from what :func:`work_done` returned before; what came since is not counted."""
+    with _lock:
+        _work.clear()
+        _work.update({kind: list(sums) for kind, sums in done.items()})
+
+
 def work_done() -> dict[LayerKind, Work]:
     """Return what all backwards of this process have done so far.
 
