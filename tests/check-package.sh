@@ -18,6 +18,8 @@ sources=$(cd "$1" && pwd) && build=$(cd "$2" && pwd) || exit 2
 # shellcheck source=tests/package.sh
 . "$here/package.sh"
 project=$sources/python
+# What a checkout holds after an installation is compared; Python's caches there are its own affair.
+export PYTHONDONTWRITEBYTECODE=1
 
 # A wheel with a library that make has built, beside what the interpreter has, PyTorch say.
 check "pip wheel, with the library of a build" \
