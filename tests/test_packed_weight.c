@@ -154,7 +154,7 @@ START_TEST(the_same_bits)
 {
     const sebp_kernels *kernels = kernels_at(_i);
     int64_t without_nan = 0;
-    for (int round = 0; kernels != NULL && round < testing_rounds(60); round++) {
+    for (int round = 0; kernels != NULL && testing_goes_on(round, 60, without_nan, 0); round++) {
         layer l = any_layer(TESTING_REAL);
         l.options.precision =
             (sebp_precision)testing_between(SEBP_PRECISION_HIGHEST, SEBP_PRECISION_MEDIUM);
