@@ -54,7 +54,7 @@ START_TEST(scan_rows)
     static const double limits[] = {0, 0.25, 0.99, INFINITY, FLT_MAX};
     make_sides(_i);
     int64_t found = 0;
-    for (int round = 0; round < testing_rounds(60); round++) {
+    for (int round = 0; testing_goes_on(round, 60, found, 0); round++) {
         int64_t rows = testing_between(0, 60), cols = testing_between(0, 90);
         sebp_matrix dy = testing_random_matrix(rows, cols, testing_dtype(), TESTING_REAL);
         testing_zero_rows(&dy, 0.5);

@@ -25,7 +25,7 @@ START_TEST(forward)
 {
     int64_t nonzeros = 0, elements = 0;
     sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, 0);
-    for (int round = testing_rounds(200); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 200, elements, 200); round++) {
         int64_t m = testing_between(0, 40), n = testing_between(0, 150);
         int count = (int)testing_between(1, SEBP_MAX_TABLES);
         sebp_dtype dtype = testing_dtype();
@@ -72,7 +72,7 @@ START_TEST(backward)
     int64_t nonzeros = 0, elements = 0;
     sebp_context *one = testing_context(SEBP_GEMM_NATIVE, 1, 0);
     sebp_context *three = testing_context(SEBP_GEMM_NATIVE, 3, 0);
-    for (int round = testing_rounds(200); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 200, elements, 200); round++) {
         int64_t m = testing_between(0, testing_chance(0.1) ? 1000 : 40),
                 n = testing_between(0, 300);
         /* Few rows, that many tokens share, or more than a digit of the sort holds. */

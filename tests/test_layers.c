@@ -74,7 +74,7 @@ START_TEST(activation)
     const sebp_activation which = (sebp_activation)_i;
     int64_t nonzeros = 0, elements = 0;
     layer_open_contexts();
-    for (int round = testing_rounds(200); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 200, elements, 200); round++) {
         int64_t m = testing_between(0, 12), n = layer_any_cols();
         sebp_dtype dtype = testing_dtype();
         sebp_activation_options options = SEBP_ACTIVATION_OPTIONS_INIT;
@@ -178,7 +178,7 @@ START_TEST(dropout)
 {
     int64_t nonzeros = 0, elements = 0;
     layer_open_contexts();
-    for (int round = testing_rounds(200); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 200, elements, 200); round++) {
         int64_t m = testing_between(0, 12), n = layer_any_cols();
         sebp_dropout_options options = SEBP_DROPOUT_OPTIONS_INIT;
         options.probability = testing_chance(0.2) ? 0 : fabs(testing_uniform()) / 2;
@@ -223,7 +223,7 @@ START_TEST(rotary)
 {
     int64_t nonzeros = 0, elements = 0;
     layer_open_contexts();
-    for (int round = testing_rounds(200); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 200, elements, 200); round++) {
         int64_t m = testing_between(0, 12), heads = testing_between(1, 4);
         int64_t size = testing_between(1, testing_chance(0.2) ? 300 : 40);
         int64_t dims = testing_between(0, size / 2) * 2, positions = testing_between(12, 5000);

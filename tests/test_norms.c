@@ -89,7 +89,7 @@ START_TEST(norm_forward)
 {
     int64_t nonzeros = 0, elements = 0;
     layer_open_contexts();
-    for (int round = testing_rounds(400); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 400, elements, 200); round++) {
         int64_t m = testing_between(0, 12), n = layer_any_cols();
         sebp_dtype dtype = testing_dtype();
         sebp_norm_options options = any_norm_options();
@@ -222,7 +222,7 @@ START_TEST(norm_backward)
 {
     int64_t nonzeros = 0, elements = 0;
     layer_open_contexts();
-    for (int round = testing_rounds(400); round > 0; round--) {
+    for (int round = 0; testing_goes_on(round, 400, elements, 200); round++) {
         int64_t m = testing_between(0, testing_chance(0.1) ? 90 : 12);
         int64_t n = testing_between(1, testing_chance(0.3) ? 200 : 60);
         sebp_dtype dtype = testing_dtype();
