@@ -44,6 +44,18 @@ static layer make_layer(int64_t M, int64_t N, int64_t K, testing_values values)
     return l;
 }
 
+/* f32 matrices, all rows. */
+static layer make_f32_layer(int64_t M, int64_t N, int64_t K)
+{
+    layer l = {.M = M, .N = N, .K = K, .out = SEBP_F32};
+    l.dy = testing_random_matrix(M, N, SEBP_F32, TESTING_REAL);
+    l.x = testing_random_matrix(M, K, SEBP_F32, TESTING_REAL);
+    l.w = testing_random_matrix(N, K, SEBP_F32, TESTING_REAL);
+    l.bias = testing_random_matrix(1, N, SEBP_F32, TESTING_REAL);
+    l.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
+    return l;
+}
+
 static layer any_layer(testing_values values)
 {
     int64_t sizes[3] = {testing_between(1, 90), testing_between(1, 90), testing_between(1, 90)};
@@ -294,12 +306,7 @@ END_TEST
 /* A copy of dX's needs more room than there is, so that of Y stays, though W has changed. */
 START_TEST(a_copy_goes_for_one_that_fits_alone)
 {
-    layer l = {.M = 20, .N = 100, .K = 33, .out = SEBP_F32};
-    l.dy = testing_random_matrix(l.M, l.N, SEBP_F32, TESTING_REAL);
-    l.x = testing_random_matrix(l.M, l.K, SEBP_F32, TESTING_REAL);
-    l.w = testing_random_matrix(l.N, l.K, SEBP_F32, TESTING_REAL);
-    l.bias = testing_random_matrix(1, l.N, SEBP_F32, TESTING_REAL);
-    l.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
+    layer l = make_f32_layer(20, 100, 33);
     sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
     sebp_matrix y = testing_matrix(l.M, l.N, l.N, SEBP_F32);
     sebp_packed_weight *packed = pack(context, &l, 0);
@@ -342,12 +349,7 @@ START_TEST(auto_takes_the_copy)
                  {9, 64, 64, true},
                  {520, 512, 640, false}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        layer l = {.M = cases[i].M, .N = cases[i].N, .K = cases[i].K, .out = SEBP_F32};
-        l.dy = testing_random_matrix(l.M, l.N, SEBP_F32, TESTING_REAL);
-        l.x = testing_random_matrix(l.M, l.K, SEBP_F32, TESTING_REAL);
-        l.w = testing_random_matrix(l.N, l.K, SEBP_F32, TESTING_REAL);
-        l.bias = testing_random_matrix(1, l.N, SEBP_F32, TESTING_REAL);
-        l.options = (sebp_linear_options)SEBP_LINEAR_OPTIONS_INIT;
+        layer l = make_f32_layer(cases[i].M, cases[i].N, cases[i].K);
         sebp_context *native = testing_context(SEBP_GEMM_NATIVE, 2, 0), *context = NULL;
         sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
         options.threads = 2;

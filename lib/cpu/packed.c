@@ -209,19 +209,17 @@ static void copy_share(void *work, int64_t worker)
 {
     const copy_job *job = work;
     const sebp_native_plan *plan = job->plan;
-    sebp_packed_copy *copy = plan->copy;
     const int64_t slivers = sebp_max(SEBP_COPIED_SLIVERS, plan->b_group);
     const int64_t cols = slivers * plan->shape->cols, n = plan->product->n, k = plan->product->k;
     const int64_t k_block = plan->units * plan->shape->unit_elements;
-    const int64_t groups = sebp_div_ceil(n, cols), all = groups * copy->blocks;
+    const int64_t groups = sebp_div_ceil(n, cols), all = groups * plan->copy->blocks;
     sebp_native_room room;
     sebp_native_lay_out(plan, job->scratch + worker * plan->worker_bytes, &room);
     for (int64_t i = all * worker / plan->workers; i < all * (worker + 1) / plan->workers; i++) {
         const int64_t at = i / groups * k_block, j = i % groups * cols;
         sebp_pack_lanes(plan->kernels, &plan->b, sebp_cpu_copy_sliver(plan, at, j), j,
                         sebp_min(cols, n - j), at, sebp_min(k_block, k - at),
-                        copy->is_checked ? copy->finite + sliver_at(plan, at, j) : NULL,
-                        room.converted);
+                        sebp_cpu_copy_finite(plan, at, j), room.converted);
     }
 }
 

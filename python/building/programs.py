@@ -164,6 +164,16 @@ def _which(name: str, environment: Mapping[str, str]) -> str | None:
     return shutil.which(name, path=environment.get("PATH", os.defpath))
 
 
+def _find(
+    variable: str, usual: tuple[str, ...], environment: Mapping[str, str]
+) -> list[str] | None:
+    """Find the command that a variable names, or else the first of the usual ones that is there."""
+    chosen = shlex.split(environment.get(variable, ""))
+    names = chosen[:1] or usual
+    found = [name for name in names if _which(name, environment) is not None]
+    return [found[0], *chosen[1:]] if found else None
+
+
 def find_make(environment: Mapping[str, str]) -> list[str] | None:
     """Find make: what ``MAKE`` names, or one on ``PATH``.
 
@@ -172,10 +182,7 @@ def find_make(environment: Mapping[str, str]) -> list[str] | None:
     list of str or None
         The command.
     """
-    chosen = shlex.split(environment.get("MAKE", ""))
-    names = [chosen[0]] if chosen else ["make", "gmake"]
-    found = [path for path in (_which(name, environment) for name in names) if path is not None]
-    return [found[0], *chosen[1:]] if found else None
+    return _find("MAKE", ("make", "gmake"), environment)
 
 
 def find_compiler(environment: Mapping[str, str]) -> list[str] | None:
@@ -186,10 +193,7 @@ def find_compiler(environment: Mapping[str, str]) -> list[str] | None:
     list of str or None
         The command.
     """
-    chosen = shlex.split(environment.get("CC", ""))
-    names = [chosen[0]] if chosen else ["gcc", "cc", "clang"]
-    found = [name for name in names if _which(name, environment) is not None]
-    return [found[0], *chosen[1:]] if found else None
+    return _find("CC", ("gcc", "cc", "clang"), environment)
 
 
 def has_autotools(environment: Mapping[str, str]) -> bool:

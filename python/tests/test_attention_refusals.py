@@ -65,6 +65,9 @@ def test_a_mask_of_ones_says_nothing_and_one_with_padding_too_much() -> None:
     two = {key: value.expand(2, -1) for key, value in both.items()}
     with pytest.raises(ValueError, match="position_ids begin again.* padding"):
         model(**two, attention_mask=ones.expand(2, -1))
+    both["position_ids"] = torch.tensor([[0, 0, 1, 2, 3, 4, 5]])  # after a text of one token
+    with pytest.raises(ValueError, match="position_ids begin again.* padding"):
+        model(**both, attention_mask=ones)
     both["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5, 0]])  # again at the padded token alone
     got = hidden(model, both, attention_mask=ones)[:, :6]
     both["position_ids"] = torch.arange(7)[None]

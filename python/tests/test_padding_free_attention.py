@@ -129,3 +129,8 @@ def test_a_bias_of_texts():
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the bias is"):
         attention.attend_packed(q, k, v, lengths, False, bias=bias[:, :, :4])
+
+
+def test_no_tokens():
+    q = torch.randn(1, 2, 0, 8)
+    assert attention.attend_packed(q, q, q, [], True, window=4).shape == (1, 0, 2, 8)

@@ -74,7 +74,7 @@ def attend_packed(
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(dtype) for x in (query, key, value))
     packing = current_packing()
-    is_cut = window is not None and max(lengths) > window
+    is_cut = window is not None and max(lengths, default=0) > window
     if is_cut and packing is not None and not packing.may_cut:
         raise Unfit(f"its attention has a window of {window}, which no sliding_window names")
     if query.dtype in DTYPES:

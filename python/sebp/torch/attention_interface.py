@@ -430,14 +430,14 @@ def _texts(
 
 
 def _check_positions(position_ids: Tensor | None, real: np.ndarray) -> None:
-    """Raise where positions of real tokens begin again in a row that has padding: B x L."""
+    """Raise where positions of real tokens do not rise in a row that has padding: B x L."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != real.shape[1]:
         return
     positions = position_ids.detach().cpu().numpy()
     if positions.shape[0] not in (1, real.shape[0]):
         return
     for row, seen in zip(np.broadcast_to(positions, real.shape), real, strict=True):
-        if (np.diff(row[seen]) < 0).any():
+        if (np.diff(row[seen]) <= 0).any():
             raise ValueError(_PACKED)
 
 
