@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import _library
 from .._rules import Rule
 from .apply import PREPARED, Report, give_rules
+from .blocks.put import give_blocks, take_block
 from .layers import take_rule
 from .padding_free import (
     PaddingFreeReport,
@@ -40,6 +41,8 @@ class Changes:
         The linear layers that skip rows of zeros, by name.
     padding : PaddingFreeReport
         The base models that run without padding, by name.
+    blocks : dict of str to list of str
+        The norms, activations and dropouts that the library computes, by what they are.
     is_in : bool
         Whether it is in the model: not yet undone.
 
@@ -68,6 +71,8 @@ class Changes:
         if proofs is not None:
             found.already, found.changed = found.changed + found.already, []
         self.padding: PaddingFreeReport = found
+        self.blocks = give_blocks(model)
+        self._changed = [model.get_submodule(name) for one in self.blocks.values() for name in one]
 
     def undo(self) -> None:
         """Make the model what it was before; twice is once.
@@ -80,6 +85,8 @@ class Changes:
         for layer in self._given:
             if vars(layer).get("sebp_rule") is self._rule:
                 take_rule(layer)
+        for module in self._changed:
+            take_block(module)
         if self._has_asked:
             put_padding_back(self.model, PREPARED)
 

@@ -60,13 +60,28 @@ def is_direct(*tensors: Tensor | None) -> bool:
     bool
         False also under ``torch.compile``, and where a profiler is to see the operator.
     """
+    return is_plain(*tensors) and not (_has_function_mode() or _is_profiled())
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether tensors are ordinary ones on the CPU, and no tracer or transform is at work.
+
+    A profiler and modes that change functions do not count.
+
+    Parameters
+    ----------
+    tensors : Tensor or None
+
+    Returns
+    -------
+    bool
+        False also under ``torch.compile``, in inference mode, and where this PyTorch cannot tell.
+    """
     if (
         torch.compiler.is_compiling()
         or not _IS_KNOWN
         or _keys_of_thread() != _THREAD
         or _is_left_out(_AUTOGRAD)
-        or _has_function_mode()
-        or _is_profiled()
         or is_transformed()
     ):
         return False

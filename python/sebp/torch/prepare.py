@@ -70,6 +70,9 @@ class Prepared(Changes):
         if layers.replaced:
             count = _count(layers.replaced, "linear layer")
             lines.append(f"changed  {count}: rows of zeros are skipped in the backward")
+        if self.blocks:
+            counts = "; ".join(f"{len(names)} {kind}" for kind, names in self.blocks.items())
+            lines.append(f"changed  computed by the library: {counts}")
         lines += [f"had it   {name} runs on real tokens alone" for name in padding.already]
         if layers.already:
             lines.append(f"had it   {_count(layers.already, 'linear layer')}")

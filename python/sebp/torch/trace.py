@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .attend import attend
+from .blocks.dropout import drop
+from .blocks.norm import normalize
 from .packing import Unfit
 
 _PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
@@ -170,6 +172,7 @@ _DROPOUTS = (
     torch.feature_dropout,
     torch.feature_alpha_dropout,
 )
+_OF_THIS_PACKAGE = (attend, drop, normalize)  # they are told their dropout by this name
 
 
 class WithoutDropout(TorchFunctionMode):
@@ -196,7 +199,7 @@ class WithoutDropout(TorchFunctionMode):
             if p and training is not False:
                 self.met = True
             return x
-        if func is attend:
+        if func in _OF_THIS_PACKAGE:
             self.met = self.met or kwargs["dropout"] > 0
             kwargs["dropout"] = 0.0
         if func is functional.scaled_dot_product_attention:
