@@ -17,7 +17,7 @@ import sebp
 from sebp.torch.blocks import forms
 from sebp.torch.blocks.code import same_code
 from sebp.torch.blocks.put import give_blocks, take_blocks
-from sebp.torch.forward import Forward
+from sebp.torch.forward import Forward, as_it_is
 
 NAMES = ["bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2"]
 
@@ -156,11 +156,15 @@ def test_under_autocast_models_train_the_same(name, counting):
 
 
 def test_float64_is_left_to_pytorch(counting):
-    model, batch = make_model("llama").double(), make_batch("llama", 1)
-    right = losses_and_gradients(model, batch)
+    model, batch = make_model("llama"), make_batch("llama", 1)
     give_blocks(model)
+    model.double()
+    with as_it_is(model):
+        right = losses_and_gradients(model, batch)
     assert_same(losses_and_gradients(model, batch), right, 0)
     assert counting.take() == []
+    assert give_blocks(make_model("llama").double()) == {}
+    assert give_blocks(make_model("llama").to("meta")) == {}
 
 
 def test_prepare_puts_blocks_in_and_undo_takes_them_out(counting):
@@ -229,7 +233,7 @@ def test_checkpointing_repeats_dropout():
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_all_is_pytorchs(p, counting):
     layer = nn.Dropout(p)
-    give_blocks(layer)
+    give_blocks(nn.ModuleList([layer, nn.Linear(1, 1)]))
     x = torch.randn(5, 6)
     assert torch.equal(layer(x), x * (1 - p))
     assert counting.take() == []
@@ -332,7 +336,7 @@ class Subclass(nn.LayerNorm):
         Subclass(8),
         nn.LayerNorm((2, 8)),
         nn.RMSNorm(8),  # its epsilon depends on the dtype
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
         nn.SiLU(inplace=True),
         nn.Dropout(0.5, inplace=True),
         nn.AlphaDropout(0.5),
@@ -343,7 +347,11 @@ class Subclass(nn.LayerNorm):
     ids=lambda module: str(module),
 )
 def test_others_are_left(module):
-    assert give_blocks(module) == {}
+    assert give_blocks(nn.ModuleList([module, nn.Linear(1, 1)])) == {}
+
+
+def test_without_parameters_nothing_is_changed():
+    assert give_blocks(nn.Sequential(nn.GELU(), nn.Dropout())) == {}
 
 
 @pytest.mark.parametrize(
@@ -359,12 +367,12 @@ def test_others_are_left(module):
 )
 def test_unusual_tensors_give_what_pytorch_gives(change):
     x = change(torch.randn(16, 16))
-    for layer in (nn.ReLU(), nn.GELU(), nn.LayerNorm(x.shape[-1], dtype=x.dtype), nn.Dropout(0.0)):
+    for layer in (nn.SiLU(), nn.GELU(), nn.LayerNorm(x.shape[-1], dtype=x.dtype), nn.Dropout(0.0)):
         try:
             right = layer(x)
         except (RuntimeError, NotImplementedError):
             continue
-        give_blocks(layer)
+        give_blocks(nn.ModuleList([layer, nn.Linear(1, 1)]))
         ours = layer(x)
         assert type(ours) is type(right) and ours.stride() == right.stride() or x.is_sparse
         assert torch.allclose(ours.to_dense(), right.to_dense(), atol=1e-5)

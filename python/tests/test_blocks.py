@@ -16,7 +16,6 @@ FUNCTIONS = {
     Activation.GELU: functional.gelu,
     Activation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
     Activation.SILU: functional.silu,
-    Activation.RELU: functional.relu,
 }
 SHAPES = [(7, 5, 48), (1, 33), (3, 1, 64), (64,), (0, 16)]
 

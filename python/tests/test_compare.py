@@ -213,7 +213,7 @@ def test_sparse_gradients():
 
 @pytest.mark.parametrize("name", ["bert", "plain"])
 def test_dropout(name):
-    """Gradients are compared without it; on fewer tokens it draws other numbers."""
+    """Gradients are compared without it, as the library draws other numbers."""
     if name == "plain":
         model, batch = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 3)), None
         batch = torch.randn(9, 6)
@@ -227,9 +227,8 @@ def test_dropout(name):
     assert found.difference < 1e-4
     assert found.plain.loss == pytest.approx(found.ours.loss, rel=1e-5)
     assert found.plain.dropped_loss != pytest.approx(found.plain.loss, rel=1e-3)
-    is_same = found.ours.dropped_loss == pytest.approx(found.plain.dropped_loss, rel=1e-5)
-    assert is_same == (name == "plain")
-    assert ("other random numbers" in str(found)) == (name == "bert")
+    assert found.ours.dropped_loss != pytest.approx(found.plain.dropped_loss, rel=1e-5)
+    assert "other random numbers" in str(found)
 
 
 def test_warns_where_all_rows_are_active():

@@ -123,7 +123,7 @@ class Comparison:
         if self.has_dropout:
             note = ""
             if abs(plain.dropped_loss - ours.dropped_loss) > 1e-5 * abs(plain.dropped_loss):
-                note = "   other random numbers, as there are fewer tokens"
+                note = "   other random numbers"
             values = f"{plain.dropped_loss:12.6g}{ours.dropped_loss:12.6g}"
             lines.append(f"  {'with dropout':13}{values}{note}")
         where = f" ({self.differs})" if self.differs else ""

@@ -15,11 +15,11 @@ _EXPECT_REAL_TOKENS = """\
 expect   a step whose time grows with the real tokens, not with the padded length
 expect   losses, gradients and results for real tokens as before, up to rounding: each kind of call
          is compared once with the model as it is, and runs as it was where they differ
-expect   other random numbers in dropout, as there are fewer tokens"""
+expect   other random numbers in dropout"""
 _EXPECT_ROWS = """\
 expect   a shorter backward where its gradients have rows of zeros, as those of padded tokens have;
          the forward computes all tokens
-expect   losses and gradients as before, up to rounding"""
+expect   losses and gradients as before, up to rounding, but for random numbers in dropout"""
 
 
 class Prepared(Changes):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The active rows of gradients."""
 
-
 from .._rules import Rule
 from .._structs import Matrix
 from ..core import Rows

@@ -94,9 +94,7 @@ class SebpCallback(TrainerCallback):
         """Apply SEBP to the model, and remove it from that of an interrupted run."""
         self._leave()
         self._had_padding = has_asked(model, OWNER)
-        self.report = apply_sebp_to_model(
-            model, self.rows, self.layers, self.padding, self.check
-        )
+        self.report = apply_sebp_to_model(model, self.rows, self.layers, self.padding, self.check)
         self._model = model
         self._begin = self._log = self._step = work_done()
 

@@ -211,9 +211,8 @@ def _activation_of(module: nn.Module) -> Activation | None:
     kind = type(module)
     if kind is nn.GELU:
         return {"none": Activation.GELU, "tanh": Activation.GELU_TANH}.get(module.approximate)
-    if kind is nn.SiLU or kind is nn.ReLU:
-        known = Activation.SILU if kind is nn.SiLU else Activation.RELU
-        return None if module.inplace else known
+    if kind is nn.SiLU:
+        return None if module.inplace else Activation.SILU
     found = _written_activation(kind)
     return _activation_in(module) if found == "act" else found
 

@@ -4,14 +4,16 @@
 from torch import nn
 
 from ..forward import has, is_replaced, put_in, take_out
+from ..tensors import DTYPES
 from .forms import FORMS
 
 
 def give_blocks(model: nn.Module) -> dict[str, list[str]]:
     """Let the library compute the norms, activations and dropouts of a model that it knows.
 
-    Modules stay the same objects, with the same parameters, hooks and names. A module whose forward
-    has been replaced is left alone.
+    Nothing is changed in a model that has no parameter which the library could read. Modules stay
+    the same objects, with the same parameters, hooks and names. A module whose forward has been
+    replaced is left alone.
 
     Parameters
     ----------
@@ -24,12 +26,20 @@ def give_blocks(model: nn.Module) -> dict[str, list[str]]:
         are not among them.
     """
     given: dict[str, list[str]] = {}
+    if not any(_is_readable(parameter) for parameter in model.parameters()):
+        return given
     for name, module in model.named_modules():
         form = next((form for form in FORMS if form.fits(module)), None)
-        if form is not None and not is_replaced(module) and not has(module, form.forward):
+        if form is None or is_replaced(module) or has(module, form.forward):
+            continue
+        if all(_is_readable(parameter) for parameter in module.parameters()):
             put_in(module, form.forward)
             given.setdefault(form.name, []).append(name)
     return given
+
+
+def _is_readable(parameter: nn.Parameter) -> bool:
+    return parameter.device.type == "cpu" and parameter.dtype in DTYPES
 
 
 def take_blocks(model: nn.Module) -> None:
