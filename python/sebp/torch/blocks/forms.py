@@ -169,6 +169,12 @@ def _norm_by_library(
     return normalize(x, gain, shift, norm, residual, dropout=dropout)
 
 
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Return whether a module is an RMSNorm; a LayerNorm by itself PyTorch computes as fast."""
+    norm = _norm_of(module)
+    return norm is not None and norm.is_rms
+
+
 def _is_usual(args: tuple, kwargs: dict) -> bool:
     """Return whether a call has one argument, a tensor, and no compiler is at work."""
     if torch.compiler.is_compiling():
@@ -311,7 +317,7 @@ def _gated_forward(forward: Forward, x: Tensor) -> Tensor:
 FORMS = (
     Form("dropout, residual and norm in one pass", _is_post_norm, _post_norm_forward),
     Form("gated activation in one pass", _is_gated, _gated_forward),
-    Form("norm", lambda module: _norm_of(module) is not None, _norm_forward),
+    Form("RMSNorm", _is_rms_norm, _norm_forward),
     Form("activation", lambda module: _activation_of(module) is not None, _activation_forward),
     Form("dropout", _is_dropout, _dropout_forward),
 )
