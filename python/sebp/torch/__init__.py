@@ -3,6 +3,7 @@
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
 from .attention_interface import register_attention
+from .blocks.loss import linear_cross_entropy
 from .compare import Comparison, compare
 from .layers import linear
 from .lora import apply_lora_to_model, merge_lora
@@ -28,6 +29,7 @@ __all__ = [
     "apply_sparsegrad_to_model",
     "compare",
     "linear",
+    "linear_cross_entropy",
     "merge_lora",
     "padding_free",
     "prepare",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that suits a model: put in, and taken out."""
 
+import itertools
 from types import TracebackType
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from .. import _library
 from .._rules import Rule
 from .apply import PREPARED, Report, give_rules
-from .blocks.put import give_blocks, take_block
+from .blocks.put import give_blocks, give_heads, take_block
 from .layers import take_rule
 from .padding_free import (
     PaddingFreeReport,
@@ -32,6 +33,8 @@ class Changes:
     model : nn.Module
     check : bool
         As for :func:`~sebp.padding_free`.
+    defer_logits : bool
+        As for :func:`~sebp.prepare`.
 
     Attributes
     ----------
@@ -43,6 +46,8 @@ class Changes:
         The base models that run without padding, by name.
     blocks : dict of str to list of str
         The norms, activations and dropouts that the library computes, by what they are.
+    heads : list of str
+        The heads whose logits are deferred.
     is_in : bool
         Whether it is in the model: not yet undone.
 
@@ -54,7 +59,7 @@ class Changes:
         If libsebp is not found, or is another version's. Nothing has changed then.
     """
 
-    def __init__(self, model: nn.Module, check: bool = True) -> None:
+    def __init__(self, model: nn.Module, check: bool = True, defer_logits: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, not an nn.Module")
         _library.load()
@@ -72,7 +77,9 @@ class Changes:
             found.already, found.changed = found.changed + found.already, []
         self.padding: PaddingFreeReport = found
         self.blocks = give_blocks(model)
-        self._changed = [model.get_submodule(name) for one in self.blocks.values() for name in one]
+        self.heads = give_heads(model) if defer_logits else []
+        names = [*itertools.chain(*self.blocks.values()), *self.heads]
+        self._changed = [model.get_submodule(name) for name in names]
 
     def undo(self) -> None:
         """Make the model what it was before; twice is once.

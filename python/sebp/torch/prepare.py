@@ -29,8 +29,8 @@ class Prepared(Changes):
     :class:`~sebp.torch.changes.Changes`: `model`, `layers`, `padding` and `is_in`.
     """
 
-    def __init__(self, model: nn.Module, check: bool = True) -> None:
-        super().__init__(model, check)
+    def __init__(self, model: nn.Module, check: bool = True, defer_logits: bool = False) -> None:
+        super().__init__(model, check, defer_logits)
         self._run = Run(self.padding)
 
     def report(self, batch: Batch | None = None, loss: Loss | None = None) -> RunReport:
@@ -73,6 +73,7 @@ class Prepared(Changes):
         if self.blocks:
             counts = "; ".join(f"{len(names)} {kind}" for kind, names in self.blocks.items())
             lines.append(f"changed  computed by the library: {counts}")
+        lines += [f"changed  {name}: logits are computed when read" for name in self.heads]
         lines += [f"had it   {name} runs on real tokens alone" for name in padding.already]
         if layers.already:
             lines.append(f"had it   {_count(layers.already, 'linear layer')}")
@@ -103,12 +104,15 @@ def _more(count: int) -> str:
     return f" and {count} more" if count else ""
 
 
-def prepare(model: nn.Module, *, check: bool = True, quiet: bool = False) -> Prepared:
+def prepare(
+    model: nn.Module, *, check: bool = True, defer_logits: bool = False, quiet: bool = False
+) -> Prepared:
     """Put all that suits a model into it, in place, and print a short report.
 
     Base models of transformers run on real tokens alone, as by :func:`~sebp.padding_free`; linear
     layers that the library can compute skip rows of zeros in their backward, as by
-    :func:`~sebp.apply_sebp_to_model`. Both are exact. Parameters, names, optimizers and checkpoints
+    :func:`~sebp.apply_sebp_to_model`; norms, activations and dropout that the library knows run in
+    one pass each. All of it is exact up to rounding. Parameters, names, optimizers and checkpoints
     stay as they are. What the model has of this package already is not changed, so a second call
     does nothing.
 
@@ -119,6 +123,11 @@ def prepare(model: nn.Module, *, check: bool = True, quiet: bool = False) -> Pre
     check : bool, default True
         Whether each kind of call is compared with the model as it is, as for
         :func:`~sebp.padding_free`.
+    defer_logits : bool, default False
+        In training, language models of transformers compute logits only when something reads them.
+        Cross-entropy does not: it is computed for labelled tokens alone, in chunks of the
+        vocabulary. That saves the time and most of the memory of logits. Who reads them after the
+        optimizer's step gets a RuntimeError, as the weights are no longer the same.
     quiet : bool, default False
         Print nothing.
 
@@ -141,7 +150,7 @@ def prepare(model: nn.Module, *, check: bool = True, quiet: bool = False) -> Pre
     >>> trainer.train()
     >>> prepared.undo()
     """
-    prepared = Prepared(model, check)
+    prepared = Prepared(model, check, defer_logits)
     if not quiet:
         print(prepared)
     return prepared

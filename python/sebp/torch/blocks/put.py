@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the library's forwards into the blocks of a model, and takes them out."""
 
+import sys
+
 from torch import nn
 
 from ..forward import has, is_replaced, put_in, take_out
 from ..tensors import DTYPES
 from .forms import FORMS
+from .logits import head_forward
 
 
 def give_blocks(model: nn.Module) -> dict[str, list[str]]:
@@ -38,12 +41,39 @@ def give_blocks(model: nn.Module) -> dict[str, list[str]]:
     return given
 
 
+def give_heads(model: nn.Module) -> list[str]:
+    """Let heads of language models of transformers give their logits when something reads them.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    list of str
+        The names of the heads that were changed.
+    """
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    models = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    heads = {id(head) for one in models if (head := one.get_output_embeddings()) is not None}
+    given = []
+    for name, module in model.named_modules():
+        is_head = id(module) in heads and type(module) is nn.Linear
+        if is_head and not is_replaced(module) and not has(module, head_forward):
+            put_in(module, head_forward)
+            given.append(name)
+    return given
+
+
 def _is_readable(parameter: nn.Parameter) -> bool:
     return parameter.device.type == "cpu" and parameter.dtype in DTYPES
 
 
 def take_blocks(model: nn.Module) -> None:
-    """Undo :func:`give_blocks`, whoever called it."""
+    """Undo :func:`give_blocks` and :func:`give_heads`, whoever called them."""
     for module in model.modules():
         take_block(module)
 
@@ -52,3 +82,4 @@ def take_block(module: nn.Module) -> None:
     """Give a module its own forward again, if it was changed."""
     for form in FORMS:
         take_out(module, form.forward)
+    take_out(module, head_forward)
