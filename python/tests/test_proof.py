@@ -156,6 +156,22 @@ def test_heads_that_read_whole_numbers(name):
     agree(lambda: Head(DISCRETE[name]), lambda m, _: m(ids(), MASK), batches=2)
 
 
+def test_one_number_of_many_that_differs():
+    def read(self, h, mask):
+        numbers = h[:, 0].repeat(1, 9000)
+        numbers[-1, -1] = h[0, -1].nan_to_num(3.0).sum()
+        return numbers
+
+    model = jitter(Head(read)).eval()
+    report = sebp.padding_free(model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="came out otherwise"):
+        numbers = model(ids(), MASK)
+    assert numbers.numel() > 2**20 and not report.calls[""]
+    sebp.remove_padding_free(model)
+    with torch.no_grad():
+        assert torch.equal(numbers, model(ids(), MASK))
+
+
 def test_a_head_that_reads_a_padded_token_later():
     """Nothing told of it in the first batch, whose texts are long enough."""
     masks = [(torch.arange(12) < torch.tensor([8, 12, 9, 7])[:, None]).long(), MASK]
