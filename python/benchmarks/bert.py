@@ -10,8 +10,9 @@ AdamW. The modes:
 - sebp: SEBP in all linear layers; what the forward computes is as it was;
 - trimmed: the model as it is, each batch trimmed to its longest text;
 - padding-free: padding taken out before the encoder, and SEBP in all linear layers;
-- pytorch-full, sebp-full: texts without padding and a loss on every token, so that all rows are
-  active.
+- prepared: that, and norms, activations and dropout by the library, as sebp.prepare() has it;
+- pytorch-full, sebp-full, prepared-full: texts without padding and a loss on every token, so that
+  all rows are active.
 
 Without --data the tokens are random, and the lengths are drawn as texts.draw_texts() says.
 """
@@ -20,7 +21,7 @@ import random
 from pathlib import Path
 
 import torch
-from common import Batch, Mode, make_parser, padding_free, run_benchmark, with_sebp
+from common import Batch, Mode, make_parser, padding_free, prepared, run_benchmark, with_sebp
 from texts import draw_texts, fill, make_batch, read_texts, trim
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -42,8 +43,10 @@ def make_modes(padded: list[Batch]) -> list[Mode]:
         Mode("sebp", "pytorch", padded, change=with_sebp),
         Mode("trimmed", "pytorch", trimmed),
         Mode("padding-free", "pytorch", padded, change=padding_free, is_compared=True),
+        Mode("prepared", "pytorch", padded, change=prepared, is_compared=True),
         Mode("pytorch-full", "pytorch-full", full, loss_of_tokens),
         Mode("sebp-full", "pytorch-full", full, loss_of_tokens, with_sebp),
+        Mode("prepared-full", "pytorch-full", full, loss_of_tokens, prepared, is_compared=True),
     ]
 
 

@@ -10,7 +10,8 @@ losses can be compared number by number. The modes take their steps in turn, so 
 be compared too:
 
 - pytorch: the model as it is;
-- padding-free: padding taken out before the encoder, and SEBP in all linear layers.
+- trimmed: the model as it is, each batch trimmed to its longest text;
+- prepared: what sebp.prepare() puts in: no padding in the encoder, its blocks by the library.
 
 At the end each copy, as a plain model, judges SST-2's held-out texts.
 """
@@ -20,13 +21,13 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import Mode, Times, padding_free, print_table, take_step, write_csv
+from common import Mode, Times, prepared, print_table, take_step, write_csv
 from drawing import Drawing
 from encoder import accuracy, judge, load_model, order_texts
-from texts import make_batch, read_texts
+from texts import make_batch, read_texts, trim
 from torch import Tensor, nn
 
-_COLORS = ("#f0a63a", "#2f8f4e")
+_COLORS = ("#f0a63a", "#4a74b8", "#2f8f4e")
 _PARTS = (("forward", "#9ec5e8"), ("backward", "#c0504d"), ("optimizer", "#b8b8b8"))
 _WIDTH, _HEIGHT, _TOP, _BOTTOM, _LEFT, _MIDDLE = 940, 400, 50, 340, 60, 560
 
@@ -156,7 +157,8 @@ def main() -> None:
     batches = [make_batch(order[16 * i : 16 * i + 16], 128) for i in range(options.steps)]
     modes = [
         Mode("pytorch", "pytorch", batches),
-        Mode("padding-free", "pytorch", batches, change=padding_free, is_compared=True),
+        Mode("trimmed", "pytorch", [trim(batch) for batch in batches]),
+        Mode("prepared", "pytorch", batches, change=prepared, is_compared=True),
     ]
     runs = [Run(mode, load_model(options.model), options.rate) for mode in modes]
     print(

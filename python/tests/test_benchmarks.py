@@ -66,7 +66,7 @@ def data(tmp_path):
 @pytest.mark.parametrize(("name", "options"), [("bert", BERT), ("llama", LLAMA)])
 def test_times(call, name, options):
     rows = {row["mode"]: row for row in call(name, options)}
-    assert {"pytorch", "sebp", "trimmed", "padding-free"} <= set(rows)
+    assert {"pytorch", "sebp", "trimmed", "padding-free", "prepared"} <= set(rows)
     for row in rows.values():
         parts = [float(row[f"{part}_ms"]) for part in ("forward", "backward", "optimizer")]
         assert 0 < max(parts) < float(row["step_ms"])
@@ -146,7 +146,7 @@ def test_minilm(call, data):
     rows = call("minilm", f"--data {data} --model {data / 'model'} --steps 3 --plot {plot}")
     assert len(rows) == 3
     for row in rows:
-        losses = [float(row[mode]) for mode in ("pytorch", "padding-free")]
+        losses = [float(row[mode]) for mode in ("pytorch", "trimmed", "prepared")]
         assert max(losses) - min(losses) < 1e-5
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 

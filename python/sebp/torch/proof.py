@@ -131,7 +131,8 @@ def _off(ours: Tensor, right: Tensor) -> float:
         a, b = a[differs].double(), b[differs].double()
         if a.numel() == 0:
             continue
-        difference = max(difference, float((a - b).abs().nan_to_num(torch.inf, posinf=torch.inf).max()))
+        off = (a - b).abs().nan_to_num(torch.inf, posinf=torch.inf)
+        difference = max(difference, float(off.max()))
         scale = max(scale, float(b.abs().nan_to_num(0, posinf=0).max()))
     if difference == 0:
         return 0.0
