@@ -31,6 +31,7 @@ static void take_options(sebp_call *call, const sebp_cross_entropy_options *give
 static void check_options(sebp_call *call, const sebp_cross_entropy_options *options)
 {
     call->options.inactive = options->inactive;
+    call->options.precision = options->precision;
     if (!(options->smoothing >= 0 && options->smoothing <= 1)) {
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->smoothing is %g, not in [0, 1]",
                        options->smoothing);
@@ -40,6 +41,7 @@ static void check_options(sebp_call *call, const sebp_cross_entropy_options *opt
     sebp_check_write(call, "dhidden_write", options->dhidden_write);
     sebp_check_write(call, "dweight_write", options->dweight_write);
     sebp_check_write(call, "dbias_write", options->dbias_write);
+    sebp_check_precision(call);
 }
 
 /* Checks the labels of M rows, in the host's memory, and counts those that count. */
@@ -372,7 +374,6 @@ sebp_status sebp_linear_cross_entropy(sebp_context *context, const sebp_matrix *
     }
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
-    sebp_check_same_dtype(&call, &arguments[WEIGHT], &arguments[HIDDEN]);
     check_options(&call, &options);
     const int64_t count =
         count_labels(&call, labels, hidden->rows, weight->rows, options.ignore_label);

@@ -27,14 +27,14 @@ static double before_at(const sebp_matrix *before, sebp_write write, int64_t i, 
 static void check_head(int64_t m, int64_t k, int64_t classes, int64_t workspace, double lowest)
 {
     sebp_cross_entropy_options options = losses_options();
-    sebp_dtype dtype = testing_dtype();
+    const sebp_dtype dtype = testing_dtype();
     if (lowest > 0) {
         options.smoothing = 0;
     }
     sebp_context *one = testing_context(SEBP_GEMM_NATIVE, 1, workspace);
     sebp_context *three = testing_context(SEBP_GEMM_NATIVE, 3, workspace);
     sebp_matrix hidden = testing_random_matrix(m, k, dtype, TESTING_REAL);
-    sebp_matrix weight = testing_random_matrix(classes, k, dtype, TESTING_REAL);
+    sebp_matrix weight = testing_random_matrix(classes, k, testing_dtype(), TESTING_REAL);
     sebp_matrix bias = testing_random_matrix(1, classes, testing_dtype(), TESTING_REAL);
     int has_bias = lowest > 0 || testing_chance(0.5);
     int64_t *labels = losses_labels(m, classes, testing_chance(0.1) ? 0 : 0.6);
@@ -231,6 +231,43 @@ START_TEST(middle_chunks_have_memory)
 }
 END_TEST
 
+/* A logit may be off by 2^-6.9 of the sum of its |a||b|, and the loss by twice the largest such. */
+START_TEST(medium_is_near)
+{
+    enum { ROWS = 300, FEATURES = 64, CLASSES = 200 };
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
+    sebp_matrix hidden = testing_random_matrix(ROWS, FEATURES, SEBP_F32, TESTING_REAL);
+    sebp_matrix weight = testing_random_matrix(CLASSES, FEATURES, SEBP_F32, TESTING_REAL);
+    int64_t *labels = losses_labels(ROWS, CLASSES, 1);
+    double loss[2], largest = 0;
+    sebp_matrix dhidden = layer_output(ROWS, FEATURES, SEBP_F32);
+    sebp_cross_entropy_options options = SEBP_CROSS_ENTROPY_OPTIONS_INIT;
+    for (int i = 0; i < 2; i++) {
+        options.precision = i == 0 ? SEBP_PRECISION_HIGHEST : SEBP_PRECISION_MEDIUM;
+        testing_succeed(sebp_linear_cross_entropy(context, &hidden, &weight, NULL, labels, &options,
+                                                  &loss[i], &dhidden, NULL, NULL),
+                        context);
+    }
+    for (int64_t i = 0; i < ROWS; i++) {
+        for (int64_t j = 0; j < CLASSES; j++) {
+            double size = 0;
+            for (int64_t t = 0; t < FEATURES; t++) {
+                size += fabs(testing_get(&hidden, i, t) * testing_get(&weight, j, t));
+            }
+            largest = fmax(largest, size);
+        }
+    }
+    ck_assert(loss[0] > 0);
+    ck_assert_msg(fabs(loss[0] - loss[1]) <= 0x1p-5 * largest, "%g and %g", loss[0], loss[1]);
+    ck_assert_int_gt(testing_nonzeros(&dhidden), 0);
+    testing_release(&hidden);
+    testing_release(&weight);
+    testing_release(&dhidden);
+    free(labels);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* So many rows that 16 of their logits are too much. */
 START_TEST(too_many_rows)
 {
@@ -267,6 +304,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, head_of_one_chunk);
     tcase_add_test(all, head_of_chunks);
     tcase_add_test(all, middle_chunks_have_memory);
+    tcase_add_test(all, medium_is_near);
     tcase_add_test(all, too_many_rows);
     suite_add_tcase(suite, all);
     return suite;

@@ -41,13 +41,14 @@ typedef struct sebp_cross_entropy_options {
     sebp_write dhidden_write; /**< sebp_linear_cross_entropy() only, as the next two */
     sebp_write dweight_write;
     sebp_write dbias_write;
+    sebp_precision precision; /**< of products with f32 (context.h); default the context's */
 } sebp_cross_entropy_options;
 
 /** Options as they are by default, with size_bytes set: the mean, without smoothing. */
 #define SEBP_CROSS_ENTROPY_OPTIONS_INIT                                                            \
     {                                                                                              \
         sizeof(sebp_cross_entropy_options), -100, 0, 0, SEBP_INACTIVE_ZERO, SEBP_OVERWRITE,        \
-            SEBP_OVERWRITE, SEBP_OVERWRITE                                                         \
+            SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_PRECISION_DEFAULT                                 \
     }
 
 /**
@@ -80,11 +81,13 @@ SEBP_API sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix
  * dweight takes one more. Where there are several chunks, any gradient takes one more: logits are
  * then computed twice, once for the loss and once for the gradient.
  *
+ * The gradient of the logits is of hidden's dtype, and so rounded where that is bf16.
+ *
  * dweight and dbias are written once. dhidden is a sum over chunks: in bf16 it is rounded once a
  * chunk, so have it f32 where that matters.
  *
  * @param hidden   M x K.
- * @param weight   V x K, of hidden's dtype.
+ * @param weight   V x K, either dtype.
  * @param bias     1 x V, either dtype; NULL: 0.
  * @param labels   as above.
  * @param options  NULL: the defaults.

@@ -135,6 +135,7 @@ class CrossEntropyOptions(ctypes.Structure):
         ("dhidden_write", ctypes.c_int),
         ("dweight_write", ctypes.c_int),
         ("dbias_write", ctypes.c_int),
+        ("precision", ctypes.c_int),
     ]
 
 
