@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classify texts by BERT in a loop of one's own: bf16 autocast, accumulated and clipped gradients."""
+
+import argparse
+
+import torch
+from texts import make_tokenizer, reviews
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
+
+import sebp
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--plain", action="store_true", help="leave SEBP out")
+parser.add_argument("--float32", action="store_true", help="no autocast")
+options = parser.parse_args()
+torch.manual_seed(0)
+
+# Your own: tokenizer = AutoTokenizer.from_pretrained(name), and a Dataset of text and label.
+tokenizer = make_tokenizer()
+texts = [{**tokenizer(one["text"]), "labels": one["label"]} for one in reviews(16 * options.steps)]
+data = DataLoader(texts, batch_size=8, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+
+# Your own: model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2).
+# Dropout is off here, so that the losses are those of --plain.
+model = BertForSequenceClassification(
+    BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+)
+
+if not options.plain:
+    prepared = sebp.prepare(model)  # this line and the import are all that SEBP needs
+
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+accumulate = 2  # batches to a step
+losses = []
+model.train()
+for i, batch in enumerate(data):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
+        loss = model(**batch).loss / accumulate
+    loss.backward()
+    losses.append(loss.item())
+    if (i + 1) % accumulate == 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+losses = [sum(losses[i : i + accumulate]) for i in range(0, len(losses), accumulate)]
+print("losses", *(f"{loss:.4f}" for loss in losses))
+if not options.plain:
+    print(prepared.report())
