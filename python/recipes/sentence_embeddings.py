@@ -10,9 +10,8 @@ from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
-    losses,
-    models,
 )
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from texts import make_tokenizer, questions
 from transformers import BertConfig, BertModel, set_seed
 
@@ -24,7 +23,7 @@ parser.add_argument("--plain", action="store_true", help="leave SEBP out")
 options = parser.parse_args()
 set_seed(0)
 
-# Your own: model = SentenceTransformer(name) in the place of all that is within this "with".
+# Your own: model = SentenceTransformer(name). A folder without settings gets a mean over the text.
 # Dropout is off here, so that the losses are those of --plain.
 with tempfile.TemporaryDirectory() as folder:
     tokenizer = make_tokenizer()
@@ -39,12 +38,12 @@ with tempfile.TemporaryDirectory() as folder:
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    encoder = models.Transformer(folder)
-    pooling = models.Pooling(encoder.get_word_embedding_dimension(), "mean")
-    model = SentenceTransformer(modules=[encoder, pooling], device="cpu")
+    model = SentenceTransformer(folder, device="cpu")
 
 if not options.plain:
-    prepared = sebp.prepare(model)
+    # This and the import are all that SEBP needs. The mean is made by multiplying with the mask, so
+    # padded tokens may as well be zeros: check=False leaves them out in evaluation too.
+    prepared = sebp.prepare(model, check=False)
 
 with tempfile.TemporaryDirectory() as folder:
     # Your own: a Dataset with a column of questions and one of answers.
@@ -61,12 +60,13 @@ with tempfile.TemporaryDirectory() as folder:
         use_cpu=True,
     )
     trainer = SentenceTransformerTrainer(
-        model, arguments, train_dataset=data, loss=losses.MultipleNegativesRankingLoss(model)
+        model, arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(model)
     )
     trainer.train()
     model.save(folder)
     again = SentenceTransformer(folder, device="cpu")
 
+# What was saved is an ordinary model, which has never seen SEBP.
 texts = data["answer"][:32]
 torch.testing.assert_close(
     model.encode(texts, convert_to_tensor=True), again.encode(texts, convert_to_tensor=True)

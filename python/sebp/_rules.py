@@ -40,6 +40,10 @@ class Rule(NamedTuple):
             self.value if self.kind == RULE_ENERGY else 0.0,
         )
 
+    def __deepcopy__(self, memo: dict) -> "Rule":
+        """Give a copied layer the same rule, so that what has put it in knows the layer."""
+        return self
+
     def __str__(self) -> str:
         """Write the rule as a user would."""
         if self.kind == RULE_TOP:

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -386,6 +387,24 @@ def test_cache():
     name = "cache" if "cache" in names else "past_key_values"  # as older ones call it
     ours.train()(**batch, **{name: cache})
     assert cache.get_seq_length() == 16
+
+
+@pytest.mark.parametrize("how", ["positions", "lengths"])
+def test_texts_end_to_end_have_no_padding(how):
+    """So that leaves nothing to warn of."""
+    model = make_model("llama").train()
+    sebp.register_attention()
+    model.set_attn_implementation("sebp")
+    report = sebp.padding_free(model)
+    ids = torch.arange(5, 12)[None]
+    texts = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    if how == "lengths":
+        offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+        texts.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, labels=ids, use_cache=False, **texts).loss.backward()
+    assert report.calls == {"no padding: texts lie end to end": 1}
 
 
 @pytest.mark.parametrize(

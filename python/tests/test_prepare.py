@@ -135,6 +135,17 @@ def test_what_came_since_stays():
     assert "sebp_rule" not in vars(model[2])
 
 
+def test_undo_finds_copies():
+    """A layer copied within the model, as PEFT does with one that is to train as a whole."""
+    model = make_plain()
+    prepared = sebp.prepare(model, quiet=True)
+    model[2] = copy.deepcopy(model[2])
+    other = copy.deepcopy(model)
+    prepared.undo()
+    assert not forwards(model)
+    assert forwards(other)
+
+
 def test_ends_with_its_block():
     model = make_plain()
     with pytest.raises(ZeroDivisionError), sebp.prepare(model, quiet=True):

@@ -830,6 +830,48 @@ def test_wrapped_and_unwrapped():
         model(**batch)
 
 
+def test_bound_to_its_module():
+    """As accelerate binds the forward that it finds where it takes its own off."""
+    import types
+
+    plain, model = make_model("bert").train(), make_model("bert").train()
+    report = sebp.padding_free(model)
+    batch = make_batch("bert", 1)
+    model.forward = types.MethodType(model.forward, model)
+    torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
+    assert report.calls[""] == 1
+    sebp.remove_padding_free(model)
+    assert "forward" not in vars(model)
+
+
+class Named(nn.Module):
+    """Hands a word through, or says another, beside what it computes."""
+
+    def __init__(self, says=None):
+        super().__init__()
+        self.bert = make_model("bert").bert
+        self.says = says
+
+    def forward(self, features):
+        out = self.bert(features["input_ids"], features["attention_mask"]).pooler_output
+        return {"out": out, "modality": self.says or features["modality"]}
+
+
+@pytest.mark.parametrize("says", [None, "image"])
+def test_words_handed_through(says):
+    """A word of the arguments does not depend on padded tokens; another one may."""
+    model = Named(says).eval()
+    report = sebp.padding_free(model)
+    features = {**make_batch("bert", 1), "modality": "text"}
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(features)
+    assert report.calls[""] == (says is None)
+    assert ["modality is not of floating" in str(one.message) for one in caught] == [True] * bool(
+        says
+    )
+
+
 def test_a_base_model_of_two():
     """Taking one out leaves the other as it was."""
     first, second = make_model("bert").train(), make_model("bert").train()

@@ -89,7 +89,8 @@ class Changes:
         if not self.is_in:
             return
         self.is_in = False
-        for layer in self._given:
+        # Layers may have been copied within the model, as PEFT does with those of modules_to_save.
+        for layer in {*self._given, *self.model.modules()}:
             if vars(layer).get("sebp_rule") is self._rule:
                 take_rule(layer)
         for module in self._changed:

@@ -42,6 +42,8 @@ class Forward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the function."""
+        if args and args[0] is self.module:  # a tool has bound it to its module, as a method
+            args = args[1:]
         if self.is_out:
             return self.original(*args, **kwargs)
         return self.function(self, *args, **kwargs)
@@ -85,8 +87,10 @@ class _Unbound:
 
 def _ours(forward: object) -> Forward | None:
     """Return the :class:`Forward` that a forward is, or is bound to."""
-    if isinstance(forward, types.MethodType) and isinstance(forward.__func__, _Unbound):
-        forward = forward.__func__.forward
+    if isinstance(forward, types.MethodType):
+        forward = forward.__func__
+    if isinstance(forward, _Unbound):
+        forward = forward.forward
     return forward if isinstance(forward, Forward) else None
 
 

@@ -310,12 +310,12 @@ class Call:
         new = [packing for kind, packing in packings if self.is_new(kind)]
         problem = ""
         if not self.has_backward:
-            problem = self._unproved(ours, changes, given)
+            problem = self._unproved(ours, changes, given, before)
         elif self._is_unwatched:
             self.has_backward = False
             again, more, _ = self._again(False, forward, before)
             self.has_backward = True
-            problem = self._unproved(again, more, given)
+            problem = self._unproved(again, more, given, before)
         if new and not problem:
             right, right_changes, has_dropout = self._again(True, forward, before)
             if has_dropout:
@@ -328,11 +328,15 @@ class Call:
         return problem
 
     def _unproved(
-        self, parts: dict[str, object], changes: dict[str, object], given: set[int]
+        self, parts: dict[str, object], changes: dict[str, object], given: set[int], before: tuple
     ) -> str:
         """Return what may depend on padded tokens, which hold NaN, or ""."""
+        # Words that are handed through, as sentence-transformers does with the name of a modality.
+        words = {(name.rpartition(".")[2], v) for name, v in leaves(before) if isinstance(v, str)}
         for name, value in parts.items():
             if value is None or id(value) in given:
+                continue
+            if isinstance(value, str) and (name, value) in words:
                 continue
             if not isinstance(value, float) and not _is_floating(value):
                 return f"{name} is not of floating point, and so does not show what it depends on"

@@ -57,8 +57,10 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
         return "a cache"
     if config._attn_implementation not in attention.NAMES and not mpnet.is_mpnet(module):
         return f"the attention has been set to {config._attn_implementation}"
+    if mask is None:
+        return "no padding: texts lie end to end" if _is_packed(given) else "no attention_mask"
     if type(mask) not in (Tensor, nn.Parameter):
-        return "no attention_mask" if mask is None else f"a mask of class {type(mask).__name__}"
+        return f"a mask of class {type(mask).__name__}"
     if mask.dim() != 2:
         return f"a mask of {mask.dim()} dimensions"
     tokens = given.get("input_ids")
@@ -77,6 +79,18 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
         or foreign_part(module)
         or _foreign_hook(call.model)
         or _labelled_padding(module, mask, call.given)
+    )
+
+
+def _is_packed(given: dict[str, object]) -> bool:
+    """Return whether a call without a mask says where texts begin that lie end to end."""
+    if given.get("cu_seq_lens_q") is not None:
+        return True
+    positions = given.get("position_ids")
+    return (
+        isinstance(positions, Tensor)
+        and positions.dim() == 2
+        and bool((positions[:, 1:] == positions[:, :1]).any())
     )
 
 
