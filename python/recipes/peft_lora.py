@@ -42,7 +42,13 @@ config = LlamaConfig(
 base = LlamaForCausalLM(config)
 weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
 
-lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+lora = LoraConfig(
+    r=16,
+    lora_alpha=32,
+    target_modules="all-linear",
+    modules_to_save=["lm_head"],  # as its weights are random here
+    task_type="CAUSAL_LM",
+)
 model = get_peft_model(base, lora)
 
 if not options.plain:
@@ -72,6 +78,8 @@ with tempfile.TemporaryDirectory() as folder:
     fresh.load_state_dict(weights)
     fresh = PeftModel.from_pretrained(fresh, folder)
     merged = model.merge_and_unload()
+    if not options.plain:
+        prepared.undo()  # done with training
     merged.save_pretrained(f"{folder}/merged")
     whole = LlamaForCausalLM.from_pretrained(f"{folder}/merged")
 

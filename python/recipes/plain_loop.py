@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classify texts by BERT in a loop of one's own: bf16 autocast, accumulated and clipped gradients."""
+"""Classify texts by BERT in a loop of your own: bf16, accumulated and clipped gradients."""
 
 import argparse
 
@@ -13,7 +13,6 @@ import sebp
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--plain", action="store_true", help="leave SEBP out")
-parser.add_argument("--float32", action="store_true", help="no autocast")
 options = parser.parse_args()
 torch.manual_seed(0)
 
@@ -44,7 +43,7 @@ accumulate = 2  # batches to a step
 losses = []
 model.train()
 for i, batch in enumerate(data):
-    with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
+    with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch).loss / accumulate
     loss.backward()
     losses.append(loss.item())

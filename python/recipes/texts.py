@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small made-up corpus that can be learnt, and a tokenizer of its words: nothing is downloaded."""
+"""A small made-up corpus that can be learnt, and a tokenizer of its words."""
 
 import random
 
@@ -9,17 +9,18 @@ from transformers import PreTrainedTokenizerFast
 _THINGS = ["film", "book", "song", "meal", "hotel", "garden", "lecture", "market", "ship", "museum"]
 _GOOD = ["good", "lovely", "warm"]
 _BAD = ["bad", "noisy", "cold"]
-_FILLERS = ["we", "went", "there", "on", "monday", "with", "friends", "and", "stayed", "for", "hours"]
+_FILLERS = ["we", "went", "there", "on", "monday", "with", "friends", "and", "stayed"]
 _WORDS = ["the", "was", "how", "?"]
 
 
 def reviews(count: int, seed: int = 0) -> list[dict]:
-    """Make texts of 4 to 37 words, each with a label: 1 where it speaks well of something."""
+    """Make texts of 5 to 36 words, each with a label: 1 where it speaks well of something."""
     draw = random.Random(seed)
     result = []
     for _ in range(count):
         label = draw.randrange(2)
-        words = ["the", draw.choice(_THINGS), "was", draw.choice(_GOOD if label else _BAD)]
+        words = ["the", draw.choice(_THINGS), "was"]
+        words += draw.choices(_GOOD if label else _BAD, k=draw.randrange(2, 7))
         words += _FILLERS * 3 if draw.random() < 0.1 else _FILLERS[: draw.randrange(len(_FILLERS))]
         result.append({"text": " ".join(words), "label": label})
     return result

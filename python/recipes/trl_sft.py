@@ -18,8 +18,8 @@ parser.add_argument("--packing", action="store_true", help="fill rows of one len
 options = parser.parse_args()
 set_seed(0)
 
-# Your own: tokenizer = AutoTokenizer.from_pretrained(name), and a Dataset of prompts and completions,
-# or of messages, or of texts.
+# Your own: tokenizer = AutoTokenizer.from_pretrained(name), and a Dataset of prompts and
+# completions, or of messages, or of texts.
 tokenizer = make_tokenizer(decoder=True)
 data = Dataset.from_list(
     [

@@ -26,8 +26,8 @@ RECIPES = {
     "trl_sft": ["accelerate", "datasets", "trl"],
     "two_processes": [],
 }
-# bfloat16 rounds each product, and other sums are rounded otherwise.
-BFLOAT16 = {"plain_loop": [], "accelerate_loop": ["--precision", "bf16"]}
+# How far losses may be off. Where products are rounded to bfloat16, other sums round otherwise.
+TOLERANCE = {"plain_loop": 3e-2}
 
 
 def need(name):
@@ -64,7 +64,7 @@ def numbers_of(word, out):
 
 
 def check_learning(losses):
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def check_padding_is_out(out):
@@ -74,8 +74,9 @@ def check_padding_is_out(out):
     assert int(real) > 0
     assert int(left) > 0
     assert int(computed) == 0
-    calls, without = re.search(r"calls +(\d+), of which (\d+) left padding out", out).groups()
-    assert calls == without
+    assert re.search(r"calls +\d+, of which [1-9]\d* left padding out", out)
+    reasons = re.findall(r"^ +\d+ did not: (.*)", out, re.MULTILINE)
+    assert set(reasons) <= {"no padding"}
 
 
 def test_each_recipe_is_tested():
@@ -94,13 +95,12 @@ def test_recipe(name):
             process.kill()
             process.wait()
     losses = numbers_of("losses", ours)
-    tolerance = 3e-2 if name in BFLOAT16 and not BFLOAT16[name] else 2e-3
+    tolerance = TOLERANCE.get(name, 2e-3)
     assert losses == pytest.approx(numbers_of("losses", plain), rel=tolerance, abs=tolerance)
     check_learning(losses)
     if "eval" in ours:
         evaluated = numbers_of("eval", ours)
         assert evaluated == pytest.approx(numbers_of("eval", plain), rel=2e-3, abs=2e-3)
-    assert "such calls" not in ours
     assert "sebp" not in plain
     if name == "trl_sft":
         assert "did not: no padding: texts lie end to end" in ours
