@@ -15,7 +15,6 @@ import sebp
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--plain", action="store_true", help="leave SEBP out")
-parser.add_argument("--precision", default="no", choices=["no", "bf16"])
 options = parser.parse_args()
 set_seed(0)
 
@@ -43,7 +42,7 @@ if not options.plain:
     # may wrap the model.
     prepared = sebp.prepare(model)
 
-accelerator = Accelerator(cpu=True, mixed_precision=options.precision)
+accelerator = Accelerator(cpu=True)  # mixed_precision="bf16" works too
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 model, optimizer, data = accelerator.prepare(model, optimizer, data)
 

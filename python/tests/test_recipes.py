@@ -117,13 +117,6 @@ def test_packed_rows():
     assert "did not: no padding: texts lie end to end" in out
 
 
-def test_accelerate_in_bfloat16():
-    need("accelerate_loop")
-    out = finish(start("accelerate_loop", "--precision", "bf16"))
-    check_learning(numbers_of("losses", out))
-    check_padding_is_out(out)
-
-
 def test_by_torchrun():
     """Two processes that torchrun starts, not the recipe."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
