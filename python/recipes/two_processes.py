@@ -22,8 +22,6 @@ PROCESSES = 2
 
 def train(options: argparse.Namespace) -> None:
     """Train in one of the processes."""
-    torch.set_num_threads(max(1, os.cpu_count() // PROCESSES))
-    distributed.init_process_group("gloo")  # by RANK, WORLD_SIZE and MASTER_ADDR, as torchrun says
     torch.manual_seed(0)
 
     # Your own: tokenizer = AutoTokenizer.from_pretrained(name), and a Dataset of text and label.
@@ -70,6 +68,14 @@ def train(options: argparse.Namespace) -> None:
         print("losses", *(f"{loss:.4f}" for loss in losses))
         if not options.plain:
             print(prepared.report())
+
+
+def join(options: argparse.Namespace) -> None:
+    """Train as one of the processes that RANK, WORLD_SIZE and MASTER_ADDR tell of."""
+    torch.set_num_threads(max(1, os.cpu_count() // PROCESSES))
+    distributed.init_process_group("gloo")
+    train(options)
+    # DistributedDataParallel is gone by now. If it kept the group, PyTorch could wait forever.
     distributed.destroy_process_group()
 
 
@@ -77,7 +83,7 @@ def start(rank: int, port: int, options: argparse.Namespace) -> None:
     """Begin a process as torchrun would."""
     place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank))
     os.environ.update(place, WORLD_SIZE=str(PROCESSES))
-    train(options)
+    join(options)
 
 
 def free_port() -> int:
@@ -93,6 +99,6 @@ if __name__ == "__main__":
     parser.add_argument("--plain", action="store_true", help="leave SEBP out")
     options = parser.parse_args()
     if "RANK" in os.environ:
-        train(options)
+        join(options)
     else:
         multiprocessing.spawn(start, (free_port(), options), PROCESSES)
