@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ RECIPES = {
     "trl_sft": ["accelerate", "datasets", "trl"],
     "two_processes": [],
 }
+# How a recipe is run with SEBP, if not by itself as without it.
+BY = {"two_processes": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 # How far losses may be off. Where products are rounded to bfloat16, other sums round otherwise.
 TOLERANCE = {"plain_loop": 3e-2}
 
@@ -37,12 +40,21 @@ def need(name):
             pytest.skip(f"{package} is not installed")
 
 
-def start(name, *options):
-    """Start a recipe."""
+def start(name, *options, by=()):
+    """Start a recipe, in a group of processes of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
+    command = [sys.executable, *by, str(FOLDER / f"{name}.py"), *options]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    )
+
+
+def end(process):
+    """Leave none of a recipe's processes behind."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def finish(process):
@@ -50,8 +62,7 @@ def finish(process):
     try:
         out, err = process.communicate(timeout=SECONDS)
     finally:
-        process.kill()
-        process.wait()
+        end(process)
     assert process.returncode == 0, err
     assert "such calls" not in err, err  # in which padding was not left out
     return out
@@ -87,13 +98,12 @@ def test_each_recipe_is_tested():
 def test_recipe(name):
     need(name)
     # Both at a time: most of a run is spent on imports, on one core.
-    processes = [start(name), start(name, "--plain")]
+    processes = [start(name, by=BY.get(name, ())), start(name, "--plain")]
     try:
         ours, plain = (finish(process) for process in processes)
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            end(process)
     losses = numbers_of("losses", ours)
     tolerance = TOLERANCE.get(name, 2e-3)
     assert losses == pytest.approx(numbers_of("losses", plain), rel=tolerance, abs=tolerance)
@@ -115,13 +125,3 @@ def test_packed_rows():
     out = finish(start("trl_sft", "--packing"))
     check_learning(numbers_of("losses", out))
     assert "did not: no padding: texts lie end to end" in out
-
-
-def test_by_torchrun():
-    """Two processes that torchrun starts, not the recipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(FOLDER / "two_processes.py"), "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr
-    assert len(numbers_of("losses", done.stdout)) == 2
-    check_padding_is_out(done.stdout)
