@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import _library
 from .._rules import RowRule, Rule, parse_rule
-from .blocks.put import take_blocks
+from .blocks.put import take_blocks, take_heads
 from .forward import is_replaced
 from .layers import give_rule, has_rule, linear_classes, take_rule
 from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
@@ -208,4 +208,5 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
     put_padding_back(model, OWNER)
     put_padding_back(model, PREPARED)
     take_blocks(model)
+    take_heads(model)
     return [name for name, module in model.named_modules() if take_rule(module)]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that suits a model: put in, and taken out."""
 
-import itertools
 from types import TracebackType
 from typing import TypeVar
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from .. import _library
 from .._rules import Rule
 from .apply import PREPARED, Report, give_rules
-from .blocks.put import give_blocks, give_heads, take_block
+from .blocks.put import give_blocks, give_heads, take_blocks, take_heads
 from .layers import take_rule
 from .padding_free import (
     PaddingFreeReport,
@@ -78,8 +77,6 @@ class Changes:
         self.padding: PaddingFreeReport = found
         self.blocks = give_blocks(model)
         self.heads = give_heads(model) if defer_logits else []
-        names = [*itertools.chain(*self.blocks.values()), *self.heads]
-        self._changed = [model.get_submodule(name) for name in names]
 
     def undo(self) -> None:
         """Make the model what it was before; twice is once.
@@ -93,8 +90,11 @@ class Changes:
         for layer in {*self._given, *self.model.modules()}:
             if vars(layer).get("sebp_rule") is self._rule:
                 take_rule(layer)
-        for module in self._changed:
-            take_block(module)
+        # From all modules, as some may be copies of those that were changed.
+        if self.blocks:
+            take_blocks(self.model)
+        if self.heads:
+            take_heads(self.model)
         if self._has_asked:
             put_padding_back(self.model, PREPARED)
 

@@ -73,13 +73,13 @@ def _is_readable(parameter: nn.Parameter) -> bool:
 
 
 def take_blocks(model: nn.Module) -> None:
-    """Undo :func:`give_blocks` and :func:`give_heads`, whoever called them."""
+    """Undo :func:`give_blocks`, whoever called it."""
     for module in model.modules():
-        take_block(module)
+        for form in FORMS:
+            take_out(module, form.forward)
 
 
-def take_block(module: nn.Module) -> None:
-    """Give a module its own forward again, if it was changed."""
-    for form in FORMS:
-        take_out(module, form.forward)
-    take_out(module, head_forward)
+def take_heads(model: nn.Module) -> None:
+    """Undo :func:`give_heads`, whoever called it."""
+    for module in model.modules():
+        take_out(module, head_forward)
