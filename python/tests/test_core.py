@@ -167,6 +167,8 @@ def test_context():
         sebp.Context(threads=-1)
     with pytest.raises(ValueError):
         sebp.Context(gemm="blas")
+    with pytest.raises(ValueError):
+        sebp.Context(precision="exact")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from .calls import Handle, check
 
 _PLACEMENTS = ("none", "compact", "spread")
 _GEMMS = ("auto", "native", "onednn")
+_PRECISIONS = ("highest", "split", "high", "medium")
 
 
 class Context(Handle):
@@ -32,6 +33,9 @@ class Context(Handle):
         Which matrix product does the work.
     workspace_bytes : int, default 0
         Bound on scratch memory; 0: 64 MiB.
+    precision : {"highest", "split", "high", "medium"}
+        How exact products of float32 have to be, as ``sebp/context.h`` says. The variable
+        SEBP_PRECISION goes before it.
 
     Raises
     ------
@@ -39,7 +43,7 @@ class Context(Handle):
         If an option or an environment variable has a value that it may not have, or the build lacks
         what was asked for.
     ValueError
-        If `placement` or `gemm` is not in its list.
+        If `placement`, `gemm` or `precision` is not in its list.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Context(Handle):
         placement: str = "none",
         gemm: str = "auto",
         workspace_bytes: int = 0,
+        precision: str = "highest",
     ) -> None:
         pointer = ctypes.c_void_p()
         message = ctypes.create_string_buffer(256)
@@ -59,6 +64,7 @@ class Context(Handle):
             workspace_bytes=workspace_bytes,
             message=ctypes.cast(message, ctypes.c_char_p),
             message_bytes=len(message),
+            precision=1 + _PRECISIONS.index(precision),
         )
         check(load().sebp_context_create(options, pointer), message.value.decode())
         super().__init__(pointer, "sebp_context_destroy")
