@@ -453,7 +453,7 @@ y = sebp.linear_backward(g.numpy(), t.detach().numpy(), w.detach().numpy())
 pid = os.fork()
 if pid == 0:
     dx, dw, db = torch.ops.sebp.linear_backward(
-        g, t.detach(), w.detach(), 512, False, 0, 0.0, True, True, True)
+        g, t.detach(), w.detach(), 512, False, 0, 0.0, t.dtype, w.dtype, g.dtype)
     y = sebp.linear_backward(g.numpy(), t.detach().numpy(), w.detach().numpy())
     # Not with PyTorch's own sum, which would wait for its threads.
     os._exit(0 if dw.numpy().sum() == 512.0 * 256 * 256 == y[1].sum() else 1)

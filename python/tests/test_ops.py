@@ -250,8 +250,8 @@ def test_opcheck(dtype, transposed):
         check(torch.ops.sebp.linear.default, (x, w, bias, mask, transposed))
     dy = make(2, 3, 5, dtype=dtype)
     backward = torch.ops.sebp.linear_backward.default
-    check(backward, (dy, x, w, 6, transposed, 0, 0.0, True, True, True))
-    check(backward, (dy, None, w, 6, transposed, 2, 3.0, True, False, False))
+    check(backward, (dy, x, w, 6, transposed, 0, 0.0, dtype, dtype, dtype))
+    check(backward, (dy, None, w, 6, transposed, 2, 3.0, dtype, None, None))
     check(torch.ops.sebp.active_rows.default, (dy.detach(), 2, 3.0))
 
 

@@ -158,4 +158,5 @@ def test_sizes_that_do_not_go_together(which, transposed):
             torch.ops.sebp.linear(x, w, bias, None, transposed)
     if which != "bias":
         with pytest.raises(errors, match="should be|row set is for"):
-            torch.ops.sebp.linear_backward(dy, x, w, 3, transposed, 0, 0.0, True, True, True)
+            dtypes = [torch.float32] * 3
+            torch.ops.sebp.linear_backward(dy, x, w, 3, transposed, 0, 0.0, *dtypes)

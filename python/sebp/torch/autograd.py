@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autograd formulas of the operators of :mod:`.ops`: first and second derivatives."""
 
+import functools
 import math
 
 import torch
@@ -10,15 +11,35 @@ from torch.autograd.function import FunctionCtx
 from .._structs import RULE_NONZERO
 from .products import sizes
 
+Dtypes = tuple[torch.dtype | None, ...]
+
 # --------------------------------------------------------------------------------------------------
 # Of sebp::linear
 
 
+def dtypes_of(*tensors: Tensor | None) -> Dtypes:
+    """Return the dtypes of tensors, None for those that are not there."""
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def wanted_dtypes(needs: tuple[bool, ...], dtypes: Dtypes) -> Dtypes:
+    """Return the dtypes of those gradients that are needed, and None for the others."""
+    return tuple(one if need else None for need, one in zip(needs, dtypes, strict=False))
+
+
+def only_wanted(gradients: tuple[Tensor, ...], wanted: Dtypes) -> tuple[Tensor | None, ...]:
+    """Return None in place of what ``sebp::linear_backward`` returns where nothing is wanted."""
+    return tuple(
+        None if one is None else gradient for gradient, one in zip(gradients, wanted, strict=True)
+    )
+
+
 def save_for_backward(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     """Save what :func:`backward` needs."""
-    x, weight, _, mask, ctx.transposed, ctx.kind, ctx.value = inputs
+    x, weight, bias, mask, ctx.transposed, ctx.kind, ctx.value, _ = inputs
     # Not the mask itself: what checkpointing computes again has none, and has to save as much.
     ctx.total = math.prod(x.shape[:-1]) if mask is None else mask.numel()
+    ctx.dtypes = dtypes_of(x, weight, bias)
     need_x, need_w, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if need_w else None, weight if need_x else None)
 
@@ -27,16 +48,11 @@ def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
     """Compute the gradients of the arguments of ``sebp::linear``, by ``sebp::linear_backward``."""
     x, weight = ctx.saved_tensors
     # An argument left at its default is not among the inputs.
-    needs = (*ctx.needs_input_grad, False)[:3]
-    dx, dw, db = torch.ops.sebp.linear_backward(
-        dy, x, weight, ctx.total, ctx.transposed, ctx.kind, ctx.value, *needs
+    wanted = wanted_dtypes((*ctx.needs_input_grad, False), ctx.dtypes)
+    found = torch.ops.sebp.linear_backward(
+        dy, x, weight, ctx.total, ctx.transposed, ctx.kind, ctx.value, *wanted
     )
-    return (
-        dx if needs[0] else None,
-        dw if needs[1] else None,
-        db if needs[2] else None,
-        *(None,) * 4,
-    )
+    return (*only_wanted(found, wanted), *(None,) * 5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -46,7 +62,8 @@ def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
 
 def save_for_double_backward(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     """Save what :func:`double_backward` needs."""
-    dy, x, weight, _, ctx.transposed, ctx.kind, ctx.value, *ctx.needs = inputs
+    dy, x, weight, _, ctx.transposed, ctx.kind, ctx.value, *wanted = inputs
+    ctx.needs = [one is not None for one in wanted]
     ctx.save_for_backward(dy, x, weight)
 
 
@@ -56,7 +73,11 @@ def double_backward(ctx: FunctionCtx, g_dx: Tensor, g_dw: Tensor, g_db: Tensor) 
     need_dx, need_dw, need_db = ctx.needs
     n, k = sizes(dy, x, weight, ctx.transposed)
     total = math.prod(dy.shape[:-1])
-    dy2 = dy.reshape(total, n)
+    # One dtype for all, as under autocast they may differ.
+    dtypes = dtypes_of(dy, x, weight)
+    dtype = functools.reduce(torch.promote_types, filter(None, dtypes))
+    dy2, g_dx, g_dw, g_db = (t.to(dtype) for t in (dy.reshape(total, n), g_dx, g_dw, g_db))
+    x, weight = (None if t is None else t.to(dtype) for t in (x, weight))
     active = None
     if ctx.kind != RULE_NONZERO:
         active = torch.ops.sebp.active_rows(dy.detach(), ctx.kind, ctx.value)
@@ -76,4 +97,6 @@ def double_backward(ctx: FunctionCtx, g_dx: Tensor, g_dw: Tensor, g_db: Tensor) 
         g_dy = g_dy + g_db
     if active is not None:
         g_dy = g_dy * active
-    return (g_dy.view(dy.shape), g_x, g_w, *(None,) * 7)
+    found = g_dy.view(dy.shape), g_x, g_w
+    cast = (None if g is None else g.to(d) for g, d in zip(found, dtypes, strict=True))
+    return (*cast, *(None,) * 7)

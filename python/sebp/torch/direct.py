@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from .._rules import Rule
+from .autograd import dtypes_of, only_wanted, wanted_dtypes
 from .forward import is_transformed
 from .products import linear_backward, linear_forward
 
@@ -103,27 +104,29 @@ class sebp_linear(torch.autograd.Function):
         total: int,
         transposed: bool,
         rule: Rule,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         """Compute Y, and save what the operator saves."""
         ctx.total, ctx.transposed, ctx.rule = total, transposed, rule
+        ctx.dtypes = dtypes_of(x, weight, bias)
         need_x, need_w, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_w else None, weight if need_x else None)
-        return linear_forward(x, weight, bias, transposed)
+        return linear_forward(x, weight, bias, transposed, dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         """Compute the gradients, by ``sebp::linear_backward`` where others may step in."""
         x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        wanted = wanted_dtypes(ctx.needs_input_grad, ctx.dtypes)
         # With gradients of gradients autograd has to see the operator.
         if not torch.is_grad_enabled() and is_direct(dy, x, weight):
-            gradients = linear_backward(dy, x, weight, ctx.total, ctx.transposed, ctx.rule, *needs)
-            return (*gradients, None, None, None)
-        gradients = torch.ops.sebp.linear_backward(
-            dy, x, weight, ctx.total, ctx.transposed, *ctx.rule, *needs
-        )
-        found = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return (*found, None, None, None)
+            gradients = linear_backward(dy, x, weight, ctx.total, ctx.transposed, ctx.rule, *wanted)
+        else:
+            found = torch.ops.sebp.linear_backward(
+                dy, x, weight, ctx.total, ctx.transposed, *ctx.rule, *wanted
+            )
+            gradients = only_wanted(found, wanted)
+        return (*gradients, None, None, None, None)
 
 
 # What Function.apply() calls after it has looked for torch.func, which is_direct() has done before.
@@ -158,8 +161,7 @@ def direct_linear(
     Tensor, ... x N
         Y.
     """
-    if torch.is_autocast_enabled("cpu"):
-        x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-        bias = None if bias is None else bias.to(torch.bfloat16)
+    # Of autocast Y's dtype is all that is taken: operands are rounded as they are packed.
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     total = math.prod(x.shape[:-1]) if mask is None else mask.numel()
-    return _apply(x, weight, bias, total, transposed, rule)
+    return _apply(x, weight, bias, total, transposed, rule, dtype)

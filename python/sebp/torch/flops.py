@@ -24,9 +24,9 @@ def linear_backward_flop(
     transposed: bool,
     kind: int,
     value: float,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
+    dx_dtype: torch.dtype | None,
+    dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
     *,
     out_shape: object = None,
 ) -> int:
@@ -36,4 +36,4 @@ def linear_backward_flop(
         k = weight[0 if transposed else 1]
     elif x is not None:
         k = x[-1]
-    return 2 * math.prod(dy) * k * (need_dx + need_dw)
+    return 2 * math.prod(dy) * k * ((dx_dtype is not None) + (dw_dtype is not None))

@@ -4,7 +4,9 @@
 A weight is N x K, or K x N if `transposed` (as in Conv1D of transformers). A rule of
 :mod:`sebp._rules` is given by its two numbers. `mask` is B x L, of the padded batch whose real
 tokens X's rows are, where padding was taken out before; work is counted against its B * L rows, and
-nothing else depends on it.
+nothing else depends on it. Operands are float32 or bfloat16, in any mixture. Y is of `dtype`, or of
+X's. Under autocast that is bfloat16, and each gradient is of its operand's dtype, so that nothing
+is cast. A gradient whose dtype is None is not computed.
 """
 
 import math
@@ -34,9 +36,10 @@ def linear_op(
     transposed: bool = False,
     kind: int = RULE_NONZERO,
     value: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Y = X W^T + b."""
-    return linear_forward(x, weight, bias, transposed)
+    return linear_forward(x, weight, bias, transposed, dtype)
 
 
 @linear_op.register_fake
@@ -48,13 +51,37 @@ def _(
     transposed: bool = False,
     kind: int = RULE_NONZERO,
     value: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
+    shape = (*x.shape[:-1], weight.shape[1 if transposed else 0])
+    return x.new_empty(shape, dtype=x.dtype if dtype is None else dtype)
 
 
 linear_op.register_autograd(backward, setup_context=save_for_backward)
-linear_op.register_autocast("cpu", torch.bfloat16)
 register_flop_formula(torch.ops.sebp.linear)(linear_flop)
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+
+def _autocast(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    transposed: bool = False,
+    kind: int = RULE_NONZERO,
+    value: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Call the operator for a Y of autocast's dtype. Operands are not cast beforehand."""
+    if dtype is None and x.dtype != torch.float64:  # which autocast leaves as it is
+        dtype = torch.get_autocast_dtype("cpu")
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return torch.ops.sebp.linear(x, weight, bias, mask, transposed, kind, value, dtype)
+
+
+_library = torch.library.Library("sebp", "IMPL")  # what it registers lasts as long as it does
+_library.impl("linear", _autocast, "AutocastCPU")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,13 +97,13 @@ def linear_backward_op(
     transposed: bool,
     kind: int,
     value: float,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
+    dx_dtype: torch.dtype | None,
+    dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dX, dW and db on the active rows; what is not needed is empty."""
     rule = Rule(kind, value)
-    found = linear_backward(dy, x, weight, total, transposed, rule, need_dx, need_dw, need_db)
+    found = linear_backward(dy, x, weight, total, transposed, rule, dx_dtype, dw_dtype, db_dtype)
     return tuple(dy.new_empty(0) if one is None else one for one in found)
 
 
@@ -89,15 +116,15 @@ def _(
     transposed: bool,
     kind: int,
     value: float,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
+    dx_dtype: torch.dtype | None,
+    dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k = sizes(dy, x, weight, transposed)
-    return (
-        dy.new_empty((*dy.shape[:-1], k) if need_dx else 0),
-        dy.new_empty(((k, n) if transposed else (n, k)) if need_dw else 0),
-        dy.new_empty(n if need_db else 0),
+    shapes = (*dy.shape[:-1], k), (k, n) if transposed else (n, k), (n,)
+    return tuple(
+        dy.new_empty(0) if dtype is None else dy.new_empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, (dx_dtype, dw_dtype, db_dtype), strict=True)
     )
 
 

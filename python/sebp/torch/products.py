@@ -10,18 +10,38 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._rules import Rule
-from .._structs import ACCUMULATE, F32, LinearOptions, Matrix
+from .._structs import ACCUMULATE, BF16, PRECISION_MEDIUM, LinearOptions, Matrix
 from ..core import Rows
-from .context import thread_context
+from .context import is_fast_in_bfloat16, thread_context
 from .rows import find_rows
 from .tensors import DTYPES, is_ours, matrix_of, matrix_of_size
 from .work import LayerKind, count_work
+
+
+def _options(y: int) -> LinearOptions:
+    """Make options for a Y, or a dY, of a dtype of the library's.
+
+    Of bfloat16 it is the result of a product in bfloat16, as under autocast. Then what is of
+    float32 is rounded too, while it is packed. Else PyTorch's precision holds, which the context
+    has.
+    """
+    options = LinearOptions(ctypes.sizeof(LinearOptions))
+    if y == BF16:
+        options.precision = PRECISION_MEDIUM
+    return options
+
 
 # --------------------------------------------------------------------------------------------------
 # Forward
 
 
-def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Compute Y = X W^T + b, or X W + b.
 
     Parameters
@@ -29,7 +49,10 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
     x : Tensor, ... x K
     weight : Tensor, N x K, or K x N if `transposed`
     bias : Tensor, N, or None
+        Each of float32 or bfloat16, in any mixture; or all of another dtype.
     transposed : bool
+    dtype : torch.dtype, optional
+        Y's. Default: X's.
 
     Returns
     -------
@@ -37,32 +60,33 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
         Y. It is no view: what follows may change it in place.
     """
     shape = (*x.shape[:-1], weight.shape[1 if transposed else 0])
-    # PyTorch has oneDNN's product in bfloat16 too; in float32 it has MKL's, which on AMD's CPUs
-    # takes twice as long.
-    if is_ours(x, weight, bias) and x.dtype == torch.float32:
-        y = x.new_empty(shape)
-        if transposed:
-            _library_forward_transposed(x, weight, bias, y)
-        else:
-            _library_forward(x, weight, bias, y)
+    y_dtype = x.dtype if dtype is None else dtype
+    is_known = y_dtype in DTYPES and is_ours(x, weight, bias)
+    if is_known and (y_dtype == torch.float32 or is_fast_in_bfloat16()):
+        y = x.new_empty(shape, dtype=y_dtype)
+        run = _library_forward_transposed if transposed else _library_forward
+        run(x, weight, bias, y)
         return y
+    if is_known or dtype is not None:
+        x, weight = x.to(y_dtype), weight.to(y_dtype)
+        bias = None if bias is None else bias.to(y_dtype)
     w = _laid_out(weight)
     y = functional.linear(_laid_out(_flat(x)), w.t() if transposed else w, bias)
     return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _library_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Fill Y: ... x N, of float32, just made."""
+    """Fill Y: ... x N, just made."""
     n, k = weight.shape
-    m = math.prod(x.shape[:-1])
+    m, dtype = math.prod(x.shape[:-1]), DTYPES[y.dtype]
     thread_context().call(
         "sebp_linear_forward",
-        matrix_of_size(x, m, k, F32),
-        matrix_of_size(weight, n, k, F32),
-        None if bias is None else matrix_of_size(bias, 1, n, F32),
+        matrix_of_size(x, m, k, DTYPES[x.dtype]),
+        matrix_of_size(weight, n, k, DTYPES[weight.dtype]),
+        None if bias is None else matrix_of_size(bias, 1, n, DTYPES[bias.dtype]),
         None,
-        None,
-        Matrix(y.data_ptr(), m, n, n, F32),
+        _options(dtype),
+        Matrix(y.data_ptr(), m, n, n, dtype),
     )
 
 
@@ -70,7 +94,7 @@ def _library_forward_transposed(x: Tensor, weight: Tensor, bias: Tensor | None, 
     """As :func:`_library_forward` for W: K x N."""
     context, vx, vw, vy = thread_context(), matrix_of(x), matrix_of(weight), matrix_of(y)
     # X W is what the backward computes as dX = dY W; it is added to b.
-    options = LinearOptions(ctypes.sizeof(LinearOptions))
+    options = _options(vy.dtype)
     if bias is not None:
         options.dx_write = ACCUMULATE
         y.copy_(bias.expand(y.shape))
@@ -109,9 +133,9 @@ def linear_backward(
     total: int,
     transposed: bool,
     rule: Rule,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
+    dx_dtype: torch.dtype | None,
+    dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute dX, dW and db on the active rows.
 
@@ -125,7 +149,8 @@ def linear_backward(
     transposed : bool
     rule : Rule
         Which rows of dY are active.
-    need_dx, need_dw, need_db : bool
+    dx_dtype, dw_dtype, db_dtype : torch.dtype or None
+        Of each result; None where it is not needed.
 
     Returns
     -------
@@ -134,8 +159,9 @@ def linear_backward(
     db : Tensor, N
         None where it is not needed.
     """
-    if not is_ours(dy, x, weight):
-        return _dense_backward(dy, x, weight, transposed, need_dx, need_dw, need_db)
+    dtypes = dx_dtype, dw_dtype, db_dtype
+    if not is_ours(dy, x, weight) or not all(one is None or one in DTYPES for one in dtypes):
+        return _dense_backward(dy, x, weight, transposed, *dtypes)
     start = time.perf_counter()
     n, k = sizes(dy, x, weight, transposed)
     w_rows, w_cols = (k, n) if transposed else (n, k)
@@ -144,21 +170,21 @@ def linear_backward(
     vdy = matrix_of_size(dy, m, n, dtype)
     active = find_rows(vdy, rule)
     dx = dw = db = vx = vw = vdx = vdw = vdb = None
-    if need_dx:
-        dx = dy.new_empty((*lead, k))
-        vw = matrix_of_size(weight, w_rows, w_cols, dtype)
-        vdx = Matrix(dx.data_ptr(), m, k, k, dtype)
-    if need_dw:
-        dw = dy.new_empty((w_rows, w_cols))
-        vx = matrix_of_size(x, m, k, dtype)
-        vdw = Matrix(dw.data_ptr(), w_rows, w_cols, w_cols, dtype)
-    if need_db:
-        db = dy.new_empty(n)
-        vdb = Matrix(db.data_ptr(), 1, n, n, dtype)
+    if dx_dtype is not None:
+        dx = dy.new_empty((*lead, k), dtype=dx_dtype)
+        vw = matrix_of_size(weight, w_rows, w_cols, DTYPES[weight.dtype])
+        vdx = Matrix(dx.data_ptr(), m, k, k, DTYPES[dx_dtype])
+    if dw_dtype is not None:
+        dw = dy.new_empty((w_rows, w_cols), dtype=dw_dtype)
+        vx = matrix_of_size(x, m, k, DTYPES[x.dtype])
+        vdw = Matrix(dw.data_ptr(), w_rows, w_cols, w_cols, DTYPES[dw_dtype])
+    if db_dtype is not None:
+        db = dy.new_empty(n, dtype=db_dtype)
+        vdb = Matrix(db.data_ptr(), 1, n, n, DTYPES[db_dtype])
     run = _library_backward_transposed if transposed else library_backward
-    run(vdy, vx, vw, active, vdx, vdw, vdb)
+    run(vdy, vx, vw, active, vdx, vdw, vdb, _options(dtype))
     count_work(
-        LayerKind(n, k, dy.dtype, need_dx, need_dw),
+        LayerKind(n, k, dy.dtype, dx is not None, dw is not None),
         total,
         len(active),
         time.perf_counter() - start,
@@ -181,6 +207,7 @@ def library_backward(
     dx: Matrix | None,
     dw: Matrix | None,
     db: Matrix | None,
+    options: LinearOptions | None = None,
 ) -> None:
     """Fill those of dX, dW and db that are there.
 
@@ -194,8 +221,9 @@ def library_backward(
     dx : Matrix, M x K, or None
     dw : Matrix, N x K, or None
     db : Matrix, 1 x N, or None
+    options : LinearOptions, optional
     """
-    thread_context().call("sebp_linear_backward", dy, x, weight, active, None, dx, dw, db)
+    thread_context().call("sebp_linear_backward", dy, x, weight, active, options, dx, dw, db)
 
 
 def _library_backward_transposed(
@@ -206,14 +234,15 @@ def _library_backward_transposed(
     dx: Matrix | None,
     dw: Matrix | None,
     db: Matrix | None,
+    options: LinearOptions,
 ) -> None:
     """As :func:`library_backward` for W: K x N. In dW X and dY change places, in dX W and W^T."""
     if dx is not None:
-        thread_context().call("sebp_linear_forward", dy, weight, None, active, None, dx)
+        thread_context().call("sebp_linear_forward", dy, weight, None, active, options, dx)
     if db is not None:
-        library_backward(dy, None, None, active, None, None, db)
+        library_backward(dy, None, None, active, None, None, db, options)
     if dw is not None:
-        library_backward(x, dy, None, active, None, dw, None)
+        library_backward(x, dy, None, active, None, dw, None, options)
 
 
 def _dense_backward(
@@ -221,19 +250,19 @@ def _dense_backward(
     x: Tensor | None,
     weight: Tensor | None,
     transposed: bool,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
+    dx_dtype: torch.dtype | None,
+    dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute by PyTorch what the library does not take, with all rows active."""
+    """Compute by PyTorch what the library does not take, in dY's dtype, with all rows active."""
     dy2 = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     dx = dw = db = None
-    if need_dx:
-        w = weight.t() if transposed else weight
-        dx = (dy2 @ w).view((*dy.shape[:-1], w.shape[1]))
-    if need_dw:
-        x2 = x.reshape(dy2.shape[0], x.shape[-1])
-        dw = x2.t() @ dy2 if transposed else dy2.t() @ x2
-    if need_db:
-        db = dy2.sum(0)
+    if dx_dtype is not None:
+        w = (weight.t() if transposed else weight).to(dy.dtype)
+        dx = (dy2 @ w).view((*dy.shape[:-1], w.shape[1])).to(dx_dtype)
+    if dw_dtype is not None:
+        x2 = x.reshape(dy2.shape[0], x.shape[-1]).to(dy.dtype)
+        dw = (x2.t() @ dy2 if transposed else dy2.t() @ x2).to(dw_dtype)
+    if db_dtype is not None:
+        db = dy2.sum(0).to(db_dtype)
     return dx, dw, db

@@ -123,11 +123,8 @@ def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
 
 
 def is_ours(*tensors: Tensor | None) -> bool:
-    """Return whether the library can work with these: on the CPU, all float32 or all bfloat16."""
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES:
-        return False
+    """Return whether the library can work with these: on the CPU, each float32 or bfloat16."""
     for tensor in tensors:
-        if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu):
+        if tensor is not None and (tensor.dtype not in DTYPES or not tensor.is_cpu):
             return False
     return True

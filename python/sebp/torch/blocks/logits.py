@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from ..._rules import Rule
+from ..autograd import dtypes_of, only_wanted, wanted_dtypes
 from ..direct import is_plain
 from ..forward import Forward
 from ..tensors import DTYPES
@@ -152,6 +153,7 @@ class _Defer(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Logits:
         shape = (*hidden.shape[:-1], weight.shape[0])
+        ctx.dtypes = dtypes_of(hidden, weight, bias)
         logits = Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device="cpu")
         ctx.save_for_backward(hidden, weight)
         return logits
@@ -159,12 +161,12 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        wanted = wanted_dtypes(ctx.needs_input_grad, ctx.dtypes)
         total = dy.numel() // dy.shape[-1] if dy.shape[-1] else 0
         found = torch.ops.sebp.linear_backward(
-            dy.to(weight.dtype), hidden, weight, total, False, *Rule(), *needs
+            dy.to(weight.dtype), hidden, weight, total, False, *Rule(), *wanted
         )
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 3)
+        return (*only_wanted(found, wanted), *(None,) * 3)
 
 
 def _make(source: _Source, steps: tuple[Step, ...], hidden: Tensor, dtype: torch.dtype) -> Logits:
