@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -304,11 +304,23 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--modes", metavar="NAME,...", help="these modes alone (baselines are added)")
     add("--rounds", type=int, default=5, help="steps in each mode, after one to warm up")
     add("--threads", type=int, help="PyTorch's and libsebp's threads; default: PyTorch's choice")
+    add("--autocast", action="store_true", help="compute losses under autocast to bfloat16")
+    add("--precision", choices=("high", "medium"), help="of products of float32; default: highest")
     add("--csv", type=Path, metavar="FILE", help="write the table to this file too")
     add("--memory", action="store_true", help="peak memory of each mode instead of times")
     add("--profile", action="store_true", help="time of each operator instead of each part")
     add("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
     return parser
+
+
+def under_autocast(loss: Callable[[nn.Module, Batch], Tensor]) -> Callable:
+    """Make a function that computes a loss under autocast to bfloat16."""
+
+    def compute(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model, batch)
+
+    return compute
 
 
 def choose_modes(modes: list[Mode], names: str | None) -> list[Mode]:
@@ -330,6 +342,12 @@ def run_benchmark(
     """Run what the options ask for."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.precision:
+        torch.set_float32_matmul_precision(options.precision)
+    if options.autocast:
+        modes = [replace(mode, loss=under_autocast(mode.loss)) for mode in modes]
+    kind = "autocast to bfloat16, " * options.autocast
+    kind += f"precision {options.precision}, " * bool(options.precision)
     model.train()
     if options.memory_of:
         (mode,) = (mode for mode in modes if mode.name == options.memory_of)
@@ -339,7 +357,8 @@ def run_benchmark(
         print(peak_memory())
         return
     modes = choose_modes(modes, options.modes)
-    print(f"{title}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads\n", flush=True)
+    threads = torch.get_num_threads()
+    print(f"{title}; {kind}PyTorch {torch.__version__}, {threads} threads\n", flush=True)
     if options.memory:
         report_memory(modes, options.csv)
     elif options.profile:

@@ -107,14 +107,18 @@ def linear(
     tensors, tracing and export, ``torch.func``. With SEBP_VERBOSE=1 a line on standard error says
     so.
 
+    Under autocast to bfloat16 Y is bfloat16, and each operand may be of either dtype. None is cast:
+    the product rounds them. Products of float32 are as exact as
+    ``torch.set_float32_matmul_precision()`` asks for when they are computed, forward and backward.
+
     Parameters
     ----------
     x : Tensor, ... x K
         float32 or bfloat16, on the CPU, any strides.
     weight : Tensor, N x K
-        Of X's dtype.
+        Of X's dtype, but under autocast.
     bias : Tensor, N, optional
-        Of X's dtype.
+        Of X's dtype, but under autocast.
     rows : "nonzero", int, ("threshold", float) or ("energy", float)
         Which rows of dY to keep: those not all zero (exact), the k of largest norm, those with a
         magnitude over a threshold, or the fewest that hold a share 1 - delta of the energy.
@@ -122,7 +126,7 @@ def linear(
     Returns
     -------
     Tensor, ... x N
-        Y.
+        Y, of X's dtype or autocast's. Gradients have the dtypes of what they are gradients of.
 
     Raises
     ------
