@@ -353,6 +353,26 @@ def test_autocast(base):
         assert factor.grad.any()
 
 
+def test_inputs_of_bfloat16_are_kept_as_they_are():
+    """The library takes them with factors of float32; the product is that of a copy in float32."""
+    net = nn.Sequential(nn.Linear(12, 20)).to(torch.bfloat16)
+    sebp.apply_lora_to_model(net, 3, layers="*")
+    nn.init.normal_(net[0].lora_b)
+    x = torch.randn(5, 12, dtype=torch.bfloat16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = net(x)
+    assert {t.dtype for t in saved if t.shape == x.shape} == {torch.bfloat16}
+    wide = x.detach().float().requires_grad_()
+    plain = nn.functional.linear(x, net[0].weight, net[0].bias)
+    want = (plain + wide @ net[0].lora_a @ net[0].lora_b).to(torch.bfloat16)
+    torch.testing.assert_close(y, want, rtol=2.0**-8, atol=1e-3)
+    factors = net[0].lora_a, net[0].lora_b
+    dy = torch.randn(5, 20).to(torch.bfloat16)
+    got, other = (torch.autograd.grad(out, factors, dy) for out in (y, want))
+    torch.testing.assert_close(got, other)
+
+
 def test_small_steps_of_bfloat16():
     """Steps far below the spacing of bfloat16 add up."""
     net = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)

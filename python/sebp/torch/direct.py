@@ -140,6 +140,7 @@ def direct_linear(
     mask: Tensor | None,
     transposed: bool,
     rule: Rule,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """Apply Y = X W^T + b, or X W + b, as ``sebp::linear`` does.
 
@@ -148,20 +149,19 @@ def direct_linear(
     x : Tensor, ... x K
     weight : Tensor, N x K, or K x N if `transposed`
     bias : Tensor, N, or None
-        All of tensors that :func:`is_direct` is true of, float32 or bfloat16, of one dtype but
-        under autocast.
+        All of tensors that :func:`is_direct` is true of, each float32 or bfloat16.
     mask : Tensor, B x L, or None
         Of the padded batch, as the operator takes it.
     transposed : bool
     rule : Rule
         Which rows of dY to keep.
+    dtype : torch.dtype, or None
+        Y's. None: X's.
 
     Returns
     -------
     Tensor, ... x N
         Y.
     """
-    # Of autocast Y's dtype is all that is taken: operands are rounded as they are packed.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     total = math.prod(x.shape[:-1]) if mask is None else mask.numel()
     return _apply(x, weight, bias, total, transposed, rule, dtype)

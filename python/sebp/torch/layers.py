@@ -35,7 +35,7 @@ def _refused_kind(tensors: tuple[Tensor, ...]) -> str:
     return "torch.func" if not is_compiling and is_transformed() else ""
 
 
-def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool) -> str:
+def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool, may_mix: bool) -> str:
     """Return why PyTorch's own linear has to be used, or "" if it has not."""
     # What is recorded is not direct.
     if not direct and (reason := _refused_kind(tensors)):
@@ -58,11 +58,16 @@ def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool) -> str
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return f"autocast to {torch.get_autocast_dtype('cpu')}"
         return ""
-    return "mixed dtypes" if is_mixed else ""
+    return "mixed dtypes" if is_mixed and not may_mix else ""
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: Rule,
+    transposed: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """Apply Y = X W^T + b, or X W + b, by ``sebp::linear``.
 
@@ -74,6 +79,9 @@ def sparse_linear(
     rule : Rule
         Which rows of dY to keep.
     transposed : bool
+    dtype : torch.dtype, optional
+        Y's, where autocast does not choose it; operands may then be of either dtype. Default:
+        theirs, which is one.
 
     Returns
     -------
@@ -85,7 +93,8 @@ def sparse_linear(
         weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     )
     direct = needs_grad and is_direct(*tensors)
-    reason = _refusal(tensors, transposed, direct) if needs_grad else "no gradient"
+    may_mix = dtype in DTYPES
+    reason = _refusal(tensors, transposed, direct, may_mix) if needs_grad else "no gradient"
     if reason:
         is_worth_a_line = needs_grad and not torch.compiler.is_compiling()
         if is_worth_a_line and os.environ.get("SEBP_VERBOSE") == "1":
@@ -93,9 +102,11 @@ def sparse_linear(
         return None
     packing = None if torch.compiler.is_compiling() else current_packing()
     mask = packing.mask if packing is not None and packing.counts(x) else None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.bfloat16  # operands are not cast: the product rounds them
     if direct:
-        return direct_linear(x, weight, bias, mask, transposed, rule)
-    return torch.ops.sebp.linear.default(x, weight, bias, mask, transposed, *rule)
+        return direct_linear(x, weight, bias, mask, transposed, rule, dtype)
+    return torch.ops.sebp.linear.default(x, weight, bias, mask, transposed, *rule, dtype)
 
 
 def linear(

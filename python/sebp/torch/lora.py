@@ -14,7 +14,7 @@ from .apply import Layers
 from .context import thread_context
 from .feed_forward import choose_layers, refusal
 from .layers import sparse_linear
-from .tensors import matrix_of
+from .tensors import DTYPES, matrix_of
 
 _ATTRIBUTES = ("lora_a", "lora_b", "lora_scale", "lora_hook", "lora_weight_trains")
 _NARROW = (torch.bfloat16, torch.float16)
@@ -25,10 +25,6 @@ def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Ten
     x = args[0] if args else next(iter(kwargs.values()))
     a, b = module.lora_a, module.lora_b
     rule = getattr(module, "sebp_rule", Rule())
-    # Autocast chooses the dtype of the products. Without it that is the factors': the library takes
-    # one dtype, and the factors should not be rounded.
-    if not torch.is_autocast_enabled("cpu"):
-        x = x.to(a.dtype)
     if a.dtype in _NARROW and a.requires_grad and not torch.compiler.is_compiling():
         warnings.warn(
             f"factors of LoRA are of {a.dtype}, as the model was cast after they were added: the"
@@ -40,8 +36,14 @@ def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Ten
 
 
 def _product(x: Tensor, factor: Tensor, rule: Rule) -> Tensor:
-    y = sparse_linear(x, factor, None, rule, True)
-    return x @ factor if y is None else y
+    """Multiply by a factor. Y is of its dtype, as it should not be rounded, or of autocast's."""
+    is_cast = torch.is_autocast_enabled("cpu")
+    if not is_cast and x.dtype not in DTYPES:
+        x = x.to(factor.dtype)
+    y = sparse_linear(x, factor, None, rule, True, factor.dtype)
+    if y is not None:
+        return y
+    return (x if is_cast else x.to(factor.dtype)) @ factor
 
 
 def _has_lora(module: nn.Module) -> bool:
