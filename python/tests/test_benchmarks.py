@@ -114,6 +114,22 @@ def test_profile(call):
     assert "aten::mm" in {row["operator"] for row in rows if row["mode"] == "pytorch"}
 
 
+def test_autocast_and_precision(call, capfd, monkeypatch):
+    torch = pytest.importorskip("torch")
+    common = importlib.import_module("common")
+    square = common.under_autocast(lambda model, batch: model @ batch)
+    assert square(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    seen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    monkeypatch.setattr(common, "under_autocast", lambda loss: seen.append(loss) or loss)
+    (plain,) = call("bert", f"{BERT} --modes pytorch")
+    assert seen == [] and "autocast" not in capfd.readouterr().out
+    (row,) = call("bert", f"{BERT} --modes pytorch --autocast --precision medium")
+    assert "autocast to bfloat16, precision medium, PyTorch" in capfd.readouterr().out
+    assert seen[0] == "medium" and len(seen) > 1
+    assert row["mode"] == plain["mode"]
+
+
 def test_memory(call):
     (row,) = call("bert", f"{BERT} --memory --modes pytorch")
     assert row["mode"] == "pytorch"
