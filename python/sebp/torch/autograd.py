@@ -11,20 +11,25 @@ from torch.autograd.function import FunctionCtx
 from .._structs import RULE_NONZERO
 from .products import sizes
 
-Dtypes = tuple[torch.dtype | None, ...]
+Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
 
 # --------------------------------------------------------------------------------------------------
 # Of sebp::linear
 
 
-def dtypes_of(*tensors: Tensor | None) -> Dtypes:
-    """Return the dtypes of tensors, None for those that are not there."""
-    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+def dtypes_of(x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Dtypes:
+    """Return the dtypes of three tensors, None for those that are not there."""
+    return (
+        None if x is None else x.dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
 
 
 def wanted_dtypes(needs: tuple[bool, ...], dtypes: Dtypes) -> Dtypes:
     """Return the dtypes of those gradients that are needed, and None for the others."""
-    return tuple(one if need else None for need, one in zip(needs, dtypes, strict=False))
+    x, weight, bias = dtypes
+    return x if needs[0] else None, weight if needs[1] else None, bias if needs[2] else None
 
 
 def only_wanted(gradients: tuple[Tensor, ...], wanted: Dtypes) -> tuple[Tensor | None, ...]:
@@ -74,7 +79,7 @@ def double_backward(ctx: FunctionCtx, g_dx: Tensor, g_dw: Tensor, g_db: Tensor) 
     n, k = sizes(dy, x, weight, ctx.transposed)
     total = math.prod(dy.shape[:-1])
     # One dtype for all, as under autocast they may differ.
-    dtypes = dtypes_of(dy, x, weight)
+    dtypes = dtypes_of(dy, x, weight)  # of what gradients are returned for
     dtype = functools.reduce(torch.promote_types, filter(None, dtypes))
     dy2, g_dx, g_dw, g_db = (t.to(dtype) for t in (dy.reshape(total, n), g_dx, g_dw, g_db))
     x, weight = (None if t is None else t.to(dtype) for t in (x, weight))

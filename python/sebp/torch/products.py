@@ -17,19 +17,11 @@ from .rows import find_rows
 from .tensors import DTYPES, is_ours, matrix_of, matrix_of_size
 from .work import LayerKind, count_work
 
+_KNOWN = frozenset((None, *DTYPES))
 
-def _options(y: int) -> LinearOptions:
-    """Make options for a Y, or a dY, of a dtype of the library's.
-
-    Of bfloat16 it is the result of a product in bfloat16, as under autocast. Then what is of
-    float32 is rounded too, while it is packed. Else PyTorch's precision holds, which the context
-    has.
-    """
-    options = LinearOptions(ctypes.sizeof(LinearOptions))
-    if y == BF16:
-        options.precision = PRECISION_MEDIUM
-    return options
-
+# Of products whose Y, or dY, is of bfloat16, as under autocast: what is of float32 is rounded too,
+# while it is packed. Of others PyTorch's precision holds, which the context has.
+_BY_BF16 = LinearOptions(ctypes.sizeof(LinearOptions), precision=PRECISION_MEDIUM)
 
 # --------------------------------------------------------------------------------------------------
 # Forward
@@ -85,7 +77,7 @@ def _library_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) 
         matrix_of_size(weight, n, k, DTYPES[weight.dtype]),
         None if bias is None else matrix_of_size(bias, 1, n, DTYPES[bias.dtype]),
         None,
-        _options(dtype),
+        _BY_BF16 if dtype == BF16 else None,
         Matrix(y.data_ptr(), m, n, n, dtype),
     )
 
@@ -94,7 +86,9 @@ def _library_forward_transposed(x: Tensor, weight: Tensor, bias: Tensor | None, 
     """As :func:`_library_forward` for W: K x N."""
     context, vx, vw, vy = thread_context(), matrix_of(x), matrix_of(weight), matrix_of(y)
     # X W is what the backward computes as dX = dY W; it is added to b.
-    options = _options(vy.dtype)
+    options = LinearOptions(ctypes.sizeof(LinearOptions))
+    if vy.dtype == BF16:
+        options.precision = PRECISION_MEDIUM
     if bias is not None:
         options.dx_write = ACCUMULATE
         y.copy_(bias.expand(y.shape))
@@ -160,7 +154,7 @@ def linear_backward(
         None where it is not needed.
     """
     dtypes = dx_dtype, dw_dtype, db_dtype
-    if not is_ours(dy, x, weight) or not all(one is None or one in DTYPES for one in dtypes):
+    if not (is_ours(dy, x, weight) and _KNOWN.issuperset(dtypes)):
         return _dense_backward(dy, x, weight, transposed, *dtypes)
     start = time.perf_counter()
     n, k = sizes(dy, x, weight, transposed)
@@ -182,7 +176,7 @@ def linear_backward(
         db = dy.new_empty(n, dtype=db_dtype)
         vdb = Matrix(db.data_ptr(), 1, n, n, DTYPES[db_dtype])
     run = _library_backward_transposed if transposed else library_backward
-    run(vdy, vx, vw, active, vdx, vdw, vdb, _options(dtype))
+    run(vdy, vx, vw, active, vdx, vdw, vdb, _BY_BF16 if dtype == BF16 else None)
     count_work(
         LayerKind(n, k, dy.dtype, dx is not None, dw is not None),
         total,
@@ -234,7 +228,7 @@ def _library_backward_transposed(
     dx: Matrix | None,
     dw: Matrix | None,
     db: Matrix | None,
-    options: LinearOptions,
+    options: LinearOptions | None,
 ) -> None:
     """As :func:`library_backward` for W: K x N. In dW X and dY change places, in dX W and W^T."""
     if dx is not None:
