@@ -309,17 +309,56 @@ def test_copies_and_pickles_are_numbers(tmp_path):
         assert type(other) is torch.Tensor and torch.allclose(other.detach(), right.detach())
 
 
-def test_float64_and_autocast_have_logits_at_once():
+def test_float64_and_autocast_to_float16_have_logits_at_once():
     head, hidden, _, _ = head_and_logits()
-    with torch.autocast("cpu", BF16):
+    with torch.autocast("cpu", torch.float16):
         assert type(head(hidden)) is torch.Tensor
     assert type(head.double()(hidden.double())) is torch.Tensor
+
+
+@pytest.mark.parametrize("of_hidden", [F32, BF16])
+@pytest.mark.parametrize("within", [True, False])
+def test_autocast(of_hidden, within):
+    """The product is that of bfloat16, wherever the loss is asked for."""
+    head, hidden, _, _ = head_and_logits()
+    hidden = hidden.detach().to(of_hidden).requires_grad_()
+    right = functional.linear(hidden.to(BF16), head.weight.to(BF16), head.bias.to(BF16))
+    with torch.autocast("cpu", BF16):
+        ours = head(hidden)
+        loss = LOSSES["by a module"](ours) if within else None
+    loss = LOSSES["by a module"](ours) if loss is None else loss
+    known = LOSSES["by a module"](right)
+    assert type(ours) is Logits and ours.dtype == BF16 and not ours.source.is_computed
+    assert loss.dtype == F32 and abs(float(loss.detach() - known.detach())) < 0.02
+    inputs = [hidden, *head.parameters()]
+    pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(known, inputs), strict=True)
+    for gradient, other in pairs:
+        assert gradient.dtype == other.dtype
+        close(gradient.float(), other.float(), 0.03)
+    assert ours.detach().dtype == BF16
+    assert torch.allclose(ours.detach().float(), right.detach().float(), atol=0.02)
 
 
 def test_compiled_heads_have_logits():
     head, hidden, _, right = head_and_logits()
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(hidden), right, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_language_models_under_autocast(name):
+    model, batch = make_model(name).train(), make_batch(name, 1)
+    with torch.autocast("cpu", BF16):
+        right = losses_and_gradients(model, batch)
+        with sebp.prepare(model, defer_logits=True, quiet=True):
+            model(**batch)
+            output = model(**batch)
+            assert type(output.logits) is Logits and not output.logits.source.is_computed
+            ours = losses_and_gradients(model, batch)
+    assert abs(float(ours[0] - right[0])) < 0.02
+    for key, gradient in ours[1].items():
+        assert gradient.dtype == F32
+        close(gradient, right[1][key], 0.1)
 
 
 def test_bfloat16():

@@ -8,6 +8,7 @@ alone, in chunks of the vocabulary. Whatever else is done with them computes the
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,11 @@ class _Source:
     hidden : Tensor, ... x K
     weight : Tensor, V x K
     bias : Tensor, V, or None
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        The logits'.
     """
 
     def __init__(
@@ -44,6 +50,8 @@ class _Source:
         bias: Tensor | None,
     ) -> None:
         self._compute = compute
+        self._is_cast = torch.is_autocast_enabled("cpu")
+        self.dtype = torch.bfloat16 if self._is_cast else hidden.dtype
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self._versions = self._now()
         self._value: Tensor | None = None
@@ -58,13 +66,20 @@ class _Source:
         """Whether there are logits."""
         return self._value is not None
 
-    def check(self) -> None:
-        """Raise where what the logits are made of has changed."""
+    def as_called(self) -> AbstractContextManager:
+        """Return the autocast that the head was called in, for a ``with``.
+
+        Raises
+        ------
+        RuntimeError
+            Where what the logits are made of has changed since.
+        """
         if self._now() != self._versions:
             raise RuntimeError(
                 "sebp: the logits of this call were not computed, and the weights have changed"
                 " since. Read them before the optimizer's step, or prepare(defer_logits=False)"
             )
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._is_cast)
 
     def value(self, is_last: bool) -> Tensor:
         """Compute the logits, as the model would have.
@@ -85,8 +100,7 @@ class _Source:
             known whether the step was a copy.
         """
         if self._value is None:
-            self.check()
-            with torch.enable_grad():
+            with torch.enable_grad(), self.as_called():
                 self._value = self._compute(self.hidden)
             self._version = self._value._version
         if not is_last and self._value._version != self._version:
@@ -153,7 +167,7 @@ class _Defer(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Logits:
         shape = (*hidden.shape[:-1], weight.shape[0])
-        ctx.dtypes = dtypes_of(hidden, weight, bias)
+        ctx.dtypes, ctx.dtype = dtypes_of(hidden, weight, bias), source.dtype
         logits = Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device="cpu")
         ctx.save_for_backward(hidden, weight)
         return logits
@@ -164,7 +178,7 @@ class _Defer(torch.autograd.Function):
         wanted = wanted_dtypes(ctx.needs_input_grad, ctx.dtypes)
         total = dy.numel() // dy.shape[-1] if dy.shape[-1] else 0
         found = torch.ops.sebp.linear_backward(
-            dy.to(weight.dtype), hidden, weight, total, False, *Rule(), *wanted
+            dy.to(ctx.dtype), hidden, weight, total, False, *Rule(), *wanted
         )
         return (*only_wanted(found, wanted), *(None,) * 3)
 
@@ -321,16 +335,16 @@ def _loss(
     if size_average is not None or reduce is not None or not 0 <= label_smoothing <= 1:
         return None
     source = input.source
-    source.check()
-    loss = linear_cross_entropy(
-        input.hidden,
-        source.weight,
-        target,
-        source.bias,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    with source.as_called():
+        loss = linear_cross_entropy(
+            input.hidden,
+            source.weight,
+            target,
+            source.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     return loss.to(input.dtype)
 
 
@@ -343,21 +357,22 @@ def head_forward(forward: Forward, hidden: Tensor) -> Tensor:
     head = forward.module
     if torch.compiler.is_compiling() or not _can_defer(head, hidden):
         return forward.original(hidden)
-    return _make(
-        _Source(forward.original, hidden, head.weight, head.bias), (), hidden, hidden.dtype
-    )
+    source = _Source(forward.original, hidden, head.weight, head.bias)
+    return _make(source, (), hidden, source.dtype)
 
 
 def _can_defer(head: nn.Module, hidden: Tensor) -> bool:
     if not (head.training and torch.is_grad_enabled() and type(head) is nn.Linear):
         return False
-    tensors = (hidden, head.weight, head.bias)
-    if not is_plain(*tensors) or torch.is_autocast_enabled("cpu"):
-        return False
-    tensors = [one for one in tensors if one is not None]
+    tensors = [one for one in (hidden, head.weight, head.bias) if one is not None]
+    if torch.is_autocast_enabled("cpu"):
+        has_dtypes = torch.get_autocast_dtype("cpu") == torch.bfloat16
+    else:
+        has_dtypes = all(one.dtype == hidden.dtype for one in tensors)
     return (
-        hidden.dtype in DTYPES
-        and all(one.dtype == hidden.dtype for one in tensors)
+        has_dtypes
+        and is_plain(*tensors)
+        and all(one.dtype in DTYPES for one in tensors)
         and hidden.dim() > 1
         and hidden.shape[-1] == head.weight.shape[1]
         and any(one.requires_grad for one in tensors)

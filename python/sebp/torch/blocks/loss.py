@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..._structs import CrossEntropyOptions
+from ..._structs import PRECISION_MEDIUM, CrossEntropyOptions
 from ..context import thread_context
 from ..tensors import matrix_of
 
@@ -31,9 +31,10 @@ def linear_cross_entropy(
     Parameters
     ----------
     hidden : Tensor, ... x K
-        float32 or bfloat16, on the CPU.
+        float32 or bfloat16, on the CPU. Under autocast to bfloat16 what is of float32 is rounded
+        while it is read.
     weight : Tensor, V x K
-        Of the dtype of `hidden`.
+        float32 or bfloat16.
     labels : int64 Tensor, of the leading dimensions of `hidden`
     bias : Tensor, V, optional
     ignore_index : int
@@ -53,7 +54,7 @@ def linear_cross_entropy(
     TypeError, ValueError
         If dtypes or shapes do not go together, or for `reduction`.
     SebpError
-        If a label or `label_smoothing` is out of range, or dtypes do not go together.
+        If a label or `label_smoothing` is out of range.
     RuntimeError
         In a backward of the backward.
     """
@@ -68,6 +69,8 @@ def linear_cross_entropy(
     options = CrossEntropyOptions(
         ctypes.sizeof(CrossEntropyOptions), ignore_index, label_smoothing, 1 / max(count, 1)
     )
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+        options.precision = PRECISION_MEDIUM
     loss = _CrossEntropy.apply(hidden, weight, bias, labels, options)
     return loss if count > 0 else loss + math.nan
 
