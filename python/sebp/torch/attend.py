@@ -10,9 +10,11 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..attention import AttentionOptions
-from .context import thread_context
-from .tensors import DTYPES, by_rows, matrix_of
-from .texts import Side, Texts
+from . import attention_ops  # noqa: F401, registers sebp::attention
+from .attention_products import attention_backward, attention_forward
+from .direct import is_direct
+from .tensors import DTYPES, by_rows
+from .texts import Texts
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class Pattern:
 
     causal: bool
     window: int | None = None
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """How many keys are seen before a query's position and behind it; -1: all."""
+        window = -1 if self.window is None else self.window
+        return window, -1 if self.causal else window
 
 
 def attend(
@@ -91,51 +99,89 @@ def attend(
             attend, (query, key, value), query, key, value, texts, pattern, bias, scaling, softcap,
             dropout=dropout, bias_is_of_texts=bias_is_of_texts,
         )  # fmt: skip
-    _check(query, key, value, texts, bias, bias_is_of_texts)
-    for name, number in (("scaling", scaling), ("softcap", softcap)):
-        if isinstance(number, Tensor):
-            raise TypeError(f"{name} is a Tensor, which would get no gradient; give a float")
-    if scaling == 0 or softcap == 0:
-        raise ValueError(f"scaling is {scaling} and softcap {softcap}; neither can be 0")
-    width, width_v = query.shape[3], value.shape[3]
-    if width != width_v:  # the library has one head size; zeros change no score and no output
-        wide = max(width, width_v)
-        query, key, value = (functional.pad(x, (0, wide - x.shape[3])) for x in (query, key, value))
+    _check(query, key, value, scaling, softcap)
+    _check_shapes(query, key, value, texts, bias, bias_is_of_texts)
+    window_left, window_right = pattern.windows
     options = AttentionOptions(
         heads=query.shape[1],
         kv_heads=key.shape[1],
-        scale=width**-0.5 if scaling is None else scaling,
+        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
         softcap=softcap or 0.0,
         causal=pattern.causal,
-        window_left=-1 if pattern.window is None else pattern.window,
-        window_right=-1 if pattern.window is None or pattern.causal else pattern.window,
+        window_left=window_left,
+        window_right=window_right,
         dropout=dropout,
-        seed=int(torch.randint(2**63 - 1, (1,), device="cpu")) if dropout > 0 else 0,
     )
-    # B x L x H x D, and then the heads of a token in one: as the library has them.
-    q, k, v = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+    seed = _draw_seed(dropout)
+    q, k, v = _in_rows(query, key, value)
     if bias is None:
-        out = _side_by_side(q, k, v, None, texts, options)
+        out = _side_by_side(q, k, v, None, texts, options, seed)
     elif bias_is_of_texts or (
         bias.shape[0] == 1 and all(s.begins_at_corner() for s in (texts.queries, texts.keys))
     ):
         longest = texts.queries.max_length, texts.keys.max_length
         corner = bias[0, :, : longest[0], : longest[1]]
-        out = _side_by_side(q, k, v, corner, texts, options)
+        out = _side_by_side(q, k, v, corner, texts, options, seed)
     else:
-        out = _one_by_one(q, k, v, bias, texts, options)
-    return out.unflatten(2, (query.shape[1], -1))[..., :width_v]
+        out = _one_by_one(q, k, v, bias, texts, options, seed)
+    return out.unflatten(2, (query.shape[1], -1))[..., : value.shape[3]]
 
 
-def _check(
+def attend_told(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    texts: Texts,
-    bias: Tensor | None,
-    bias_is_of_texts: bool,
+    told: tuple[Tensor, Tensor, Tensor],
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Do what :func:`attend` does in a graph, where texts and pattern are tensors without values.
+
+    Parameters
+    ----------
+    query, key, value, scaling, softcap, dropout
+        As there.
+    told : tuple of three Tensor
+        `q_texts`, `k_texts` and `pattern` of ``sebp::attention``.
+
+    Returns
+    -------
+    Tensor, B x L x H x D_v
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there.
+    """
+    _check(query, key, value, scaling, softcap)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    heads = query.shape[1], key.shape[1]
+    q, k, v = _in_rows(query, key, value)
+    seed = _draw_seed(dropout)
+    numbers = *heads, scale, softcap or 0.0, dropout
+    out = torch.ops.sebp.attention(q, k, v, None, *told, seed, *numbers)[0]
+    return out.unflatten(2, (heads[0], -1))[..., : value.shape[3]]
+
+
+def _draw_seed(dropout: float) -> Tensor | None:
+    """Draw from PyTorch's generator, by an operator, which a graph holds instead of a number."""
+    return torch.randint(2**63 - 1, (1,), device="cpu") if dropout > 0 else None
+
+
+def _in_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Give them as the library has them, the heads of a token in one: B x L x (H D)."""
+    width, width_v = query.shape[3], value.shape[3]
+    if width != width_v:  # the library has one head size; zeros change no score and no output
+        wide = max(width, width_v)
+        query, key, value = (functional.pad(x, (0, wide - x.shape[3])) for x in (query, key, value))
+    return tuple(x.transpose(1, 2).flatten(2) for x in (query, key, value))
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None
 ) -> None:
-    """Raise for tensors that the library does not take."""
+    """Raise for tensors and numbers that the library does not take."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device.type != "cpu":
             raise TypeError(f"{name} is on {tensor.device}; sebp's attention is for the CPU")
@@ -143,6 +189,23 @@ def _check(
             raise TypeError(f"{name} is {tensor.dtype}; sebp's attention has float32 and bfloat16")
         if tensor.dtype != query.dtype:
             raise TypeError(f"query is {query.dtype}, but {name} is {tensor.dtype}")
+    for name, number in (("scaling", scaling), ("softcap", softcap)):
+        if isinstance(number, Tensor):
+            raise TypeError(f"{name} is a Tensor, which would get no gradient; give a float")
+    if scaling == 0 or softcap == 0:
+        raise ValueError(f"scaling is {scaling} and softcap {softcap}; neither can be 0")
+
+
+def _check_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    texts: Texts,
+    bias: Tensor | None,
+    bias_is_of_texts: bool,
+) -> None:
+    """Raise for tensors that do not go with the texts."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         side = texts.queries if tensor is query else texts.keys
         if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != side.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but texts lie in {side.shape}")
@@ -165,28 +228,47 @@ def _check(
 
 
 def _side_by_side(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, texts: Texts, options: AttentionOptions
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    texts: Texts,
+    options: AttentionOptions,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute all texts in one call: B x L x (H D). bias: 1 or H x longest x longest."""
     if bias is not None:
         bias = bias.float().flatten(0, 1).contiguous()
-    q_in, k_in, v_in = (
-        by_rows(_gather(x, side))
-        for x, side in ((q, texts.queries), (k, texts.keys), (v, texts.keys))
-    )
-    out = _Attention.apply(q_in, k_in, v_in, bias, texts, options)
-    if texts.queries.rows is None:
-        return out
-    padded = out.new_zeros(q.shape[0] * q.shape[1], q.shape[2])
-    return padded.index_copy(0, texts.queries.rows, out).view(q.shape)
+    q, k, v = by_rows(q), by_rows(k), by_rows(v)
+    if is_direct(q, k, v, bias):
+        if seed is not None:
+            options = replace(options, seed=int(seed))
+        return _apply(q, k, v, bias, texts, options)
+    told = _tensors_of(texts, options)
+    return torch.ops.sebp.attention(q, k, v, bias, *told, seed, *_numbers_of(options))[0]
 
 
-def _gather(x: Tensor, side: Side) -> Tensor:
-    return x if side.rows is None else x.flatten(0, 1).index_select(0, side.rows)
+def _tensors_of(texts: Texts, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Give `q_texts`, `k_texts` and `pattern` of ``sebp::attention``."""
+    seen = options.causal, options.window_left, options.window_right
+    pattern = torch.tensor(seen, dtype=torch.int64, device="cpu")
+    return texts.queries.as_tensor(), texts.keys.as_tensor(), pattern
+
+
+def _numbers_of(options: AttentionOptions) -> tuple[float, ...]:
+    """Give the arguments of ``sebp::attention`` behind its tensors."""
+    heads = options.heads, options.kv_heads
+    return (*heads, options.scale, options.softcap, options.dropout, options.offset)
 
 
 def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, texts: Texts, options: AttentionOptions
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    texts: Texts,
+    options: AttentionOptions,
+    seed: Tensor | None,
 ) -> Tensor:
     """Compute each text by itself, as each has a bias of its own: B x L x (H D)."""
     outs = []
@@ -197,16 +279,15 @@ def _one_by_one(
         own = bias[row if bias.shape[0] > 1 else 0][:, at_q][:, :, at_k]
         parts = (q[row, at_q], k[row, at_k], v[row, at_k])
         q_i, k_i, v_i = (part[None] for part in parts)
-        outs.append(
-            _side_by_side(q_i, k_i, v_i, own, text, replace(options, offset=number)).squeeze(0)
-        )
+        of_text = replace(options, offset=number)
+        outs.append(_side_by_side(q_i, k_i, v_i, own, text, of_text, seed).squeeze(0))
     tokens = torch.from_numpy(texts.queries.tokens)
     padded = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2])
     return padded.index_copy(0, tokens, torch.cat([padded[:0], *outs])).view(q.shape)
 
 
-class _Attention(torch.autograd.Function):
-    """out from q, k, v and the bias."""
+class sebp_attention(torch.autograd.Function):
+    """What ``sebp::attention`` computes. Its name is that of the node in the graph of gradients."""
 
     @staticmethod
     def forward(
@@ -218,56 +299,27 @@ class _Attention(torch.autograd.Function):
         texts: Texts,
         options: AttentionOptions,
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = None
-        if any(ctx.needs_input_grad):
-            lse = torch.empty(*q.shape[:-1], options.heads, dtype=torch.float32, device=q.device)
-        inputs = [None if x is None else matrix_of(x) for x in (q, k, v, bias)]
-        outputs = [None if x is None else matrix_of(x) for x in (out, lse)]
-        sequences = texts.queries.sequences, texts.keys.sequences
-        given = options.as_struct()
-        thread_context().call("sebp_attention_forward", *inputs, *sequences, given, *outputs)
+        """Compute what each query attends to, and save what the operator saves."""
+        out, lse = attention_forward(q, k, v, bias, texts, options, any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.texts, ctx.options = texts, options
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients, by ``sebp::attention_backward`` where others may step in."""
         needs, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
-        gradients = _Backward.apply(by_rows(dout), *saved, ctx.texts, ctx.options, needs)
-        return (*gradients, None, None)
-
-
-class _Backward(torch.autograd.Function):
-    """dq, dk, dv and dbias from dout; a function of its own, to refuse a backward of it."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        texts: Texts,
-        options: AttentionOptions,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        gradients = [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
-            for x, needed in zip((q, k, v, bias), needs, strict=True)
-        ]
-        inputs = [None if x is None else matrix_of(x) for x in (dout, q, k, v, bias, out, lse)]
-        outputs = [None if x is None else matrix_of(x) for x in gradients]
-        sequences = texts.queries.sequences, texts.keys.sequences
-        given = options.as_struct()
-        thread_context().call("sebp_attention_backward", *inputs, *sequences, given, *outputs)
-        return tuple(gradients)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple:
-        raise RuntimeError(
-            "sebp's attention has no second derivatives; attn_implementation='eager' has them"
+        if not torch.is_grad_enabled() and is_direct(dout, *saved):
+            found = attention_backward(dout, *saved, ctx.texts, ctx.options, needs)
+            return (*found, None, None)
+        options = ctx.options
+        seed = torch.tensor(options.seed, dtype=torch.int64, device="cpu")
+        found = torch.ops.sebp.attention_backward(
+            dout, *saved, *_tensors_of(ctx.texts, options), seed, needs, *_numbers_of(options)
         )
+        found = (g if need else None for g, need in zip(found, needs, strict=True))
+        return (*found, None, None)
+
+
+# What Function.apply() calls after it has looked for torch.func, which is_direct() has done before.
+_apply = super(torch.autograd.Function, sebp_attention).apply

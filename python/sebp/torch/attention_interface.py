@@ -5,20 +5,19 @@ transformers has a table of attention functions and one of mask functions. With 
 every model that goes through them can have it, whatever its architecture.
 """
 
-import functools
 import inspect
 import warnings
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attend import Pattern, attend
+from .attend import attend, attend_told
 from .attention import attend_packed, check_packed
 from .forward import is_traced
-from .mask_codes import Mask, decode, decode_row, restarts, sebp_mask
+from .mask_codes import decode, decode_row, sebp_mask
 from .packing import Unfit, lengths_of
-from .texts import Side, Texts
+from .read_texts import Told, attends_to_itself, read_texts
 
 NAME = "sebp"
 
@@ -43,25 +42,6 @@ _HINTS = {
     "layer_head_mask": "use 'eager'",
     "s_aux": "sebp's attention has no sinks: use 'eager'",
     "sinks": "sebp's attention has no sinks: use 'eager'",
-}
-
-# Arguments of a module's forward beside which there is one sequence only. A module that has others
-# may attend from one sequence to another of the same length.
-_OF_ONE_SEQUENCE = {
-    "self",
-    "hidden_states",
-    "attention_mask",
-    "mask",
-    "cache",
-    "past_key_value",
-    "past_key_values",
-    "layer_past",
-    "use_cache",
-    "output_attentions",
-    "position_bias",
-    "position_embeddings",
-    "position_ids",
-    "cache_position",
 }
 
 
@@ -98,10 +78,8 @@ def register_attention() -> str:
         )
     _library.load()
     if NAME not in transformers.AttentionInterface():
-        # Under torch.compile they run as they are: lengths are read from tensors.
-        disable = torch.compiler.disable
-        transformers.AttentionInterface.register(NAME, disable(sebp_attention))
-        transformers.AttentionMaskInterface.register(NAME, disable(sebp_mask))
+        transformers.AttentionInterface.register(NAME, sebp_attention)
+        transformers.AttentionMaskInterface.register(NAME, sebp_mask)
     return NAME
 
 
@@ -169,38 +147,116 @@ def sebp_attention(
     _refuse(kwargs)
     if query.device.type != "cpu":
         raise TypeError(f"query is on {query.device}; attn_implementation='sebp' is for the CPU")
+    if query.shape[0] == 1 < key.shape[0]:  # learned queries
+        query = query.expand(key.shape[0], -1, -1, -1)
+    scores = _Scores(dropout, scaling, softcap, is_causal, sliding_window, position_bias)
+    told = position_ids, cu_seq_lens_q, cu_seq_lens_k
+    if not torch.compiler.is_compiling() or is_traced():
+        return _attention(module, query, key, value, attention_mask, scores, *told), None
+    if not _fits_a_graph(key, attention_mask, scores):
+        return _without_a_graph(module, query, key, value, attention_mask, scores, *told), None
+    query, key, value = _cast(query, key, value)
+    told = _told(module, query, key, scores, *told)
+    found = torch.ops.sebp.texts(
+        attention_mask, told.position_ids, told.offsets_q, told.offsets_k, told.shape,
+        told.shape_k, told.is_causal, told.module_is_causal, told.sliding_window,
+        told.is_of_one_sequence,
+    )  # fmt: skip
+    return attend_told(query, key, value, found, scaling, softcap, dropout), None
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How scores and probabilities are made: arguments of :func:`sebp_attention`."""
+
+    dropout: float
+    scaling: float | None
+    softcap: float | None
+    is_causal: bool | None
+    window: int | None
+    bias: Tensor | None
+
+
+def _fits_a_graph(key: Tensor, mask: Tensor | None, scores: _Scores) -> bool:
+    """Return whether nothing has to be read from tensors but by operators."""
+    if scores.bias is not None:  # may be cut text by text
+        return False
+    if mask is None:
+        return True
+    return mask.dtype == torch.int64 and mask.dim() == 2 and mask.shape[1] == key.shape[2]
+
+
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Cast them as autocast says."""
+    if not torch.is_autocast_enabled("cpu"):
+        return query, key, value
+    dtype = torch.get_autocast_dtype("cpu")
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _told(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    scores: _Scores,
+    position_ids: Tensor | None,
+    offsets_q: Tensor | None,
+    offsets_k: Tensor | None,
+) -> Told:
+    """Put together what is known of texts."""
+    return Told(
+        (query.shape[0], query.shape[2]),
+        (key.shape[0], key.shape[2]),
+        position_ids,
+        offsets_q,
+        offsets_k,
+        None if scores.is_causal is None else bool(scores.is_causal),
+        # As "sdpa" has it, which says True for a module that says nothing.
+        bool(getattr(module, "is_causal", True)),
+        scores.window,
+        attends_to_itself(type(module)),
+    )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scores: _Scores,
+    position_ids: Tensor | None,
+    offsets_q: Tensor | None,
+    offsets_k: Tensor | None,
+) -> Tensor:
+    """Compute a call of :func:`sebp_attention`: B x L x H x D."""
     lengths = lengths_of(attention_mask)
     if lengths is not None:
-        return _of_packed(
-            module, query, key, value, lengths, dropout, scaling, is_causal, sliding_window,
-            softcap, position_bias,
-        )  # fmt: skip
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (x.to(dtype) for x in (query, key, value))
+        return _of_packed(module, query, key, value, lengths, scores)
+    query, key, value = _cast(query, key, value)
     mask = None
     if attention_mask is not None and not is_traced():
         mask = decode(attention_mask) or decode_row(attention_mask, query.shape[2])
     if (attention_mask is not None and mask is None) or is_traced():
-        return _by_sdpa(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap,
-            position_bias, (cu_seq_lens_q, cu_seq_lens_k),
-        )  # fmt: skip
-    if query.shape[0] == 1 < key.shape[0]:  # learned queries
-        query = query.expand(key.shape[0], -1, -1, -1)
-    if mask is not None:
-        key, value = _fit(mask, query, key), _fit(mask, query, value)
-    if position_bias is not None:
-        position_bias = position_bias[..., : key.shape[2]]
-    pattern = _pattern(module, mask, is_causal, sliding_window, query.shape[2], key.shape[2])
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        texts = _texts_of_offsets(mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
-        if position_bias is not None and query.shape[0] > 1:
+        if (offsets_q, offsets_k) != (None, None):
+            raise ValueError("cu_seq_lens_q and a mask of four dimensions: give one of them")
+        return _by_sdpa(module, query, key, value, attention_mask, scores)
+    if mask is not None and mask.has_room:  # what lies behind the mask is a static cache's room
+        tokens = mask.segments.shape[1]
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    told = _told(module, query, key, scores, position_ids, offsets_q, offsets_k)
+    texts, pattern = read_texts(mask, told)
+    bias = scores.bias
+    if bias is not None:
+        bias = bias[..., : key.shape[2]]
+        if offsets_q is not None and query.shape[0] > 1:
             raise ValueError("position_bias with cu_seq_lens_q needs a batch of one row")
-    else:
-        texts = _texts(module, mask, pattern, query, key, position_ids)
-    out = attend(query, key, value, texts, pattern, position_bias, scaling, softcap, dropout)
-    return out, None
+    return attend(
+        query, key, value, texts, pattern, bias, scores.scaling, scores.softcap, scores.dropout
+    )
+
+
+_without_a_graph = torch.compiler.disable(_attention)
 
 
 def _of_packed(
@@ -209,23 +265,19 @@ def _of_packed(
     key: Tensor,
     value: Tensor,
     lengths: list[int],
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    window: int | None,
-    softcap: float | None,
-    position_bias: Tensor | None,
-) -> tuple[Tensor, None]:
+    scores: _Scores,
+) -> Tensor:
     """Compute attention where ``padding_free`` has removed padding."""
-    if position_bias is not None:
+    if scores.bias is not None:
         raise Unfit("its attention has the argument position_bias")
     check_packed(query, key, lengths)
+    is_causal = scores.is_causal
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    out = attend_packed(
-        query, key, value, lengths, is_causal, window, None, dropout, scaling, softcap
-    )
-    return out, None
+    return attend_packed(
+        query, key, value, lengths, is_causal, scores.window, None, scores.dropout,
+        scores.scaling, scores.softcap,
+    )  # fmt: skip
 
 
 def _refuse(kwargs: dict[str, object]) -> None:
@@ -245,13 +297,8 @@ def _by_sdpa(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    softcap: float | None,
-    position_bias: Tensor | None,
-    offsets: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor, None]:
+    scores: _Scores,
+) -> Tensor:
     """Let PyTorch compute what has a mask of its own, or is traced."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -260,17 +307,15 @@ def _by_sdpa(
             f"attention_mask is {mask.dtype} {tuple(mask.shape)}, which is neither sebp's nor one"
             " of four dimensions: give the model a mask of two, or use 'sdpa'"
         )
-    if softcap is not None:
+    if scores.softcap is not None:
         raise ValueError(
             "softcap goes with a mask of two dimensions or none; with this one use 'eager'"
         )
-    if offsets != (None, None):
-        raise ValueError("cu_seq_lens_q and a mask of four dimensions: give one of them")
     if not is_traced():
         warnings.warn(
             f"{type(module).__name__}: a mask of four dimensions, so PyTorch's attention computes"
             " it; sebp's takes a mask of two dimensions, cu_seq_lens_q, or position_ids",
-            stacklevel=3,
+            stacklevel=4,
         )
     return sdpa_attention_forward(
         module,
@@ -278,11 +323,11 @@ def _by_sdpa(
         key,
         value,
         mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        position_bias=position_bias,
-    )
+        dropout=scores.dropout,
+        scaling=scores.scaling,
+        is_causal=scores.is_causal,
+        position_bias=scores.bias,
+    )[0]
 
 
 def _is_plain(mask: Tensor) -> bool:
@@ -290,201 +335,3 @@ def _is_plain(mask: Tensor) -> bool:
     if mask.dtype == torch.bool:
         return True
     return mask.is_floating_point() and not bool((mask >= 2.0**60).any())
-
-
-def _fit(mask: Mask, query: Tensor, states: Tensor) -> Tensor:
-    """Take the keys or values that a mask is for; those behind are a static cache's room."""
-    rows, tokens = mask.segments.shape
-    is_fit = tokens == states.shape[2] or (mask.has_room and tokens < states.shape[2])
-    if mask.queries != query.shape[2] or not is_fit or rows != states.shape[0]:
-        raise ValueError(
-            f"the mask is for {mask.queries} queries and {rows} x {tokens} keys, but there are"
-            f" {query.shape[2]} and {states.shape[0]} x {states.shape[2]}"
-        )
-    return states[:, :, :tokens]
-
-
-# --------------------------------------------------------------------------------------------------
-# Which keys a query sees
-
-
-def _pattern(
-    module: nn.Module,
-    mask: Mask | None,
-    is_causal: bool | None,
-    sliding_window: int | None,
-    queries: int,
-    keys: int,
-) -> Pattern:
-    """Put together what the mask, the arguments and the module say; raise where they differ."""
-    window = None if sliding_window is None else sliding_window - 1
-    if window is not None and window < 0:
-        raise ValueError(f"sliding_window is {sliding_window}")
-    if window is not None and window >= keys - 1:
-        window = None
-    if mask is None:
-        # As "sdpa" has it, which says True for a module that says nothing.
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        causal = bool(causal)
-        if window is not None:
-            raise ValueError(
-                f"sliding_window is {sliding_window}, but the mask is None and so has no window"
-            )
-        if causal and 1 < queries != keys:
-            raise ValueError(
-                f"{queries} queries and {keys} keys without a mask: which see which is left open"
-            )
-        return Pattern(causal)
-    pattern = mask.pattern
-    if sliding_window is not None and window != pattern.window:
-        own = None if pattern.window is None else pattern.window + 1
-        raise ValueError(f"sliding_window is {sliding_window}, but that of the mask is {own}")
-    if is_causal is None or bool(is_causal) == pattern.causal:
-        return pattern
-    raise ValueError(
-        f"is_causal is {is_causal}, but the mask is {'' if pattern.causal else 'not '}causal;"
-        " config.is_causal changes both"
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Which tokens are a text
-
-
-def _texts_of_offsets(
-    mask: Mask | None,
-    query: Tensor,
-    key: Tensor,
-    offsets_q: Tensor | None,
-    offsets_k: Tensor | None,
-) -> Texts:
-    """Read the texts from cumulative lengths."""
-    if offsets_q is None or offsets_k is None:
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k come together, but one is None")
-    if mask is not None and not mask.segments.all():
-        raise ValueError("attention_mask has padding, and cu_seq_lens_q is given: give one of them")
-    sides = [
-        _side_of_offsets(offsets, states, name)
-        for offsets, states, name in ((offsets_q, query, "q"), (offsets_k, key, "k"))
-    ]
-    if sides[0].offsets.size != sides[1].offsets.size:
-        counts = (sides[0].offsets.size - 1, sides[1].offsets.size - 1)
-        raise ValueError(f"cu_seq_lens_q has {counts[0]} texts, but cu_seq_lens_k {counts[1]}")
-    return Texts(*sides)
-
-
-def _side_of_offsets(offsets: Tensor, states: Tensor, name: str) -> Side:
-    """Check cumulative lengths and make a side of them."""
-    total = states.shape[0] * states.shape[2]
-    if offsets.dim() != 1 or offsets.is_floating_point() or offsets.numel() == 0:
-        shape = tuple(offsets.shape)
-        raise ValueError(f"cu_seq_lens_{name} is {offsets.dtype} {shape}, not a list of integers")
-    lengths = np.diff(offsets.detach().cpu().numpy().astype(np.int64))
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != total or bool((lengths < 0).any()):
-        raise ValueError(
-            f"cu_seq_lens_{name} goes from {first} to {last}, for {total} tokens; it goes from 0 to"
-            " their number and never falls"
-        )
-    rows, length = states.shape[0], states.shape[2]
-    if not np.isin(np.arange(1, rows) * length, np.cumsum(lengths)).all():
-        raise ValueError(
-            f"a text of cu_seq_lens_{name} goes over the end of a row of {length} tokens: these are"
-            " lengths of another sequence, or the batch is to be one row"
-        )
-    return Side.of_lengths(lengths, (rows, length))
-
-
-def _texts(
-    module: nn.Module,
-    mask: Mask | None,
-    pattern: Pattern,
-    query: Tensor,
-    key: Tensor,
-    position_ids: Tensor | None,
-) -> Texts:
-    """Read the texts from a mask, or from positions."""
-    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    if mask is not None and not mask.is_told:
-        raise ValueError(_NOT_TOLD)
-    if mask is not None and mask.segments.max(initial=0) > 1:
-        return Texts.of_segments(mask.segments)
-    may_be_own = queries == keys and not (mask is not None and mask.is_of_keys)
-    is_own = pattern.causal or (may_be_own and _attends_to_itself(type(module)))
-    if mask is None or mask.segments.all():
-        begins = _begins(position_ids, batch, queries) if queries == keys else None
-        if begins is None:
-            return Texts.of_rows(batch, queries, keys)
-        if not is_own or batch > 1:
-            raise ValueError(_PACKED)
-        return Texts.of_segments(begins.cumsum(1))
-    real = mask.segments > 0
-    if queries == keys:
-        _check_positions(position_ids, real)
-    of_queries = real[:, -queries:] if is_own else np.ones((batch, queries), np.bool_)
-    if queries == 0:
-        of_queries = real[:, :0]
-    if pattern.window is not None:
-        _check_window(pattern, real, is_own)
-    return Texts.of_masks(of_queries, real)
-
-
-def _check_positions(position_ids: Tensor | None, real: np.ndarray) -> None:
-    """Raise where positions of real tokens do not rise in a row that has padding: B x L."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != real.shape[1]:
-        return
-    positions = position_ids.detach().cpu().numpy()
-    if positions.shape[0] not in (1, real.shape[0]):
-        return
-    for row, seen in zip(np.broadcast_to(positions, real.shape), real, strict=True):
-        if (np.diff(row[seen]) <= 0).any():
-            raise ValueError(_PACKED)
-
-
-_NOT_TOLD = """\
-position_ids do not say where texts begin: each is to be one more than the one before, or that of \
-the first token again. Give cu_seq_lens_q and cu_seq_lens_k, or an attention_mask."""
-
-_PACKED = """\
-position_ids begin again, but 'sdpa' and flash attention would not part texts there: the batch has \
-padding, or several rows and a cache or a mask, or this may be attention to another sequence. Give \
-cu_seq_lens_q and cu_seq_lens_k, or use_cache=False and no attention_mask."""
-
-
-def _begins(position_ids: Tensor | None, batch: int, length: int) -> np.ndarray | None:
-    """Find where texts begin by positions: B x L; None for one text a row."""
-    if position_ids is None or position_ids.dim() != 2 or length < 2:
-        return None
-    if position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
-        return None
-    positions = position_ids.detach().cpu().numpy()
-    if (np.diff(positions, axis=1) == 1).all():
-        return None
-    begins = restarts(positions)
-    if begins is None:
-        raise ValueError(_NOT_TOLD)
-    return np.broadcast_to(begins, (batch, length))
-
-
-@functools.lru_cache(maxsize=1024)
-def _attends_to_itself(kind: type[nn.Module]) -> bool:
-    """Return whether a module's forward gets one sequence only, which then has its own keys."""
-    parameters = inspect.signature(kind.forward).parameters.values()
-    return all(p.kind is p.VAR_KEYWORD or p.name in _OF_ONE_SEQUENCE for p in parameters)
-
-
-def _check_window(pattern: Pattern, real: np.ndarray, is_own: bool) -> None:
-    """Raise where a window would go by other distances than those in the padded rows."""
-    if not is_own:
-        raise ValueError(
-            "a sliding window over a padded batch, by a module that may attend to another"
-            " sequence: use 'sdpa'"
-        )
-    first = real.argmax(1)
-    last = real.shape[1] - real[:, ::-1].argmax(1)
-    lengths = real.sum(1)
-    if bool(((last - first != lengths) & (lengths > 0)).any()):
-        raise ValueError(
-            f"attention_mask has gaps within texts, and attention a window of {pattern.window} to"
-            " a side: whether the gaps count is left open; use 'sdpa', where they do"
-        )

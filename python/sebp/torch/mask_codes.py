@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from .attend import Pattern
 from .forward import is_traced
@@ -64,13 +65,18 @@ class Mask:
 
     def encode(self) -> Tensor:
         """Make a mask of it: int64, B x L_k."""
-        window = 0 if self.pattern.window is None else self.pattern.window + 1
-        if max(window, self.queries, self.segments.shape[1]) >= _FIELD:
-            raise ValueError(f"sebp's attention takes rows of less than {_FIELD} tokens")
-        same = _OURS | (_CAUSAL if self.pattern.causal else 0) | (_ROOM if self.has_room else 0)
-        same |= self.queries << 40 | window << 20
+        same = _header(self.pattern, self.queries, self.segments.shape[1], self.has_room)
         segments = self.segments if self.is_told else np.full_like(self.segments, _UNTOLD)
         return torch.from_numpy(np.where(segments > 0, segments | same, 0))
+
+
+def _header(pattern: Pattern, queries: int, tokens: int, has_room: bool) -> int:
+    """Make the bits that are the same for all keys."""
+    window = 0 if pattern.window is None else pattern.window + 1
+    if max(window, queries, tokens) >= _FIELD:
+        raise ValueError(f"sebp's attention takes rows of less than {_FIELD} tokens")
+    same = _OURS + (_CAUSAL if pattern.causal else 0) + (_ROOM if has_room else 0)
+    return same + queries * 2**40 + window * 2**20
 
 
 def decode(mask: Tensor) -> Mask | None:
@@ -217,7 +223,67 @@ def sebp_mask(
     """
     from transformers import masking_utils
 
-    mask_function = mask_function or masking_utils.causal_mask_function
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function or masking_utils.causal_mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "allow_is_causal_skip": allow_is_causal_skip,
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+        "use_vmap": use_vmap,
+        **kwargs,
+    }
+    if not torch.compiler.is_compiling() or is_traced():
+        return _make_mask(**arguments)
+    # A graph has no values of tensors, and the closures of functions made in it cannot be read.
+    is_causal = arguments["mask_function"] is masking_utils.causal_mask_function
+    is_full = arguments["mask_function"] is masking_utils.bidirectional_mask_function
+    may_skip = allow_is_causal_skip if is_causal else is_full and allow_is_bidirectional_skip
+    is_of_rows = attention_mask is None or attention_mask.dim() == 2
+    if not may_skip or not is_of_rows or use_vmap or isinstance(q_offset, Tensor):
+        return _make_without_a_graph(**arguments)
+    first = q_offset - kv_offset
+    tokens = _tokens_seen(is_causal, first, q_length, kv_length)
+    is_aligned = not is_causal or (tokens == kv_length and (q_length in (1, tokens)))
+    if attention_mask is None and is_aligned:
+        return None
+    same = _header(Pattern(is_causal), q_length, tokens, tokens < kv_length)
+    if attention_mask is None:
+        return torch.ones(batch_size, tokens, dtype=torch.int64) * (same + 1)
+    real = attention_mask[:, kv_offset : kv_offset + tokens] != 0
+    real = functional.pad(real, (0, tokens - real.shape[1]))  # the mask may end before the keys do
+    return real.expand(batch_size, -1).long() * (same + 1)
+
+
+def _tokens_seen(is_causal: bool, first: int, queries: int, keys: int) -> int:
+    """Return how many keys are seen, the first query at `first`.
+
+    What lies behind the last query is not: room that a static cache has left.
+    """
+    if is_causal and first + queries > keys:
+        raise ValueError(f"{queries} queries at {first} have {keys} keys only")
+    return min(keys, first + queries) if is_causal else keys
+
+
+def _make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
+    allow_is_causal_skip: bool,
+    allow_is_bidirectional_skip: bool,
+    use_vmap: bool,
+    **kwargs: object,
+) -> Tensor | None:
+    """Make the mask of :func:`sebp_mask` outside of graphs."""
+    from transformers import masking_utils
 
     def dense() -> Tensor | None:
         return masking_utils.sdpa_mask(
@@ -228,7 +294,6 @@ def sebp_mask(
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
-            local_size=local_size,
             allow_is_causal_skip=allow_is_causal_skip,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             use_vmap=use_vmap,
@@ -249,10 +314,7 @@ def sebp_mask(
     if pattern is None:
         return dense()
     first = int(q_offset) - kv_offset
-    # What lies behind the last query is not seen: room that a static cache has left.
-    tokens = min(kv_length, first + q_length) if pattern.causal else kv_length
-    if pattern.causal and first + q_length > kv_length:
-        raise ValueError(f"{q_length} queries at {first} have {kv_length} keys only")
+    tokens = _tokens_seen(pattern.causal, first, q_length, kv_length)
     if pattern.window is not None and pattern.window >= tokens - 1:
         pattern = Pattern(pattern.causal)
     is_told = True
@@ -268,6 +330,9 @@ def sebp_mask(
         if pattern.window is None and is_aligned and bool(segments.all()):
             return None
     return Mask(pattern, q_length, segments, is_told, has_room=tokens < kv_length).encode()
+
+
+_make_without_a_graph = torch.compiler.disable(_make_mask)
 
 
 def _of_padding(mask: Tensor | None, batch: int, tokens: int, offset: int) -> NDArray[np.int64]:

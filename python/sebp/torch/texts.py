@@ -81,6 +81,37 @@ class Side:
         return cls._gathered(mask, lengths)
 
     @classmethod
+    def of_numbers(cls, numbers: Integers, count: int) -> "Side":
+        """Make texts of what :meth:`numbers` gives: B x L.
+
+        Parameters
+        ----------
+        numbers : int64 array, B x L
+        count : int
+            How many texts there are; those that no token has are empty.
+        """
+        mask = numbers > 0
+        lengths = np.bincount(numbers[mask], minlength=count + 1)[1:]
+        if mask.all():
+            return cls.of_lengths(lengths, numbers.shape)
+        of_row = np.arange(1, len(numbers) + 1)[:, None]
+        if count == len(numbers) and ((numbers == of_row) | ~mask).all():
+            return cls.of_mask(mask)
+        return cls._gathered(mask, lengths)
+
+    def numbers(self) -> Tensor:
+        """Give the number of each token's text: int64, B x L, from 1 on; 0 for none."""
+        numbers = np.zeros(self.shape[0] * self.shape[1], np.int64)
+        lengths = np.diff(self.offsets)
+        numbers[self.tokens] = np.repeat(np.arange(1, lengths.size + 1), lengths)
+        return torch.from_numpy(numbers.reshape(self.shape))
+
+    def as_tensor(self) -> Tensor:
+        """Say which tokens are a text as ``sebp::attention`` takes it, by `offsets` if they do."""
+        is_whole = self.rows is None and self.tokens.size == self.shape[0] * self.shape[1]
+        return torch.from_numpy(self.offsets) if is_whole else self.numbers()
+
+    @classmethod
     def _gathered(cls, mask: Booleans, lengths: Integers) -> "Side":
         tokens = np.flatnonzero(mask)
         packed = cls.of_lengths(lengths, mask.shape)
@@ -133,8 +164,65 @@ class Texts:
         return cls(side, side)
 
     @classmethod
+    def of_tensors(
+        cls, queries: Tensor, keys: Tensor, shape: tuple[int, int], shape_k: tuple[int, int]
+    ) -> "Texts":
+        """Make what ``sebp::attention`` is told by `q_texts` and `k_texts`.
+
+        Parameters
+        ----------
+        queries, keys : Tensor of int
+            Cumulative lengths, or in two dimensions the number of each token's text.
+        shape, shape_k : (int, int)
+            B and L of the queries, and of the keys.
+
+        Raises
+        ------
+        ValueError
+            If they do not fit the shapes or each other.
+        """
+        told = [x.detach().numpy().astype(np.int64, copy=False) for x in (queries, keys)]
+        shapes = tuple(shape), tuple(shape_k)
+        counts = [x.size - 1 if x.ndim == 1 else int(x.max(initial=0)) for x in told]
+        if all(x.ndim == 2 for x in told):
+            counts.append(shapes[0][0])  # as rows have them; more texts without tokens do nothing
+        sides = []
+        for numbers, of in zip(told, shapes, strict=True):
+            if numbers.ndim == 1:
+                sides.append(Side.of_lengths(check_offsets(numbers, of, "texts"), of))
+            elif numbers.shape != of:
+                raise ValueError(f"the texts are told for {numbers.shape} tokens, but lie in {of}")
+            else:
+                sides.append(Side.of_numbers(numbers, max(counts)))
+        return cls(*sides)
+
+    @classmethod
     def of_masks(cls, queries: Booleans, keys: Booleans) -> "Texts":
         """Make a text of each row's tokens whose mask is True: B x L and B x L_k."""
         side = Side.of_mask(queries)
         same = queries is keys or np.array_equal(queries, keys)
         return cls(side, side if same else Side.of_mask(keys))
+
+
+def check_offsets(offsets: Integers, shape: tuple[int, int], name: str) -> Integers:
+    """Make lengths of the cumulative lengths of texts that lie end to end in B rows of L tokens.
+
+    Raises
+    ------
+    ValueError
+        If they are none, for so many tokens, or a text goes over the end of a row.
+    """
+    rows, length = shape
+    lengths = np.diff(offsets)
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != rows * length or bool((lengths < 0).any()):
+        raise ValueError(
+            f"{name} goes from {first} to {last}, for {rows * length} tokens; it goes from 0 to"
+            " their number and never falls"
+        )
+    if not np.isin(np.arange(1, rows) * length, offsets).all():
+        raise ValueError(
+            f"a text of {name} goes over the end of a row of {length} tokens: these are lengths of"
+            " another sequence, or the batch is to be one row"
+        )
+    return lengths

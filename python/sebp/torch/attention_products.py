@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's attention on tensors, forward and backward, below autograd."""
+
+import torch
+from torch import Tensor
+
+from .._structs import Matrix
+from ..attention import AttentionOptions
+from .context import thread_context
+from .tensors import matrix_of
+from .texts import Side, Texts
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    texts: Texts,
+    options: AttentionOptions,
+    needs_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what each query attends to.
+
+    Parameters
+    ----------
+    q : Tensor, ... x (H D)
+        The queries among which `texts` lie, in B x L rows.
+    k, v : Tensor, ... x (H_k D)
+    bias : Tensor, (1 or H times longest) x longest, or None
+        float32.
+    texts : Texts
+    options : AttentionOptions
+    needs_lse : bool
+        Whether a backward may follow.
+
+    Returns
+    -------
+    out : Tensor, of the shape of `q`
+        Zero for tokens of no text.
+    lse : Tensor, ... x H, or None
+        float32.
+    """
+    of_q, of_k = texts.queries, texts.keys
+    given = _gather(q, of_q), _gather(k, of_k), _gather(v, of_k)
+    out = torch.empty(given[0].shape, dtype=q.dtype, device=q.device)
+    lse = None
+    if needs_lse:
+        shape = (*out.shape[:-1], options.heads)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    thread_context().call(
+        "sebp_attention_forward",
+        *map(_matrix, (*given, bias)),
+        of_q.sequences,
+        of_k.sequences,
+        options.as_struct(),
+        *map(_matrix, (out, lse)),
+    )
+    return _scatter(out, of_q, q), None if lse is None else _scatter(lse, of_q, q)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    texts: Texts,
+    options: AttentionOptions,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of :func:`attention_forward`.
+
+    Parameters
+    ----------
+    dout : Tensor, of the shape of `q`
+    q, k, v, bias, texts, options
+        As the forward was given them.
+    out, lse : Tensor
+        As the forward gave them.
+    needs : four bool
+        Which gradients are needed.
+
+    Returns
+    -------
+    dq, dk, dv, dbias : Tensor or None
+        None where it is not needed. Those of tokens of no text are zero.
+    """
+    of_q, of_k = texts.queries, texts.keys
+    given = (
+        *(_gather(x, side) for x, side in ((dout, of_q), (q, of_q), (k, of_k), (v, of_k))),
+        bias,
+        _gather(out, of_q),
+        _gather(lse, of_q),
+    )
+    gradients = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
+        for x, needed in zip(given[1:5], needs, strict=True)
+    ]
+    thread_context().call(
+        "sebp_attention_backward",
+        *map(_matrix, given),
+        of_q.sequences,
+        of_k.sequences,
+        options.as_struct(),
+        *map(_matrix, gradients),
+    )
+    dq, dk, dv, dbias = gradients
+    return (
+        None if dq is None else _scatter(dq, of_q, q),
+        None if dk is None else _scatter(dk, of_k, k),
+        None if dv is None else _scatter(dv, of_k, v),
+        dbias,
+    )
+
+
+def _matrix(x: Tensor | None) -> Matrix | None:
+    return None if x is None else matrix_of(x)
+
+
+def _gather(x: Tensor, side: Side) -> Tensor:
+    """Take the rows of texts, where the library cannot be told where they lie."""
+    return x if side.rows is None else x.flatten(0, -2).index_select(0, side.rows)
+
+
+def _scatter(rows: Tensor, side: Side, like: Tensor) -> Tensor:
+    """Undo :func:`_gather`, with zeros for the other rows."""
+    if side.rows is None:
+        return rows
+    *lead, _ = like.shape
+    padded = rows.new_zeros(like.shape[:-1].numel(), rows.shape[-1])
+    return padded.index_copy_(0, side.rows, rows).view(*lead, rows.shape[-1])
