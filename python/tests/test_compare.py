@@ -3,7 +3,11 @@
 
 import copy
 import random
+import subprocess
+import sys
 import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,3 +379,81 @@ def test_gradients_of_what_a_batch_holds_deeper():
     sebp.compare(Model(), {"pair": ({"x": x}, y)}, repetitions=1, loss=lambda out: out.sum())
     assert x.grad is None
     assert y.grad is None
+
+
+# --------------------------------------------------------------------------------------------------
+# What a comparison leaves behind
+
+
+def cache_of(model, ids):
+    model.config.use_cache = True
+    return model.model(input_ids=ids).past_key_values
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_cache_in_the_batch(prepared):
+    """Each step gets a copy of it, as a step adds to it."""
+    model = make_model("llama").eval()
+    ids = torch.randint(5, 90, (2, 9))
+    with torch.no_grad():
+        cache = cache_of(model, ids[:, :4])
+    keys = cache.layers[0].keys.clone()
+    batch = {"input_ids": ids[:, 4:], "labels": ids[:, 4:], "past_key_values": cache}
+    if prepared:
+        sebp.prepare(model, quiet=True)
+    found = compare(model, batch)
+    assert cache.get_seq_length() == 4
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert found.difference < 1e-4
+    whole = model(**batch)
+    assert found.ours.loss == pytest.approx(whole.loss.item(), rel=1e-5)
+    assert cache.get_seq_length() == 9  # the user's own call adds to it
+
+
+def test_a_cache_that_cannot_be_copied():
+    model = make_model("llama").eval()
+    ids = torch.randint(5, 90, (2, 9))
+    batch = {"input_ids": ids, "labels": ids, "past_key_values": cache_of(model, ids)}
+    with pytest.raises(ValueError, match=r"a DynamicCache that cannot be copied .*no_grad"):
+        compare(model, batch)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.filterwarnings("default:sebp")
+def test_warnings_come_again_in_training(prepared):
+    """What is told while steps are compared is told to who trains the model afterwards."""
+    model = make_model("bert").train()
+    batch = make_batch("bert", 1, left=True)
+    text = "BertForSequenceClassification: such calls run with padding"
+    if prepared:
+        sebp.prepare(model, quiet=True)
+    with pytest.warns(UserWarning, match=text):
+        compare(model, batch)
+    sebp.prepare(model, quiet=True)
+    with pytest.warns(UserWarning, match=text):
+        model(**batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch)  # and then no more
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f"sebp: {text}")
+        compare(model, batch)
+
+
+def test_python_forgets_warnings_of_a_comparison(capfd):
+    code = """
+import sys
+sys.path.insert(0, "tests")
+import sebp
+from models import make_batch, make_model
+model, batch = make_model("bert").train(), make_batch("bert", 1, left=True)
+sebp.prepare(model, quiet=True)
+sebp.compare(model, batch, repetitions=1)
+print("trains", file=sys.stderr, flush=True)
+model(**batch)
+model(**batch)
+"""
+    folder = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+    before, after = capfd.readouterr().err.split("trains")
+    assert before.count("run with padding") == after.count("run with padding") == 1

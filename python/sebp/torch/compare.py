@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes the same training step of a model as it is and with SEBP, and says what differs."""
 
+import copy
 import math
 import statistics
 import warnings
@@ -144,7 +145,7 @@ class _Runner:
 
     def __init__(self, model: nn.Module, batch: Batch, loss: Loss | None) -> None:
         self.model = model
-        self.batch = _detached(batch)
+        self.batch = _for_a_step(batch)
         self.step = Step(model, loss)
         self.state = State(model)
         self.tensors = parameters_for(self.step)
@@ -152,18 +153,18 @@ class _Runner:
     def run(self, is_plain: bool, tensors: dict[str, Tensor] | None = None) -> tuple[float, float]:
         """Take a step; return its seconds and its loss."""
         self.state.put_back()
+        batch = _for_a_step(self.batch)
         with as_it_is(self.model) if is_plain else nullcontext():
             start = perf_counter()
-            loss = torch.func.functional_call(self.step, tensors or self.tensors, (self.batch,))
+            loss = torch.func.functional_call(self.step, tensors or self.tensors, (batch,))
             return perf_counter() - start, float(loss)
 
     def parts(self, is_plain: bool) -> Parts:
         """Take a step under PyTorch's profiler."""
         self.state.put_back()
+        batch = _for_a_step(self.batch)
         with as_it_is(self.model) if is_plain else nullcontext():
-            return parts_of(
-                lambda: torch.func.functional_call(self.step, self.tensors, (self.batch,))
-            )
+            return parts_of(lambda: torch.func.functional_call(self.step, self.tensors, (batch,)))
 
     def compare_gradients(self) -> tuple[list[float], float, str, bool]:
         """Take a step each way without dropout.
@@ -207,14 +208,27 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _detached(value: object) -> object:
-    """Replace tensors in a batch that require gradients, as theirs are not to change."""
+def _for_a_step(value: object) -> object:
+    """Copy a batch so far that a step changes nothing of it.
+
+    Tensors are shared; those that require gradients are replaced, as theirs are not to change. A
+    cache, to which a step adds, is copied as a whole.
+    """
     if isinstance(value, Tensor):
         return value.detach().requires_grad_() if value.requires_grad else value
+    if hasattr(value, "get_seq_length"):
+        try:
+            return copy.deepcopy(value)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the batch holds a {type(value).__name__} that cannot be copied for each step,"
+                " perhaps as its tensors have gradients: make it under torch.no_grad(), or leave it"
+                " out"
+            ) from error
     if isinstance(value, Mapping):
-        return {key: _detached(one) for key, one in value.items()}
+        return {key: _for_a_step(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        parts = [_detached(one) for one in value]
+        parts = [_for_a_step(one) for one in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
@@ -244,8 +258,8 @@ def _optimizer_seconds(model: nn.Module) -> float:
     seconds = 0.0
     for chunk in filter(None, chunks):
         copies = [parameter.detach().clone().requires_grad_() for parameter in chunk]
-        for copy in copies:
-            copy.grad = torch.zeros_like(copy)
+        for one in copies:
+            one.grad = torch.zeros_like(one)
         optimizer = torch.optim.AdamW(copies, fused=True)
         times = []
         for _ in range(4):
@@ -257,9 +271,15 @@ def _optimizer_seconds(model: nn.Module) -> float:
 
 
 def _keep_counts(model: nn.Module, stack: ExitStack) -> None:
-    """Give the counts of calls that were there before what they count now, at the end."""
+    """Give the counts of calls that were there before what they count now, at the end.
+
+    So that warnings which only this comparison has given come again, for who trains the model
+    later, they are forgotten, by Python too: it does so at the end of any ``catch_warnings``.
+    """
+    stack.enter_context(warnings.catch_warnings())
     if (proofs := proofs_of(model)) is None:
         return
+    stack.callback(proofs.warned.intersection_update, set(proofs.warned))
     for counter in (proofs.calls, proofs.tokens):
         stack.callback(counter.update, Counter(counter))
         stack.callback(counter.clear)  # callbacks run in reverse
@@ -410,6 +430,7 @@ def compare(
         Any model on the CPU.
     batch : mapping, sequence or Tensor
         What the model is called with, including labels if the model computes its loss from them.
+        A cache in it is copied for each step.
     loss : callable, optional
         Computes a scalar loss from what the model returned. Default: its ``loss``, or the scalar
         that it is.
@@ -431,7 +452,8 @@ def compare(
         If the model is no ``nn.Module``, or the batch is nothing to call one with.
     ValueError
         If there is no scalar loss or nothing to train, the model is not on the CPU, a
-        SparseOptimizer trains it, or `repetitions` is below 1.
+        SparseOptimizer trains it, the batch holds a cache that cannot be copied, or `repetitions`
+        is below 1.
     LibraryNotFoundError, LibraryMismatchError
         If libsebp is not found, or is another version's.
 
