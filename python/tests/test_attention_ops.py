@@ -2,6 +2,7 @@
 """``sebp::attention`` as an operator: compilers, modes, FLOPs, seeds."""
 
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -130,6 +131,30 @@ def test_the_same_bits_where_others_step_in(layout: str, bias_rows: int) -> None
     with FlopCounterMode(display=False):
         found = step()
     assert want[0].any() and all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("mode_is_first", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "gaps"])
+def test_checkpointing_where_others_step_in_once(layout: str, mode_is_first: bool) -> None:
+    """The operator and the direct way save as many tensors of the same shapes."""
+    texts = texts_of(layout)
+    inputs = [draw(*texts.queries.shape[:1], 2, texts.queries.shape[1], 8) for _ in range(3)]
+
+    def run(*inputs: Tensor) -> Tensor:
+        return attend(*inputs, texts, CAUSAL, dropout=0.5)
+
+    torch.manual_seed(3)
+    want = run(*inputs)
+    dout = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, inputs, dout)
+    torch.manual_seed(3)
+    modes = [FlopCounterMode(display=False), nullcontext()]
+    first, second = modes if mode_is_first else modes[::-1]
+    with first:
+        out = checkpoint(run, *inputs, use_reentrant=False)
+    with second:
+        found = torch.autograd.grad(out, inputs, dout)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_profilers_see_it() -> None:

@@ -50,8 +50,18 @@ def test_counts_of_a_run(monkeypatch):
     assert "calls      4, of which 3 left padding out\n           1 did not: no padding" in text
     assert "measured" in text
     assert "an estimate" in text
-    # The background, the tokens that there are (no padded computed), two times, and five names.
-    assert len(rectangles(report.to_svg())) == 1 + 2 + 2 + 5
+    assert report.forward_seconds > 0
+    assert report.dense_forward_seconds == report.dense_seconds  # rows left out are in both
+    times = report.times
+    assert times.steps == 4
+    assert times.products == pytest.approx(report.seconds + report.forward_seconds)
+    assert times.attention > 0
+    assert times.total > times.products + times.attention
+    assert times.rest == pytest.approx(times.total - times.products - times.attention)
+    assert f"time       {times.total:.2f} s in 4 steps" in text
+    # The background, the tokens that there are (no padded computed), the parts of steps, forward
+    # and backward in both ways, and ten names.
+    assert len(rectangles(report.to_svg())) == 1 + 2 + 3 + 4 + 10
 
 
 def test_padding_that_is_computed():
@@ -63,6 +73,7 @@ def test_padding_that_is_computed():
     assert (report.rows, report.active) == (10, 4)
     assert not report.tokens
     assert "tokens" not in str(report)
+    assert "attention" in str(report)
 
 
 @pytest.mark.filterwarnings("ignore:sebp.compare. no time is gained")
@@ -77,12 +88,13 @@ def test_with_a_batch(tmp_path):
     assert report.calls == plain.calls
     again = prepared.report()  # nor among those of a later report
     assert (again.rows, again.active, again.calls) == (plain.rows, plain.active, plain.calls)
+    assert (again.times, again.forward_seconds) == (plain.times, plain.forward_seconds)
     assert report.comparison.difference < 1e-4
     assert str(report).endswith(str(report.comparison))
     report.save_svg(tmp_path / "run.svg")
     svg = (tmp_path / "run.svg").read_text(encoding="utf-8")
     assert len(rectangles(svg)) > len(rectangles(plain.to_svg()))
-    for part in ("products", "attention", "rest", "a step as it is"):
+    for part in ("products", "attention", "rest", "steps", "a step as it is"):
         assert part in svg
     assert "forward" not in vars(model)
 

@@ -14,6 +14,7 @@ from .blocks.put import take_blocks, take_heads
 from .forward import is_replaced
 from .layers import give_rule, has_rule, linear_classes, take_rule
 from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
+from .step_times import stop_timing
 
 OWNER = "apply_sebp_to_model"  # for leave_padding_out()
 PREPARED = "prepare"  # likewise, of sebp.prepare
@@ -209,4 +210,5 @@ def remove_sebp_from_model(model: nn.Module) -> list[str]:
     put_padding_back(model, PREPARED)
     take_blocks(model)
     take_heads(model)
+    stop_timing(model)
     return [name for name, module in model.named_modules() if take_rule(module)]

@@ -93,15 +93,19 @@ def _(
 
 
 def _save(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, q_texts, k_texts, pattern, seed, *ctx.options = inputs
+    q, k, v, bias, *rest = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, bias, out, lse, q_texts, k_texts, pattern, seed)
+    # No more than the direct way saves: checkpointing may compute again by that, and counts.
+    ctx.save_for_backward(q, k, v, bias, out, lse)
+    ctx.told, ctx.options = rest[:4], rest[4:]
 
 
 def _backward(ctx: FunctionCtx, dout: Tensor, _: Tensor) -> tuple:
     needs = ctx.needs_input_grad[:4]
-    gradients = torch.ops.sebp.attention_backward(dout, *ctx.saved_tensors, needs, *ctx.options)
+    gradients = torch.ops.sebp.attention_backward(
+        dout, *ctx.saved_tensors, *ctx.told, needs, *ctx.options
+    )
     found = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return (*found, *(None,) * 10)
 

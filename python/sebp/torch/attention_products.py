@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's attention on tensors, forward and backward, below autograd."""
 
+import time
+
 import torch
 from torch import Tensor
 
 from .._structs import Matrix
 from ..attention import AttentionOptions
 from .context import thread_context
+from .step_times import add_attention
 from .tensors import matrix_of
 from .texts import Side, Texts
 
@@ -41,6 +44,7 @@ def attention_forward(
     lse : Tensor, ... x H, or None
         float32.
     """
+    start = time.perf_counter()
     of_q, of_k = texts.queries, texts.keys
     given = _gather(q, of_q), _gather(k, of_k), _gather(v, of_k)
     out = torch.empty(given[0].shape, dtype=q.dtype, device=q.device)
@@ -56,7 +60,9 @@ def attention_forward(
         options.as_struct(),
         *map(_matrix, (out, lse)),
     )
-    return _scatter(out, of_q, q), None if lse is None else _scatter(lse, of_q, q)
+    out, lse = _scatter(out, of_q, q), None if lse is None else _scatter(lse, of_q, q)
+    add_attention(time.perf_counter() - start)
+    return out, lse
 
 
 def attention_backward(
@@ -88,6 +94,7 @@ def attention_backward(
     dq, dk, dv, dbias : Tensor or None
         None where it is not needed. Those of tokens of no text are zero.
     """
+    start = time.perf_counter()
     of_q, of_k = texts.queries, texts.keys
     given = (
         *(_gather(x, side) for x, side in ((dout, of_q), (q, of_q), (k, of_k), (v, of_k))),
@@ -107,13 +114,10 @@ def attention_backward(
         options.as_struct(),
         *map(_matrix, gradients),
     )
-    dq, dk, dv, dbias = gradients
-    return (
-        None if dq is None else _scatter(dq, of_q, q),
-        None if dk is None else _scatter(dk, of_k, k),
-        None if dv is None else _scatter(dv, of_k, v),
-        dbias,
-    )
+    sides = zip(gradients, (of_q, of_k, of_k), (q, k, v), strict=False)
+    found = [None if x is None else _scatter(x, side, like) for x, side, like in sides]
+    add_attention(time.perf_counter() - start)
+    return (*found, gradients[3])
 
 
 def _matrix(x: Tensor | None) -> Matrix | None:

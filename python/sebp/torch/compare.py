@@ -19,8 +19,9 @@ from .forward import as_it_is
 from .padding_free import proofs_of
 from .parts import Parts, parts_of
 from .step import Batch, Loss, Step, parameters_for, unwrap
+from .step_times import forget_times, times_done
 from .trace import State, WithoutDropout
-from .work import Work, forget_work, work_done
+from .work import Work, all_work_done, forget_work, work_done
 
 # What the order of sums may change, as a share of a gradient's largest element: in float32 some
 # thousand roundings of 6e-8. In shorter formats one rounding is 4e-3, and where the terms of a sum
@@ -471,7 +472,8 @@ def compare(
         runner = _Runner(model, batch, loss)
         stack.callback(runner.state.put_back)
         _keep_counts(changes.model, stack)
-        stack.callback(forget_work, work_done())
+        stack.callback(forget_work, all_work_done())
+        stack.callback(forget_times, times_done())
         _keep_gradients(changes.model, stack)
         found = _compare(runner, changes, repetitions, optimizer_step)
     for text in found.warnings:

@@ -10,6 +10,7 @@ from .changes import Changes
 from .compare import compare
 from .run_report import Run, RunReport
 from .step import Batch, Loss
+from .step_times import stop_timing, time_steps
 
 _EXPECT_REAL_TOKENS = """\
 expect   a step whose time grows with the real tokens, not with the padded length
@@ -31,7 +32,18 @@ class Prepared(Changes):
 
     def __init__(self, model: nn.Module, check: bool = True, defer_logits: bool = False) -> None:
         super().__init__(model, check, defer_logits)
+        found = (*self.layers.replaced, *self.layers.already)
+        is_used = bool(
+            found or self.padding.changed or self.padding.already or any(self.blocks.values())
+        )
+        self._is_timed = is_used and time_steps(self.model)
         self._run = Run(self.padding)
+
+    def undo(self) -> None:
+        """Make the model what it was before, as :meth:`Changes.undo` does."""
+        if self.is_in and self._is_timed:
+            stop_timing(self.model)
+        super().undo()
 
     def report(self, batch: Batch | None = None, loss: Loss | None = None) -> RunReport:
         """Report what a run has computed since, and what it left out.

@@ -15,7 +15,7 @@ from ..core import Rows
 from .context import is_fast_in_bfloat16, thread_context
 from .rows import find_rows
 from .tensors import DTYPES, is_ours, matrix_of, matrix_of_size
-from .work import LayerKind, count_work
+from .work import LayerKind, count_work, counts_forwards
 
 _KNOWN = frozenset((None, *DTYPES))
 
@@ -27,6 +27,7 @@ _BY_BF16 = LinearOptions(ctypes.sizeof(LinearOptions), precision=PRECISION_MEDIU
 # Forward
 
 
+@counts_forwards
 def linear_forward(
     x: Tensor,
     weight: Tensor,

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from .heat_map import draw
 from .padding_free import runs_padding_free
 from .rows import find_rows
 from .step import Batch, Step, generators_kept, stand_ins, unwrap
+from .svg import Drawing
 from .tensors import DTYPES, matrix_of
 
 
@@ -63,7 +62,7 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Drawing):
     """What :func:`profile` found. ``str()`` makes a table of it.
 
     Attributes
@@ -146,16 +145,6 @@ class Profile:
                 shares.append(np.array([one.activity]))
         notes = [f"{one.active} / {one.rows}" for one in self.layers]
         return draw(self._summary(), [one.name for one in self.layers], shares, notes, length)
-
-    def save_svg(self, path: str | PathLike[str]) -> None:
-        """Write the heat map to a file.
-
-        Parameters
-        ----------
-        path : str or path
-            Where.
-        """
-        Path(path).write_text(self.to_svg(), encoding="utf-8")
 
 
 def profile(

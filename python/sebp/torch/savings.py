@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimates what PyTorch's own backwards would have taken in place of those counted."""
+"""Estimates what PyTorch's own products would have taken in place of those counted."""
 
 import time
 
 import torch
+from torch.nn import functional
 
 from .work import LayerKind, Work, work_done
 
@@ -11,7 +12,7 @@ _MAX_ROWS = 512  # rows and outputs of the product that is timed
 
 
 def dense_seconds_per_row(kind: LayerKind) -> float:
-    """Time PyTorch's own products of a layer's backward, on a part of the layer."""
+    """Time PyTorch's own products of a layer's backward or forward, on a part of the layer."""
     n = min(kind.out_features, _MAX_ROWS)
     dy = torch.ones(_MAX_ROWS, n, dtype=kind.dtype)
     x = torch.ones(_MAX_ROWS, kind.in_features, dtype=kind.dtype)
@@ -19,6 +20,8 @@ def dense_seconds_per_row(kind: LayerKind) -> float:
     times = []
     for _ in range(3):
         start = time.perf_counter()
+        if kind.is_forward:
+            functional.linear(x, weight)
         if kind.need_dx:
             dy @ weight
         if kind.need_dw:
@@ -51,15 +54,26 @@ class Savings:
         saved : float
             Seconds: the estimate, minus the time taken.
         """
-        rows = active = 0
-        saved = 0.0
-        for kind, now in work_done().items():
-            then = before.get(kind, Work())
-            if now.rows == then.rows:
-                continue
-            if kind not in self._dense:
-                self._dense[kind] = dense_seconds_per_row(kind)
-            rows += now.rows - then.rows
-            active += now.active - then.active
-            saved += self._dense[kind] * (now.rows - then.rows) - (now.seconds - then.seconds)
+        done = work_between(before, work_done())
+        rows = sum(work.rows for work in done.values())
+        active = sum(work.active for work in done.values())
+        saved = self.dense_seconds(done) - sum(work.seconds for work in done.values())
         return (active / rows if rows else None), saved
+
+    def dense_seconds(self, done: dict[LayerKind, Work]) -> float:
+        """Estimate PyTorch's time for some work, on all rows."""
+        for kind in done.keys() - self._dense.keys():
+            self._dense[kind] = dense_seconds_per_row(kind)
+        return sum(self._dense[kind] * work.rows for kind, work in done.items())
+
+
+def work_between(
+    before: dict[LayerKind, Work], after: dict[LayerKind, Work]
+) -> dict[LayerKind, Work]:
+    """Subtract; kinds without new rows are left out."""
+    found = {}
+    for kind, now in after.items():
+        then = before.get(kind, Work())
+        if now.rows > then.rows:
+            found[kind] = Work(*(a - b for a, b in zip(now, then, strict=True)))
+    return found
