@@ -14,62 +14,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from models import make_batch, make_model  # noqa: E402
+from padding_free_models import DECODERS, ENCODERS, SIDES, pair, same, watch_rows  # noqa: E402
 from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
 from sebp.torch.padding_free import proofs_of  # noqa: E402
 
-ENCODERS = ["bert", "roberta", "distilbert"]
-DECODERS = ["llama", "qwen2", "mistral"]
-SIDES = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 
-
-def pair(name):
-    """Make a model and its twin without padding."""
-    plain = make_model(name).train()
-    ours = copy.deepcopy(plain)
-    report = sebp.padding_free(ours)
-    assert len(report.changed) == 1
-    assert not report.skipped
-    return plain, ours
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def watch_rows(model):
-    """Collect how many rows the first linear layer of the first block is given."""
-    rows = []
-    layer = next(m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "0" in n)
-    forward = layer.forward
-
-    def watched(x):
-        rows.append(x[..., 0].numel())
-        return forward(x)
-
-    layer.forward = watched  # a hook would end it
-    return rows
-
-
-def same(plain, ours, batch, packed=True):
-    """Check loss, logits and all gradients, and whether padding was computed."""
-    rows = watch_rows(ours)
-    want, got = plain(**batch), ours(**batch)
-    torch.testing.assert_close(got.loss, want.loss)
-    if got.logits.dim() == 2:
-        torch.testing.assert_close(got.logits, want.logits)
-    else:
-        inside = batch["attention_mask"].bool()
-        torch.testing.assert_close(got.logits[inside], want.logits[inside])
-    want, got = gradients(plain, want.loss), gradients(ours, got.loss)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    assert sum(g is not None and bool(g.any()) for g in got.values()) > 20
-    tokens, every = int(batch["attention_mask"].sum()), batch["input_ids"].numel()
-    assert rows[0] == (tokens if packed else every)
-    assert rows[1:] in ([], [every])  # the model as it is, to compare with
+def spy(capfd, monkeypatch):
+    monkeypatch.setenv("SEBP_VERBOSE", "1")
+    return lambda: [line for line in capfd.readouterr().err.split("\n") if "padding_free" in line]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,11 +39,6 @@ def test_decoder(name, left):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder(name):
     same(*pair(name), make_batch(name, 1))
-
-
-def spy(capfd, monkeypatch):
-    monkeypatch.setenv("SEBP_VERBOSE", "1")
-    return lambda: [line for line in capfd.readouterr().err.split("\n") if "padding_free" in line]
 
 
 @pytest.mark.filterwarnings("ignore:sebp")
@@ -229,130 +178,6 @@ def test_dropout():
     losses = [model.train()(**batch).loss.item() for _ in range(3)]
     assert len(set(losses)) == 3
     assert len({model.eval()(**batch).loss.item() for _ in range(3)}) == 1
-
-
-# --------------------------------------------------------------------------------------------------
-# Training
-
-
-def train(model, name, left=False, steps=10, autocast=False):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
-    losses = []
-    for step in range(steps):
-        batch = make_batch(name, step, left)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return torch.tensor(losses)
-
-
-def agree(plain, ours, name, **options):
-    start = copy.deepcopy(plain.state_dict())
-    want, got = train(plain, name, **options), train(ours, name, **options)
-    assert want.std() > 0
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
-    assert any(not torch.equal(value, start[key]) for key, value in ours.state_dict().items())
-
-
-@pytest.mark.parametrize("sparse", [False, True], ids=["plain", "sebp"])
-@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
-def test_ten_steps(name, sparse):
-    plain, ours = pair(name)
-    if sparse:
-        assert len(sebp.apply_sebp_to_model(ours).replaced) >= 8
-    agree(plain, ours, name)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_ten_steps_with_padding_on_the_left(name):
-    plain, ours = pair(name)
-    sebp.apply_sebp_to_model(ours)
-    agree(plain, ours, name, left=True)
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_ten_steps_with_both(name):
-    """``padding=True`` is the same thing, and goes together with it."""
-    plain, ours = pair(name)
-    sebp.apply_sebp_to_model(ours, padding=True)
-    agree(plain, ours, name)
-
-
-def test_rows_of_the_last_block(monkeypatch):
-    """Of the real tokens only [CLS] is active in the last block's feed-forward layers."""
-    import sebp.torch.products as products
-
-    counts = []
-    find = products.find_rows
-    monkeypatch.setattr(
-        products, "find_rows", lambda dy, rule: counts.append(find(dy, rule)) or counts[-1]
-    )
-    model = make_model("bert").train()
-    sebp.padding_free(model)
-    sebp.apply_sebp_to_model(model)
-    batch = make_batch("bert", 0)
-    model(**batch).loss.backward()
-    tokens = int(batch["attention_mask"].sum())
-    inside = [(len(rows), rows.total) for rows in counts if rows.total == tokens]
-    assert inside[:3] == [(4, tokens)] * 3
-    assert inside[-3:] == [(tokens, tokens)] * 3
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_autocast(name):
-    plain, ours = pair(name)
-    sebp.apply_sebp_to_model(ours)
-    want = train(plain, name, steps=3, autocast=True)
-    got = train(ours, name, steps=3, autocast=True)
-    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["bert", "distilbert", "llama"])
-def test_gradient_checkpointing(name, reentrant):
-    """What is computed again is computed on the same rows."""
-    plain, ours = pair(name)
-    for model in (plain, ours):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    rows = watch_rows(ours)
-    agree(plain, ours, name, steps=3)
-    tokens = [int(make_batch(name, step)["attention_mask"].sum()) for step in range(3)]
-    # The first batch once more with padding, to compare with: nothing is computed again there.
-    assert rows == [tokens[0], 64, tokens[0], *(t for t in tokens[1:] for _ in range(2))]
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_compile(name):
-    """Under torch.compile the model is as it was."""
-    plain, ours = pair(name)
-    if name == "llama":
-        plain.config.use_cache = ours.config.use_cache = False
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    want, got = train(plain, name, steps=2), train(compiled, name, steps=2)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_gradient_of_the_padding():
-    """A loss made outside the model must not depend on padding, where nothing was computed."""
-    _, ours = pair("llama")
-    batch = make_batch("llama", 1, left=True)
-    mask = batch["attention_mask"]
-    for _ in range(2):  # a call of another kind, unexpected, runs with padding at first
-        ours(input_ids=batch["input_ids"], attention_mask=mask)
-    last = int((mask[0] == 0).sum()) - 1
-    for read in (
-        lambda logits: logits[:, :-1][mask[:, 1:] != 0],  # the first is predicted from padding
-        lambda logits: logits,
-    ):
-        loss = read(ours(input_ids=batch["input_ids"], attention_mask=mask).logits).square().mean()
-        with pytest.raises(RuntimeError, match=rf"tokens .* is token ({last}|0) of text 0"):
-            loss.backward()
-        assert all(p.grad is None for p in ours.model.parameters())
 
 
 # --------------------------------------------------------------------------------------------------
