@@ -20,6 +20,8 @@ from .core.context import Context, default_context
 from .core.matrices import Array, as_matrix, new_array
 from .core.rows import whole_numbers
 
+_SIZE = ctypes.sizeof(AttentionOptionsStruct)
+
 
 class Sequences(Handle):
     """Where the texts of a batch lie among the rows of a matrix. Immutable.
@@ -105,9 +107,19 @@ class AttentionOptions:
 
     def as_struct(self) -> AttentionOptionsStruct:
         """Give them as the library takes them."""
-        names = [name for name, _ in AttentionOptionsStruct._fields_[1:-1]]
-        values = (getattr(self, name) for name in names)
-        return AttentionOptionsStruct(ctypes.sizeof(AttentionOptionsStruct), *values)
+        return AttentionOptionsStruct(
+            _SIZE,
+            self.heads,
+            self.kv_heads,
+            self.scale,
+            self.softcap,
+            self.causal,
+            self.window_left,
+            self.window_right,
+            self.dropout,
+            self.seed,
+            self.offset,
+        )
 
 
 def attention_forward(

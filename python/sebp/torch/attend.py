@@ -2,6 +2,7 @@
 """The library's attention in autograd: within each text of a batch, forward and backward."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ def attend(
     _check(query, key, value, scaling, softcap)
     _check_shapes(query, key, value, texts, bias, bias_is_of_texts)
     window_left, window_right = pattern.windows
+    is_plain, seed = is_direct(query, key, value, bias), _draw_seed(dropout)
     options = AttentionOptions(
         heads=query.shape[1],
         kv_heads=key.shape[1],
@@ -111,19 +113,20 @@ def attend(
         window_left=window_left,
         window_right=window_right,
         dropout=dropout,
+        seed=int(seed) if is_plain and seed is not None else 0,
     )
-    seed = _draw_seed(dropout)
+    how = _How(options, seed, is_plain)
     q, k, v = _in_rows(query, key, value)
     if bias is None:
-        out = _side_by_side(q, k, v, None, texts, options, seed)
+        out = _side_by_side(q, k, v, None, texts, how)
     elif bias_is_of_texts or (
         bias.shape[0] == 1 and all(s.begins_at_corner() for s in (texts.queries, texts.keys))
     ):
         longest = texts.queries.max_length, texts.keys.max_length
         corner = bias[0, :, : longest[0], : longest[1]]
-        out = _side_by_side(q, k, v, corner, texts, options, seed)
+        out = _side_by_side(q, k, v, corner, texts, how)
     else:
-        out = _one_by_one(q, k, v, bias, texts, options, seed)
+        out = _one_by_one(q, k, v, bias, texts, how)
     return out.unflatten(2, (query.shape[1], -1))[..., : value.shape[3]]
 
 
@@ -227,25 +230,31 @@ def _check_shapes(
         )
 
 
+class _How(NamedTuple):
+    """Options, the seed for the operator, and whether that is called directly (:mod:`.direct`)."""
+
+    options: AttentionOptions
+    seed: Tensor | None
+    is_direct: bool
+
+
 def _side_by_side(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
     texts: Texts,
-    options: AttentionOptions,
-    seed: Tensor | None,
+    how: _How,
 ) -> Tensor:
     """Compute all texts in one call: B x L x (H D). bias: 1 or H x longest x longest."""
     if bias is not None:
         bias = bias.float().flatten(0, 1).contiguous()
     q, k, v = by_rows(q), by_rows(k), by_rows(v)
-    if is_direct(q, k, v, bias):
-        if seed is not None:
-            options = replace(options, seed=int(seed))
+    options = how.options
+    if how.is_direct:
         return _apply(q, k, v, bias, texts, options)
     told = _tensors_of(texts, options)
-    return torch.ops.sebp.attention(q, k, v, bias, *told, seed, *_numbers_of(options))[0]
+    return torch.ops.sebp.attention(q, k, v, bias, *told, how.seed, *_numbers_of(options))[0]
 
 
 def _tensors_of(texts: Texts, options: AttentionOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,8 +276,7 @@ def _one_by_one(
     v: Tensor,
     bias: Tensor,
     texts: Texts,
-    options: AttentionOptions,
-    seed: Tensor | None,
+    how: _How,
 ) -> Tensor:
     """Compute each text by itself, as each has a bias of its own: B x L x (H D)."""
     outs = []
@@ -279,8 +287,8 @@ def _one_by_one(
         own = bias[row if bias.shape[0] > 1 else 0][:, at_q][:, :, at_k]
         parts = (q[row, at_q], k[row, at_k], v[row, at_k])
         q_i, k_i, v_i = (part[None] for part in parts)
-        of_text = replace(options, offset=number)
-        outs.append(_side_by_side(q_i, k_i, v_i, own, text, of_text, seed).squeeze(0))
+        of_text = how._replace(options=replace(how.options, offset=number))
+        outs.append(_side_by_side(q_i, k_i, v_i, own, text, of_text).squeeze(0))
     tokens = torch.from_numpy(texts.queries.tokens)
     padded = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2])
     return padded.index_copy(0, tokens, torch.cat([padded[:0], *outs])).view(q.shape)

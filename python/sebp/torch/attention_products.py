@@ -46,21 +46,26 @@ def attention_forward(
     """
     start = time.perf_counter()
     of_q, of_k = texts.queries, texts.keys
-    given = _gather(q, of_q), _gather(k, of_k), _gather(v, of_k)
-    out = torch.empty(given[0].shape, dtype=q.dtype, device=q.device)
+    q_in, k_in, v_in = _gather(q, of_q), _gather(k, of_k), _gather(v, of_k)
+    out = torch.empty(q_in.shape, dtype=q.dtype, device="cpu")
     lse = None
     if needs_lse:
-        shape = (*out.shape[:-1], options.heads)
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        shape = (*q_in.shape[:-1], options.heads)
+        lse = torch.empty(shape, dtype=torch.float32, device="cpu")
     thread_context().call(
         "sebp_attention_forward",
-        *map(_matrix, (*given, bias)),
+        matrix_of(q_in),
+        matrix_of(k_in),
+        matrix_of(v_in),
+        _matrix(bias),
         of_q.sequences,
         of_k.sequences,
         options.as_struct(),
-        *map(_matrix, (out, lse)),
+        matrix_of(out),
+        _matrix(lse),
     )
-    out, lse = _scatter(out, of_q, q), None if lse is None else _scatter(lse, of_q, q)
+    if of_q.rows is not None:
+        out, lse = _scatter(out, of_q, q), None if lse is None else _scatter(lse, of_q, q)
     add_attention(time.perf_counter() - start)
     return out, lse
 
@@ -96,28 +101,40 @@ def attention_backward(
     """
     start = time.perf_counter()
     of_q, of_k = texts.queries, texts.keys
-    given = (
-        *(_gather(x, side) for x, side in ((dout, of_q), (q, of_q), (k, of_k), (v, of_k))),
-        bias,
-        _gather(out, of_q),
-        _gather(lse, of_q),
-    )
-    gradients = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
-        for x, needed in zip(given[1:5], needs, strict=True)
-    ]
+    given = (dout, q, k, v, out, lse)
+    if of_q.rows is not None or of_k.rows is not None:
+        sides = (of_q, of_q, of_k, of_k, of_q, of_q)
+        given = tuple(_gather(x, side) for x, side in zip(given, sides, strict=True))
+    vdout, vq, vk, vv, vout, vlse = map(matrix_of, given)
+    need_dq, need_dk, need_dv, need_dbias = needs
+    dq = torch.empty_like(given[1], memory_format=torch.contiguous_format) if need_dq else None
+    dk = torch.empty_like(given[2], memory_format=torch.contiguous_format) if need_dk else None
+    dv = torch.empty_like(given[3], memory_format=torch.contiguous_format) if need_dv else None
+    dbias = torch.empty_like(bias) if need_dbias else None
     thread_context().call(
         "sebp_attention_backward",
-        *map(_matrix, given),
+        vdout,
+        vq,
+        vk,
+        vv,
+        _matrix(bias),
+        vout,
+        vlse,
         of_q.sequences,
         of_k.sequences,
         options.as_struct(),
-        *map(_matrix, gradients),
+        _matrix(dq),
+        _matrix(dk),
+        _matrix(dv),
+        _matrix(dbias),
     )
-    sides = zip(gradients, (of_q, of_k, of_k), (q, k, v), strict=False)
-    found = [None if x is None else _scatter(x, side, like) for x, side, like in sides]
+    if of_q.rows is not None:
+        dq = None if dq is None else _scatter(dq, of_q, q)
+    if of_k.rows is not None:
+        dk = None if dk is None else _scatter(dk, of_k, k)
+        dv = None if dv is None else _scatter(dv, of_k, v)
     add_attention(time.perf_counter() - start)
-    return (*found, gradients[3])
+    return dq, dk, dv, dbias
 
 
 def _matrix(x: Tensor | None) -> Matrix | None:
