@@ -42,7 +42,7 @@ class Times(NamedTuple):
 
     @property
     def rest(self) -> float:
-        """All else: what PyTorch computes itself, Python, and what runs before the backward."""
+        """All else: norms, activations, the loss, what PyTorch computes itself, Python."""
         return max(0.0, self.total - self.products - self.attention)
 
     def since(self, before: "Times") -> "Times":
