@@ -112,7 +112,9 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
     const int64_t more = work->ahead != NULL && rounds ? work->ahead_lines * FRACTION / rounds : 0;
     int64_t line = work->ahead_line, due = line * FRACTION;
     vec sum[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 16
     for (int i = 0; i < height; i++) {
+#pragma GCC unroll 16
         for (int j = 0; j < TILE_VECS; j++)
             sum[i][j] = vec_zero();
     }
@@ -153,9 +155,18 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
             }
         }
     } else {
+        /* the loop below indexes by what is not known when compiled, so it gets a copy: an array that it
+         * read would not stay in registers, for any tile */
+        vec copy[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 16
+        for (int i = 0; i < height; i++) {
+#pragma GCC unroll 16
+            for (int j = 0; j < TILE_VECS; j++)
+                copy[i][j] = sum[i][j];
+        }
         for (int i = 0; i < work->rows; i++) {
             const float *from = work->accumulate ? work->from[i] + work->c_at : NULL;
-            store_row(work->c[i] + work->c_at, from, sum[i], work->cols, work->bias);
+            store_row(work->c[i] + work->c_at, from, copy[i], work->cols, work->bias);
         }
     }
 }
