@@ -72,22 +72,24 @@ INLINE void store_row(float *to, const float *from, const vec *sum, int64_t cols
     }
 }
 
-/* Unit `u` of a tile: `height` numbers of packed A times TILE_VECS vectors of packed B. Where
- * `pack_b`, the vectors come from B itself, and the next tile finds them packed. */
-INLINE void add_unit(int height, bool pack_b, arithmetic with, const sebp_tile_work *work,
+/* Where a tile has B from: packed, or from its memory rows, and then leaves it packed or not. */
+typedef enum b_source { PACKED, ROWS, ROWS_TO_PACK } b_source;
+
+/* Unit `u` of a tile: `height` numbers of packed A times TILE_VECS vectors of B. */
+INLINE void add_unit(int height, b_source source, arithmetic with, const sebp_tile_work *work,
                      int64_t u, vec sum[TILE_ROWS][TILE_VECS])
 {
     const float *a = work->a + u * TILE_ROWS;
-    float *b = work->b + u * TILE_COLS;
+    float *b = source != ROWS ? work->b + u * TILE_COLS : NULL;
     vec lanes[TILE_VECS];
-    if (pack_b) {
+    if (source != PACKED) {
         const char *const *row = work->b_rows + u * with.unit_elements;
         const char *even = row[0] + work->b_at, *odd = NULL;
         if (with.unit_elements == 2 && row[1] != NULL)
             odd = row[1] + work->b_at;
         for (int j = 0; j < TILE_VECS; j++)
             lanes[j] = with.load(even, odd, (int64_t)j * VEC_LANES, VEC_LANES);
-        for (int j = 0; j < TILE_VECS; j++)
+        for (int j = 0; j < TILE_VECS && source == ROWS_TO_PACK; j++)
             vec_store(b + j * VEC_LANES, lanes[j]);
     } else {
         for (int j = 0; j < TILE_VECS; j++)
@@ -104,7 +106,7 @@ INLINE void add_unit(int height, bool pack_b, arithmetic with, const sebp_tile_w
 /* A tile of `height` rows, of which the first work->rows are stored. All but `work` is known when
  * compiled, so that the sums stay in registers. Whatever is not arithmetic is done once in a round
  * of units: a core that another thread shares has no instructions to spare. */
-INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_work *work)
+INLINE void tile_of(int height, b_source source, arithmetic with, const sebp_tile_work *work)
 {
     enum { ROUND = TILE_ROWS * TILE_VECS < 16 ? 8 : 4 };
     const int64_t units = work->units, rounds = units / ROUND;
@@ -132,10 +134,10 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
         line = fetch_ahead(work, row_lines, line, due);
 #pragma GCC unroll 8
         for (int i = 0; i < ROUND; i++)
-            add_unit(height, pack_b, with, work, u + i, sum);
+            add_unit(height, source, with, work, u + i, sum);
     }
     for (; u < units; u++)
-        add_unit(height, pack_b, with, work, u, sum);
+        add_unit(height, source, with, work, u, sum);
     if (is_whole && work->stream) {
 #pragma GCC unroll 16
         for (int i = 0; i < height; i++) {
@@ -173,17 +175,13 @@ INLINE void tile_of(int height, bool pack_b, arithmetic with, const sebp_tile_wo
 
 /* A tile at the lower edge has a height of its own: computing rows that are not there would cost as
  * much as those that are. */
-INLINE void tile(arithmetic with, const sebp_tile_work *work)
+INLINE void tile_from(b_source source, arithmetic with, const sebp_tile_work *work)
 {
     _Static_assert(TILE_ROWS % 2 == 0 && TILE_ROWS <= 16, "heights go by two");
 #define TRY_HEIGHT(height)                                                                         \
     if (TILE_ROWS > (height) && work->rows <= (height)) {                                          \
-        tile_of((height) < TILE_ROWS ? (height) : TILE_ROWS, false, with, work);                   \
+        tile_of((height) < TILE_ROWS ? (height) : TILE_ROWS, source, with, work);                  \
         return;                                                                                    \
-    }
-    if (work->pack_b) {
-        tile_of(TILE_ROWS, true, with, work);
-        return;
     }
     TRY_HEIGHT(2)
     TRY_HEIGHT(4)
@@ -193,7 +191,17 @@ INLINE void tile(arithmetic with, const sebp_tile_work *work)
     TRY_HEIGHT(12)
     TRY_HEIGHT(14)
 #undef TRY_HEIGHT
-    tile_of(TILE_ROWS, false, with, work);
+    tile_of(TILE_ROWS, source, with, work);
+}
+
+INLINE void tile(arithmetic with, const sebp_tile_work *work)
+{
+    if (!work->pack_b)
+        tile_from(PACKED, with, work);
+    else if (work->b == NULL)
+        tile_from(ROWS, with, work);
+    else
+        tile_of(TILE_ROWS, ROWS_TO_PACK, with, work);
 }
 
 void SEBP_NAME(tile_f32)(const sebp_tile_work *work)

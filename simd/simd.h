@@ -56,7 +56,8 @@ typedef void sebp_pack SEBP_PACK_ARGUMENTS;
  * a[u][i] b[u][j].
  *
  * Packing B costs least in the tile that uses it first: with `pack_b` the tile reads B's memory
- * rows itself and leaves them packed in b, full columns only.
+ * rows itself and leaves them packed in b, full columns only. Where b is NULL it does not leave them,
+ * which serves a B that no other tile reads; not where step_units is more than 1.
  *
  * `ahead` is what will be wanted soon: memory rows of a later tile's B, from byte ahead_at on. The
  * lines of cache that they take there are counted row by row, and `ahead_lines` of them from
@@ -66,7 +67,7 @@ typedef void sebp_pack SEBP_PACK_ARGUMENTS;
 typedef struct sebp_tile_work {
     int64_t units;
     const float *a; /* a packed sliver of A */
-    float *b;       /* a packed sliver of B, or room for it */
+    float *b;       /* a packed sliver of B, or room for it, or NULL */
     bool pack_b;
     const char *const
         *b_rows;  /* a memory row for each element of depth, and NULL past an odd end */

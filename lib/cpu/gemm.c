@@ -93,6 +93,14 @@ static bool packs_in_tile(const sebp_native_plan *plan, int64_t rows)
     return reads_b_rows(plan) && 2 * rows > shape->rows && !weaves;
 }
 
+/* Whether no other tile reads a sliver, so that it need not be packed: the block has rows for one tile, and
+ * no copy is made. */
+static bool needs_no_packing(const sebp_native_plan *plan, const c_block *block)
+{
+    return reads_b_rows(plan) && plan->shape->unit_elements == 1 && plan->copy == NULL &&
+           block->m1 - block->m0 <= plan->shape->rows;
+}
+
 /* The sum of the terms: the first as `work` says, the others added to it. */
 static void run_terms(const sebp_native_plan *plan, const sebp_tile_work *work)
 {
@@ -180,12 +188,11 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
     bool packs = i0 == block->m0 && !block->b_is_packed, reads_rows = reads_b_rows(plan);
     bool adds_residual = product->residual != NULL && at == 0;
     bool *b_is_finite = finite_flag(plan, block, j0, at);
+    const bool is_whole = cols == shape->cols;
     sebp_tile_work work = {
         .units = sebp_div_ceil(depth, plan->shape->unit_elements),
         .a = block->room.packed_a,
-        .b = sliver,
-        .pack_b = packs && packs_in_tile(plan, i1 - i0) && cols == shape->cols &&
-                  (block->room.a_is_finite == NULL || block->room.a_is_finite[0]),
+        .b = is_whole && needs_no_packing(plan, block) ? NULL : sliver,
         .b_rows = block->room.b_rows,
         .b_at = j0 * bytes,
         .c = block->room.c_rows,
@@ -197,6 +204,8 @@ static void run_panel(const sebp_native_plan *plan, const c_block *block, int64_
         .stream = plan->stream,
         .bias = at == 0 && block->bias != NULL ? block->bias + (j0 - block->n0) : NULL,
     };
+    work.pack_b = packs && is_whole && (work.b == NULL || packs_in_tile(plan, i1 - i0)) &&
+                  (block->room.a_is_finite == NULL || block->room.a_is_finite[0]);
     if (packs && !work.pack_b)
         pack_group(plan, block, j0, sliver, at, depth);
     int64_t tile = 0, tiles = sebp_div_ceil(i1 - i0, shape->rows), lines = 0;
