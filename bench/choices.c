@@ -4,15 +4,18 @@
  * one that SEBP_GEMM_AUTO chooses, over a grid of shapes and of shares of active rows. The three take
  * turns.
  */
+#define _POSIX_C_SOURCE 200809L
+
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "choices.h"
 #include "inputs.h"
 
-enum { AUTO = SEBP_GEMM_AUTO, WAYS = 3, PRODUCTS = 3, MAX_TRIES = 200 };
+enum { AUTO = SEBP_GEMM_AUTO, WAYS = 3, PRODUCTS = 3 };
 
 static const char *const product_names[PRODUCTS] = {"Y", "dX", "dW"};
 
@@ -35,7 +38,6 @@ typedef struct case_work {
     sebp_matrix x, w, y, dx, dw; /* Y and dY are one */
     sebp_rows *rows;
     sebp_linear_options options;
-    double ms[WAYS][MAX_TRIES];
 } case_work;
 
 static void perform(case_work *work, int product, int way)
@@ -54,32 +56,34 @@ static void perform(case_work *work, int product, int way)
         die(FAILED, "%s: %s", sebp_context_message(context), sebp_status_string(status));
 }
 
-static double median(double *ms, int count)
+/* On one thread its own time, which other programs disturb less; on several the time that passes. */
+static double clock_ms(const case_work *work)
 {
-    qsort(ms, (size_t)count, sizeof *ms, compare_doubles);
-    return ms[count / 2];
+    struct timespec now;
+    clock_gettime(work->m->threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
 }
 
-/* Milliseconds by each way; of one that is not in this build, 0. */
-static void measure(case_work *work, const options *o, int product, double *result)
+/* The shortest turn of each way, in milliseconds; of one that is not in this build, 0. Whoever else uses the
+ * machine can only make a turn longer. */
+static void measure(case_work *work, const options *o, int product, double *best)
 {
     double begin = now_ms();
-    int count = 0;
-    for (; count < MAX_TRIES; count++) {
-        if (count >= o->repetitions && now_ms() - begin >= o->seconds * 100)
-            break;
+    for (int way = 0; way < WAYS; way++) {
+        best[way] = 0;
+        if (work->m->contexts[way] != NULL)
+            perform(work, product, way);
+    }
+    for (int turn = 0; turn < o->repetitions || now_ms() - begin < o->seconds * 100; turn++) {
         for (int way = 0; way < WAYS; way++) {
             if (work->m->contexts[way] == NULL)
                 continue;
-            if (count == 0)
-                perform(work, product, way);
-            double start = now_ms();
+            double start = clock_ms(work);
             perform(work, product, way);
-            work->ms[way][count] = now_ms() - start;
+            double took = clock_ms(work) - start;
+            best[way] = turn == 0 || took < best[way] ? took : best[way];
         }
     }
-    for (int way = 0; way < WAYS; way++)
-        result[way] = work->m->contexts[way] != NULL ? median(work->ms[way], count) : 0;
 }
 
 /* How far behind the choices are. */
@@ -158,9 +162,9 @@ void measure_choices(const machine *m, const options *o)
         puts("M,K,N,dtype,active,product,native_ms,onednn_ms,auto_ms,auto_over_best");
     } else {
         print_machine_line(m);
-        puts("Medians in ms of the library's own GEMM, of oneDNN and of the one that is chosen, "
-             "and\n"
-             "the last over the best of the two.\n");
+        puts(
+            "The shortest turns in ms of the library's own GEMM, of oneDNN and of the one that is\n"
+            "chosen, and the last over the best of the two.\n");
         printf("%6s %6s %6s %6s %8s %4s %10s %10s %10s %8s\n", "M", "K", "N", "dtype", "active", "",
                "native", "onednn", "auto", "behind");
     }
