@@ -79,7 +79,8 @@ for file in tests/*.[ch]; do
     tests/counting*.[ch] | tests/kernel_harness.h | tests/sides.[ch]) ;; # they alone look inside
     tests/emulated_amx.[ch] | tests/test_functions.c | tests/test_kernels.c) ;;
     tests/test_element_kernels.c | tests/test_product_kernels.c | tests/time_kernels.c) ;;
-    tests/test_layer_kernels.c | tests/test_packed_weight.c | tests/test_precision.c) ;;
+    tests/test_layer_kernels.c | tests/test_precision.c) ;;
+    tests/packed_layer.[ch] | tests/test_packed_copies.c | tests/test_packed_weight.c) ;;
     tests/test_attention_kernels.c | tests/test_backend*.c | tests/test_structs.c) ;;
     *) forbids "$file uses the public headers" "$inside" "$file" ;;
     esac
