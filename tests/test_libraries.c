@@ -144,12 +144,14 @@ END_TEST
 
 static dnnl_status_t gemm_status;
 static float gemm_result;
+static int gemm_calls;
 
 dnnl_status_t dnnl_sgemm(char transa, char transb, dnnl_dim_t m, dnnl_dim_t n, dnnl_dim_t k,
                          float alpha, const float *a, dnnl_dim_t lda, const float *b,
                          dnnl_dim_t ldb, float beta, float *c, dnnl_dim_t ldc)
 {
     (void)transa, (void)transb, (void)k, (void)alpha, (void)a, (void)lda, (void)b, (void)ldb;
+    gemm_calls++;
     for (dnnl_dim_t i = 0; i < m * n; i++) {
         float *at = &c[i / n * ldc + i % n];
         *at = beta * *at + gemm_result;
@@ -175,6 +177,56 @@ START_TEST(onednn_fails)
     testing_release(&w);
     testing_release(&y);
     sebp_context_destroy(context);
+}
+END_TEST
+
+/* How many products of a layer of M rows oneDNN does. */
+static int calls_of(sebp_context *context, int64_t M, int64_t N, int64_t K)
+{
+    sebp_matrix x = testing_random_matrix(M, K, SEBP_F32, TESTING_REAL);
+    sebp_matrix w = testing_random_matrix(N, K, SEBP_F32, TESTING_REAL);
+    sebp_matrix y = testing_matrix(M, N, N, SEBP_F32), dx = testing_matrix(M, K, K, SEBP_F32);
+    sebp_matrix dw = testing_matrix(N, K, K, SEBP_F32);
+    sebp_rows *rows = NULL;
+    testing_succeed(sebp_rows_all(M, &rows), NULL);
+    gemm_calls = 0;
+    testing_succeed(sebp_linear_forward(context, &x, &w, NULL, rows, NULL, &y), context);
+    testing_succeed(sebp_linear_backward(context, &y, &x, &w, rows, NULL, &dx, &dw, NULL), context);
+    sebp_rows_destroy(rows);
+    sebp_matrix *all[] = {&x, &w, &y, &dx, &dw};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        testing_release(all[i]);
+    return gemm_calls;
+}
+
+/* Whom a product goes to depends on the context's choice and on the product, and on nothing that was done
+ * before: in rounds of one call after another each goes the same way again. */
+START_TEST(who_multiplies)
+{
+    static const struct {
+        int64_t M;
+        int by_auto;
+    } cases[] = {{1, 3}, {15, 3}, {16, 1}, {17, 0}, {200, 0}};
+    enum { CASES = sizeof cases / sizeof *cases };
+    gemm_status = dnnl_success;
+    sebp_context *contexts[3];
+    for (int gemm = 0; gemm < 3; gemm++) {
+        sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+        options.gemm = (sebp_gemm)gemm;
+        options.threads = 1 + gemm % 2;
+        testing_succeed(sebp_context_create(&options, &contexts[gemm]), NULL);
+    }
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < CASES; i++) {
+            int at = (i * (round + 1) + round) % CASES;
+            int64_t M = cases[at].M, N = 40 + round, K = 30;
+            ck_assert_int_eq(calls_of(contexts[SEBP_GEMM_NATIVE], M, N, K), 0);
+            ck_assert_int_eq(calls_of(contexts[SEBP_GEMM_ONEDNN], M, N, K), 3);
+            ck_assert_int_eq(calls_of(contexts[SEBP_GEMM_AUTO], M, N, K), cases[at].by_auto);
+        }
+    }
+    for (int gemm = 0; gemm < 3; gemm++)
+        sebp_context_destroy(contexts[gemm]);
 }
 END_TEST
 
@@ -296,6 +348,12 @@ START_TEST(onednn_fails)
 }
 END_TEST
 
+START_TEST(who_multiplies)
+{
+    testing_skip("who_multiplies", "built without oneDNN");
+}
+END_TEST
+
 START_TEST(sums_of_nan)
 {
     testing_skip("sums_of_nan", "built without oneDNN");
@@ -368,6 +426,7 @@ static Suite *make_suite(void)
     TCase *tests = tcase_create("libraries");
     tcase_add_loop_test(tests, lapack_fails, 0, 2);
     tcase_add_test(tests, onednn_fails);
+    tcase_add_test(tests, who_multiplies);
     tcase_add_test(tests, sums_of_nan);
     tcase_add_test(tests, hwloc_fails_to_load);
     tcase_add_loop_test(tests, onednn_keeps_little, SEBP_F32, SEBP_BF16 + 1);

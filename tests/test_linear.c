@@ -165,6 +165,58 @@ START_TEST(native_gemm_does_not_depend_on_threads)
 }
 END_TEST
 
+/* dX, dW and Y of a layer, by a context whose GEMM is the library's choice. */
+static void run_by_auto(sebp_context *context, linear_problem *p, sebp_matrix out[3])
+{
+    out[0] = testing_matrix(p->M, p->K, p->K, SEBP_F32);
+    out[1] = testing_matrix(p->N, p->K, p->K, SEBP_F32);
+    out[2] = testing_matrix(p->M, p->N, p->N, SEBP_F32);
+    testing_succeed(sebp_linear_backward(context, &p->dy, &p->x, &p->w, p->rows, &p->options,
+                                         &out[0], &out[1], NULL),
+                    context);
+    testing_succeed(sebp_linear_forward(context, &p->x, &p->w, NULL, p->rows, &p->options, &out[2]),
+                    context);
+}
+
+/* What is chosen depends on the call alone: it gives the same bits whatever was called before, and by
+ * another context. */
+START_TEST(the_choice_is_the_same_again)
+{
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.threads = 2;
+    sebp_context *context = NULL;
+    testing_succeed(sebp_context_create(&options, &context), NULL);
+    for (int round = testing_rounds(30); round > 0; round--) {
+        linear_problem p = linear_problem_make(testing_between(1, 40), testing_between(1, 600),
+                                               testing_between(1, 600), SEBP_F32, TESTING_REAL,
+                                               (rows_kind)testing_between(ROWS_ALL, ROWS_PADDED));
+        p.options.inactive = SEBP_INACTIVE_ZERO;
+        sebp_context *other = NULL;
+        testing_succeed(sebp_context_create(&options, &other), NULL);
+        sebp_matrix first[3], again[3], by_other[3], between[3];
+        run_by_auto(context, &p, first);
+        linear_problem next =
+            linear_problem_make(testing_between(1, 40), testing_between(1, 200),
+                                testing_between(1, 200), SEBP_F32, TESTING_REAL, ROWS_ALL);
+        run_by_auto(context, &next, between);
+        run_by_auto(context, &p, again);
+        run_by_auto(other, &p, by_other);
+        for (int i = 0; i < 3; i++) {
+            ck_assert_msg(testing_same_bits(&first[i], &again[i]), "output %d, again", i);
+            ck_assert_msg(testing_same_bits(&first[i], &by_other[i]), "output %d, by another", i);
+            testing_release(&first[i]);
+            testing_release(&again[i]);
+            testing_release(&by_other[i]);
+            testing_release(&between[i]);
+        }
+        sebp_context_destroy(other);
+        linear_problem_free(&next);
+        linear_problem_free(&p);
+    }
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* A large dW is written past the caches where its rows start at multiples of 64 bytes, and not
  * elsewhere: the same numbers. */
 START_TEST(large_dw_is_the_same_past_the_caches)
@@ -261,6 +313,7 @@ static Suite *make_suite(void)
     tcase_add_loop_test(random, small_workspace_takes_panels, 0, TESTING_GEMMS);
     tcase_add_loop_test(random, runs_are_used_in_place, 0, TESTING_GEMMS);
     tcase_add_test(random, native_gemm_does_not_depend_on_threads);
+    tcase_add_test(random, the_choice_is_the_same_again);
     tcase_add_test(random, large_dw_is_the_same_past_the_caches);
     suite_add_tcase(suite, random);
     return suite;

@@ -43,9 +43,18 @@ SEBP_BEGIN_DECLS
 
 typedef struct sebp_context sebp_context;
 
-/** Which matrix product does the work. */
+/**
+ * Which matrix product does the work.
+ *
+ * AUTO chooses for each product by its shape and dtype, the size of the last cache and the kernels in use.
+ * This choice measures nothing, so it is the same in every run on a machine. (That of sebp_precision does,
+ * below HIGHEST and of bf16.) oneDNN gets f32 products of up to 16 rows whose weight fits in the caches, dW
+ * of up to 15, and large dense ones where vectors are narrow, as with AVX2. So a row can have other bits
+ * alone than among many. With NATIVE the bits of f32 products depend on neither the number of threads nor
+ * the other rows.
+ */
 typedef enum sebp_gemm {
-    SEBP_GEMM_AUTO = 0,   /**< chosen by shape and dtype: the one that measured faster */
+    SEBP_GEMM_AUTO = 0,   /**< chosen for each product: the one that is faster */
     SEBP_GEMM_NATIVE = 1, /**< the library's own: gathers and scatters rows as it packs */
     SEBP_GEMM_ONEDNN =
         2 /**< oneDNN wherever it can; SEBP_ERROR_UNSUPPORTED in a build without it */

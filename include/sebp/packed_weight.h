@@ -30,7 +30,7 @@
  * Each call checks that w has the address, the shape, the stride and the dtype that W had when the packed
  * weight was made. W itself is still read, so it must stay where it is.
  *
- * Results have the same bits as without it, with one exception: an f32 forward of 4 to 8 rows that
+ * Results have the same bits as without it, with one exception: an f32 forward of 4 to 15 rows that
  * SEBP_GEMM_AUTO would give to oneDNN is done by the library's own GEMM, which is then faster. oneDNN does
  * not use copies, and none are made for it.
  *

@@ -13,11 +13,11 @@
 #include "row_work.h"
 
 enum {
-    LARGE = 512,  /* of a product's sizes */
-    FEW_ROWS = 8, /* of A: what it takes to pack B shows */
-    /* From so many on our own GEMM is the faster one of few, where B is kept packed, transposed. */
-    PACKED_ROWS = 4,
-    FEW_STEPS = 64 /* of the depth of dW: so does what it takes to pack both */
+    REUSES = 16, /* from so many on it pays to pack: to us and to oneDNN */
+    PACKED_REUSES =
+        4,       /* from so many on our own GEMM is faster where B is kept packed, transposed */
+    NARROW = 16, /* columns of a tile of 16 registers, as AVX2 has */
+    LARGE = 512  /* of a product's sizes */
 };
 
 /* What a plan holds for a CPU. */
@@ -37,31 +37,61 @@ static cpu_plan *plan_of(sebp_plan *plan)
     return (cpu_plan *)(void *)plan->device;
 }
 
-/* Whether our own GEMM is the faster one for few rows, as B is kept packed. Of a B that is not transposed
- * oneDNN makes its own copy as fast. Whether there is room for a copy does not count: the same call is to
- * have the same bits whatever was called before. */
+/* Whether a copy of B that is kept saves what it would take to pack B. Of a B that is not transposed oneDNN
+ * makes its own copy as fast. Whether there is room for a copy does not count: the same call is to have the
+ * same bits whatever was called before. */
 static bool gains_by_copy(const sebp_product *product)
 {
-    return product->packed_b != NULL && product->b.transposed && product->m >= PACKED_ROWS;
+    return product->packed_b != NULL && product->b.transposed && product->m >= PACKED_REUSES;
 }
 
-/* Whether oneDNN should do a product if it can. Where the choice is ours, it gets the large f32
- * products whose matrices it can read in place, where it measures a few percent faster, and those
- * of few rows with a B that comes from the caches, where it is up to five times as fast. Our own GEMM
- * does all others. */
+/* The matrix that each row of A goes through, or dW, to which each step of the depth is added, is in the
+ * caches, and is used too few times to be worth packing. */
+static bool has_few_reuses(const sebp_cpu *cpu, const sebp_product *product)
+{
+    const bool is_dw = product->a.transposed;
+    int64_t few = is_dw || product->b.transposed ? REUSES - 1 : REUSES;
+    int64_t reuses = is_dw ? product->k : product->m;
+    int64_t elements = is_dw ? product->m * product->n : product->n * product->k;
+    return reuses <= few && !sebp_cpu_streams(cpu, elements * 4);
+}
+
+/* All sizes are large, and nothing has to be gathered or transposed for oneDNN. */
+static bool is_large_and_dense(const sebp_product *product)
+{
+    return product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
+           !product->b.transposed &&
+           sebp_min(product->m, sebp_min(product->n, product->k)) >= LARGE;
+}
+
+/*
+ * Whether oneDNN should do a product if it can. Where the choice is ours, this is the model. Of an element of
+ * W that `reuses` rows go through, or of dW to which as many steps are added,
+ *
+ *     our own GEMM takes  reuses + p    multiply-adds: p to pack it, or to find it in C
+ *     oneDNN takes        reuses        below REUSES, where it multiplies W as it lies
+ *                         reuses + p'   from there on, where it packs W as we do
+ *
+ * So it gains 1 + p / reuses where the reuses are few and W is in the caches; else both wait for memory. From
+ * REUSES on p' is not below p: ours is as fast, or faster. REUSES is oneDNN's own limit, which shows in
+ * versions 2.6 and 3.2: where W is transposed its time doubles between 15 rows and 16. A W that is not
+ * transposed gains at 16 rows too, of which our second tile has but two. Narrow tiles are up to a quarter
+ * slower than oneDNN's in large products, so those are its own as well. It has no bf16: there it is faster
+ * for few rows alone, and pays for each new number of them.
+ *
+ * The model knows the product, the size of the last cache and the kernels, and no clock: a rate that is
+ * measured differs from run to run, and would change results by rounding.
+ */
 static bool prefers_onednn(const sebp_cpu *cpu, const sebp_product *product,
                            sebp_arithmetic arithmetic)
 {
-    bool is_dense = product->a.rows == NULL && product->b.rows == NULL && product->c_rows == NULL &&
-                    !product->b.transposed;
-    bool is_large = sebp_min(product->m, sebp_min(product->n, product->k)) >= LARGE;
-    bool is_small = product->a.transposed ? product->k <= FEW_STEPS
-                                          : product->m <= FEW_ROWS &&
-                                                !sebp_cpu_streams(cpu, product->n * product->k * 4);
-    bool suits = !arithmetic.by_bf16 && (is_small || (is_dense && is_large));
-    if (suits && is_small && cpu->gemm == SEBP_GEMM_AUTO)
-        suits = !gains_by_copy(product);
-    return cpu->gemm == SEBP_GEMM_ONEDNN || (cpu->gemm == SEBP_GEMM_AUTO && suits);
+    if (cpu->gemm != SEBP_GEMM_AUTO)
+        return cpu->gemm == SEBP_GEMM_ONEDNN;
+    if (arithmetic.by_bf16)
+        return false;
+    const bool is_narrow = cpu->kernels->shape_f32.cols <= NARROW;
+    return (has_few_reuses(cpu, product) && !gains_by_copy(product)) ||
+           (is_narrow && is_large_and_dense(product));
 }
 
 /* Of a product by our own GEMM, where that is not said by `reason`: what keeps oneDNN away. */
