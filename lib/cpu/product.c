@@ -45,15 +45,13 @@ static bool gains_by_copy(const sebp_product *product)
     return product->packed_b != NULL && product->b.transposed && product->m >= PACKED_REUSES;
 }
 
-/* The matrix that each row of A goes through, or dW, to which each step of the depth is added, is in the
- * caches, and is used too few times to be worth packing. */
+/* W is in the caches, or the product makes a dW, and there are too few rows or steps to be worth packing. */
 static bool has_few_reuses(const sebp_cpu *cpu, const sebp_product *product)
 {
-    const bool is_dw = product->a.transposed;
-    int64_t few = is_dw || product->b.transposed ? REUSES - 1 : REUSES;
-    int64_t reuses = is_dw ? product->k : product->m;
-    int64_t elements = is_dw ? product->m * product->n : product->n * product->k;
-    return reuses <= few && !sebp_cpu_streams(cpu, elements * 4);
+    if (product->a.transposed)
+        return product->k < REUSES;
+    return product->m <= (product->b.transposed ? REUSES - 1 : REUSES) &&
+           !sebp_cpu_streams(cpu, product->n * product->k * 4);
 }
 
 /* All sizes are large, and nothing has to be gathered or transposed for oneDNN. */
@@ -72,7 +70,7 @@ static bool is_large_and_dense(const sebp_product *product)
  *     oneDNN takes        reuses        below REUSES, where it multiplies W as it lies
  *                         reuses + p'   from there on, where it packs W as we do
  *
- * So it gains 1 + p / reuses where the reuses are few and W is in the caches; else both wait for memory. From
+ * So it gains 1 + p / reuses where the reuses are few. For a W that is not in the caches both wait. From
  * REUSES on p' is not below p: ours is as fast, or faster. REUSES is oneDNN's own limit, which shows in
  * versions 2.6 and 3.2: where W is transposed its time doubles between 15 rows and 16. A W that is not
  * transposed gains at 16 rows too, of which our second tile has but two. Narrow tiles are up to a quarter
