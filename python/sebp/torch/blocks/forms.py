@@ -21,6 +21,7 @@ from .activation import Activation, activate
 from .code import same_code
 from .dropout import drop
 from .norm import Norm, normalize
+from .rotary import known_rotation, with_rotation
 
 
 class Form(NamedTuple):
@@ -314,7 +315,22 @@ def _gated_forward(forward: Forward, x: Tensor) -> Tensor:
     return block.down_proj(block.act_fn(gate) * up)
 
 
+def _has_rotation(module: nn.Module) -> bool:
+    return known_rotation(type(module).forward) is not None
+
+
+def _rotary_forward(forward: Forward, *args: object, **kwargs: object) -> object:
+    """Run an attention's own forward, in which queries and keys are turned by the library."""
+    written, rotation = type(forward.module).forward, None
+    if not torch.compiler.is_compiling() and forward.previous is None:
+        rotation = known_rotation(written)
+    if rotation is None:
+        return forward.original(*args, **kwargs)
+    return with_rotation(written, rotation)(forward.module, *args, **kwargs)
+
+
 FORMS = (
+    Form("attention with rotary positions", _has_rotation, _rotary_forward),
     Form("dropout, residual and norm in one pass", _is_post_norm, _post_norm_forward),
     Form("gated activation in one pass", _is_gated, _gated_forward),
     Form("RMSNorm", _is_rms_norm, _norm_forward),
