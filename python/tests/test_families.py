@@ -18,7 +18,7 @@ from families import FAMILIES, PADDINGS, make_batch, make_model, real_tokens  # 
 
 import sebp  # noqa: E402
 
-MODES = ("padding", "padding_free")
+MODES = ("prepared", "padding_free")
 SEEDS = (1, 2)
 # Those that have to leave padding out, for a loss on real tokens.
 SKIPPING = [
@@ -44,8 +44,8 @@ def one_thread():
 
 def put_in(model, mode):
     """Let a model leave padding out, in one of two ways. It may say that it does not."""
-    if mode == "padding":
-        sebp.apply_sebp_to_model(model, padding=True)
+    if mode == "prepared":
+        sebp.prepare(model, defer_logits=True, quiet=True)
     else:
         sebp.padding_free(model)
 
@@ -172,7 +172,7 @@ def test_head(name, head, padding, mode):
     check(name, head, padding, mode, may_raise=reads_padded)
 
 
-@pytest.mark.parametrize(("padding", "mode"), [("right", "padding_free"), ("left", "padding")])
+@pytest.mark.parametrize(("padding", "mode"), [("right", "padding_free"), ("left", "prepared")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_that_reads_padded_tokens(name, padding, mode):
     """On purpose: by a mean over all tokens, or by labels at each of them."""
