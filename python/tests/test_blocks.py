@@ -142,14 +142,23 @@ def second(make, inputs):
 
 @pytest.mark.parametrize("is_rms", [False, True])
 @pytest.mark.parametrize("has_shift", [False, True])
-def test_norms_have_second_derivatives(is_rms, has_shift):
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_norms_have_second_derivatives(is_rms, has_shift, has_residual):
     torch.manual_seed(4)
     norm = Norm(is_rms, 1e-5)
-    inputs = [leaf(6, 20), leaf(6, 20), leaf(20)] + ([leaf(20)] if has_shift else [])
-    x, residual, gain, *rest = inputs
-    shift = rest[0] if rest else None
+    x, residual, gain, shift = (
+        leaf(*shape) if is_there else None
+        for shape, is_there in (
+            ((6, 20), True),
+            ((6, 20), has_residual),
+            ((20,), True),
+            ((20,), has_shift),
+        )
+    )
+    inputs = [one for one in (x, residual, gain, shift) if one is not None]
     ours = second(lambda: normalize(x, gain, shift, norm, residual)[0], inputs)
-    right = second(lambda: norm_in_torch(x + residual, gain, shift, norm), inputs)
+    added = 0 if residual is None else residual
+    right = second(lambda: norm_in_torch(x + added, gain, shift, norm), inputs)
     for one, known in zip(ours, right, strict=True):
         assert off(one, known) <= 1e-4
 
@@ -198,3 +207,66 @@ def test_nan_stays_in_its_row():
     y, _ = normalize(x, None, None, Norm(True, 1e-6), torch.ones(3, 8))
     assert y.isnan().any(1).tolist() == [False, True, False]
     assert activate(x, Activation.SILU).isnan().sum() == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients and saved tensors as others may give them
+
+BLOCKS = {
+    "RMSNorm": lambda x, gain: normalize(x, gain, None, Norm(True, 1e-5))[0],
+    "LayerNorm": lambda x, gain: normalize(x, gain, gain, Norm(False, 1e-5), x)[0],
+    "dropout and norm": lambda x, gain: normalize(x, gain, gain, Norm(False, 1e-5), x, dropout=0.3)[
+        0
+    ],
+    "GELU": lambda x, gain: activate(x, Activation.GELU) * gain,
+    "SiLU": lambda x, gain: activate(x, Activation.SILU) * gain,
+    "gated": lambda x, gain: activate(x, Activation.GELU_TANH, x.flip(0)) * gain,
+    "dropout": lambda x, gain: drop(x, dropout=0.4) * gain,
+    "dropout alone": lambda x, gain: drop(x + gain, dropout=0.4),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda dy: dy.t().contiguous().t(),
+        lambda dy: dy[:, :1].expand(12, 20),
+        lambda dy: dy.repeat(1, 2)[:, ::2],
+        lambda dy: torch._neg_view(dy),
+    ],
+    ids=["transposed", "expanded", "strided", "negated"],
+)
+def test_gradients_of_any_strides(name, change):
+    inputs, dy = (leaf(12, 20), leaf(20)), change(torch.randn(12, 20))
+    y = BLOCKS[name](*inputs)
+    right = torch.autograd.grad(y, inputs, dy.resolve_neg().contiguous(), retain_graph=True)
+    for one, known in zip(torch.autograd.grad(y, inputs, dy), right, strict=True):
+        assert off(one, known) <= 1e-6
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_saved_tensors_may_come_back_with_other_strides(name):
+    inputs, state = (leaf(12, 20), leaf(20)), torch.get_rng_state()
+    right = torch.autograd.grad(BLOCKS[name](*inputs).square().sum(), inputs)
+    torch.set_rng_state(state)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (x.dim() == 2, x.mT.contiguous() if x.dim() == 2 else x),
+        lambda given: given[1].mT if given[0] else given[1],
+    ):
+        loss = BLOCKS[name](*inputs).square().sum()
+    for one, known in zip(torch.autograd.grad(loss, inputs), right, strict=True):
+        assert off(one, known) <= 1e-6
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_gradients(name, create_graph):
+    inputs, dy = (leaf(4, 6), leaf(6)), torch.randn(3, 4, 6)
+    y = BLOCKS[name](*inputs)
+    ours = torch.autograd.grad(
+        y, inputs, dy, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+    )
+    each = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in dy]
+    for one, known in zip(ours, zip(*each, strict=True), strict=True):
+        assert off(one, torch.stack(known)) <= 1e-5

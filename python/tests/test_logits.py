@@ -75,6 +75,14 @@ def test_of_no_labels_it_is_nan_and_the_sum_zero():
     assert float(linear_cross_entropy(hidden, weight, labels, reduction="sum")) == 0
 
 
+def test_batched_gradients():
+    hidden, weight = leaves((3, 8), (11, 8))
+    loss, dloss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3])), torch.randn(4)
+    (known,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (ours,) = torch.autograd.grad(loss, weight, dloss, is_grads_batched=True)
+    assert torch.allclose(ours, dloss[:, None, None] * known, atol=1e-6)
+
+
 def test_another_label_may_be_ignored():
     torch.manual_seed(0)
     hidden, weight = leaves((3, 8), (11, 8))

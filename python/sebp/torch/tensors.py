@@ -56,6 +56,15 @@ def matrix_of(tensor: Tensor) -> Matrix:
     return matrix
 
 
+def new_like(tensor: Tensor) -> Tensor:
+    """Make a tensor of the same shape and dtype for the library to fill.
+
+    It is contiguous: what the library writes to has to be the tensor's own memory, and
+    :func:`matrix_of` would copy one with the strides of a transposed tensor.
+    """
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def by_rows(tensor: Tensor) -> Tensor:
     """Return a tensor as it is where the library can read it row by row, or else a copy.
 

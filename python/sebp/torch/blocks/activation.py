@@ -13,7 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ActivationOptions
 from ..context import thread_context
-from ..tensors import matrix_of
+from ..direct import is_plain
+from ..tensors import matrix_of, new_like
 
 
 class Activation(IntEnum):
@@ -70,7 +71,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
-        y = torch.empty_like(x)
+        y = new_like(x)
         options = ActivationOptions(ctypes.sizeof(ActivationOptions))
         inputs = matrix_of(x), None if up is None else matrix_of(up)
         thread_context().call(
@@ -83,13 +84,14 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, up = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives, in operators that have them
+        # For second derivatives, and where others step in, in operators that have them.
+        if torch.is_grad_enabled() or not is_plain(dy, x, up):
             gradient = dy if up is None else dy * up
             dup = None if up is None else dy * _FORWARDS[ctx.activation](x)
             return _BACKWARDS[ctx.activation](gradient, x), dup, None
         need_x, need_up, _ = ctx.needs_input_grad
-        dx = torch.empty_like(x) if need_x else None
-        dup = torch.empty_like(up) if need_up else None
+        dx = new_like(x) if need_x else None
+        dup = new_like(up) if need_up else None
         options = ActivationOptions(ctypes.sizeof(ActivationOptions))
         inputs = (None if one is None else matrix_of(one) for one in (dy, x, up))
         outputs = (None if one is None else matrix_of(one) for one in (dx, dup))

@@ -10,7 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._structs import DropoutOptions
 from ..context import thread_context
-from ..tensors import matrix_of
+from ..direct import is_plain
+from ..tensors import matrix_of, new_like
 
 
 def draw_seed() -> int:
@@ -52,7 +53,7 @@ def drop(x: Tensor, *, dropout: float) -> Tensor:
 
 def drop_again(x: Tensor, options: DropoutOptions) -> Tensor:
     """Drop the elements that a call with the same options dropped, without autograd."""
-    y = torch.empty_like(x)
+    y = new_like(x)
     thread_context().call("sebp_dropout_apply", _rows_of(x), None, options, _rows_of(y))
     return y
 
@@ -72,6 +73,9 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
+        if not is_plain(dy):  # others step in, as with batched gradients: the library sees none
+            ones = torch.ones(dy.shape, dtype=dy.dtype)
+            return dy * drop_again(ones, ctx.options), None
         if torch.is_grad_enabled():
             return _Drop.apply(dy, ctx.options), None
         return drop_again(dy, ctx.options), None

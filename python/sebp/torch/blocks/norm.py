@@ -12,7 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ACCUMULATE, DropoutOptions, Matrix, NormOptions
 from ..context import thread_context
-from ..tensors import matrix_of
+from ..direct import is_plain
+from ..tensors import matrix_of, new_like
 from .dropout import draw_seed, drop_again
 
 _RMS = 1  # SEBP_RMS_NORM
@@ -102,8 +103,8 @@ class _Norm(torch.autograd.Function):
         shift: Tensor | None,
         options: NormOptions,
     ) -> tuple[Tensor, Tensor | None]:
-        y = torch.empty_like(x)
-        h = None if residual is None and options.dropout == 0 else torch.empty_like(x)
+        y = new_like(x)
+        h = None if residual is None and options.dropout == 0 else new_like(x)
         statistics = torch.empty(math.prod(x.shape[:-1]), 2, dtype=torch.float32)
         thread_context().call(
             "sebp_norm_forward",
@@ -126,7 +127,7 @@ class _Norm(torch.autograd.Function):
         options = ctx.options
         if dy is None:
             dy = torch.zeros_like(h)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_plain(dy, dh, h, gain):
             return _backward_in_torch(ctx, dy, dh, h, gain)
         need_x, need_residual, need_gain, need_shift, _ = ctx.needs_input_grad
         drops = options.dropout > 0
@@ -134,14 +135,12 @@ class _Norm(torch.autograd.Function):
         if need_residual or dh is not None or (need_x and not drops):
             options.dh_write = _OVERWRITE if dh is None else ACCUMULATE
             gradient = (
-                torch.empty_like(h)
-                if dh is None
-                else dh.clone(memory_format=torch.contiguous_format)
+                new_like(h) if dh is None else dh.clone(memory_format=torch.contiguous_format)
             )
         if need_x:
-            dx = torch.empty_like(h) if drops else gradient
+            dx = new_like(h) if drops else gradient
         if need_gain:
-            dgain = torch.empty_like(gain)
+            dgain = new_like(gain)
         if need_shift:
             dshift = torch.empty(h.shape[-1], dtype=ctx.shift_dtype)
         thread_context().call(
@@ -185,4 +184,7 @@ def _backward_in_torch(
             torch.ones_like(h),
             DropoutOptions(ctypes.sizeof(DropoutOptions), options.dropout, options.seed),
         )
-    return dx, gradient, dgain, dshift, None
+    # An argument that is None takes no gradient.
+    needs = ctx.needs_input_grad
+    found = dx, gradient, dgain, dshift, None
+    return tuple(one if need else None for one, need in zip(found, needs, strict=True))
