@@ -179,3 +179,12 @@ def test_inference_is_pytorch():
         want = model(x)
         sebp.apply_sebp_to_model(model)
         assert torch.equal(model(x), want)
+
+
+def test_a_class_that_is_patched_runs_as_patched(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 3))
+    sebp.apply_sebp_to_model(model)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x * 0)
+    assert not model(torch.randn(2, 4, requires_grad=True)).any()
+    report = sebp.apply_sebp_to_model(nn.Sequential(nn.Linear(4, 3)))
+    assert report.replaced == [] and report.skipped == {"0": "its forward has been replaced"}

@@ -3,9 +3,11 @@
 
 import copy
 import functools
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -423,6 +425,149 @@ def test_wrong_shapes_raise_as_before():
         layer(torch.randn(3, 9))
     with pytest.raises(TypeError):
         layer(torch.randn(3, 8), torch.randn(3, 8))
+
+
+def put(block):
+    """Give one block to the library, whatever it has itself."""
+    give_blocks(nn.ModuleList([block, nn.Linear(1, 1)]))
+    return block
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Output(16), ("hidden_states", "input_tensor")),
+        (lambda: Gated(16), ("x",)),
+        (lambda: RMSNorm(16), ("hidden_states",)),
+        (lambda: nn.Dropout(0.0), ("input",)),
+        (nn.GELU, ("input",)),
+    ],
+)
+def test_arguments_may_have_names(make, names):
+    block, given = make(), {name: torch.randn(3, 16) for name in names}
+    right = block(**given)
+    put(block)
+    assert torch.allclose(block(**given), right, atol=1e-6)
+    with pytest.raises(TypeError):
+        block(nonsense=1)
+
+
+@pytest.mark.parametrize("part", ["LayerNorm", "dropout", "dense"])
+@pytest.mark.parametrize("is_none", [False, True])
+def test_parts_that_are_not_there(part, is_none):
+    block = Output(16)
+    delattr(block, part)
+    if is_none:
+        setattr(block, part, None)
+    put(block)
+    with pytest.raises((TypeError, AttributeError)):
+        run_block(block)
+
+
+@pytest.mark.parametrize("name", ["weight", "variance_epsilon"])
+def test_a_norm_without_its_parts_is_left(name):
+    norm = RMSNorm(16)
+    delattr(norm, name)
+    assert put(norm) is norm and "forward" not in vars(norm)
+
+
+def test_a_bias_that_the_forward_does_not_read_is_not_added():
+    norm = RMSNorm(16)
+    right = run_block(norm)
+    norm.bias = nn.Parameter(torch.ones(16))
+    assert torch.allclose(run_block(put(norm)), right, atol=1e-6)
+
+
+def test_an_epsilon_that_is_learned_has_its_gradient():
+    norm = RMSNorm(16)
+    norm.variance_epsilon = nn.Parameter(torch.tensor(0.1))
+    run_block(put(norm)).sum().backward()
+    assert norm.variance_epsilon.grad is not None
+
+
+class Noisy(nn.Module):
+    """A parametrization that draws random numbers."""
+
+    def forward(self, x):
+        return x * torch.rand(())
+
+
+def test_a_parametrized_gain_is_computed_once():
+    norm = RMSNorm(16)
+    nn.utils.parametrize.register_parametrization(norm, "weight", Noisy())
+    right = run_block(norm)
+    assert torch.allclose(run_block(put(norm)), right, atol=1e-6)
+
+
+def test_scripted_modules_are_left():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4))))
+    give_blocks(model)
+    assert model(torch.randn(2, 4)).shape == (2, 4)
+
+
+class Unhashable:
+    """A forward that is an object, and equal to any other."""
+
+    def __eq__(self, other):
+        return True
+
+    def __call__(self, x):
+        return x
+
+
+def test_a_forward_that_is_an_object_is_not_known():
+    kind = type("Kind", (nn.Module,), {"forward": Unhashable()})
+    assert put(kind())(3) == 3
+
+
+@pytest.mark.parametrize("make", [lambda: RMSNorm(16), lambda: nn.RMSNorm(16, 1e-6), nn.GELU])
+@pytest.mark.parametrize("is_before", [False, True])
+def test_a_class_that_is_patched_runs_as_patched(make, is_before, monkeypatch):
+    block, patched = make(), lambda self, x: x * 0
+    if not is_before:
+        put(block)
+    monkeypatch.setattr(type(block), "forward", patched)
+    assert not put(block)(torch.randn(3, 16)).any()
+    monkeypatch.undo()
+    assert bool(block(torch.randn(3, 16)).any())
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.Dropout])
+def test_a_class_that_is_patched_runs_so_within_a_block(kind, monkeypatch):
+    block = put(Output(16))
+    monkeypatch.setattr(kind, "forward", lambda self, x: x * 0)
+    x = torch.randn(3, 16)
+    right = torch.zeros(3, 16) if kind is nn.LayerNorm else block.LayerNorm(x)
+    assert torch.allclose(block(x, x), right, atol=1e-6)
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_calls_that_are_replaced_are_made(of_all, monkeypatch):
+    block, seen = put(Output(16)), []
+    kind = nn.Module if of_all else nn.LayerNorm
+    call = nn.Module.__call__
+
+    def counted(self, *args):
+        seen.append(type(self))
+        return call(self, *args)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    run_block(block)
+    assert nn.LayerNorm in seen
+
+
+def test_nothing_keeps_what_a_forward_holds_alive():
+    def hold(norm):
+        class Local(nn.Module):
+            def forward(self, x):
+                return x * norm.weight
+
+        put(Local())
+        return weakref.ref(norm)
+
+    gone = hold(RMSNorm(16))
+    gc.collect()
+    assert gone() is None
 
 
 # --------------------------------------------------------------------------------------------------

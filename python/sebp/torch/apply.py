@@ -11,7 +11,7 @@ from torch import nn
 from .. import _library
 from .._rules import RowRule, Rule, parse_rule
 from .blocks.put import take_blocks, take_heads
-from .forward import is_replaced
+from .forward import has_own_forward, is_replaced
 from .layers import give_rule, has_rule, linear_classes, take_rule
 from .padding_free import PaddingFreeReport, leave_padding_out, put_padding_back
 from .step_times import stop_timing
@@ -60,7 +60,8 @@ def _refusal(module: nn.Module) -> str:
     """Return why a linear layer is not changed, or "" if it is."""
     if type(module) not in linear_classes():
         return f"its class is {type(module).__name__}"
-    return "its forward has been replaced" if is_replaced(module) else ""
+    is_own = has_own_forward(type(module)) and not is_replaced(module)
+    return "" if is_own else "its forward has been replaced"
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

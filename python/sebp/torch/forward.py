@@ -17,6 +17,22 @@ from torch import nn
 _OF_FUNCTIONS = ("__code__", "__globals__", "__closure__", "__defaults__", "__kwdefaults__")
 
 
+def has_own_forward(kind: type) -> bool:
+    """Return whether a class has the forward that it was written with, not one put in since.
+
+    Parameters
+    ----------
+    kind : type
+        A class that defines a forward, as PyTorch's own do.
+    """
+    forward = vars(kind).get("forward")
+    return (
+        isinstance(forward, types.FunctionType)
+        and forward.__module__ == kind.__module__
+        and not hasattr(forward, "__wrapped__")
+    )
+
+
 class Forward:
     """A function of this package as the forward in a module's ``__dict__``.
 
@@ -39,12 +55,20 @@ class Forward:
         self.function = function
         self.is_out = False
         self.previous = vars(module).get("forward")
+        self._written = _written(module)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_written"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _written=_written(state["module"]))
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the function."""
         if args and args[0] is self.module:  # a tool has bound it to its module, as a method
             args = args[1:]
-        if self.is_out:
+        # What is put into the class later is for all of its modules.
+        if self.is_out or _written(self.module) is not self._written:
             return self.original(*args, **kwargs)
         return self.function(self, *args, **kwargs)
 
@@ -73,6 +97,11 @@ class Forward:
         if name in _OF_FUNCTIONS and "module" in vars(self):
             return getattr(type(self.module).forward, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _written(module: nn.Module) -> object:
+    """Return the forward of a module's class; a scripted module's has none."""
+    return getattr(type(module), "forward", None)
 
 
 class _Unbound:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..direct import is_plain
-from ..forward import Forward, is_replaced
+from ..forward import Forward, has_own_forward, is_replaced
 from ..tensors import DTYPES
 from .activation import Activation, activate
 from .code import same_code
 from .dropout import drop
 from .norm import Norm, normalize
 from .rotary import known_rotation, with_rotation
+
+_CALL = nn.Module.__call__  # which tools replace for a while, to see each call
 
 
 class Form(NamedTuple):
@@ -50,7 +52,7 @@ def _can_do(*tensors: Tensor | None) -> bool:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Return whether a module runs no hooks and no forward of others, which may be left out."""
+    """Return whether a module runs no hooks and nothing of others, which may be left out."""
     every = torch.nn.modules.module
     return not (
         module._forward_hooks
@@ -62,7 +64,13 @@ def _is_bare(module: nn.Module) -> bool:
         or every._global_backward_hooks
         or every._global_backward_pre_hooks
         or is_replaced(module)
+        or type(module).__call__ is not _CALL
     )
+
+
+def _is_of(module: nn.Module, kind: type) -> bool:
+    """Return whether a module is of one of PyTorch's classes, as PyTorch has it."""
+    return type(module) is kind and has_own_forward(kind)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def _is_dropout(module: nn.Module) -> bool:
-    return type(module) is nn.Dropout and not module.inplace
+    return _is_of(module, nn.Dropout) and not module.inplace
 
 
 def _dropout_of(module: nn.Module) -> float:
@@ -78,13 +86,12 @@ def _dropout_of(module: nn.Module) -> float:
     return module.p if module.training else 0.0
 
 
-def _dropout_forward(forward: Forward, input: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return forward.original(input)
-    dropout = _dropout_of(forward.module)
-    if 0 < dropout < 1 and _is_dropout(forward.module) and _can_do(input):
-        return drop(input, dropout=dropout)
-    return forward.original(input)
+def _dropout_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
+    if _is_usual(args, kwargs):
+        dropout = _dropout_of(forward.module)
+        if 0 < dropout < 1 and _is_dropout(forward.module) and _can_do(args[0]):
+            return drop(args[0], dropout=dropout)
+    return forward.original(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,25 +134,35 @@ def _gemma_unit(self: nn.Module, x: Tensor) -> Tensor:
 
 def _norm_of(module: nn.Module) -> Norm | None:
     """Return which norm a module is, or None."""
-    kind = type(module)
-    if kind is nn.LayerNorm:
-        return Norm(False, module.eps) if len(module.normalized_shape) == 1 else None
-    if kind is nn.RMSNorm:
-        is_fit = len(module.normalized_shape) == 1 and module.eps is not None
-        return Norm(True, module.eps) if is_fit else None
-    offset = _rms_offset(kind)
-    if offset is None or "_norm" in vars(module) or not isinstance(module.weight, Tensor):
+    is_rms = _is_of(module, nn.RMSNorm)
+    if is_rms or _is_of(module, nn.LayerNorm):
+        is_fit = len(module.normalized_shape) == 1 and _is_number(module.eps)
+        return Norm(is_rms, module.eps) if is_fit else None
+    offset = _rms_offset(type(module))
+    # A gain that a property computes may be another one each time, and is read once a forward.
+    if offset is None or "_norm" in vars(module) or hasattr(type(module), "weight"):
         return None
-    return Norm(True, module.eps if offset else module.variance_epsilon, offset)
+    epsilon = getattr(module, "eps" if offset else "variance_epsilon", None)
+    is_fit = isinstance(getattr(module, "weight", None), Tensor) and _is_number(epsilon)
+    return Norm(True, epsilon, offset) if is_fit else None
+
+
+def _is_number(value: object) -> bool:
+    """Return whether it is a number, and not a parameter that is learned."""
+    return isinstance(value, (int, float))
 
 
 def _rms_offset(kind: type) -> float | None:
     """Return what a class adds to its gain, if it is an RMSNorm written out, or None."""
-    for template in (_llama_norm, _olmo_norm, _t5_norm):
-        if same_code(kind.forward, template):
-            return 0.0
-    unit = getattr(kind, "_norm", None)
-    return 1.0 if same_code(kind.forward, _gemma_norm) and same_code(unit, _gemma_unit) else None
+    forward, unit = _written(kind), getattr(kind, "_norm", None)
+    if any(same_code(forward, template) for template in (_llama_norm, _olmo_norm, _t5_norm)):
+        return 0.0
+    return 1.0 if same_code(forward, _gemma_norm) and same_code(unit, _gemma_unit) else None
+
+
+def _written(kind: type) -> object:
+    """Return a class's forward, or None; a scripted module's has none."""
+    return getattr(kind, "forward", None)
 
 
 def _norm_by_library(
@@ -158,7 +175,7 @@ def _norm_by_library(
     norm = _norm_of(module)
     if norm is None or not 0 <= norm.epsilon < math.inf:
         return None
-    gain, shift = module.weight, getattr(module, "bias", None)
+    gain, shift = module.weight, None if norm.is_rms else module.bias
     if not _can_do(x, residual, gain, shift) or x.dim() == 0:
         return None
     if any(one is not None and one.dtype != x.dtype for one in (residual, gain, shift)):
@@ -176,11 +193,11 @@ def _is_rms_norm(module: nn.Module) -> bool:
     return norm is not None and norm.is_rms
 
 
-def _is_usual(args: tuple, kwargs: dict) -> bool:
-    """Return whether a call has one argument, a tensor, and no compiler is at work."""
+def _is_usual(args: tuple, kwargs: dict, count: int = 1) -> bool:
+    """Return whether a call has so many arguments, tensors without a name, and none compiles it."""
     if torch.compiler.is_compiling():
         return False
-    return len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+    return len(args) == count and not kwargs and all(isinstance(one, Tensor) for one in args)
 
 
 def _norm_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
@@ -215,22 +232,22 @@ def _by_attribute(self: nn.Module, input: Tensor) -> Tensor:
 
 def _activation_of(module: nn.Module) -> Activation | None:
     """Return which activation a module is, or None."""
-    kind = type(module)
-    if kind is nn.GELU:
+    if _is_of(module, nn.GELU):
         return {"none": Activation.GELU, "tanh": Activation.GELU_TANH}.get(module.approximate)
-    if kind is nn.SiLU:
+    if _is_of(module, nn.SiLU):
         return None if module.inplace else Activation.SILU
-    found = _written_activation(kind)
+    found = _written_activation(type(module))
     return _activation_in(module) if found == "act" else found
 
 
 def _written_activation(kind: type) -> Activation | str | None:
     """Return which activation a class writes out; "act" where its instances hold it."""
-    if same_code(kind.forward, _silu):
+    forward = _written(kind)
+    if same_code(forward, _silu):
         return Activation.SILU
-    if same_code(kind.forward, _gelu_new) or same_code(kind.forward, _gelu_fast):
+    if same_code(forward, _gelu_new) or same_code(forward, _gelu_fast):
         return Activation.GELU_TANH
-    return "act" if same_code(kind.forward, _by_attribute) else None
+    return "act" if same_code(forward, _by_attribute) else None
 
 
 def _activation_in(module: nn.Module) -> Activation | None:
@@ -264,19 +281,20 @@ def _post_norm(self: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 def _is_post_norm(module: nn.Module) -> bool:
     return (
-        same_code(type(module).forward, _post_norm)
-        and _is_dropout(module.dropout)
-        and _norm_of(module.LayerNorm) is not None
+        same_code(_written(type(module)), _post_norm)
+        and _is_dropout(getattr(module, "dropout", None))
+        and _norm_of(getattr(module, "LayerNorm", None)) is not None
     )
 
 
-def _post_norm_forward(forward: Forward, x: Tensor, residual: Tensor) -> Tensor:
+def _post_norm_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
     block = forward.module
-    if torch.compiler.is_compiling() or not _is_post_norm(block):
-        return forward.original(x, residual)
+    if not _is_usual(args, kwargs, 2) or not _is_post_norm(block):
+        return forward.original(*args, **kwargs)
     dropout = _dropout_of(block.dropout)
     if not (0 <= dropout < 1 and _is_bare(block.dropout) and _is_bare(block.LayerNorm)):
-        return forward.original(x, residual)
+        return forward.original(*args)
+    x, residual = args
     x = block.dense(x)
     if x.shape == residual.shape:
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -296,7 +314,7 @@ def _gated_at_once(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    written, act = type(module).forward, getattr(module, "act_fn", None)
+    written, act = _written(type(module)), getattr(module, "act_fn", None)
     return (
         (same_code(written, _gated) or same_code(written, _gated_at_once))
         and isinstance(act, nn.Module)
@@ -304,11 +322,11 @@ def _is_gated(module: nn.Module) -> bool:
     )
 
 
-def _gated_forward(forward: Forward, x: Tensor) -> Tensor:
+def _gated_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
     block = forward.module
-    is_known = not torch.compiler.is_compiling() and _is_gated(block)
-    if not (is_known and _is_bare(block.act_fn)):
-        return forward.original(x)
+    if not (_is_usual(args, kwargs) and _is_gated(block) and _is_bare(block.act_fn)):
+        return forward.original(*args, **kwargs)
+    (x,) = args
     gate, up = block.gate_proj(x), block.up_proj(x)
     if gate.dim() > 0 and gate.shape == up.shape and gate.dtype == up.dtype and _can_do(gate, up):
         return block.down_proj(activate(gate, _activation_of(block.act_fn), up))
