@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from logits import LABELS, LOSSES, close, head_and_logits, leaves
 from models import make_batch, make_model
-from torch import nn
 from torch.nn import functional
 
 import sebp
@@ -15,16 +15,6 @@ from sebp.torch import linear_cross_entropy
 from sebp.torch.blocks.logits import Logits
 
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-def leaves(*shapes, dtype=F32):
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-
-
-def close(ours, right, tolerance):
-    largest = float(right.detach().abs().max()) if right.numel() else 0.0
-    assert ours.shape == right.shape
-    assert float((ours.detach() - right.detach()).abs().amax()) <= tolerance * max(largest, 1e-30)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,37 +163,6 @@ def test_without_the_option_logits_are_there():
         assert type(model(**batch).logits) is torch.Tensor
 
 
-def head_and_logits(bias=True):
-    """Make a head of its own, its deferred logits and those that it would have made."""
-    from sebp.torch.blocks.logits import head_forward
-    from sebp.torch.forward import put_in
-
-    torch.manual_seed(1)
-    head, hidden = nn.Linear(8, 11, bias=bias).train(), torch.randn(2, 5, 8, requires_grad=True)
-    right = head(hidden)
-    put_in(head, head_forward)
-    return head, hidden, head(hidden), right
-
-
-LABELS = torch.tensor([[1, 2, -100, 4, 5], [-100, 7, 8, 9, 10]])
-LOSSES = {
-    "shifted": lambda y: functional.cross_entropy(
-        y[..., :-1, :].contiguous().view(-1, 11), LABELS[:, 1:].reshape(-1)
-    ),
-    "shifted, without the last index": lambda y: functional.cross_entropy(
-        y[:, :-1].reshape(-1, y.size(-1)), LABELS[:, 1:].reshape(-1)
-    ),
-    "by a module": lambda y: nn.CrossEntropyLoss(label_smoothing=0.1)(
-        y.float().view(-1, y.shape[-1]), LABELS.view(-1)
-    ),
-    "summed": lambda y: functional.cross_entropy(
-        y.flatten(0, 1), LABELS.flatten(), reduction="sum"
-    ),
-    "by a mask": lambda y: functional.cross_entropy(y[LABELS != -100], LABELS[LABELS != -100]),
-    "to the device": lambda y: functional.cross_entropy(
-        y.to("cpu").to(torch.float32).reshape((-1, 11)), LABELS.view(-1)
-    ),
-}
 OTHERS = {
     "one class": lambda y: y[..., 5].square().mean(),
     "some classes": lambda y: functional.cross_entropy(
@@ -250,6 +209,7 @@ def test_what_is_read_later_is_the_same():
     functional.cross_entropy(flat, LABELS.view(-1)).backward()
     assert torch.equal(ours.argmax(-1), right.argmax(-1))
     assert torch.allclose(flat.detach(), right.detach().view(-1, 11))
+    assert flat.data_ptr() == ours.data_ptr() == flat.data_ptr()
     assert ours.tolist() == right.tolist() and repr(ours) == repr(right)
 
 

@@ -7,8 +7,8 @@ then. Cross-entropy of them is computed from the hidden states and the head, for
 alone, in chunks of the vocabulary. Whatever else is done with them computes them first.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from ..._rules import Rule
+from ...core import SebpError
 from ..autograd import dtypes_of, only_wanted, wanted_dtypes
 from ..direct import is_plain
 from ..forward import Forward
@@ -23,10 +24,11 @@ from ..tensors import DTYPES
 from .loss import linear_cross_entropy
 
 Step = Callable[[Tensor], Tensor]
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 class _Source:
-    """What logits are made of, and the logits once there are any.
+    """What logits are made of, and what has become of them.
 
     Parameters
     ----------
@@ -40,6 +42,10 @@ class _Source:
     ----------
     dtype : torch.dtype
         The logits'.
+    is_computed : bool
+        Whether there are logits, which all that follows reads.
+    has_loss : bool
+        Whether a loss with gradients has been computed without them.
     """
 
     def __init__(
@@ -53,18 +59,24 @@ class _Source:
         self._is_cast = torch.is_autocast_enabled("cpu")
         self.dtype = torch.bfloat16 if self._is_cast else hidden.dtype
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self._versions = self._now()
-        self._value: Tensor | None = None
-        self._version = 0
+        self.is_computed = self.has_loss = False
+        self._versions, self._samples = self._now(), self._sample()
 
-    def _now(self) -> list[int]:
-        tensors = (self.hidden, self.weight, self.bias)
-        return [0 if one is None else one._version for one in tensors]
+    def _tensors(self) -> list[Tensor]:
+        return [one for one in (self.hidden, self.weight, self.bias) if one is not None]
 
-    @property
-    def is_computed(self) -> bool:
-        """Whether there are logits."""
-        return self._value is not None
+    def _now(self) -> list[tuple[int, int]]:
+        return [(one._version, one.data_ptr()) for one in self._tensors()]
+
+    def _sample(self) -> list[Tensor]:
+        """Take a few numbers: optimizers that write to ``.data`` leave no version behind."""
+        samples = []
+        for one in self._tensors():
+            every = tuple(slice(None, None, size // 16 + 1) for size in one.shape[-2:])
+            few = one.detach().flatten(0, -2)[every] if one.dim() > 2 else one.detach()[every]
+            # As integers, among which NaN is equal to itself.
+            samples.append(few.clone().view(_INTEGERS[one.dtype]))
+        return samples
 
     def as_called(self) -> AbstractContextManager:
         """Return the autocast that the head was called in, for a ``with``.
@@ -74,41 +86,21 @@ class _Source:
         RuntimeError
             Where what the logits are made of has changed since.
         """
-        if self._now() != self._versions:
+        if self._now() != self._versions or not all(
+            map(torch.equal, self._sample(), self._samples)
+        ):
             raise RuntimeError(
                 "sebp: the logits of this call were not computed, and the weights have changed"
                 " since. Read them before the optimizer's step, or prepare(defer_logits=False)"
             )
         return torch.autocast("cpu", torch.bfloat16, enabled=self._is_cast)
 
-    def value(self, is_last: bool) -> Tensor:
-        """Compute the logits, as the model would have.
-
-        Parameters
-        ----------
-        is_last : bool
-            Whether no step follows.
-
-        Returns
-        -------
-        Tensor, ... x V
-
-        Raises
-        ------
-        RuntimeError
-            If the weights have changed since; if a step follows and the logits have: it is not
-            known whether the step was a copy.
-        """
-        if self._value is None:
-            with torch.enable_grad(), self.as_called():
-                self._value = self._compute(self.hidden)
-            self._version = self._value._version
-        if not is_last and self._value._version != self._version:
-            raise RuntimeError(
-                "sebp: logits have been changed in place after others were derived from them;"
-                " prepare(defer_logits=False) computes them at once"
-            )
-        return self._value
+    def compute(self) -> Tensor:
+        """Compute the logits, as the model would have."""
+        with self.as_called():
+            logits = self._compute(self.hidden)
+        self.is_computed = True
+        return logits
 
 
 class Logits(Tensor):
@@ -119,15 +111,43 @@ class Logits(Tensor):
     Attributes
     ----------
     source : _Source
-    steps : tuple of callable
-        What has been done with the source's logits since.
     hidden : Tensor, ... x K
-        The source's hidden states, after the same steps.
+        The source's hidden states, after all that has been done with the logits since.
     """
 
     source: _Source
-    steps: tuple[Step, ...]
     hidden: Tensor
+    _parent: "tuple[Logits, Step] | None"
+    _numbers: Tensor | None
+    _version_then: int
+
+    def numbers(self) -> Tensor:
+        """Return these logits as an ordinary tensor, the same each time.
+
+        Raises
+        ------
+        RuntimeError
+            If the weights have changed since, or what these were derived from: it is not known
+            whether they would be a copy.
+        """
+        if self._numbers is None:
+            with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad), _unseen():
+                self._numbers = self._compute()
+            self._version_then = self._numbers._version
+            self._parent = None
+        return self._numbers
+
+    def _compute(self) -> Tensor:
+        if self._parent is None:
+            return self.source.compute()
+        parent, step = self._parent
+        numbers = parent.numbers()
+        if numbers._version != parent._version_then:
+            raise RuntimeError(
+                "sebp: logits have been changed in place after others were derived from them;"
+                " prepare(defer_logits=False) computes them at once"
+            )
+        return step(numbers)
 
     @classmethod
     def __torch_function__(
@@ -138,11 +158,14 @@ class Logits(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        _refuse_gradients(func, args, kwargs)
         found = None
         if func is functional.cross_entropy:
             found = _loss(*args, **kwargs)
-        elif func in _STEPS and isinstance(args[0], Logits) and not args[0].source.is_computed:
-            found = _STEPS[func](args[0], *args[1:], **kwargs)
+        elif func in _STEPS and _may_step(args[0]):
+            # What is no step, and what is an error, is up to the operator itself.
+            with suppress(RuntimeError, IndexError, TypeError, ValueError):
+                found = _STEPS[func](*args, **kwargs)
         return func(*_computed(args), **_computed(kwargs)) if found is None else found
 
     @classmethod
@@ -163,7 +186,6 @@ class _Defer(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         source: _Source,
-        steps: tuple[Step, ...],
         dtype: torch.dtype,
     ) -> Logits:
         shape = (*hidden.shape[:-1], weight.shape[0])
@@ -180,23 +202,52 @@ class _Defer(torch.autograd.Function):
         found = torch.ops.sebp.linear_backward(
             dy.to(ctx.dtype), hidden, weight, total, False, *Rule(), *wanted
         )
-        return (*only_wanted(found, wanted), *(None,) * 3)
+        return (*only_wanted(found, wanted), *(None,) * 2)
 
 
-def _make(source: _Source, steps: tuple[Step, ...], hidden: Tensor, dtype: torch.dtype) -> Logits:
-    with torch.enable_grad():
-        logits = _Defer.apply(hidden, source.weight, source.bias, source, steps, dtype)
-    logits.source, logits.steps, logits.hidden = source, steps, hidden
+def _make(
+    source: _Source,
+    hidden: Tensor,
+    dtype: torch.dtype,
+    parent: tuple[Logits, Step] | None = None,
+) -> Logits:
+    with _unseen():
+        logits = _Defer.apply(hidden, source.weight, source.bias, source, dtype)
+    logits.source, logits.hidden, logits._parent = source, hidden, parent
+    logits._numbers, logits._version_then = None, 0
     return logits
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Save tensors past the hooks of others.
+
+    Checkpointing counts what is saved within it, and logits are computed once: it would count less
+    when it computes again.
+    """
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # where hooks are forbidden there are none
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_pack, _unpack))
+        yield
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, tensor._version
+
+
+def _unpack(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            "sebp: what the gradient of logits is made of has been modified by an inplace operation"
+        )
+    return tensor
 
 
 def _computed(value: object) -> object:
     """Replace logits by ordinary tensors, in containers too."""
     if isinstance(value, Logits):
-        result = value.source.value(not value.steps)
-        for step in value.steps:
-            result = step(result)
-        return result
+        return value.numbers()
     if isinstance(value, dict):
         return {key: _computed(one) for key, one in value.items()}
     if type(value) in (tuple, list):
@@ -223,7 +274,6 @@ _METADATA = {
             "is_quantized",
             "is_leaf",
             "requires_grad",
-            "grad_fn",
             "_version",
         )
     ),
@@ -235,11 +285,37 @@ _METADATA = {
     Tensor.is_floating_point,
     Tensor.is_complex,
     Tensor.element_size,
+    Tensor.__hash__,
 }
+
+_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__}
+
+
+def _refuse_gradients(func: Callable, args: tuple, kwargs: dict) -> None:
+    """Raise where the gradient of logits is asked for that a loss was computed without."""
+    if func in _GRADIENTS:
+        asked = args[:1]
+    elif func is torch.autograd.grad:
+        asked = args[1]
+    elif func is torch.autograd.backward:
+        asked = kwargs.get("inputs") or ()
+    else:
+        return
+    if any(isinstance(one, Logits) and one.source.has_loss for one in asked):
+        raise RuntimeError(
+            "sebp: the loss was computed without these logits, so they get no gradient. Ask for it"
+            " before the loss, by a hook or retain_grad(), or prepare(defer_logits=False)"
+        )
+
+
+def _may_step(logits: object) -> bool:
+    """Return whether a step can be taken without numbers."""
+    is_open = isinstance(logits, Logits) and not logits.source.is_computed
+    return is_open and not torch.is_inference_mode_enabled()
 
 
 def _after(logits: Logits, step: Step, hidden: Tensor, dtype: torch.dtype) -> Logits:
-    return _make(logits.source, (*logits.steps, step), hidden, dtype)
+    return _make(logits.source, hidden, dtype, (logits, step))
 
 
 def _float(logits: Logits) -> Logits:
@@ -250,13 +326,16 @@ def _float(logits: Logits) -> Logits:
 
 def _to(logits: Logits, *args: object, **kwargs: object) -> Logits | None:
     """To the CPU, where they are, or to float32."""
-    if kwargs or len(args) != 1:
+    if not kwargs.keys() <= {"device", "dtype"}:
         return None
-    (to,) = args
-    if to == torch.float32 or to == logits.dtype:
-        return _float(logits) if to == torch.float32 else logits
-    is_here = isinstance(to, (str, torch.device)) and torch.device(to) == logits.device
-    return logits if is_here else None
+    result = logits
+    for to in (*args, *kwargs.values()):
+        if isinstance(to, (str, torch.device)) and torch.device(to) == logits.device:
+            continue
+        if not isinstance(to, torch.dtype) or to not in (torch.float32, logits.dtype):
+            return None
+        result = _float(logits) if to == torch.float32 else logits
+    return result
 
 
 def _contiguous(logits: Logits) -> Logits:
@@ -335,16 +414,24 @@ def _loss(
     if size_average is not None or reduce is not None or not 0 <= label_smoothing <= 1:
         return None
     source = input.source
+    tensors = input.hidden, source.weight, source.bias
+    if not input.requires_grad:  # they were derived without gradients
+        tensors = tuple(None if one is None else one.detach() for one in tensors)
+    hidden, head, bias = tensors
     with source.as_called():
-        loss = linear_cross_entropy(
-            input.hidden,
-            source.weight,
-            target,
-            source.bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        try:
+            loss = linear_cross_entropy(
+                hidden,
+                head,
+                target,
+                bias,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
+        except SebpError:  # a label out of range: PyTorch has an error of its own
+            return None
+    source.has_loss = source.has_loss or loss.requires_grad
     return loss.to(input.dtype)
 
 
@@ -352,13 +439,15 @@ def _loss(
 # Heads
 
 
-def head_forward(forward: Forward, hidden: Tensor) -> Tensor:
+def head_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
     """Replace the forward of a language model's head, in training: give :class:`Logits`."""
     head = forward.module
-    if torch.compiler.is_compiling() or not _can_defer(head, hidden):
-        return forward.original(hidden)
+    is_usual = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+    if torch.compiler.is_compiling() or not is_usual or not _can_defer(head, args[0]):
+        return forward.original(*args, **kwargs)
+    (hidden,) = args
     source = _Source(forward.original, hidden, head.weight, head.bias)
-    return _make(source, (), hidden, source.dtype)
+    return _make(source, hidden, source.dtype)
 
 
 def _can_defer(head: nn.Module, hidden: Tensor) -> bool:
