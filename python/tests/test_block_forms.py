@@ -233,6 +233,20 @@ def test_checkpointing_repeats_dropout():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("defer_logits", [False, True])
+def test_gradient_checkpointing_of_models(name, reentrant, defer_logits):
+    """The first call of a kind is watched, and what it saves is compared with the recomputation."""
+    model, batch = make_model(name).train(), make_batch(name, 1)
+    right = losses_and_gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with sebp.prepare(model, defer_logits=defer_logits, quiet=True):
+        for _ in range(3):
+            assert_same(losses_and_gradients(model, batch), right)
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_all_is_pytorchs(p, counting):
     layer = nn.Dropout(p)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._rules import Rule
 from .autograd import dtypes_of, only_wanted, wanted_dtypes
@@ -36,15 +37,26 @@ try:
     _is_left_out = torch._C._dispatch_tls_is_dispatch_key_excluded
     _is_profiled = torch._C._autograd._profiler_enabled
     _has_function_mode = torch._C._is_torch_function_mode_enabled
+    _modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
     # Of a tensor in the CPU's memory with strides that is not negated, wrapped, quantized, nested
     # or made for inference.
     _TENSOR = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
     # Of a thread without modes, transforms or tracers.
     _THREAD = _keys("BackendSelect", "ADInplaceOrView")
+    # Of one with modes.
+    _THREAD_IN_MODES = _keys("BackendSelect", "ADInplaceOrView", "Python", "PythonTLSSnapshot")
     _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
     _IS_KNOWN = _keys("BackendSelect", "ADInplaceOrView") == _THREAD  # else sets have no ==
 except AttributeError:  # a PyTorch that has other names for these
     _IS_KNOWN = False
+
+
+class Watcher(TorchDispatchMode):
+    """A mode that looks at operators, and changes neither them nor what they return.
+
+    Within it the library computes what it computes without it. So what checkpointing computes again
+    without the mode saves as many tensors as it did within.
+    """
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
@@ -81,7 +93,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or not _IS_KNOWN
-        or _keys_of_thread() != _THREAD
+        or not (_keys_of_thread() == _THREAD or _is_watched_alone())
         or _is_left_out(_AUTOGRAD)
         or is_transformed()
     ):
@@ -90,6 +102,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in PLAIN or _keys_of(tensor) != _TENSOR):
             return False
     return True
+
+
+def _is_watched_alone() -> bool:
+    """Return whether all modes at work are :class:`Watcher`."""
+    return _keys_of_thread() == _THREAD_IN_MODES and all(
+        isinstance(mode, Watcher) for mode in _modes()
+    )
 
 
 class sebp_linear(torch.autograd.Function):

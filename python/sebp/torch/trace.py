@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .attend import attend
 from .blocks.dropout import drop
 from .blocks.norm import normalize
+from .direct import Watcher
 from .packing import Unfit
 
 _PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
@@ -209,7 +209,7 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Once(TorchDispatchMode):
+class Once(Watcher):
     """Raises :class:`Unfit` before anything that must not happen twice.
 
     That is talking to other processes, writing to parameters or arguments, and drawing from another
