@@ -334,12 +334,12 @@ def _gated_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
 
 
 def _has_rotation(module: nn.Module) -> bool:
-    return known_rotation(type(module).forward) is not None
+    return known_rotation(_written(type(module))) is not None
 
 
 def _rotary_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     """Run an attention's own forward, in which queries and keys are turned by the library."""
-    written, rotation = type(forward.module).forward, None
+    written, rotation = _written(type(forward.module)), None
     if not torch.compiler.is_compiling() and forward.previous is None:
         rotation = known_rotation(written)
     if rotation is None:
