@@ -59,8 +59,15 @@ def padding_free(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Train with all that sebp.prepare() puts in."""
+    """Train with all that sebp.prepare() puts in by itself."""
     with sebp.prepare(model, quiet=True):
+        yield
+
+
+@contextmanager
+def deferred(model: nn.Module) -> Iterator[None]:
+    """Train with all that sebp.prepare() has, and no logits."""
+    with sebp.prepare(model, defer_logits=True, quiet=True):
         yield
 
 

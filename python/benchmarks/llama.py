@@ -13,13 +13,24 @@ right. The modes:
 - sebp: SEBP in all linear layers; what the forward computes is as it was;
 - trimmed: the model as it is, on the text without its padding;
 - padding-free: padding taken out before the decoder, and SEBP in all linear layers;
-- prepared: that, and norms and gated activations by the library, as sebp.prepare() has it.
+- prepared: that, and norms, rotary positions and gated activations by the library, as
+  sebp.prepare() has it;
+- deferred: that, and logits that are not computed, by its defer_logits=True.
 """
 
 import random
 
 import torch
-from common import Batch, Mode, make_parser, padding_free, prepared, run_benchmark, with_sebp
+from common import (
+    Batch,
+    Mode,
+    deferred,
+    make_parser,
+    padding_free,
+    prepared,
+    run_benchmark,
+    with_sebp,
+)
 from texts import trim
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +54,7 @@ def make_modes(padded: list[Batch]) -> list[Mode]:
         Mode("trimmed", "pytorch", [trim(batch) for batch in padded]),
         Mode("padding-free", "pytorch", padded, change=padding_free, is_compared=True),
         Mode("prepared", "pytorch", padded, change=prepared, is_compared=True),
+        Mode("deferred", "pytorch", padded, change=deferred, is_compared=True),
     ]
 
 

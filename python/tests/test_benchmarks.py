@@ -462,6 +462,15 @@ def test_matthews():
     assert matthews(torch.ones(4, dtype=torch.long), labels) == 0
 
 
+def test_blocks():
+    words = [sys.executable, str(FOLDER / "blocks.py"), "--rounds", "1", "--tokens", "3"]
+    words += ["--features", "64", "--cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 6 * 2
+    assert all(float(row[4]) > 0 and float(row[5]) > 0 for row in rows[2:])
+
+
 def test_call_cost():
     words = [sys.executable, str(FOLDER / "call_cost.py"), "--rounds", "1", "--shapes", "2x3x4:5"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
