@@ -270,3 +270,22 @@ def test_batched_gradients(name, create_graph):
     each = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in dy]
     for one, known in zip(ours, zip(*each, strict=True), strict=True):
         assert off(one, torch.stack(known)) <= 1e-5
+
+
+def test_compiled_autograd():
+    """What one block keeps for its backward is not compiled into another's."""
+    from torch._dynamo import compiled_autograd
+
+    torch._dynamo.reset()
+    norms = {
+        f"epsilon {epsilon}": lambda x, gain, e=epsilon: normalize(x, gain, None, Norm(True, e))[0]
+        for epsilon in (1e-5, 0.5)
+    }
+    for name, block in {**BLOCKS, **norms}.items():
+        inputs = leaf(4, 6), leaf(6)
+        loss = block(*inputs).square().sum()
+        right = torch.autograd.grad(loss, inputs, retain_graph=True)
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            loss.backward()
+        for one, known in zip(inputs, right, strict=True):
+            assert off(one.grad, known) <= 1e-6, name

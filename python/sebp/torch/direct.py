@@ -104,6 +104,23 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Return whether a backward is given tensors with numbers, which the library can read.
+
+    Parameters
+    ----------
+    tensors : Tensor or None
+
+    Returns
+    -------
+    bool
+        False of batched gradients. True within compiled autograd, as the library's calls break its
+        graph. What else a backward did there would be compiled, and numbers that it keeps for
+        itself with it.
+    """
+    return torch.compiler.is_compiling() or is_plain(*tensors)
+
+
 def _is_watched_alone() -> bool:
     """Return whether all modes at work are :class:`Watcher`."""
     return _keys_of_thread() == _THREAD_IN_MODES and all(

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._structs import DropoutOptions
 from ..context import thread_context
-from ..direct import is_plain
+from ..direct import is_eager
 from ..tensors import matrix_of, new_like
 
 
@@ -73,7 +73,7 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
-        if not is_plain(dy):  # others step in, as with batched gradients: the library sees none
+        if not is_eager(dy):  # others step in, as with batched gradients: the library sees none
             ones = torch.ones(dy.shape, dtype=dy.dtype)
             return dy * drop_again(ones, ctx.options), None
         if torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ACCUMULATE, DropoutOptions, Matrix, NormOptions
 from ..context import thread_context
-from ..direct import is_plain
+from ..direct import is_eager
 from ..tensors import matrix_of, new_like
 from .dropout import draw_seed, drop_again
 
@@ -127,7 +127,7 @@ class _Norm(torch.autograd.Function):
         options = ctx.options
         if dy is None:
             dy = torch.zeros_like(h)
-        if torch.is_grad_enabled() or not is_plain(dy, dh, h, gain):
+        if torch.is_grad_enabled() or not is_eager(dy, dh, h, gain):
             return _backward_in_torch(ctx, dy, dh, h, gain)
         need_x, need_residual, need_gain, need_shift, _ = ctx.needs_input_grad
         drops = options.dropout > 0
