@@ -307,6 +307,21 @@ def test_autocast(of_hidden, within):
     assert torch.allclose(ours.detach().float(), right.detach().float(), atol=0.02)
 
 
+@pytest.mark.parametrize("of_call", [False, True])
+@pytest.mark.parametrize("of_loss", [False, True])
+@pytest.mark.parametrize("of_hidden", [F32, BF16])
+@pytest.mark.parametrize("name", ["shifted", "by a module", "summed"])
+def test_losses_have_pytorchs_dtype(of_call, of_loss, of_hidden, name):
+    head, hidden, _, _ = head_and_logits()
+    head, hidden = head.to(of_hidden), hidden.detach().to(of_hidden).requires_grad_()
+    with torch.autocast("cpu", BF16, enabled=of_call):
+        ours, right = head(hidden), functional.linear(hidden, head.weight, head.bias)
+    with torch.autocast("cpu", BF16, enabled=of_loss):
+        one, known = LOSSES[name](ours), LOSSES[name](right)
+    assert not ours.source.is_computed and one.dtype == known.dtype
+    assert abs(float(one.detach() - known.detach())) <= 0.01 * float(known.detach())
+
+
 def test_compiled_heads_have_logits():
     head, hidden, _, right = head_and_logits()
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")

@@ -432,7 +432,8 @@ def _loss(
         except SebpError:  # a label out of range: PyTorch has an error of its own
             return None
     source.has_loss = source.has_loss or loss.requires_grad
-    return loss.to(input.dtype)
+    # Under autocast PyTorch computes this loss in float32.
+    return loss if torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
