@@ -188,3 +188,17 @@ def test_a_class_that_is_patched_runs_as_patched(monkeypatch):
     assert not model(torch.randn(2, 4, requires_grad=True)).any()
     report = sebp.apply_sebp_to_model(nn.Sequential(nn.Linear(4, 3)))
     assert report.replaced == [] and report.skipped == {"0": "its forward has been replaced"}
+
+
+def test_the_argument_may_have_its_name():
+    from transformers.pytorch_utils import Conv1D
+
+    for layer, name in ((nn.Linear(4, 3), "input"), (Conv1D(3, 4), "x")):
+        x = torch.randn(2, 4, requires_grad=True)
+        right = layer(x)
+        sebp.apply_sebp_to_model(nn.Sequential(layer))
+        y = layer(**{name: x})
+        assert "sebp" in y.grad_fn.name().lower() and torch.allclose(y, right, atol=1e-6)
+        for wrong in ({"nonsense": x}, {}, {name: x, "nonsense": x}):
+            with pytest.raises(TypeError):
+                layer(**wrong)

@@ -154,11 +154,16 @@ def linear(
 # Layers
 
 
-def _forward(forward: Forward, input: Tensor) -> Tensor:
+def _forward(forward: Forward, *args: Tensor, **kwargs: Tensor) -> Tensor:
     layer = forward.module
     is_transposed = not isinstance(layer, nn.Linear)
-    y = sparse_linear(input, layer.weight, layer.bias, layer.sebp_rule, is_transposed)
-    return forward.original(input) if y is None else y
+    if kwargs and not args:
+        name = "x" if is_transposed else "input"
+        args, kwargs = ((kwargs[name],), {}) if [*kwargs] == [name] else (args, kwargs)
+    if len(args) != 1 or kwargs:  # which the layer itself refuses
+        return forward.original(*args, **kwargs)
+    y = sparse_linear(args[0], layer.weight, layer.bias, layer.sebp_rule, is_transposed)
+    return forward.original(*args) if y is None else y
 
 
 class _Scriptable:
