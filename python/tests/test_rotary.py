@@ -8,6 +8,7 @@ import torch
 from models import make_batch, make_model
 from transformers.models.llama import modeling_llama
 
+import sebp
 from sebp.torch.blocks import rotary
 from sebp.torch.blocks.put import give_blocks
 from sebp.torch.blocks.rotary import (
@@ -91,6 +92,30 @@ def test_second_derivatives():
 
     ours = second(functools.partial(rotate, rotate_whole_heads))
     assert torch.allclose(ours, second(rotate_whole_heads), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", [rotate_whole_heads, rotate_first_elements])
+def test_batched_gradients(rotation):
+    q, k = heads(2, 2, 3, 8), heads(2, 2, 3, 8)
+    cos, sin = angles(1, 3, 8 if rotation is rotate_whole_heads else 4)
+    weights = torch.randn(5, 2, 2, 3, 8)
+    ours, right = (f(q, k, cos, sin)[0] for f in (functools.partial(rotate, rotation), rotation))
+    (one,) = torch.autograd.grad(ours, q, weights, is_grads_batched=True)
+    (known,) = torch.autograd.grad(right, q, weights, is_grads_batched=True)
+    assert torch.allclose(one, known, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant, turned):
+    model, batch = make_model("llama").train(), make_batch("llama", 1)
+    right = gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    prepared = sebp.prepare(model, quiet=True)
+    for _ in range(2):
+        assert_same(gradients(model, batch), right)
+    assert turned
+    prepared.undo()
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def unlike_halves():

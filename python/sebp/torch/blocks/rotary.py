@@ -13,8 +13,8 @@ from torch.autograd.function import FunctionCtx
 
 from ..._structs import RotaryOptions
 from ..context import thread_context
-from ..direct import is_plain
-from ..tensors import DTYPES, matrix_of
+from ..direct import is_eager, is_plain
+from ..tensors import DTYPES, matrix_of, new_like
 from .code import same_code
 
 NAME = "apply_rotary_pos_emb"
@@ -226,7 +226,7 @@ class Turn(torch.autograd.Function):
     ) -> Tensor:
         """Turn rows, forward or back."""
         ctx.arguments = table, positions, size, is_back
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = new_like(x)
         options = RotaryOptions(ctypes.sizeof(RotaryOptions), size, *_UNUSED)
         thread_context().call(
             "sebp_rotary_backward" if is_back else "sebp_rotary_forward",
@@ -243,4 +243,18 @@ class Turn(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Turn the gradient the other way."""
         table, positions, size, is_back = ctx.arguments
-        return Turn.apply(dy, table, positions, size, not is_back), None, None, None, None
+        turn = Turn.apply if is_eager(dy) else _turn_in_torch
+        return turn(dy, table, positions, size, not is_back), None, None, None, None
+
+
+def _turn_in_torch(
+    x: Tensor, table: Tensor, positions: Tensor | None, size: int, is_back: bool
+) -> Tensor:
+    """Do what :class:`Turn` does where others step in, as with batched gradients."""
+    of_rows = table if positions is None else table[positions]
+    cos, sin = of_rows.view(*x.shape[:-1], 1, -1).to(x.dtype).chunk(2, dim=-1)
+    sin = -sin if is_back else sin
+    half = cos.shape[-1]
+    each = x.reshape(*x.shape[:-1], -1, size)
+    a, b, rest = each.split((half, half, size - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).reshape(x.shape)
