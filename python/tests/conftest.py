@@ -49,3 +49,11 @@ def lapack():
         sums.solve(1, 1)
     except SebpError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """Count what the library computes of blocks."""
+    from block_models import Counting
+
+    return Counting(monkeypatch)
