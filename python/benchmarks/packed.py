@@ -10,7 +10,8 @@ modes train on the same texts and have the same loss, which is checked. The mode
 - padded-sebp: the same with attn_implementation="sebp";
 - packed: texts laid end to end by DataCollatorWithFlattening, "sdpa", for which transformers makes
   a mask of all tokens by all tokens;
-- packed-sebp: the same with attn_implementation="sebp".
+- packed-sebp: the same with attn_implementation="sebp";
+- packed-prepared: that, and all that sebp.prepare() puts in.
 """
 
 import random
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from common import Batch, Mode, make_parser, run_benchmark
+from common import Batch, Mode, make_parser, prepared, run_benchmark
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM
 
@@ -34,6 +35,13 @@ def attention(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def attention_and_all(model: nn.Module) -> Iterator[None]:
+    """Train with this package's attention, and with all that sebp.prepare() puts in."""
+    with attention(model, "sebp"), prepared(model):
+        yield
 
 
 def pad(texts: list[Tensor]) -> Batch:
@@ -65,6 +73,7 @@ def make_modes(batches: list[list[Tensor]]) -> list[Mode]:
         Mode("padded-sebp", "padded", padded, loss, with_sebp),
         Mode("packed", "padded", packed, loss),
         Mode("packed-sebp", "padded", packed, loss, with_sebp),
+        Mode("packed-prepared", "padded", packed, loss, attention_and_all),
     ]
 
 
