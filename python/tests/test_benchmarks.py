@@ -80,7 +80,7 @@ def test_packed_texts(call):
         "--layers 1 --hidden 128 --texts 3 --shortest 2 --longest 9 --vocabulary 99 --rounds 2"
     )
     rows = {row["mode"]: row for row in call("packed", options)}
-    assert list(rows) == ["padded", "padded-sebp", "packed", "packed-sebp"]
+    assert list(rows) == ["padded", "padded-sebp", "packed", "packed-sebp", "packed-prepared"]
     assert float(rows["padded"]["activity"]) < 1 == float(rows["packed-sebp"]["activity"])
     for row in rows.values():
         assert 0 < float(row["backward_ms"]) < float(row["step_ms"])
