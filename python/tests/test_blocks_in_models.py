@@ -98,7 +98,7 @@ def test_prepare_puts_blocks_in_and_undo_takes_them_out(counting):
     model, batch = make_model("bert").train(), make_batch("bert", 1)
     right = losses_and_gradients(model, batch)
     prepared = sebp.prepare(model, quiet=True)
-    assert "4 dropout, residual and norm in one pass" in str(prepared)
+    assert "4 x dropout, residual and norm in one pass" in str(prepared)
     assert_same(losses_and_gradients(model, batch), right)
     assert "normalize" in counting.take()
     again = sebp.prepare(model, quiet=True)

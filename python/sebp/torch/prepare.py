@@ -83,7 +83,7 @@ class Prepared(Changes):
             count = _count(layers.replaced, "linear layer")
             lines.append(f"changed  {count}: rows of zeros are skipped in the backward")
         if self.blocks:
-            counts = "; ".join(f"{len(names)} {kind}" for kind, names in self.blocks.items())
+            counts = "; ".join(f"{len(names)} x {kind}" for kind, names in self.blocks.items())
             lines.append(f"changed  computed by the library: {counts}")
         lines += [f"changed  {name}: logits are computed when read" for name in self.heads]
         lines += [f"had it   {name} runs on real tokens alone" for name in padding.already]
