@@ -56,8 +56,8 @@ typedef void sebp_pack SEBP_PACK_ARGUMENTS;
  * a[u][i] b[u][j].
  *
  * Packing B costs least in the tile that uses it first: with `pack_b` the tile reads B's memory
- * rows itself and leaves them packed in b, full columns only. Where b is NULL it does not leave them,
- * which serves a B that no other tile reads; not where step_units is more than 1.
+ * rows itself and leaves them packed in b, full columns only. Where b is NULL it leaves nothing: no other
+ * tile reads these columns. Kernels whose step_units is more than 1 do not take NULL.
  *
  * `ahead` is what will be wanted soon: memory rows of a later tile's B, from byte ahead_at on. The
  * lines of cache that they take there are counted row by row, and `ahead_lines` of them from

@@ -46,12 +46,12 @@ typedef struct sebp_context sebp_context;
 /**
  * Which matrix product does the work.
  *
- * AUTO chooses for each product by its shape and dtype, the size of the last cache and the kernels in use.
- * This choice measures nothing, so it is the same in every run on a machine. (That of sebp_precision does,
- * below HIGHEST and of bf16.) oneDNN gets f32 products of up to 16 rows whose weight fits in the caches, dW
- * of up to 15, and large dense ones where vectors are narrow, as with AVX2. So a row can have other bits
- * alone than among many. With NATIVE the bits of f32 products depend on neither the number of threads nor
- * the other rows.
+ * AUTO chooses for each product by its shape and dtype, the size of the last cache and the kernels in
+ * use. This choice measures nothing, so it is the same in every run on a machine. (Whether bf16, or f32
+ * below HIGHEST, is multiplied as bf16 is measured: see sebp_precision.) oneDNN gets f32 products of up
+ * to 16 rows whose weight fits in the caches, dW of up to 15, and large dense ones where vectors are
+ * narrow, as with AVX2. So the last bits of a row's result may depend on how many rows there are. With
+ * NATIVE the bits of f32 products depend on neither the number of threads nor the other rows.
  */
 typedef enum sebp_gemm {
     SEBP_GEMM_AUTO = 0,   /**< chosen for each product: the one that is faster */

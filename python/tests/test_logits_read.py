@@ -133,6 +133,7 @@ def test_labels_out_of_range_are_pytorchs_error(wrong):
     "change",
     [
         lambda weight: weight.data.mul_(2),
+        lambda weight: weight.data[10, 7].add_(1e-3),
         lambda weight: setattr(weight, "data", weight.data.clone()),
         lambda weight: weight.detach().numpy().fill(0),
     ],

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..attention import AttentionOptions
 from . import attention_ops  # noqa: F401, registers sebp::attention
 from .attention_products import attention_backward, attention_forward
+from .blocks.dropout import draw_seed
 from .direct import is_direct
 from .tensors import DTYPES, by_rows
 from .texts import Texts
@@ -103,7 +104,8 @@ def attend(
     _check(query, key, value, scaling, softcap)
     _check_shapes(query, key, value, texts, bias, bias_is_of_texts)
     window_left, window_right = pattern.windows
-    is_plain, seed = is_direct(query, key, value, bias), _draw_seed(dropout)
+    is_plain = is_direct(query, key, value, bias)
+    seed = draw_seed() if dropout > 0 else None
     options = AttentionOptions(
         heads=query.shape[1],
         kv_heads=key.shape[1],
@@ -161,15 +163,10 @@ def attend_told(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     heads = query.shape[1], key.shape[1]
     q, k, v = _in_rows(query, key, value)
-    seed = _draw_seed(dropout)
+    seed = draw_seed() if dropout > 0 else None
     numbers = *heads, scale, softcap or 0.0, dropout
     out = torch.ops.sebp.attention(q, k, v, None, *told, seed, *numbers)[0]
     return out.unflatten(2, (heads[0], -1))[..., : value.shape[3]]
-
-
-def _draw_seed(dropout: float) -> Tensor | None:
-    """Draw from PyTorch's generator, by an operator, which a graph holds instead of a number."""
-    return torch.randint(2**63 - 1, (1,), device="cpu") if dropout > 0 else None
 
 
 def _in_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from .._structs import Matrix
 from ..attention import AttentionOptions
 from .context import thread_context
 from .step_times import add_attention
-from .tensors import matrix_of
+from .tensors import matrix_of, new_like
 from .texts import Side, Texts
 
 
@@ -107,10 +107,10 @@ def attention_backward(
         given = tuple(_gather(x, side) for x, side in zip(given, sides, strict=True))
     vdout, vq, vk, vv, vout, vlse = map(matrix_of, given)
     need_dq, need_dk, need_dv, need_dbias = needs
-    dq = torch.empty_like(given[1], memory_format=torch.contiguous_format) if need_dq else None
-    dk = torch.empty_like(given[2], memory_format=torch.contiguous_format) if need_dk else None
-    dv = torch.empty_like(given[3], memory_format=torch.contiguous_format) if need_dv else None
-    dbias = torch.empty_like(bias) if need_dbias else None
+    dq = new_like(given[1]) if need_dq else None
+    dk = new_like(given[2]) if need_dk else None
+    dv = new_like(given[3]) if need_dv else None
+    dbias = new_like(bias) if need_dbias else None
     thread_context().call(
         "sebp_attention_backward",
         vdout,

@@ -104,7 +104,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
-def is_eager(*tensors: Tensor | None) -> bool:
+def has_numbers(*tensors: Tensor | None) -> bool:
     """Return whether a backward is given tensors with numbers, which the library can read.
 
     Parameters

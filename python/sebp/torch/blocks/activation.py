@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ActivationOptions
 from ..context import thread_context
-from ..direct import is_eager
+from ..direct import has_numbers
 from ..tensors import matrix_of, new_like
 
 
@@ -85,7 +85,7 @@ class _Activate(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, up = ctx.saved_tensors
         # For second derivatives, and where others step in, in operators that have them.
-        if torch.is_grad_enabled() or not is_eager(dy, x, up):
+        if torch.is_grad_enabled() or not has_numbers(dy, x, up):
             gradient = dy if up is None else dy * up
             dup = None if up is None else dy * _FORWARDS[ctx.activation](x)
             return _BACKWARDS[ctx.activation](gradient, x), dup, None

@@ -10,17 +10,17 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._structs import DropoutOptions
 from ..context import thread_context
-from ..direct import is_eager
+from ..direct import has_numbers
 from ..tensors import matrix_of, new_like
 
 
-def draw_seed() -> int:
-    """Draw a seed from PyTorch's default generator.
+def draw_seed() -> Tensor:
+    """Draw a seed from PyTorch's default generator: an int64, which a graph can hold.
 
     So ``torch.manual_seed`` makes dropout repeatable, and so does checkpointing, which restores the
     generator before it computes a forward again.
     """
-    return int(torch.randint(2**63 - 1, (1,), device="cpu"))
+    return torch.randint(2**63 - 1, (1,), device="cpu")
 
 
 def drop(x: Tensor, *, dropout: float) -> Tensor:
@@ -47,7 +47,7 @@ def drop(x: Tensor, *, dropout: float) -> Tensor:
         return handle_torch_function(drop, (x,), x, dropout=dropout)
     if dropout == 0:
         return x
-    options = DropoutOptions(ctypes.sizeof(DropoutOptions), dropout, draw_seed())
+    options = DropoutOptions(ctypes.sizeof(DropoutOptions), dropout, int(draw_seed()))
     return _Drop.apply(x, options)
 
 
@@ -73,7 +73,7 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
-        if not is_eager(dy):  # others step in, as with batched gradients: the library sees none
+        if not has_numbers(dy):  # others step in, as with batched gradients: the library sees none
             ones = torch.ones(dy.shape, dtype=dy.dtype)
             return dy * drop_again(ones, ctx.options), None
         if torch.is_grad_enabled():

@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..._structs import PRECISION_MEDIUM, CrossEntropyOptions
 from ..context import thread_context
-from ..direct import is_eager
+from ..direct import has_numbers
 from ..tensors import matrix_of
 
 
@@ -135,7 +135,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.gradients = None  # one reference less, so that autograd need not copy them
         if gradients is None:  # a second backward
             _, gradients = _compute(*inputs, ctx.options, ctx.needs_input_grad[:3])
-        if not is_eager(dloss):  # others step in, as with batched gradients
+        if not has_numbers(dloss):  # others step in, as with batched gradients
             gradients = [None if one is None else one * dloss.to(one.dtype) for one in gradients]
         elif (factor := float(dloss)) != 1:
             gradients = [None if one is None else one.mul_(factor) for one in gradients]

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ACCUMULATE, DropoutOptions, Matrix, NormOptions
 from ..context import thread_context
-from ..direct import is_eager
+from ..direct import has_numbers
 from ..tensors import matrix_of, new_like
 from .dropout import draw_seed, drop_again
 
@@ -85,7 +85,7 @@ def normalize(
         norm.epsilon,
         norm.gain_offset,
         dropout,
-        draw_seed() if dropout > 0 else 0,
+        int(draw_seed()) if dropout > 0 else 0,
     )
     y, h = _Norm.apply(x, residual, gain, shift, options)
     return y, x if h is None else h
@@ -127,7 +127,7 @@ class _Norm(torch.autograd.Function):
         options = ctx.options
         if dy is None:
             dy = torch.zeros_like(h)
-        if torch.is_grad_enabled() or not is_eager(dy, dh, h, gain):
+        if torch.is_grad_enabled() or not has_numbers(dy, dh, h, gain):
             return _backward_in_torch(ctx, dy, dh, h, gain)
         need_x, need_residual, need_gain, need_shift, _ = ctx.needs_input_grad
         drops = options.dropout > 0

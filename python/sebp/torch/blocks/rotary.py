@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..._structs import RotaryOptions
 from ..context import thread_context
-from ..direct import is_eager, is_plain
+from ..direct import has_numbers, is_plain
 from ..tensors import DTYPES, matrix_of, new_like
 from .code import same_code
 
@@ -89,11 +89,11 @@ def _content(cell: CellType) -> object:
         return None
 
 
-@functools.lru_cache(maxsize=256)
 def with_rotation(forward: FunctionType, rotation: Callable) -> FunctionType:
     """Return an attention's forward that calls :func:`rotate` for one of these.
 
-    The function itself, its decorators, and the module that it is from stay as they are.
+    The function itself, its decorators, and the module that it is from stay as they are. It is made
+    anew for each call: a cache would keep all that their closures hold alive.
     """
     inner, cells, names = _wrapped_in(forward), forward.__closure__, forward.__globals__
     if inner is not None:
@@ -243,7 +243,7 @@ class Turn(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Turn the gradient the other way."""
         table, positions, size, is_back = ctx.arguments
-        turn = Turn.apply if is_eager(dy) else _turn_in_torch
+        turn = Turn.apply if has_numbers(dy) else _turn_in_torch
         return turn(dy, table, positions, size, not is_back), None, None, None, None
 
 
