@@ -18,6 +18,7 @@
 #ifndef SEBP_BACKEND_H
 #define SEBP_BACKEND_H
 
+#include <stdalign.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -88,7 +89,7 @@ typedef struct sebp_plan {
     sebp_product product;
     const char
         *path; /* who does it, and why: "native:auto"; of a run that failed, what has failed */
-    _Alignas(max_align_t) unsigned char device[SEBP_PLAN_BYTES]; /* the device's own notes */
+    alignas(max_align_t) unsigned char device[SEBP_PLAN_BYTES]; /* the device's own notes */
 } sebp_plan;
 
 /** What a scan tells of each row. */

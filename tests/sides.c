@@ -6,11 +6,16 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "counting.h"
 #include "emulated_amx.h"
 #include "lib/cpu/operations.h"
 #include "sides.h"
+#ifdef SEBP_TEST_CUDA
+#include "lib/cuda/cuda.h"
+#endif
 
 /* ---- devices ---- */
 
@@ -87,6 +92,18 @@ static side make_matrix_unit(void)
     return made;
 }
 
+#ifdef SEBP_TEST_CUDA
+static side make_cuda(void)
+{
+    const sebp_context_options options = {.workspace_bytes = (int64_t)16 << 20};
+    char why[SEBP_WHY_BYTES] = "";
+    sebp_cuda *cuda;
+    sebp_status status = sebp_cuda_create(&options, &cuda, why);
+    ck_assert_msg(status == SEBP_SUCCESS, "%s: %s", sebp_status_string(status), why);
+    return (side){&sebp_cuda_backend, cuda};
+}
+#endif
+
 static side make_counting(void)
 {
     return (side){&counting_backend, counting_make()};
@@ -103,22 +120,46 @@ static const struct {
 #endif
     {"cpu, emulated matrix unit", make_matrix_unit},
     {"counting", make_counting},
+#ifdef SEBP_TEST_CUDA
+    {"cuda", make_cuda},
+#endif
 };
 side tested, scalar;
 
+/* Whether it is to be tested: all are, or those that SEBP_TEST_DEVICE names the beginning of. */
+static bool is_wanted(const char *name)
+{
+    const char *wanted = getenv("SEBP_TEST_DEVICE");
+    return wanted == NULL || strncmp(name, wanted, strlen(wanted)) == 0;
+}
+
+/* The index of the `which`-th device that is to be tested; past the last one where there is none. */
+static int find_device(int which)
+{
+    int at = 0;
+    for (; at < (int)(sizeof devices / sizeof *devices); at++) {
+        if (is_wanted(devices[at].name) && which-- == 0)
+            break;
+    }
+    return at;
+}
+
 int count_devices(void)
 {
-    return (int)(sizeof devices / sizeof *devices);
+    int count = 0;
+    while (find_device(count) < (int)(sizeof devices / sizeof *devices))
+        count++;
+    return count;
 }
 
 const char *name_device(int which)
 {
-    return devices[which].name;
+    return devices[find_device(which)].name;
 }
 
 void make_sides(int which)
 {
-    tested = devices[which].make();
+    tested = devices[find_device(which)].make();
     scalar = make_scalar();
 }
 

@@ -125,13 +125,15 @@ typedef struct sebp_context_options {
     size_t message_bytes; /**< room there, the closing NUL included; the line is cut to fit */
     sebp_device_kind device;  /**< default SEBP_DEVICE_CPU */
     sebp_precision precision; /**< of products of f32; default SEBP_PRECISION_HIGHEST */
+    int gpu;                  /**< which one, from 1 on; 0: the calling thread's current one */
+    void *stream;             /**< the cudaStream_t to work on; NULL: the default stream */
 } sebp_context_options;
 
 /** Options as they are by default, with size_bytes set. */
 #define SEBP_CONTEXT_OPTIONS_INIT                                                                  \
     {                                                                                              \
         sizeof(sebp_context_options), 0, SEBP_PLACEMENT_NONE, SEBP_GEMM_AUTO, 0, NULL, NULL, NULL, \
-            0, SEBP_DEVICE_CPU, SEBP_PRECISION_DEFAULT                                             \
+            0, SEBP_DEVICE_CPU, SEBP_PRECISION_DEFAULT, 0, NULL                                    \
     }
 
 /**

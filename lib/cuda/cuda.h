@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file cuda.h
+ * An NVIDIA GPU as a device: its stream, its memory, scratch memory, errors. For C and for CUDA C++.
+ */
+#ifndef SEBP_CUDA_H
+#define SEBP_CUDA_H
+
+#include <cuda_runtime_api.h>
+
+#include "../backend.h"
+#include "../integers.h"
+
+SEBP_BEGIN_DECLS
+
+typedef struct sebp_cuda {
+    int index;             /* of the GPU, as the CUDA runtime counts them */
+    cudaStream_t stream;   /* everything happens there, in the order of the calls */
+    cudaMemPool_t pool;    /* what alloc() gives comes from it */
+    int multiprocessors;   /* SMs */
+    int capability;        /* 90: compute capability 9.0 */
+    int64_t shared_bytes;  /* the most shared memory that a block may have */
+    sebp_gemm gemm;        /* AUTO, or NATIVE: no cuBLAS */
+    struct sebp_cublas *cublas; /* NULL: not in this build, or not wanted */
+    int64_t workspace_bytes;    /* the bound of the scratch memory, method's and operations' together */
+    void *method_scratch;
+    int64_t method_bytes;   /* what is there */
+    void *scratch;          /* an operation's own */
+    int64_t scratch_bytes;
+    int64_t scratch_max; /* the most that both have been together */
+    void *results;       /* RESULT_BYTES of the host's memory that the GPU can write */
+    char why[SEBP_WHY_BYTES]; /* the CUDA error behind the last SEBP_ERROR_BACKEND */
+} sebp_cuda;
+
+enum { SEBP_CUDA_RESULT_BYTES = 4096 };
+
+/** Makes a device of the GPU that the options name. SEBP_ERROR_UNSUPPORTED, SEBP_ERROR_BACKEND and
+ * SEBP_ERROR_MEMORY say why. options: checked. */
+sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **cuda,
+                             char why[SEBP_WHY_BYTES]);
+
+/** The status that an error of the runtime's is; what it was called is kept in cuda->why. */
+sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error);
+
+/** Scratch memory of an operation, aligned for any element; NULL: none, or over the bound. What it
+ * held is lost where there must be more than before. Asked for again with no more bytes it cannot fail. */
+void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes);
+
+/** How much an operation may ask for: the bound less what is reserved for a method. */
+int64_t sebp_cuda_workspace(const sebp_cuda *cuda);
+
+/** Copies to the host, at most SEBP_CUDA_RESULT_BYTES by way of cuda->results, and waits for it. */
+sebp_status sebp_cuda_fetch(sebp_cuda *cuda, void *to, const void *from, int64_t bytes);
+
+extern const sebp_backend sebp_cuda_backend;
+
+SEBP_END_DECLS
+
+#endif

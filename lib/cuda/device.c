@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file device.c
+ * An NVIDIA GPU as a device: made and unmade, its memory, scratch memory, and what there is to know
+ * of it.
+ */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cublas.h"
+#include "operations.h"
+
+enum { ALIGNMENT = 256 };
+
+static const uint64_t KEPT_BYTES = UINT64_C(256) << 20; /* of memory given back, for the next alloc() */
+
+/* ---- errors ---- */
+
+sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error)
+{
+    if (error == cudaSuccess)
+        return SEBP_SUCCESS;
+    snprintf(cuda->why, sizeof cuda->why, "CUDA: %s (%s)", cudaGetErrorString(error),
+             cudaGetErrorName(error));
+    cudaGetLastError(); /* an error that leaves the GPU usable is said once */
+    return error == cudaErrorMemoryAllocation ? SEBP_ERROR_MEMORY : SEBP_ERROR_BACKEND;
+}
+
+/* ---- making and unmaking ---- */
+
+static int attribute(sebp_cuda *cuda, enum cudaDeviceAttr which, sebp_status *status)
+{
+    int value = 0;
+    if (*status == SEBP_SUCCESS)
+        *status = sebp_cuda_check(cuda, cudaDeviceGetAttribute(&value, which, cuda->index));
+    return value;
+}
+
+/* The memory that alloc() gives is taken and given back in the stream's order, without a wait for the
+ * GPU, as a copy of a row set is made for each batch. */
+static sebp_status make_pool(sebp_cuda *cuda)
+{
+    struct cudaMemPoolProps properties = {0};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = cuda->index;
+    sebp_status status = sebp_cuda_check(cuda, cudaMemPoolCreate(&cuda->pool, &properties));
+    uint64_t kept = KEPT_BYTES;
+    if (status == SEBP_SUCCESS) {
+        status = sebp_cuda_check(
+            cuda, cudaMemPoolSetAttribute(cuda->pool, cudaMemPoolAttrReleaseThreshold, &kept));
+    }
+    return status;
+}
+
+static sebp_status look_at_gpu(sebp_cuda *cuda)
+{
+    sebp_status status = SEBP_SUCCESS;
+    int major = attribute(cuda, cudaDevAttrComputeCapabilityMajor, &status);
+    int minor = attribute(cuda, cudaDevAttrComputeCapabilityMinor, &status);
+    cuda->capability = 10 * major + minor;
+    cuda->multiprocessors = attribute(cuda, cudaDevAttrMultiProcessorCount, &status);
+    cuda->shared_bytes = attribute(cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin, &status);
+    if (status == SEBP_SUCCESS && major < 8) {
+        snprintf(cuda->why, sizeof cuda->why,
+                 "the GPU is of compute capability %d.%d; 8.0 or later is needed", major, minor);
+        return SEBP_ERROR_UNSUPPORTED;
+    }
+    return status;
+}
+
+/* The GPU that the options name, or the calling thread's current one. */
+static sebp_status find_gpu(sebp_cuda *cuda, const sebp_context_options *options)
+{
+    int count = 0, current = 0;
+    sebp_status status = sebp_cuda_check(cuda, cudaGetDeviceCount(&count));
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_check(cuda, cudaGetDevice(&current));
+    if (status != SEBP_SUCCESS)
+        return status;
+    cuda->index = options->gpu == 0 ? current : options->gpu - 1;
+    if (cuda->index >= count) {
+        snprintf(cuda->why, sizeof cuda->why, "GPU %d is asked for, and there are %d", cuda->index,
+                 count);
+        return SEBP_ERROR_VALUE;
+    }
+    return current == cuda->index ? SEBP_SUCCESS
+                                  : sebp_cuda_check(cuda, cudaSetDevice(cuda->index));
+}
+
+sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **made,
+                             char why[SEBP_WHY_BYTES])
+{
+    sebp_cuda *cuda = calloc(1, sizeof *cuda);
+    if (cuda == NULL)
+        return SEBP_ERROR_MEMORY;
+    cuda->stream = options->stream;
+    cuda->gemm = options->gemm;
+    cuda->workspace_bytes = options->workspace_bytes;
+    sebp_status status = find_gpu(cuda, options);
+    if (status == SEBP_SUCCESS)
+        status = look_at_gpu(cuda);
+    if (status == SEBP_SUCCESS)
+        status = make_pool(cuda);
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_check(cuda, cudaMallocHost(&cuda->results, SEBP_CUDA_RESULT_BYTES));
+    if (status == SEBP_SUCCESS && cuda->gemm != SEBP_GEMM_NATIVE)
+        status = sebp_cublas_make(cuda);
+    if (status == SEBP_SUCCESS) {
+        *made = cuda;
+        return SEBP_SUCCESS;
+    }
+    memcpy(why, cuda->why, SEBP_WHY_BYTES);
+    sebp_cuda_destroy(cuda);
+    return status;
+}
+
+void sebp_cuda_destroy(void *device)
+{
+    sebp_cuda *cuda = device;
+    /* What is still at work uses this memory. After an error that has ended the GPU's context these
+     * calls fail too, and there is nothing left to give back. */
+    cudaStreamSynchronize(cuda->stream);
+    sebp_cublas_end(cuda);
+    cudaFree(cuda->scratch);
+    cudaFree(cuda->method_scratch);
+    cudaFreeHost(cuda->results);
+    if (cuda->pool != NULL)
+        cudaMemPoolDestroy(cuda->pool);
+    cudaGetLastError();
+    free(cuda);
+}
+
+/* ---- memory ---- */
+
+sebp_status sebp_cuda_alloc(void *device, int64_t bytes, void **memory)
+{
+    sebp_cuda *cuda = device;
+    return sebp_cuda_check(cuda, cudaMallocFromPoolAsync(memory, (size_t)sebp_max(bytes, 1),
+                                                         cuda->pool, cuda->stream));
+}
+
+void sebp_cuda_free(void *device, void *memory)
+{
+    sebp_cuda *cuda = device;
+    if (memory != NULL)
+        cudaFreeAsync(memory, cuda->stream);
+}
+
+sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t bytes)
+{
+    sebp_cuda *cuda = device;
+    if (bytes == 0)
+        return SEBP_SUCCESS;
+    sebp_status status = sebp_cuda_check(
+        cuda, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyHostToDevice, cuda->stream));
+    struct cudaPointerAttributes source;
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_check(cuda, cudaPointerGetAttributes(&source, from));
+    /* Pageable memory has been read when the copy returns. Pinned memory has not. */
+    if (status == SEBP_SUCCESS && source.type != cudaMemoryTypeUnregistered)
+        status = sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
+    return status;
+}
+
+sebp_status sebp_cuda_download(void *device, void *to, const void *from, int64_t bytes)
+{
+    sebp_cuda *cuda = device;
+    if (bytes == 0)
+        return SEBP_SUCCESS;
+    sebp_status status = sebp_cuda_check(
+        cuda, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToHost, cuda->stream));
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
+    return status;
+}
+
+sebp_status sebp_cuda_fetch(sebp_cuda *cuda, void *to, const void *from, int64_t bytes)
+{
+    sebp_status status = sebp_cuda_download(cuda, cuda->results, from, bytes);
+    if (status == SEBP_SUCCESS)
+        memcpy(to, cuda->results, (size_t)bytes);
+    return status;
+}
+
+sebp_status sebp_cuda_synchronize(void *device)
+{
+    sebp_cuda *cuda = device;
+    return sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
+}
+
+/* ---- scratch memory ---- */
+
+/* Makes room for `bytes` where there is less. Memory that is at work is freed when it is done with. */
+static sebp_status grow(sebp_cuda *cuda, void **memory, int64_t *had, int64_t bytes)
+{
+    if (*memory != NULL && bytes <= *had)
+        return SEBP_SUCCESS;
+    bytes = sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT);
+    cudaFree(*memory);
+    *memory = NULL;
+    *had = 0;
+    sebp_status status = sebp_cuda_check(cuda, cudaMalloc(memory, (size_t)bytes));
+    if (status == SEBP_SUCCESS)
+        *had = bytes;
+    cuda->scratch_max = sebp_max(cuda->scratch_max, cuda->method_bytes + cuda->scratch_bytes);
+    return status;
+}
+
+int64_t sebp_cuda_workspace(const sebp_cuda *cuda)
+{
+    return (cuda->workspace_bytes - cuda->method_bytes) / ALIGNMENT * ALIGNMENT;
+}
+
+void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes)
+{
+    if (bytes > sebp_cuda_workspace(cuda))
+        return NULL;
+    sebp_status status = grow(cuda, &cuda->scratch, &cuda->scratch_bytes, bytes);
+    return status == SEBP_SUCCESS ? cuda->scratch : NULL;
+}
+
+int64_t sebp_cuda_max_scratch(const void *device)
+{
+    return ((const sebp_cuda *)device)->workspace_bytes / 2 / ALIGNMENT * ALIGNMENT;
+}
+
+/* Takes from the operations' memory what is too much together. */
+static void shrink_scratch(sebp_cuda *cuda, int64_t method_bytes)
+{
+    if (cuda->scratch_bytes > cuda->workspace_bytes - method_bytes) {
+        cudaFree(cuda->scratch);
+        cuda->scratch = NULL;
+        cuda->scratch_bytes = 0;
+    }
+}
+
+sebp_status sebp_cuda_reserve_scratch(void *device, int64_t bytes)
+{
+    sebp_cuda *cuda = device;
+    if (bytes > sebp_cuda_max_scratch(device))
+        return SEBP_ERROR_MEMORY;
+    if (bytes == 0)
+        return SEBP_SUCCESS; /* kept for the next time */
+    shrink_scratch(cuda, sebp_round_up(bytes, ALIGNMENT));
+    return grow(cuda, &cuda->method_scratch, &cuda->method_bytes, bytes);
+}
+
+void *sebp_cuda_method_scratch(const void *device)
+{
+    return ((const sebp_cuda *)device)->method_scratch;
+}
+
+int64_t sebp_cuda_scratch_bytes(const void *device)
+{
+    return ((const sebp_cuda *)device)->scratch_max;
+}

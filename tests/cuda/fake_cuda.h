@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file fake_cuda.h
+ * What tests ask of the CUDA runtime without a GPU.
+ *
+ * Its memory is the host's, but between calls of the runtime nobody may touch it: code of the host
+ * that reads or writes an element ends with SIGSEGV. Each piece of memory ends at a page that nobody
+ * may touch. Kernels run block after block, the threads of a block one at a time; dynamic shared
+ * memory holds NaN at the start of a block.
+ */
+#ifndef FAKE_CUDA_H
+#define FAKE_CUDA_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** Lets the n-th call from now on that may fail return `error`, and no other; 0: none. */
+void fake_cuda_fail_at(int64_t n, cudaError_t error);
+/** Calls so far that may fail. */
+int64_t fake_cuda_calls(void);
+/** Pieces of memory that are allocated, of the GPU's and of pinned. */
+int64_t fake_cuda_live(void);
+/** How many GPUs there are; 1 at first. */
+void fake_cuda_have(int gpus);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
