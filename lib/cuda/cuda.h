@@ -14,21 +14,22 @@
 SEBP_BEGIN_DECLS
 
 typedef struct sebp_cuda {
-    int index;             /* of the GPU, as the CUDA runtime counts them */
-    cudaStream_t stream;   /* everything happens there, in the order of the calls */
-    cudaMemPool_t pool;    /* what alloc() gives comes from it */
-    int multiprocessors;   /* SMs */
-    int capability;        /* 90: compute capability 9.0 */
-    int64_t shared_bytes;  /* the most shared memory that a block may have */
-    sebp_gemm gemm;        /* AUTO, or NATIVE: no cuBLAS */
+    int index;                  /* of the GPU, as the CUDA runtime counts them */
+    cudaStream_t stream;        /* everything happens there, in the order of the calls */
+    cudaMemPool_t pool;         /* what alloc() gives comes from it */
+    int multiprocessors;        /* SMs */
+    int capability;             /* 90: compute capability 9.0 */
+    int64_t shared_bytes;       /* the most shared memory that a block may have */
+    sebp_gemm gemm;             /* AUTO, or NATIVE: no cuBLAS */
     struct sebp_cublas *cublas; /* NULL: not in this build, or not wanted */
-    int64_t workspace_bytes;    /* the bound of the scratch memory, method's and operations' together */
+    int64_t
+        workspace_bytes; /* the bound of the scratch memory, method's and operations' together */
     void *method_scratch;
-    int64_t method_bytes;   /* what is there */
-    void *scratch;          /* an operation's own */
+    int64_t method_bytes; /* what is there */
+    void *scratch;        /* an operation's own */
     int64_t scratch_bytes;
-    int64_t scratch_max; /* the most that both have been together */
-    void *results;       /* RESULT_BYTES of the host's memory that the GPU can write */
+    int64_t scratch_max;      /* the most that both have been together */
+    void *results;            /* RESULT_BYTES of the host's memory that the GPU can write */
     char why[SEBP_WHY_BYTES]; /* the CUDA error behind the last SEBP_ERROR_BACKEND */
 } sebp_cuda;
 

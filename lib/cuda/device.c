@@ -17,7 +17,8 @@
 
 enum { ALIGNMENT = 256 };
 
-static const uint64_t KEPT_BYTES = UINT64_C(256) << 20; /* of memory given back, for the next alloc() */
+static const uint64_t KEPT_BYTES = UINT64_C(256)
+                                   << 20; /* of memory given back, for the next alloc() */
 
 /* ---- errors ---- */
 

@@ -27,10 +27,10 @@ sebp_status sebp_launch(sebp_cuda *cuda, void (*kernel)(Parameters...), dim3 gri
     if (grid.x == 0 || grid.y == 0 || grid.z == 0)
         return SEBP_SUCCESS;
     if (shared_bytes > 48 * 1024) {
-        sebp_status status = sebp_cuda_check(
-            cuda, cudaFuncSetAttribute((const void *)kernel,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       (int)shared_bytes));
+        sebp_status status =
+            sebp_cuda_check(cuda, cudaFuncSetAttribute((const void *)kernel,
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       (int)shared_bytes));
         if (status != SEBP_SUCCESS)
             return status;
     }
@@ -121,7 +121,6 @@ __device__ __forceinline__ int64_t sebp_row_at(const int64_t *rows, int64_t i)
 }
 
 /* ---- sums ---- */
-
 
 /** Of a warp's 32 threads, all of which call it: each gets the result. */
 template <class T> __device__ __forceinline__ T sebp_warp_sum(T x)

@@ -28,7 +28,9 @@
 
 struct dim3 {
     unsigned x, y, z;
-    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z)
+    {
+    }
 };
 struct alignas(8) float2 {
     float x, y;
@@ -45,17 +47,30 @@ struct alignas(16) uint4 {
 struct alignas(16) int4 {
     int x, y, z, w;
 };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y)
+{
+    return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w)
+{
+    return {x, y, z, w};
+}
+inline uint2 make_uint2(unsigned x, unsigned y)
+{
+    return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
+{
+    return {x, y, z, w};
+}
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim; /* of the thread that runs */
 
 /* The machine underneath (fake_runtime.cc). */
 
 /** Runs body() for each thread of each block. */
-void sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body);
+void sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
+                       const std::function<void()> &body);
 void *sebp_emulated_shared();
 /** Waits for all threads of the block that have not returned; the sum of what they bring. */
 int sebp_emulated_barrier(int value);
@@ -70,14 +85,33 @@ void sebp_emulate(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
     sebp_emulate_grid(grid, block, shared_bytes, [=] { kernel(arguments...); });
 }
 
-inline void __syncthreads() { sebp_emulated_barrier(0); }
-inline int __syncthreads_count(int x) { return sebp_emulated_barrier(x != 0); }
-inline int __syncthreads_or(int x) { return sebp_emulated_barrier(x != 0) != 0; }
-inline int __syncthreads_and(int x) { return sebp_emulated_barrier(x == 0) == 0; }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __syncthreads()
+{
+    sebp_emulated_barrier(0);
+}
+inline int __syncthreads_count(int x)
+{
+    return sebp_emulated_barrier(x != 0);
+}
+inline int __syncthreads_or(int x)
+{
+    return sebp_emulated_barrier(x != 0) != 0;
+}
+inline int __syncthreads_and(int x)
+{
+    return sebp_emulated_barrier(x == 0) == 0;
+}
+inline void __threadfence()
+{
+}
+inline void __threadfence_block()
+{
+}
 
-inline int sebp_emulated_lane() { return (int)(threadIdx.x % 32); }
+inline int sebp_emulated_lane()
+{
+    return (int)(threadIdx.x % 32);
+}
 
 template <class T> T sebp_emulated_from(T x, int lane)
 {
@@ -119,8 +153,14 @@ inline unsigned __ballot_sync(unsigned, int x)
     }
     return bits;
 }
-inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
-inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x == 0) == 0; }
+inline int __any_sync(unsigned mask, int x)
+{
+    return __ballot_sync(mask, x) != 0;
+}
+inline int __all_sync(unsigned mask, int x)
+{
+    return __ballot_sync(mask, x == 0) == 0;
+}
 
 template <class T> T atomicAdd(T *to, std::type_identity_t<T> x)
 {
@@ -160,9 +200,18 @@ template <class T> T atomicCAS(T *to, std::type_identity_t<T> want, std::type_id
     return had;
 }
 
-template <class T> T __ldg(const T *from) { return *from; }
-template <class T> T __ldcs(const T *from) { return *from; }
-template <class T> void __stcs(T *to, T x) { *to = x; }
+template <class T> T __ldg(const T *from)
+{
+    return *from;
+}
+template <class T> T __ldcs(const T *from)
+{
+    return *from;
+}
+template <class T> void __stcs(T *to, T x)
+{
+    *to = x;
+}
 
 template <class To, class From> To sebp_emulated_bits(From x)
 {
@@ -171,24 +220,78 @@ template <class To, class From> To sebp_emulated_bits(From x)
     std::memcpy(&made, &x, sizeof made);
     return made;
 }
-inline unsigned __float_as_uint(float x) { return sebp_emulated_bits<unsigned>(x); }
-inline float __uint_as_float(unsigned x) { return sebp_emulated_bits<float>(x); }
-inline int __float_as_int(float x) { return sebp_emulated_bits<int>(x); }
-inline float __int_as_float(int x) { return sebp_emulated_bits<float>(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline double __dmul_rn(double a, double b) { return a * b; }
-inline double __dadd_rn(double a, double b) { return a + b; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+inline unsigned __float_as_uint(float x)
+{
+    return sebp_emulated_bits<unsigned>(x);
+}
+inline float __uint_as_float(unsigned x)
+{
+    return sebp_emulated_bits<float>(x);
+}
+inline int __float_as_int(float x)
+{
+    return sebp_emulated_bits<int>(x);
+}
+inline float __int_as_float(int x)
+{
+    return sebp_emulated_bits<float>(x);
+}
+inline unsigned __umulhi(unsigned a, unsigned b)
+{
+    return (unsigned)((uint64_t)a * b >> 32);
+}
+inline int __popc(unsigned x)
+{
+    return __builtin_popcount(x);
+}
+inline int __clz(int x)
+{
+    return x == 0 ? 32 : __builtin_clz((unsigned)x);
+}
+inline int __ffs(int x)
+{
+    return __builtin_ffs(x);
+}
+inline float __fmul_rn(float a, float b)
+{
+    return a * b;
+}
+inline float __fadd_rn(float a, float b)
+{
+    return a + b;
+}
+inline float __fsub_rn(float a, float b)
+{
+    return a - b;
+}
+inline float __fmaf_rn(float a, float b, float c)
+{
+    return std::fma(a, b, c);
+}
+inline float __fdiv_rn(float a, float b)
+{
+    return a / b;
+}
+inline float __fsqrt_rn(float a)
+{
+    return std::sqrt(a);
+}
+inline double __dmul_rn(double a, double b)
+{
+    return a * b;
+}
+inline double __dadd_rn(double a, double b)
+{
+    return a + b;
+}
+inline float rsqrtf(float x)
+{
+    return 1 / std::sqrt(x);
+}
+inline double rsqrt(double x)
+{
+    return 1 / std::sqrt(x);
+}
 using std::isfinite;
 using std::isinf;
 using std::isnan;

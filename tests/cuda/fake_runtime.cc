@@ -14,8 +14,7 @@
 
 #include "fake_cuda.h"
 
-namespace
-{
+namespace {
 
 /* ---- errors ---- */
 
