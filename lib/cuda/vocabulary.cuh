@@ -11,6 +11,8 @@
 #ifndef SEBP_CUDA_VOCABULARY_CUH
 #define SEBP_CUDA_VOCABULARY_CUH
 
+#include <type_traits>
+
 #include <cuda_runtime.h>
 
 #include "cuda.h"
@@ -95,6 +97,12 @@ template <> __device__ __forceinline__ sebp_bf16 sebp_narrow<sebp_bf16>(float x)
 template <class Body> auto sebp_with_dtype(sebp_dtype dtype, Body body)
 {
     return dtype == SEBP_BF16 ? body(sebp_bf16()) : body(float());
+}
+
+/** Calls `body` with a constant, which a template can take. */
+template <class Body> auto sebp_with_bool(bool value, Body body)
+{
+    return value ? body(std::true_type()) : body(std::false_type());
 }
 
 /** A matrix, as a kernel takes it. */

@@ -21,7 +21,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __restrict__
 #define __grid_constant__
 #define __shared__ static /* one block runs at a time */
@@ -201,6 +201,10 @@ template <class T> T atomicCAS(T *to, std::type_identity_t<T> want, std::type_id
 }
 
 template <class T> T __ldg(const T *from)
+{
+    return *from;
+}
+template <class T> T __ldcg(const T *from)
 {
     return *from;
 }

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file product.c Products on NVIDIA GPUs: which kernel does one, and how it is cut. */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include "operations.h"
+#include "product.h"
+
+enum { COUNTERS_ALIGNMENT = 256 };
+
+/* ---- cutting ---- */
+
+sebp_cuda_cut sebp_cuda_cut_product(const sebp_product *product, int64_t tile_rows,
+                                    int64_t tile_cols, int64_t step, int64_t slots,
+                                    int64_t min_depth)
+{
+    sebp_cuda_cut made = {sebp_div_ceil(product->m, tile_rows),
+                          sebp_div_ceil(product->n, tile_cols), 1, product->k};
+    const int64_t tiles = made.tiles_down * made.tiles_across;
+    const int64_t max_shares = sebp_max(product->k / min_depth, 1);
+    int64_t shares = tiles > 0 ? sebp_min(sebp_max(slots / tiles, 1), max_shares) : 1;
+    made.share_depth = sebp_max(sebp_round_up(sebp_div_ceil(product->k, shares), step), step);
+    made.shares = sebp_max(sebp_div_ceil(product->k, made.share_depth), 1);
+    return made;
+}
+
+int64_t sebp_cuda_counter_bytes(const sebp_cuda_cut *cut)
+{
+    const int64_t bytes = cut->tiles_down * cut->tiles_across * (int64_t)sizeof(unsigned);
+    return cut->shares > 1 ? sebp_round_up(bytes, COUNTERS_ALIGNMENT) : 0;
+}
+
+int64_t sebp_cuda_cut_bytes(const sebp_cuda_cut *cut, int64_t tile_elements)
+{
+    const int64_t tiles = cut->tiles_down * cut->tiles_across;
+    if (cut->shares == 1)
+        return 0;
+    return sebp_cuda_counter_bytes(cut) +
+           cut->shares * tiles * tile_elements * (int64_t)sizeof(float);
+}
+
+sebp_status sebp_cuda_clear_counters(sebp_cuda *cuda, const sebp_cuda_cut *cut, void *scratch)
+{
+    const int64_t bytes = sebp_cuda_counter_bytes(cut);
+    if (bytes == 0)
+        return SEBP_SUCCESS;
+    return sebp_cuda_check(cuda, cudaMemsetAsync(scratch, 0, (size_t)bytes, cuda->stream));
+}
+
+/* ---- the table's operations ---- */
+
+typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR } way;
+
+/* What a plan remembers. */
+typedef struct notes {
+    way way;
+    sebp_cuda_cut cut;
+    int64_t scratch_bytes;
+} notes;
+
+_Static_assert(sizeof(notes) <= SEBP_PLAN_BYTES, "the notes do not fit in a plan");
+
+static void settle(const sebp_cuda *cuda, const sebp_product *product, notes *settled,
+                   const char **path)
+{
+    if (product->m == 0 || product->n == 0) {
+        settled->way = WAY_NOTHING;
+        *path = "nothing";
+    } else if (sebp_cuda_takes_tensor(product)) {
+        settled->way = WAY_TENSOR;
+        settled->cut = sebp_cuda_cut_tensor(cuda, product);
+        settled->scratch_bytes = sebp_cuda_tensor_bytes(&settled->cut);
+        *path = "cuda:tensor";
+    } else {
+        settled->way = WAY_PLAIN;
+        settled->cut = sebp_cuda_cut_plain(cuda, product);
+        settled->scratch_bytes = sebp_cuda_plain_bytes(&settled->cut);
+        *path = "cuda:plain";
+    }
+}
+
+/* Where there is no room for the shares of the depth each tile is summed by one block. */
+static void do_without_shares(const sebp_product *product, notes *settled)
+{
+    settled->cut.shares = 1;
+    settled->cut.share_depth = product->k;
+    settled->scratch_bytes = 0;
+}
+
+sebp_status sebp_cuda_plan_product(void *device, sebp_plan *plan)
+{
+    sebp_cuda *cuda = device;
+    notes *settled = (notes *)plan->device;
+    *settled = (notes){.way = WAY_NOTHING};
+    settle(cuda, &plan->product, settled, &plan->path);
+    if (settled->scratch_bytes > 0 && sebp_cuda_scratch(cuda, settled->scratch_bytes) == NULL)
+        do_without_shares(&plan->product, settled);
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
+{
+    sebp_cuda *cuda = device;
+    const notes *settled = (const notes *)plan->device;
+    void *scratch =
+        settled->scratch_bytes > 0 ? sebp_cuda_scratch(cuda, settled->scratch_bytes) : NULL;
+    sebp_status status = SEBP_SUCCESS;
+    if (settled->way == WAY_TENSOR)
+        status = sebp_cuda_run_tensor(cuda, &plan->product, &settled->cut, scratch);
+    else if (settled->way == WAY_PLAIN)
+        status = sebp_cuda_run_plain(cuda, &plan->product, &settled->cut, scratch);
+    if (status != SEBP_SUCCESS)
+        plan->path = cuda->why;
+    return status;
+}
+
+/* ---- packed copies: a GPU reads matrices as they lie ---- */
+
+sebp_status sebp_cuda_packed_make(void *device, int64_t max_bytes, sebp_packed **packed)
+{
+    (void)device;
+    (void)max_bytes;
+    *packed = NULL;
+    return SEBP_SUCCESS;
+}
+
+void sebp_cuda_packed_forget(sebp_packed *packed)
+{
+    (void)packed;
+}
+
+int64_t sebp_cuda_packed_bytes(const sebp_packed *packed)
+{
+    (void)packed;
+    return 0;
+}
+
+void sebp_cuda_packed_free(void *device, sebp_packed *packed)
+{
+    (void)device;
+    (void)packed;
+}
