@@ -1,0 +1,465 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/** @file rows.cu Operations on rows: finding them, zeroing, summing and widening them. */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
+#include <cmath>
+
+#include "operations.h"
+#include "packs.cuh"
+
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / SEBP_WARP;
+
+__device__ __forceinline__ int lane_of_thread()
+{
+    return (int)threadIdx.x % SEBP_WARP;
+}
+
+__device__ __forceinline__ int warp_of_thread()
+{
+    return (int)threadIdx.x / SEBP_WARP;
+}
+
+/* ---- finding rows ---- */
+
+constexpr int SCAN_PACKS = 4;       /* that a thread reads between two looks at what it has found */
+constexpr int SCAN_PIECE = 1 << 10; /* elements worth a warp of their own */
+constexpr int SCAN_ROWS = 256 << 10; /* at a time: their scores are in scratch memory */
+constexpr int DIRECT_SCORES = SEBP_CUDA_RESULT_BYTES / (int)sizeof(double);
+
+/* Rows are cut into pieces, a warp to each: there may be a single long one. */
+struct row_pieces {
+    int64_t rows, cols;
+    int64_t pieces, piece_cols; /* of a row */
+};
+
+__device__ __forceinline__ bool is_found(float x, sebp_measure measure, float limit)
+{
+    if (measure == SEBP_MEASURE_NONZERO)
+        return (__float_as_uint(x) & 0x7FFFFFFF) != 0;
+    return !(fabsf(x) <= limit);
+}
+
+/* score: rows x pieces. */
+template <class T, sebp_measure MEASURE>
+__global__ void __launch_bounds__(THREADS)
+    scan_kernel(sebp_view<const T> dy, bool is_packed, row_pieces cut, float limit, double *score)
+{
+    constexpr int N = SEBP_PACKED<T>;
+    int64_t task = (int64_t)blockIdx.x * WARPS + warp_of_thread();
+    if (task >= cut.rows * cut.pieces)
+        return;
+    const T *row = dy.row(task / cut.pieces);
+    int64_t at = task % cut.pieces * cut.piece_cols, end = at + cut.piece_cols;
+    if (end > cut.cols)
+        end = cut.cols;
+    double sum = 0;
+    bool found = false;
+    for (; at < end; at += SCAN_PACKS * SEBP_WARP * N) {
+        sebp_pack<T, N> packs[SCAN_PACKS];
+        for (int i = 0; i < SCAN_PACKS; i++) {
+            packs[i] =
+                sebp_load_pack<N>(row, at + (i * SEBP_WARP + lane_of_thread()) * N, end, is_packed);
+        }
+        for (int i = 0; i < SCAN_PACKS; i++) {
+            for (int j = 0; j < N; j++) {
+                float x = sebp_widen(packs[i].at[j]);
+                if (MEASURE == SEBP_MEASURE_SQUARE_SUM)
+                    sum += (double)x * (double)x;
+                else
+                    found = found || is_found(x, MEASURE, limit);
+            }
+        }
+        if (MEASURE != SEBP_MEASURE_SQUARE_SUM && __any_sync(0xFFFFFFFFU, found))
+            break;
+    }
+    if (MEASURE == SEBP_MEASURE_SQUARE_SUM)
+        sum = sebp_warp_sum(sum);
+    else
+        sum = __any_sync(0xFFFFFFFFU, found) ? 1 : 0;
+    if (lane_of_thread() == 0)
+        score[task] = isfinite(sum) ? sum : (double)INFINITY;
+}
+
+template <class T>
+sebp_status launch_scan(sebp_cuda *cuda, const sebp_matrix *dy, sebp_measure measure, float limit,
+                        const row_pieces &cut, double *score)
+{
+    auto kernel = measure == SEBP_MEASURE_NONZERO ? scan_kernel<T, SEBP_MEASURE_NONZERO>
+                  : measure == SEBP_MEASURE_ABOVE ? scan_kernel<T, SEBP_MEASURE_ABOVE>
+                                                  : scan_kernel<T, SEBP_MEASURE_SQUARE_SUM>;
+    dim3 grid((unsigned)sebp_div_ceil(cut.rows * cut.pieces, WARPS));
+    return sebp_launch(cuda, kernel, grid, THREADS, 0, sebp_view_of<const T>(dy),
+                       sebp_is_packed<T>(dy), cut, limit, score);
+}
+
+sebp_status scan(sebp_cuda *cuda, const sebp_matrix *dy, sebp_measure measure, float limit,
+                 const row_pieces &cut, double *score)
+{
+    return sebp_with_dtype(dy->dtype, [&](auto element) {
+        return launch_scan<decltype(element)>(cuda, dy, measure, limit, cut, score);
+    });
+}
+
+/* The largest float that is not above `limit`. For a float v, |v| > limit if and only if |v| >
+ * that. */
+float float_below(double limit)
+{
+    float nearest = (float)limit;
+    return (double)nearest > limit || std::isinf(nearest) ? std::nextafterf(nearest, 0.0f)
+                                                          : nearest;
+}
+
+/* Few scores: kernels write them into memory of the host's, which saves a copy. */
+sebp_status scan_few(sebp_cuda *cuda, const sebp_matrix *dy, sebp_measure measure, float limit,
+                     double *score)
+{
+    row_pieces cut{dy->rows, dy->cols, 1, dy->cols};
+    int64_t most = sebp_div_ceil(dy->cols, SCAN_PIECE);
+    int64_t pieces = sebp_max(sebp_min(DIRECT_SCORES / dy->rows, most), 1);
+    cut.piece_cols = sebp_max(sebp_div_ceil(most, pieces), 1) * SCAN_PIECE;
+    cut.pieces = sebp_max(sebp_div_ceil(dy->cols, cut.piece_cols), 1);
+    double *found = (double *)cuda->results;
+    sebp_status status = scan(cuda, dy, measure, limit, cut, found);
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_synchronize(cuda);
+    if (status != SEBP_SUCCESS)
+        return status;
+    for (int64_t i = 0; i < dy->rows; i++) {
+        double sum = 0;
+        for (int64_t piece = 0; piece < cut.pieces; piece++)
+            sum += *found++;
+        score[i] = measure == SEBP_MEASURE_SQUARE_SUM ? sum : sum > 0;
+    }
+    return SEBP_SUCCESS;
+}
+
+} // namespace
+
+sebp_status sebp_cuda_scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
+                                double limit, double *score)
+{
+    sebp_cuda *cuda = (sebp_cuda *)device;
+    float below = float_below(limit);
+    if (dy->rows == 0)
+        return SEBP_SUCCESS;
+    if (dy->rows <= DIRECT_SCORES)
+        return scan_few(cuda, dy, measure, below, score);
+    int64_t chunk = sebp_min(dy->rows, SCAN_ROWS);
+    double *found = (double *)sebp_cuda_scratch(cuda, chunk * (int64_t)sizeof *found);
+    if (found == nullptr)
+        return SEBP_ERROR_MEMORY;
+    sebp_matrix some = *dy;
+    for (int64_t first = 0; first < dy->rows; first += chunk) {
+        some.data = (char *)dy->data + first * dy->stride * (int64_t)sebp_dtype_bytes(dy->dtype);
+        some.rows = sebp_min(chunk, dy->rows - first);
+        sebp_status status =
+            scan(cuda, &some, measure, below, row_pieces{some.rows, dy->cols, 1, dy->cols}, found);
+        if (status == SEBP_SUCCESS) {
+            status =
+                sebp_cuda_download(cuda, score + first, found, some.rows * (int64_t)sizeof *found);
+        }
+        if (status != SEBP_SUCCESS)
+            return status;
+    }
+    return SEBP_SUCCESS;
+}
+
+/* ---- filling the other rows with zeros ---- */
+
+namespace {
+
+constexpr int ZERO_ROWS = 32;            /* of a block, at most: a bit for each */
+constexpr int ZERO_PIECE = 8 << 10;      /* bytes of a row to a warp, at least */
+constexpr int ZERO_LISTED = 2 * THREADS; /* places of a list that a block reads at once */
+constexpr int ZERO_BLOCKS = 4;           /* to a multiprocessor */
+
+struct row_zeroing {
+    char *data;
+    int64_t total, row_bytes, stride_bytes;
+    const int64_t *rows; /* `count` rows that are left as they are */
+    int64_t count;
+    int group; /* the rows of a block */
+};
+
+/* Where the first row of a list that is not below `row` can be. */
+struct list_range {
+    int64_t low, high;
+};
+
+/* Looks at 32 places at a time, as each look takes as long as any other. A few looks do for any list,
+ * and none for one of few rows, or of nearly all: among the rows before this one there are at most all
+ * those that are not listed. */
+__device__ list_range find_in_list(const row_zeroing &zeroing, int64_t row)
+{
+    int64_t others = zeroing.total - zeroing.count;
+    list_range range{row > others ? row - others : 0, row < zeroing.count ? row : zeroing.count};
+    while (range.high - range.low > ZERO_LISTED) {
+        int64_t step = (range.high - range.low + SEBP_WARP - 1) / SEBP_WARP;
+        int64_t at = range.low + lane_of_thread() * step;
+        bool is_below = at < range.high && zeroing.rows[at] < row;
+        int below = __popc(__ballot_sync(0xFFFFFFFFU, is_below));
+        int64_t high = range.low + below * step;
+        range.high = high < range.high ? high : range.high;
+        range.low += below > 0 ? (below - 1) * step + 1 : 0;
+    }
+    return range;
+}
+
+/* By a warp. The bytes are a multiple of an element's, at any address of an element. */
+__device__ void zero_bytes(char *to, int64_t bytes)
+{
+    int64_t head = (int64_t)(-(uintptr_t)to % sizeof(uint4));
+    head = head < bytes ? head : bytes;
+    int64_t vectors = (bytes - head) / (int64_t)sizeof(uint4);
+    char *body = to + head, *tail = body + vectors * (int64_t)sizeof(uint4);
+    int at = lane_of_thread() * (int)sizeof(uint16_t);
+    if (at < head)
+        *(uint16_t *)(to + at) = 0;
+    for (int64_t i = lane_of_thread(); i < vectors; i += SEBP_WARP)
+        ((uint4 *)body)[i] = make_uint4(0, 0, 0, 0);
+    if (at < to + bytes - tail)
+        *(uint16_t *)(tail + at) = 0;
+}
+
+/* A block has rows of its own, notes which of them are listed, and zeroes the others. */
+__global__ void __launch_bounds__(THREADS) zero_kernel(row_zeroing zeroing)
+{
+    __shared__ unsigned listed;
+    int64_t first = (int64_t)blockIdx.x * zeroing.group, end = first + zeroing.group;
+    if (end > zeroing.total)
+        end = zeroing.total;
+    if (threadIdx.x == 0)
+        listed = 0;
+    __syncthreads();
+    list_range range = find_in_list(zeroing, first);
+    int64_t last = range.high + zeroing.group;
+    last = last < zeroing.count ? last : zeroing.count;
+    for (int64_t i = range.low + threadIdx.x; i < last; i += THREADS) {
+        int64_t row = zeroing.rows[i];
+        if (row >= first && row < end)
+            atomicOr(&listed, 1U << (row - first));
+    }
+    __syncthreads();
+    for (int i = warp_of_thread(); first + i < end; i += WARPS) {
+        if (listed >> i & 1)
+            continue;
+        char *row = zeroing.data + (first + i) * zeroing.stride_bytes;
+        for (int64_t at = (int64_t)blockIdx.y * ZERO_PIECE; at < zeroing.row_bytes;
+             at += (int64_t)gridDim.y * ZERO_PIECE) {
+            int64_t rest = zeroing.row_bytes - at;
+            zero_bytes(row + at, rest < ZERO_PIECE ? rest : ZERO_PIECE);
+        }
+    }
+}
+
+} // namespace
+
+sebp_status sebp_cuda_zero_other_rows(void *device, const sebp_matrix *to, const int64_t *rows,
+                                      int64_t count)
+{
+    sebp_cuda *cuda = (sebp_cuda *)device;
+    int64_t element = (int64_t)sebp_dtype_bytes(to->dtype), row_bytes = to->cols * element;
+    if (to->rows == count || row_bytes == 0)
+        return SEBP_SUCCESS;
+    int64_t pieces = sebp_min(sebp_div_ceil(row_bytes, ZERO_PIECE), 65535);
+    int64_t group = to->rows * pieces / (ZERO_BLOCKS * cuda->multiprocessors);
+    group = sebp_min(sebp_max(group, WARPS), ZERO_ROWS);
+    row_zeroing zeroing{(char *)to->data, to->rows, row_bytes, to->stride * element, rows, count,
+                        (int)group};
+    dim3 grid((unsigned)sebp_div_ceil(to->rows, group), (unsigned)pieces);
+    return sebp_launch(cuda, zero_kernel, grid, THREADS, 0, zeroing);
+}
+
+/* ---- sums of columns ---- */
+
+namespace {
+
+constexpr int SUM_AT_ONCE = 4;   /* rows that a thread reads together */
+constexpr int SUM_ROUNDS = 4;    /* of those to a thread before a second pass is worth it */
+constexpr int MIN_SUM_PACKS = 2; /* 32 bytes: memory moves no less */
+
+/* A block's part of a sum: `packs` neighbours of rows `part_rows` blockIdx.y to that of the next. */
+struct column_sum {
+    const int64_t *rows;
+    int64_t count, cols, part_rows;
+    int packs;
+    bool is_packed, accumulate;
+};
+
+/* to: a row for each part. Threads of a warp stand beside each other for the packs, and then below
+ * each other for the rows. Every sum is made in the same order. */
+template <class T, class To>
+__global__ void __launch_bounds__(THREADS)
+    sum_kernel(sebp_view<const T> from, column_sum sum, sebp_view<To> to)
+{
+    constexpr int N = SEBP_PACKED<T>;
+    __shared__ float room[WARPS * SEBP_WARP * N];
+    int64_t at = ((int64_t)blockIdx.x * sum.packs + (int)threadIdx.x % sum.packs) * N;
+    int64_t first = blockIdx.y * sum.part_rows, end = first + sum.part_rows;
+    int row_step = THREADS / sum.packs;
+    if (end > sum.count)
+        end = sum.count;
+    float total[N] = {};
+    for (int64_t i = first + (int)threadIdx.x / sum.packs; i < end; i += SUM_AT_ONCE * row_step) {
+        int64_t row[SUM_AT_ONCE];
+        sebp_pack<T, N> packs[SUM_AT_ONCE];
+        for (int r = 0; r < SUM_AT_ONCE; r++)
+            row[r] = i + r * row_step < end ? sebp_row_at(sum.rows, i + r * row_step) : -1;
+        for (int r = 0; r < SUM_AT_ONCE; r++) {
+            packs[r] = sebp_pack<T, N>();
+            if (row[r] >= 0)
+                packs[r] = sebp_load_pack<N>(from.row(row[r]), at, sum.cols, sum.is_packed);
+        }
+        for (int r = 0; r < SUM_AT_ONCE; r++) {
+            for (int j = 0; j < N; j++)
+                total[j] += sebp_widen(packs[r].at[j]);
+        }
+    }
+    for (int step = SEBP_WARP / 2; step >= sum.packs; step /= 2) {
+        for (int j = 0; j < N; j++)
+            total[j] += __shfl_xor_sync(0xFFFFFFFFU, total[j], step);
+    }
+    int width = sum.packs * N;
+    if (lane_of_thread() < sum.packs) {
+        for (int j = 0; j < N; j++)
+            room[warp_of_thread() * width + lane_of_thread() * N + j] = total[j];
+    }
+    __syncthreads();
+    int64_t col = (int64_t)blockIdx.x * width + threadIdx.x;
+    if ((int)threadIdx.x >= width || col >= sum.cols)
+        return;
+    float all = 0;
+    for (int warp = 0; warp < WARPS; warp++)
+        all += room[warp * width + (int)threadIdx.x];
+    To *result = to.row(blockIdx.y) + col;
+    *result = sebp_narrow<To>(sum.accumulate ? all + sebp_widen(*result) : all);
+}
+
+/* How a sum is spread over blocks. */
+struct sum_plan {
+    int packs;
+    int64_t tiles, parts, part_rows;
+};
+
+/* Narrow tiles of all rows first, as one pass does for them. Where there are many rows and yet few
+ * tiles the rows are cut into parts, whose sums a second pass adds. */
+sum_plan plan_sum(const sebp_cuda *cuda, int64_t packs, int64_t count)
+{
+    sum_plan plan{SEBP_WARP, 0, 1, count};
+    while (plan.packs > MIN_SUM_PACKS && sebp_div_ceil(packs, plan.packs) < cuda->multiprocessors) {
+        plan.packs /= 2;
+    }
+    plan.tiles = sebp_div_ceil(packs, plan.packs);
+    int64_t worth = THREADS / plan.packs * SUM_AT_ONCE * SUM_ROUNDS;
+    int64_t wanted = sebp_div_ceil(2 * cuda->multiprocessors, plan.tiles);
+    plan.part_rows = sebp_max(sebp_div_ceil(count, wanted), worth);
+    plan.parts = sebp_max(sebp_div_ceil(count, plan.part_rows), 1);
+    return plan;
+}
+
+template <class T, class To>
+sebp_status launch_sum(sebp_cuda *cuda, const sum_plan &plan, const sebp_matrix *from,
+                       const int64_t *rows, int64_t count, const sebp_matrix *to, bool accumulate)
+{
+    column_sum sum{rows,      count, to->cols, plan.part_rows, plan.packs, sebp_is_packed<T>(from),
+                   accumulate};
+    return sebp_launch(cuda, sum_kernel<T, To>, dim3((unsigned)plan.tiles, (unsigned)plan.parts),
+                       THREADS, 0, sebp_view_of<const T>(from), sum, sebp_view_of<To>(to));
+}
+
+template <class T, class To>
+sebp_status sum_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *rows, int64_t count,
+                     const sebp_matrix *to, bool accumulate)
+{
+    sum_plan plan = plan_sum(cuda, sebp_div_ceil(to->cols, SEBP_PACKED<T>), count);
+    if (plan.parts == 1)
+        return launch_sum<T, To>(cuda, plan, from, rows, count, to, accumulate);
+    float *room = (float *)sebp_cuda_scratch(cuda, plan.parts * to->cols * (int64_t)sizeof(float));
+    if (room == nullptr)
+        return SEBP_ERROR_MEMORY;
+    sebp_matrix parts = sebp_matrix_f32(room, plan.parts, to->cols);
+    sebp_status status = launch_sum<T, float>(cuda, plan, from, rows, count, &parts, false);
+    if (status != SEBP_SUCCESS)
+        return status;
+    plan = plan_sum(cuda, sebp_div_ceil(to->cols, SEBP_PACKED<float>), parts.rows);
+    plan.parts = 1;
+    plan.part_rows = parts.rows;
+    return launch_sum<float, To>(cuda, plan, &parts, nullptr, parts.rows, to, accumulate);
+}
+
+} // namespace
+
+sebp_status sebp_cuda_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
+                               int64_t count, const sebp_matrix *to, bool accumulate)
+{
+    if (to->cols == 0)
+        return SEBP_SUCCESS;
+    return sebp_with_dtype(from->dtype, [&](auto element) {
+        return sebp_with_dtype(to->dtype, [&](auto sum) {
+            return sum_rows<decltype(element), decltype(sum)>((sebp_cuda *)device, from, rows,
+                                                              count, to, accumulate);
+        });
+    });
+}
+
+/* ---- rows widened ---- */
+
+namespace {
+
+constexpr int WIDEN_PACKS = 4; /* that a thread reads together */
+
+/* A warp to a row, or to pieces of it. */
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    widen_kernel(sebp_view<const T> from, bool from_is_packed, const int64_t *rows, int64_t count,
+                 int64_t cols, sebp_view<float> to, bool to_is_packed)
+{
+    constexpr int N = SEBP_PACKED<T>, OUT = SEBP_PACKED<float>;
+    int64_t i = (int64_t)blockIdx.x * WARPS + warp_of_thread();
+    if (i >= count)
+        return;
+    const T *row = from.row(sebp_row_at(rows, i));
+    const int64_t piece = WIDEN_PACKS * SEBP_WARP * N;
+    for (int64_t at = blockIdx.y * piece; at < cols; at += gridDim.y * piece) {
+        sebp_pack<T, N> packs[WIDEN_PACKS];
+        int64_t mine = at + lane_of_thread() * N;
+        for (int p = 0; p < WIDEN_PACKS; p++) {
+            packs[p] = sebp_load_pack<N>(row, mine + p * SEBP_WARP * N, cols, from_is_packed);
+        }
+        for (int p = 0; p < WIDEN_PACKS; p++) {
+            for (int j = 0; j < N; j += OUT) {
+                sebp_pack<float, OUT> wide;
+                for (int k = 0; k < OUT; k++)
+                    wide.at[k] = sebp_widen(packs[p].at[j + k]);
+                sebp_store_pack<OUT>(to.row(i), mine + p * SEBP_WARP * N + j, cols, to_is_packed,
+                                     wide);
+            }
+        }
+    }
+}
+
+template <class T>
+sebp_status widen_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *rows, int64_t count,
+                       const sebp_matrix *to)
+{
+    int64_t pieces = sebp_div_ceil(to->cols, WIDEN_PACKS * SEBP_WARP * SEBP_PACKED<T>);
+    dim3 grid((unsigned)sebp_div_ceil(count, WARPS), (unsigned)sebp_min(pieces, 65535));
+    return sebp_launch(cuda, widen_kernel<T>, grid, THREADS, 0, sebp_view_of<const T>(from),
+                       sebp_is_packed<T>(from), rows, count, to->cols, sebp_view_of<float>(to),
+                       sebp_is_packed<float>(to));
+}
+
+} // namespace
+
+sebp_status sebp_cuda_widen_rows(void *device, const sebp_matrix *from, const int64_t *rows,
+                                 int64_t count, const sebp_matrix *to)
+{
+    return sebp_with_dtype(from->dtype, [&](auto element) {
+        return widen_rows<decltype(element)>((sebp_cuda *)device, from, rows, count, to);
+    });
+}
