@@ -136,6 +136,10 @@ typedef struct sebp_backend {
     sebp_status (*download)(void *device, void *to, const void *from, int64_t bytes);
     /** Returns when all that was asked for is done; an error that comes to light is its status. */
     sebp_status (*synchronize)(void *device);
+    /** Whether it can read and write there. What cannot be told is true. */
+    bool (*owns)(void *device, const void *memory);
+    /** After SEBP_ERROR_BACKEND, what failed in the device's own words; "": it has none. */
+    const char *(*why)(const void *device);
 
     /* Scratch memory reserved for a method, for what it has between its products. */
 

@@ -50,8 +50,10 @@ void sebp_call_fail(sebp_call *call, sebp_status status, const char *format, ...
 
 void sebp_call_keep(sebp_call *call, sebp_status status, const char *what)
 {
-    if (status != SEBP_SUCCESS)
-        sebp_call_fail(call, status, "%s: %s", what, sebp_status_string(status));
+    if (status == SEBP_SUCCESS)
+        return;
+    const char *why = status == SEBP_ERROR_BACKEND ? call->backend->why(call->device) : "";
+    sebp_call_fail(call, status, "%s: %s", what, why[0] != '\0' ? why : sebp_status_string(status));
 }
 
 /* ---- checks ---- */
@@ -114,6 +116,11 @@ static void check_view(sebp_call *call, const char *name, const sebp_matrix *vie
     sebp_status status = sebp_matrix_check(view);
     switch (status) {
     case SEBP_SUCCESS:
+        if (view->data != NULL && !call->backend->owns(call->device, view->data)) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE,
+                           "the data of %s is not in the memory of the context's device, %s", name,
+                           call->backend->name);
+        }
         break;
     case SEBP_ERROR_NULL:
         sebp_call_fail(call, status, "%s is %" PRId64 "x%" PRId64 " but its data is NULL", name,

@@ -16,6 +16,9 @@
 
 #include "internal.h"
 #include "cpu/cpu.h"
+#ifdef SEBP_HAVE_CUDA
+#include "cuda/cuda.h"
+#endif
 
 static const int64_t DEFAULT_WORKSPACE = INT64_C(64) << 20;
 static const int64_t MIN_WORKSPACE = INT64_C(1) << 20;
@@ -137,6 +140,8 @@ static sebp_status check_options(const sebp_context_options *options)
         return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: unknown device %d",
                       (int)options->device);
     }
+    if (options->gpu < 0)
+        return refuse(options, SEBP_ERROR_VALUE, "sebp_context_create: gpu is %d", options->gpu);
     return SEBP_SUCCESS;
 }
 
@@ -240,9 +245,18 @@ static sebp_status read_environment(sebp_context_options *options,
 
 static sebp_status check_build(const sebp_context_options *options)
 {
+#ifndef SEBP_HAVE_CUDA
     if (options->device == SEBP_DEVICE_CUDA) {
         return refuse(options, SEBP_ERROR_UNSUPPORTED,
-                      "sebp_context_create: this build has no CUDA");
+                      "sebp_context_create: this build has no CUDA (configure --with-cuda)");
+    }
+#endif
+    if (options->device == SEBP_DEVICE_CUDA && options->gemm == SEBP_GEMM_ONEDNN) {
+        return refuse(options, SEBP_ERROR_UNSUPPORTED, "sebp_context_create: oneDNN is for CPUs");
+    }
+    if (options->device == SEBP_DEVICE_CUDA && options->placement != SEBP_PLACEMENT_NONE) {
+        return refuse(options, SEBP_ERROR_UNSUPPORTED,
+                      "sebp_context_create: a GPU's context has no threads to place");
     }
 #ifndef SEBP_HAVE_ONEDNN
     if (options->gemm == SEBP_GEMM_ONEDNN) {
@@ -256,6 +270,43 @@ static sebp_status check_build(const sebp_context_options *options)
     }
     return SEBP_SUCCESS;
 }
+
+/* A context on CPUs. */
+static sebp_status make_cpu_context(const sebp_context_options *options,
+                                    const sebp_cpu_environment *environment, bool verbose,
+                                    sebp_context **context)
+{
+    sebp_cpu *cpu;
+    sebp_status status = sebp_cpu_create(options, environment, &cpu);
+    if (status == SEBP_SUCCESS) {
+        status = sebp_context_make(&sebp_cpu_backend, cpu, verbose, context);
+        if (status != SEBP_SUCCESS)
+            sebp_cpu_backend.destroy(cpu);
+    }
+    if (status == SEBP_SUCCESS)
+        return status;
+    return refuse(options, status, "sebp_context_create: %s",
+                  status == SEBP_ERROR_BACKEND ? "hwloc failed" : sebp_status_string(status));
+}
+
+#ifdef SEBP_HAVE_CUDA
+static sebp_status make_gpu_context(const sebp_context_options *options, bool verbose,
+                                    sebp_context **context)
+{
+    sebp_cuda *cuda;
+    char why[SEBP_WHY_BYTES] = "";
+    sebp_status status = sebp_cuda_create(options, &cuda, why);
+    if (status == SEBP_SUCCESS) {
+        status = sebp_context_make(&sebp_cuda_backend, cuda, verbose, context);
+        if (status != SEBP_SUCCESS)
+            sebp_cuda_backend.destroy(cuda);
+    }
+    if (status == SEBP_SUCCESS)
+        return status;
+    return refuse(options, status, "sebp_context_create: %s",
+                  why[0] != '\0' ? why : sebp_status_string(status));
+}
+#endif
 
 sebp_status sebp_context_create(const sebp_context_options *given, sebp_context **context)
 {
@@ -280,19 +331,14 @@ sebp_status sebp_context_create(const sebp_context_options *given, sebp_context 
         return status;
     if (options.workspace_bytes == 0)
         options.workspace_bytes = DEFAULT_WORKSPACE;
-    sebp_cpu *cpu;
-    status = sebp_cpu_create(&options, &environment, &cpu);
-    if (status == SEBP_SUCCESS) {
-        status = sebp_context_make(&sebp_cpu_backend, cpu, verbose, context);
-        if (status == SEBP_SUCCESS)
-            (*context)->precision = options.precision;
-        else
-            sebp_cpu_backend.destroy(cpu);
-    }
-    if (status != SEBP_SUCCESS) {
-        refuse(&options, status, "sebp_context_create: %s",
-               status == SEBP_ERROR_BACKEND ? "hwloc failed" : sebp_status_string(status));
-    }
+#ifdef SEBP_HAVE_CUDA
+    if (options.device == SEBP_DEVICE_CUDA)
+        status = make_gpu_context(&options, verbose, context);
+    else
+#endif
+        status = make_cpu_context(&options, &environment, verbose, context);
+    if (status == SEBP_SUCCESS)
+        (*context)->precision = options.precision;
     return status;
 }
 

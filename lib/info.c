@@ -9,6 +9,9 @@
 
 #include "internal.h"
 #include "cpu/cpu.h"
+#ifdef SEBP_HAVE_CUDA
+#include "cuda/cuda.h"
+#endif
 
 const char *sebp_version(void)
 {
@@ -48,9 +51,11 @@ sebp_status sebp_info_get(const sebp_context *context, sebp_info *info)
 #ifdef _OPENMP
     found.openmp = _OPENMP;
 #endif
+    sebp_cpu_backend.info(NULL, &found); /* the machine, whatever the context's device is */
+#ifdef SEBP_HAVE_CUDA
+    sebp_cuda_backend.info(NULL, &found);
+#endif
     if (context != NULL)
         context->device->backend->info(context->device->state, &found);
-    else
-        sebp_cpu_backend.info(NULL, &found);
     return sebp_give_struct(&found, sizeof found, BYTES_0_1_0, info);
 }

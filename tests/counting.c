@@ -49,6 +49,19 @@ static sebp_status count_synchronize(void *device)
     return SEBP_SUCCESS;
 }
 
+static bool count_owns(void *device, const void *memory)
+{
+    const counting *self = device;
+    return (const char *)memory >= self->handles &&
+           (const char *)memory < self->handles + COUNTING_ARENA;
+}
+
+static const char *count_why(const void *device)
+{
+    (void)device;
+    return "";
+}
+
 static int64_t count_max_scratch(const void *device)
 {
     return sebp_cpu_max_scratch(((const counting *)device)->cpu);
@@ -314,6 +327,8 @@ static void count_destroy(void *device)
 const sebp_backend counting_backend = {
     .name = "counting",
     .uses_host_memory = false,
+    .owns = count_owns,
+    .why = count_why,
     .alloc = count_alloc,
     .free = count_free,
     .upload = count_upload,

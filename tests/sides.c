@@ -6,14 +6,17 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "counting.h"
 #include "emulated_amx.h"
 #include "lib/cpu/operations.h"
 #include "sides.h"
-#ifdef SEBP_TEST_CUDA
+#if defined SEBP_HAVE_CUDA || defined SEBP_EMULATED_CUDA
 #include "lib/cuda/cuda.h"
 #endif
 
@@ -92,7 +95,7 @@ static side make_matrix_unit(void)
     return made;
 }
 
-#ifdef SEBP_TEST_CUDA
+#if defined SEBP_HAVE_CUDA || defined SEBP_EMULATED_CUDA
 static side make_cuda(void)
 {
     const sebp_context_options options = {.workspace_bytes = (int64_t)16 << 20};
@@ -120,17 +123,37 @@ static const struct {
 #endif
     {"cpu, emulated matrix unit", make_matrix_unit},
     {"counting", make_counting},
-#ifdef SEBP_TEST_CUDA
+#if defined SEBP_HAVE_CUDA || defined SEBP_EMULATED_CUDA
     {"cuda", make_cuda},
 #endif
 };
 side tested, scalar;
 
+/* Whether there is a GPU. A child looks, as no process can use CUDA whose parent has. */
+static bool has_gpu(void)
+{
+    static int found = -1;
+    if (found >= 0)
+        return found;
+    found = 1;
+#ifdef SEBP_HAVE_CUDA
+    int result = 1, count = 0;
+    pid_t child = fork();
+    if (child == 0)
+        _exit(cudaGetDeviceCount(&count) == cudaSuccess && count > 0 ? 0 : 1);
+    found = child > 0 && waitpid(child, &result, 0) == child && result == 0;
+    if (!found)
+        printf("skipped: the device cuda: there is no GPU\n");
+#endif
+    return found;
+}
+
 /* Whether it is to be tested: all are, or those that SEBP_TEST_DEVICE names the beginning of. */
 static bool is_wanted(const char *name)
 {
     const char *wanted = getenv("SEBP_TEST_DEVICE");
-    return wanted == NULL || strncmp(name, wanted, strlen(wanted)) == 0;
+    return (wanted == NULL || strncmp(name, wanted, strlen(wanted)) == 0) &&
+           (strcmp(name, "cuda") != 0 || has_gpu());
 }
 
 /* The index of the `which`-th device that is to be tested; past the last one where there is none. */

@@ -182,11 +182,18 @@ typedef struct sebp_context_options {
  *
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
+ * **On a GPU** (SEBP_DEVICE_CUDA) the options for threads mean nothing, and placement and oneDNN are
+ * refused. All that calls read and write lies in the GPU's memory (device.h), but for what a
+ * function says is the host's. Calls are made by threads whose current GPU is the context's
+ * (cudaSetDevice()). A context does not survive a fork().
+ *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
- *         [1, 1 MiB)); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED (oneDNN asked for in a build
- *         without it, placement in a build without hwloc, a device that the build does not have);
- *         SEBP_ERROR_BACKEND (hwloc finds no cores); SEBP_ERROR_MEMORY.
+ *         [1, 1 MiB), a GPU that is not there); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED
+ *         (oneDNN asked for in a build without it, placement in a build without hwloc, a device
+ *         that the build does not have, a GPU of a compute capability below 8.0);
+ *         SEBP_ERROR_BACKEND (hwloc finds no cores; CUDA has no driver or finds no GPU);
+ *         SEBP_ERROR_MEMORY.
  */
 SEBP_API sebp_status sebp_context_create(const sebp_context_options *options,
                                          sebp_context **context);

@@ -45,6 +45,8 @@ typedef struct sebp_info {
     const char
         *placement_refused;  /**< the variable that forbids binding threads as asked; else NULL */
     const char *amx_refused; /**< why the tier amx does not run on a CPU that has AMX; else NULL */
+    char cuda[32];           /**< version of the CUDA runtime, "13.0"; "": built without */
+    char gpu[64];            /**< the GPU of a context that works on one; else "" */
 } sebp_info;
 
 /**

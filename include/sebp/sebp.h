@@ -46,6 +46,7 @@
 #include <sebp/basis.h>
 #include <sebp/clip.h>
 #include <sebp/context.h>
+#include <sebp/device.h>
 #include <sebp/embedding.h>
 #include <sebp/info.h>
 #include <sebp/layers.h>

@@ -121,6 +121,19 @@ sebp_status sebp_cpu_synchronize(void *device)
     return SEBP_SUCCESS;
 }
 
+bool sebp_cpu_owns(void *device, const void *memory)
+{
+    (void)device;
+    (void)memory;
+    return true;
+}
+
+const char *sebp_cpu_why(const void *device)
+{
+    (void)device; /* a product that fails says it in its plan's path */
+    return "";
+}
+
 /* ---- scratch memory ---- */
 
 void *sebp_cpu_scratch(sebp_cpu *cpu, int64_t bytes)

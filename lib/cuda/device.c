@@ -195,6 +195,21 @@ sebp_status sebp_cuda_synchronize(void *device)
     return sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
 }
 
+bool sebp_cuda_owns(void *device, const void *memory)
+{
+    sebp_cuda *cuda = device;
+    struct cudaPointerAttributes found;
+    if (sebp_cuda_check(cuda, cudaPointerGetAttributes(&found, memory)) != SEBP_SUCCESS)
+        return true; /* what is wrong comes to light in what follows */
+    return found.type == cudaMemoryTypeManaged ||
+           (found.type == cudaMemoryTypeDevice && found.device == cuda->index);
+}
+
+const char *sebp_cuda_why(const void *device)
+{
+    return ((const sebp_cuda *)device)->why;
+}
+
 /* ---- scratch memory ---- */
 
 /* Makes room for `bytes` where there is less. Memory that is at work is freed when it is done with. */
@@ -260,4 +275,19 @@ void *sebp_cuda_method_scratch(const void *device)
 int64_t sebp_cuda_scratch_bytes(const void *device)
 {
     return ((const sebp_cuda *)device)->scratch_max;
+}
+
+/* ---- what there is to know ---- */
+
+void sebp_cuda_info(const void *device, sebp_info *info)
+{
+    const sebp_cuda *cuda = device;
+    int version = 0;
+    struct cudaDeviceProp properties;
+    if (cudaRuntimeGetVersion(&version) == cudaSuccess) {
+        snprintf(info->cuda, sizeof info->cuda, "%d.%d", version / 1000, version % 1000 / 10);
+    }
+    if (cuda != NULL && cudaGetDeviceProperties(&properties, cuda->index) == cudaSuccess)
+        memcpy(info->gpu, properties.name, sizeof info->gpu - 1);
+    cudaGetLastError();
 }

@@ -18,6 +18,8 @@ void sebp_cuda_free(void *device, void *memory);
 sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t bytes);
 sebp_status sebp_cuda_download(void *device, void *to, const void *from, int64_t bytes);
 sebp_status sebp_cuda_synchronize(void *device);
+bool sebp_cuda_owns(void *device, const void *memory);
+const char *sebp_cuda_why(const void *device);
 sebp_status sebp_cuda_reserve_scratch(void *device, int64_t bytes);
 int64_t sebp_cuda_max_scratch(const void *device);
 void *sebp_cuda_method_scratch(const void *device);
