@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file attention_list.h
+ * What attention's blocks of threads have to do: a list made on the host for each call, and copied.
+ */
+#ifndef SEBP_CUDA_ATTENTION_LIST_H
+#define SEBP_CUDA_ATTENTION_LIST_H
+
+#include "cuda.h"
+
+SEBP_BEGIN_DECLS
+
+/** A text: its rows, and how many there are in the texts before. */
+typedef struct sebp_attention_text {
+    int64_t q_first, q_before, queries;
+    int64_t k_first, k_before, keys;
+} sebp_attention_text;
+
+/** Rows for a block to work on: of a text, `first` counted within it; or, where text is negative,
+ * memory rows outside all texts to be zeroed. */
+typedef struct sebp_attention_item {
+    int64_t first;
+    int32_t text, rows;
+} sebp_attention_item;
+
+/** The texts, then the items of the queries, then those of the keys. */
+typedef struct sebp_attention_list {
+    void *memory; /* the host's */
+    int64_t bytes;
+    int64_t texts, query_items, key_items;
+} sebp_attention_list;
+
+/** Items of at most `query_rows` and `key_rows`; 0: none of them. SEBP_ERROR_MEMORY. */
+sebp_status sebp_attention_list_make(const sebp_attention *attention, int64_t query_rows,
+                                     int64_t key_rows, sebp_attention_list *list);
+void sebp_attention_list_free(sebp_attention_list *list);
+
+SEBP_END_DECLS
+
+#endif
