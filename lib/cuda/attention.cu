@@ -7,6 +7,7 @@
  *     running softmax: P in place of S; out shrinks where a maximum has grown
  *     out += P V
  */
+#include "attention_mma.cuh"
 #include "attention_tile.cuh"
 #include "operations.h"
 
@@ -139,6 +140,14 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
     sebp_attention_job<T> job = sebp_attention_job_of<T>(attention);
     job.texts = (const sebp_attention_text *)scratch;
     job.items = (const sebp_attention_item *)(job.texts + list->texts);
+    if constexpr (sizeof(T) == sizeof(sebp_bf16)) {
+        if (sebp_mma_takes(attention)) {
+            job.is_aligned = job.head_size % 8 == 0 && sebp_is_aligned(job.q) &&
+                             sebp_is_aligned(job.k) && sebp_is_aligned(job.v) &&
+                             sebp_is_aligned(job.out);
+            return sebp_mma_forward(cuda, job, list->query_items);
+        }
+    }
     return run_tiles(cuda, job, list->query_items);
 }
 
@@ -147,7 +156,9 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
 sebp_status sebp_cuda_attention_forward(void *device, const sebp_attention *attention)
 {
     sebp_attention_list list;
-    sebp_status status = sebp_attention_list_make(attention, SEBP_TILE, 0, &list);
+    const int64_t rows =
+        sebp_mma_takes(attention) ? sebp_mma_forward_rows(attention) : (int64_t)SEBP_TILE;
+    sebp_status status = sebp_attention_list_make(attention, rows, 0, &list);
     if (status == SEBP_SUCCESS) {
         status = sebp_with_dtype(attention->q->dtype, [&](auto element) {
             return run<decltype(element)>((sebp_cuda *)device, attention, &list);

@@ -1,0 +1,255 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file attention_mma.cuh
+ * Attention by tensor cores, for bf16 and heads of up to 128 columns: how tiles lie in shared memory,
+ * and how warps take fragments from them.
+ *
+ * P and dS are factors of products too. They are taken in two parts, which together have 16 bits of
+ * mantissa: so the bounds of f32 hold (2^-18 of each term is less than what the softmax may be off
+ * by), for one more product of each two or three.
+ */
+#ifndef SEBP_CUDA_ATTENTION_MMA_CUH
+#define SEBP_CUDA_ATTENTION_MMA_CUH
+
+#include <type_traits>
+
+#include "attention.cuh"
+#include "tensor_core.cuh"
+
+enum {
+    SEBP_MMA_KEYS = 64,      /* to a tile of forward and of dQ */
+    SEBP_MMA_MAX_HEAD = 128, /* columns */
+    SEBP_MMA_PARTS = 2       /* of P and dS: 1 or 2 */
+};
+
+/** Elements from a row of a tile to the next: eight rows' pieces of 16 bytes lie in different banks. */
+template <int D> constexpr int SEBP_MMA_PITCH = D + 8;
+
+/** Bytes of a tile. */
+template <int D> constexpr int64_t sebp_mma_bytes(int64_t rows)
+{
+    return rows * SEBP_MMA_PITCH<D> * (int64_t)sizeof(sebp_bf16);
+}
+
+/** Starts to load `rows` rows of a head, D columns each, of which `there` and `cols` are there and the
+ * others zero. By all threads. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_load(sebp_bf16 *to, sebp_view<const sebp_bf16> from,
+                                              int64_t row, int rows, int there, int64_t col,
+                                              int cols, bool is_aligned)
+{
+    constexpr int pieces = D / 8;
+    if (is_aligned) {
+        for (int at = (int)threadIdx.x; at < rows * pieces; at += (int)blockDim.x) {
+            const int i = at / pieces, j = at % pieces * 8;
+            const bool is_there = i < there && j < cols;
+            sebp_copy_async(to + i * SEBP_MMA_PITCH<D> + j,
+                            is_there ? from.row(row + i) + col + j : from.data, is_there ? 16 : 0);
+        }
+        return;
+    }
+    for (int at = (int)threadIdx.x; at < rows * D; at += (int)blockDim.x) {
+        const int i = at / D, j = at % D;
+        to[i * SEBP_MMA_PITCH<D> + j] =
+            i < there && j < cols ? from.row(row + i)[col + j] : sebp_bf16{0};
+    }
+}
+
+/** Starts to load a number of f32, or zero. */
+__device__ __forceinline__ void sebp_mma_load_number(float *to, const float *from, bool is_there)
+{
+#ifdef __CUDACC__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(is_there ? 4 : 0)
+                 : "memory");
+#else
+    *to = is_there ? *from : 0;
+#endif
+}
+
+/** A: 16 rows of a tile times 16 columns from `col` on; the rows of the halves begin at `first` and
+ * `second`. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_load_a(uint32_t a[4], const sebp_bf16 *tile, int first,
+                                                int second, int col)
+{
+    const int lane = (int)threadIdx.x % SEBP_WARP;
+    const int row = (lane / 8 % 2 != 0 ? second : first) + lane % 8;
+    sebp_load_matrices<false>(a, tile + row * SEBP_MMA_PITCH<D> + col + lane / 16 * 8);
+}
+
+/** B of two products: 16 columns of the tile from `col` on, by 2 x 8 rows from `row` on: b[0..1] and
+ * b[2..3]. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_load_b_rows(uint32_t b[4], const sebp_bf16 *tile, int row,
+                                                     int col)
+{
+    const int lane = (int)threadIdx.x % SEBP_WARP;
+    sebp_load_matrices<false>(b, tile + (row + lane / 16 * 8 + lane % 8) * SEBP_MMA_PITCH<D> + col +
+                                     lane / 8 % 2 * 8);
+}
+
+/** B of two products: 16 rows of the tile from `row` on, by 2 x 8 columns from `col` on. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_load_b_cols(uint32_t b[4], const sebp_bf16 *tile, int row,
+                                                     int col)
+{
+    const int lane = (int)threadIdx.x % SEBP_WARP;
+    sebp_load_matrices<true>(b, tile + (row + lane % 16) * SEBP_MMA_PITCH<D> + col + lane / 16 * 8);
+}
+
+/** A register of A from two numbers: their first part, or what it leaves. */
+__device__ __forceinline__ uint32_t sebp_mma_part(float first, float second, int part)
+{
+    const uint32_t high = sebp_narrow_pair(first, second);
+    if (part == 0)
+        return high;
+    return sebp_narrow_pair(first - sebp_first_of(high), second - sebp_second_of(high));
+}
+
+/** A from the sums of two products side by side, which are 16 columns. */
+__device__ __forceinline__ void sebp_mma_a_of_sums(uint32_t a[4], const float left[4],
+                                                   const float right[4], int part)
+{
+    a[0] = sebp_mma_part(left[0], left[1], part);
+    a[1] = sebp_mma_part(left[2], left[3], part);
+    a[2] = sebp_mma_part(right[0], right[1], part);
+    a[3] = sebp_mma_part(right[2], right[3], part);
+}
+
+/** sums (16 x D) += A (16 x 16, in its parts) times 16 rows of a tile from `row` on. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_add(float sums[D / 8][4], const float left[4],
+                                             const float right[4], const sebp_bf16 *tile, int row)
+{
+    uint32_t a[SEBP_MMA_PARTS][4];
+#pragma unroll
+    for (int part = 0; part < SEBP_MMA_PARTS; part++)
+        sebp_mma_a_of_sums(a[part], left, right, part);
+#pragma unroll
+    for (int col = 0; col < D; col += 16) {
+        uint32_t b[4];
+        sebp_mma_load_b_cols<D>(b, tile, row, col);
+#pragma unroll
+        for (int part = 0; part < SEBP_MMA_PARTS; part++) {
+            sebp_mma_bf16(sums[col / 8], a[part], b);
+            sebp_mma_bf16(sums[col / 8 + 1], a[part], b + 2);
+        }
+    }
+}
+
+/** Puts sums (8 or 16 rows x D), times factors of their halves, into rows of a tile as bf16. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_put(sebp_bf16 *tile, int first, int second,
+                                             const float sums[D / 8][4], float first_factor,
+                                             float second_factor)
+{
+    const int lane = (int)threadIdx.x % SEBP_WARP, g = lane / 4, p = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+        *(uint32_t *)(tile + (first + g) * SEBP_MMA_PITCH<D> + n * 8 + p) =
+            sebp_narrow_pair(sums[n][0] * first_factor, sums[n][1] * first_factor);
+        *(uint32_t *)(tile + (second + g) * SEBP_MMA_PITCH<D> + n * 8 + p) =
+            sebp_narrow_pair(sums[n][2] * second_factor, sums[n][3] * second_factor);
+    }
+}
+
+/** Stores eight rows of a tile, from `first` on, those below `there`, by a warp that has put them
+ * there. */
+template <int D>
+__device__ __forceinline__ void sebp_mma_store(sebp_view<sebp_bf16> to, int64_t row,
+                                               const sebp_bf16 *tile, int first, int there,
+                                               int64_t col, int cols, bool is_aligned)
+{
+    constexpr int pieces = D / 8;
+    const int lane = (int)threadIdx.x % SEBP_WARP;
+    if (is_aligned) {
+#pragma unroll
+        for (int at = lane; at < 8 * pieces; at += SEBP_WARP) {
+            const int i = first + at / pieces, j = at % pieces * 8;
+            if (i < there && j < cols) {
+                *(uint4 *)(to.row(row + i) + col + j) =
+                    *(const uint4 *)(tile + i * SEBP_MMA_PITCH<D> + j);
+            }
+        }
+        return;
+    }
+    for (int at = lane; at < 8 * D; at += SEBP_WARP) {
+        const int i = first + at / D, j = at % D;
+        if (i < there && j < cols)
+            to.row(row + i)[col + j] = tile[i * SEBP_MMA_PITCH<D> + j];
+    }
+}
+
+/** Which of a warp's 16 rows are which queries of its tile: where the rows of half `half` of product
+ * `m` begin. A thread's rows are 16 apart: elements of one counter of dropout. `products`: of 16 rows,
+ * to a warp. */
+template <int products> __device__ __forceinline__ int sebp_mma_query(int m, int half)
+{
+    const int warp = (int)threadIdx.x / SEBP_WARP;
+    if (products == 2)
+        return warp / 2 * 64 + (2 * m + half) * 16 + warp % 2 * 8;
+    return warp / 2 * 32 + half * 16 + warp % 2 * 8;
+}
+
+/** The finished score of query i and key j of a tile from what the product left; -Inf where it is not
+ * seen. `query` and `key`: the tile's corner. */
+__device__ __forceinline__ float sebp_mma_score(const sebp_attention_job<sebp_bf16> &job,
+                                                const sebp_seen &seen, int64_t head, int64_t query,
+                                                int64_t key, int i, int j, float score,
+                                                float *slope)
+{
+    score = sebp_cap(job, score * job.scale, slope);
+    if (!seen.at(i, j))
+        return -INFINITY;
+    if (job.bias.data != nullptr && query + i < job.max_queries)
+        score += job.bias.row(head * job.bias_rows + query + i)[key + j];
+    return score;
+}
+
+/** What dropout multiplies by, of one of a counter's four words. */
+__device__ __forceinline__ float sebp_mma_drop(const sebp_drops &drops, const uint4 &words,
+                                               int which)
+{
+    const uint32_t low = which & 1 ? words.y : words.x, high = which & 1 ? words.w : words.z;
+    return sebp_drop_scale(drops, which & 2 ? high : low);
+}
+
+/** Whether the tensor cores take it. */
+inline bool sebp_mma_takes(const sebp_attention *attention)
+{
+    return attention->q->dtype == SEBP_BF16 && attention->head_size <= SEBP_MMA_MAX_HEAD;
+}
+
+/** Whether what is simple about a job is simple enough: scores only scaled, by a positive number. */
+inline bool sebp_mma_is_plain(const sebp_attention_job<sebp_bf16> &job)
+{
+    return job.softcap == 0 && job.bias.data == nullptr && !job.has_dropout && job.scale > 0;
+}
+
+template <class T> bool sebp_is_aligned(sebp_view<T> view)
+{
+    return (uintptr_t)view.data % 16 == 0 && view.stride % 8 == 0;
+}
+
+/** Calls body(padded head size), a constant, of one that is at most SEBP_MMA_MAX_HEAD. */
+template <class Body> auto sebp_mma_with_head(int head_size, Body body)
+{
+    if (head_size <= 32)
+        return body(std::integral_constant<int, 32>());
+    if (head_size <= 64)
+        return body(std::integral_constant<int, 64>());
+    if (head_size <= 96)
+        return body(std::integral_constant<int, 96>());
+    return body(std::integral_constant<int, 128>());
+}
+
+/* attention_forward_mma.cu, attention_backward_mma.cu: a job whose list is on the GPU. */
+
+/** Rows of an item of queries. */
+int64_t sebp_mma_forward_rows(const sebp_attention *attention);
+sebp_status sebp_mma_forward(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16> &job,
+                             int64_t items);
+
+#endif
