@@ -191,9 +191,9 @@ struct list_range {
     int64_t low, high;
 };
 
-/* Looks at 32 places at a time, as each look takes as long as any other. A few looks do for any list,
- * and none for one of few rows, or of nearly all: among the rows before this one there are at most all
- * those that are not listed. */
+/* Looks at 32 places at a time, as each look takes as long as any other. A few looks do for any
+ * list, and none for one of few rows, or of nearly all: among the rows before this one there are at
+ * most all those that are not listed. */
 __device__ list_range find_in_list(const row_zeroing &zeroing, int64_t row)
 {
     int64_t others = zeroing.total - zeroing.count;
@@ -283,7 +283,8 @@ constexpr int SUM_AT_ONCE = 4;   /* rows that a thread reads together */
 constexpr int SUM_ROUNDS = 4;    /* of those to a thread before a second pass is worth it */
 constexpr int MIN_SUM_PACKS = 2; /* 32 bytes: memory moves no less */
 
-/* A block's part of a sum: `packs` neighbours of rows `part_rows` blockIdx.y to that of the next. */
+/* How blocks share a sum: each has `packs` packs of a row beside each other, and `part_rows` of the
+ * rows below each other. */
 struct column_sum {
     const int64_t *rows;
     int64_t count, cols, part_rows;

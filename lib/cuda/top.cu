@@ -2,8 +2,8 @@
 /**
  * @file top.cu
  * Top-k in linear time. The list of the largest elements so far and the panel that comes are one
- * sequence, by ascending index. The k-th magnitude of it is found digit by digit, the highest first;
- * then the elements above it, and the first of those that equal it, are counted, which tells where
+ * sequence, by ascending index. Its k-th magnitude is found digit by digit, the highest first; then
+ * the elements above it, and the first of those that equal it, are counted, which tells where
  * each goes, and listed. The host never waits: it knows how many there are.
  */
 #ifdef HAVE_CONFIG_H
@@ -15,6 +15,7 @@
 
 #include "operations.h"
 #include "packs.cuh"
+#include "prefix.cuh"
 
 namespace {
 
@@ -147,32 +148,12 @@ __device__ bool is_last_block(top_state *state)
     return is_last;
 }
 
-/* The sum of x over the threads of the block before this one. */
-__device__ int64_t sum_before(int64_t x)
-{
-    __shared__ int64_t room[WARPS];
-    int lane = (int)threadIdx.x % SEBP_WARP, warp = (int)threadIdx.x / SEBP_WARP;
-    int64_t sum = x;
-    for (int step = 1; step < SEBP_WARP; step *= 2) {
-        int64_t before = __shfl_up_sync(0xFFFFFFFFU, sum, step);
-        if (lane >= step)
-            sum += before;
-    }
-    __syncthreads(); /* the room may still be read */
-    if (lane == SEBP_WARP - 1)
-        room[warp] = sum;
-    __syncthreads();
-    sum -= x;
-    for (int i = 0; i < warp; i++)
-        sum += room[i];
-    return sum;
-}
-
 /* The highest digit that with the higher ones together at least `left` elements have; zeros are
  * counted nowhere, as all others have them. */
 __device__ void pick_digit(top_state *state, int shift, int64_t left)
 {
     constexpr int EACH = DIGITS / THREADS;
+    __shared__ int64_t room[SEBP_WARP];
     int first = DIGITS - 1 - (int)threadIdx.x * EACH; /* descending */
     int64_t counts[EACH], sum = 0;
     for (int i = 0; i < EACH; i++) {
@@ -181,7 +162,7 @@ __device__ void pick_digit(top_state *state, int shift, int64_t left)
         sum += counts[i];
         *count = 0;
     }
-    int64_t before = sum_before(sum);
+    int64_t before = sebp_block_before(sum, room);
     if (before >= left || before + sum < left)
         return;
     int digit = first;
@@ -237,6 +218,7 @@ __global__ void __launch_bounds__(THREADS)
 /* Makes counts of chunks those before each chunk. */
 __device__ void sum_chunks(top_state *state, int64_t chunks)
 {
+    __shared__ int64_t room[SEBP_WARP];
     int each = (int)((chunks + THREADS - 1) / THREADS);
     int first = (int)threadIdx.x * each;
     int end = first + each < chunks ? first + each : (int)chunks;
@@ -246,8 +228,8 @@ __device__ void sum_chunks(top_state *state, int64_t chunks)
         above += counts[i].above;
         ties += counts[i].ties;
     }
-    above = sum_before(above);
-    ties = sum_before(ties);
+    above = sebp_block_before(above, room);
+    ties = sebp_block_before(ties, room);
     for (int i = first; i < end; i++) {
         int64_t its_above = counts[i].above, its_ties = counts[i].ties;
         counts[i].above = above;
@@ -283,7 +265,7 @@ __global__ void __launch_bounds__(THREADS)
         sum_chunks(state, all.chunks);
 }
 
-/* Where elements go: those above the k-th magnitude, and the first `ties` of those that equal it. */
+/* Where elements go: those above the k-th magnitude, and the first `ties` that equal it. */
 struct listing {
     uint32_t kth;
     int64_t ties;
@@ -312,7 +294,8 @@ __device__ void list_packs(const sequence &all, const piece &from, int64_t place
         if ((int)threadIdx.x % SEBP_WARP >= step)
             sum += other;
     }
-    int64_t above = before->above + (sum - mine & 0xFFFF), ties = before->ties + (sum - mine >> 16);
+    int64_t above = before->above + ((sum - mine) & 0xFFFF),
+            ties = before->ties + ((sum - mine) >> 16);
     for (int i = 0; i < PACK; i++) {
         if (is_above[i] || (is_tie[i] && ties < to.ties)) {
             int64_t at = above + (ties < to.ties ? ties : to.ties);
