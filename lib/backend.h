@@ -252,6 +252,9 @@ typedef struct sebp_backend {
     sebp_status (*dropout)(void *device, const sebp_dropout_work *work);
     sebp_status (*rotary)(void *device, const sebp_rotary_work *work);
     sebp_status (*cross_entropy)(void *device, const sebp_cross_entropy_work *work);
+    /** *loss = scale times the sum of the losses of the rows of a list whose state knows all chunks,
+     * always in the same order; `logits` and what follows it do not matter. Needs no memory. */
+    sebp_status (*sum_losses)(void *device, const sebp_cross_entropy_work *work, double *loss);
     sebp_status (*gather)(void *device, const sebp_gather_work *work);
     sebp_status (*sum_groups)(void *device, const sebp_group_sums *sums);
 

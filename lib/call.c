@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "call.h"
 #include "integers.h"
@@ -28,6 +29,8 @@ sebp_call sebp_call_begin(sebp_context *context, const char *function)
 sebp_status sebp_call_end(sebp_call *call)
 {
     sebp_rows_destroy(call->found);
+    free(call->on_host);
+    call->backend->free(call->device, call->on_device);
     return call->status;
 }
 
@@ -254,6 +257,42 @@ void sebp_check_host_memory(sebp_call *call)
             "needs its arguments in host memory, but the context's device, %s, has its own",
             call->backend->name);
     }
+}
+
+/* ---- lists ---- */
+
+const int64_t *sebp_list_to_host(sebp_call *call, const char *name, const int64_t *list,
+                                 int64_t count)
+{
+    if (!sebp_call_goes_on(call))
+        return NULL;
+    if (call->backend->uses_host_memory || count == 0)
+        return list;
+    free(call->on_host);
+    call->on_host = count <= SEBP_MAX_IN_ARRAY ? malloc((size_t)count * sizeof *list) : NULL;
+    if (call->on_host == NULL) {
+        sebp_call_fail(call, SEBP_ERROR_MEMORY, "no memory to read %" PRId64 " %s", count, name);
+        return NULL;
+    }
+    sebp_status status =
+        call->backend->download(call->device, call->on_host, list, count * (int64_t)sizeof *list);
+    sebp_call_keep(call, status, name);
+    return sebp_call_goes_on(call) ? call->on_host : NULL;
+}
+
+const int64_t *sebp_list_to_device(sebp_call *call, const char *name, const int64_t *list,
+                                   int64_t count)
+{
+    const int64_t bytes = count * (int64_t)sizeof *list;
+    if (!sebp_call_goes_on(call))
+        return NULL;
+    if (call->backend->uses_host_memory)
+        return list;
+    sebp_status status = call->backend->alloc(call->device, bytes, &call->on_device);
+    if (status == SEBP_SUCCESS)
+        status = call->backend->upload(call->device, call->on_device, list, bytes);
+    sebp_call_keep(call, status, name);
+    return sebp_call_goes_on(call) ? call->on_device : NULL;
 }
 
 /* ---- active rows ---- */

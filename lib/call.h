@@ -27,6 +27,8 @@ typedef struct sebp_call {
     const int64_t *list;   /* `rows` where the device reads them; NULL: all rows, or none */
     sebp_rows *found;      /* rows found by the call itself; else NULL */
     int64_t m;             /* active rows, of M */
+    int64_t *on_host;      /* a copy of what the device has, for the call to read; else NULL */
+    void *on_device;       /* a copy of what the call has made, for the device; else NULL */
     double start;          /* milliseconds */
 } sebp_call;
 
@@ -40,7 +42,7 @@ typedef struct sebp_argument {
 /** context: not NULL. */
 sebp_call sebp_call_begin(sebp_context *context, const char *function);
 
-/** Frees what the call has found, and returns its status. */
+/** Frees what the call has found and copied, and returns its status. */
 sebp_status sebp_call_end(sebp_call *call);
 
 /** Whether nothing has failed yet. */
@@ -94,6 +96,17 @@ void sebp_check_sparse_room(sebp_call *call, const char *name, const sebp_sparse
 void sebp_check_sparse_shape(sebp_call *call, const char *name, const sebp_sparse *view,
                              int64_t rows, int64_t cols);
 void sebp_check_sparse_finite(sebp_call *call, const char *name, const sebp_sparse *view);
+
+/* Lists: indices, labels, positions, which lie in the device's memory, and what is made of them. */
+
+/** A list of the device's where the call reads it: itself, or a copy, until the call ends or asks for
+ * another. NULL after a failure. */
+const int64_t *sebp_list_to_host(sebp_call *call, const char *name, const int64_t *list,
+                                 int64_t count);
+/** A list of the host's where the device reads it: itself, or a copy, until the call ends; one a
+ * call. */
+const int64_t *sebp_list_to_device(sebp_call *call, const char *name, const int64_t *list,
+                                   int64_t count);
 
 /* Active rows. */
 

@@ -47,7 +47,6 @@ sebp_status sebp_embedding_forward(sebp_context *context, const sebp_embedding *
         if (y->rows > 0)
             sebp_require(&call, "indices", tables[t].indices);
     }
-    sebp_check_host_memory(&call); /* the indices lie there */
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, 1 + count);
     for (int t = 0; t < count; t++)
@@ -59,7 +58,7 @@ sebp_status sebp_embedding_forward(sebp_context *context, const sebp_embedding *
     for (int t = 0; t < count; t++)
         sebp_check_indices(&call, "indices", tables[t].indices, tables[t].table.rows);
     if (!sebp_call_goes_on(&call))
-        return call.status;
+        return sebp_call_end(&call);
     work.list = sebp_list_of(&call);
     sebp_call_keep(&call, call.backend->gather(call.device, &work), "gathering");
     sebp_zero_inactive(&call, y);
@@ -94,11 +93,11 @@ static token *sort_tokens(token *tokens, token *other, int64_t count, int64_t en
     return tokens;
 }
 
-/* The active tokens grouped by target: rows, where each group starts, its target, and the number of
- * groups. All of it in one block of memory; NULL: there is none. */
+/* The active tokens grouped by target: their rows, where each group starts, and its target, three lists
+ * with room for m + 1 each, one after the other; and the number of groups. */
 typedef struct grouping {
-    int64_t *rows, *start, *target, groups;
-    void *memory;
+    int64_t *lists, groups;
+    void *memory; /* of all */
 } grouping;
 
 static bool group_tokens(sebp_call *call, const int64_t *indices, int64_t padding_index,
@@ -115,11 +114,9 @@ static bool group_tokens(sebp_call *call, const int64_t *indices, int64_t paddin
     }
     token *tokens = (token *)(void *)memory;
     grouped->memory = memory;
-    grouped->rows = (int64_t *)(void *)(memory + (size_t)(m + 1) * token_bytes);
-    grouped->start = grouped->rows + m + 1;
-    grouped->target = grouped->start + m + 1;
-    grouped->groups = 0;
-    int64_t count = 0;
+    grouped->lists = (int64_t *)(void *)(memory + (size_t)(m + 1) * token_bytes);
+    int64_t *rows = grouped->lists, *start = rows + m + 1, *target = start + m + 1;
+    int64_t count = 0, groups = 0;
     for (int64_t i = 0; i < m; i++) {
         int64_t row = call->rows != NULL ? call->rows->indices[i] : i;
         if (padding_index < 0 || indices[row] != padding_index) {
@@ -128,14 +125,39 @@ static bool group_tokens(sebp_call *call, const int64_t *indices, int64_t paddin
     }
     tokens = sort_tokens(tokens, tokens + m + 1, count, end);
     for (int64_t i = 0; i < count; i++) {
-        grouped->rows[i] = tokens[i].row;
+        rows[i] = tokens[i].row;
         if (i == 0 || tokens[i].target != tokens[i - 1].target) {
-            grouped->start[grouped->groups] = i;
-            grouped->target[grouped->groups++] = tokens[i].target;
+            start[groups] = i;
+            target[groups++] = tokens[i].target;
         }
     }
-    grouped->start[grouped->groups] = count;
+    start[groups] = count;
+    grouped->groups = groups;
     return true;
+}
+
+/* What the groups add up to, and zeros in the other rows of a table that is overwritten. */
+static void sum_tokens(sebp_call *call, const grouping *grouped, const sebp_matrix *dy,
+                       sebp_write write, const sebp_matrix *dtable)
+{
+    const int64_t room = call->m + 1;
+    const int64_t *lists = sebp_list_to_device(call, "groups", grouped->lists, 3 * room);
+    if (lists == NULL) {
+        return;
+    }
+    const sebp_group_sums sums = {.from = dy,
+                                  .to = dtable,
+                                  .rows = lists,
+                                  .start = lists + room,
+                                  .target = lists + 2 * room,
+                                  .groups = dtable->cols > 0 ? grouped->groups : 0,
+                                  .accumulate = write == SEBP_ACCUMULATE};
+    sebp_call_keep(call, call->backend->sum_groups(call->device, &sums), "summing by index");
+    if (sebp_call_goes_on(call) && write == SEBP_OVERWRITE) {
+        sebp_status status =
+            call->backend->zero_other_rows(call->device, dtable, sums.target, grouped->groups);
+        sebp_call_keep(call, status, "zeroing other rows");
+    }
 }
 
 sebp_status sebp_embedding_backward(sebp_context *context, const sebp_matrix *dy,
@@ -154,33 +176,20 @@ sebp_status sebp_embedding_backward(sebp_context *context, const sebp_matrix *dy
         (dy->rows > 0 && !sebp_require(&call, "indices", indices))) {
         return call.status;
     }
-    sebp_check_host_memory(&call); /* the indices lie there */
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_write(&call, "write", options.write);
     sebp_take_rows(&call, rows, "dy", dy->rows, options.inactive);
     sebp_check_shape(&call, &arguments[DTABLE], dtable->rows, dy->cols);
     sebp_check_aliases(&call, arguments, COUNT);
-    sebp_check_indices(&call, "indices", indices, dtable->rows);
+    indices = sebp_check_indices(&call, "indices", indices, dtable->rows);
     if (!sebp_call_goes_on(&call))
-        return call.status;
+        return sebp_call_end(&call);
     if (!group_tokens(&call, indices, options.padding_index, dtable->rows, &grouped)) {
         sebp_call_fail(&call, SEBP_ERROR_MEMORY, "no memory to sort %" PRId64 " tokens", call.m);
-        return call.status;
+        return sebp_call_end(&call);
     }
-    const sebp_group_sums sums = {.from = dy,
-                                  .to = dtable,
-                                  .rows = grouped.rows,
-                                  .start = grouped.start,
-                                  .target = grouped.target,
-                                  .groups = dtable->cols > 0 ? grouped.groups : 0,
-                                  .accumulate = options.write == SEBP_ACCUMULATE};
-    sebp_call_keep(&call, call.backend->sum_groups(call.device, &sums), "summing by index");
-    if (sebp_call_goes_on(&call) && options.write == SEBP_OVERWRITE) {
-        sebp_status status =
-            call.backend->zero_other_rows(call.device, dtable, grouped.target, grouped.groups);
-        sebp_call_keep(&call, status, "zeroing other rows");
-    }
+    sum_tokens(&call, &grouped, dy, options.write, dtable);
     sebp_report_rows(&call, dy);
     free(grouped.memory);
     return sebp_call_end(&call);

@@ -74,14 +74,19 @@ void sebp_report_rows(const sebp_call *call, const sebp_matrix *matrix)
     sebp_report(call, matrix->rows, matrix->cols, matrix->cols, matrix->dtype, &none);
 }
 
-void sebp_check_indices(sebp_call *call, const char *name, const int64_t *indices, int64_t end)
+const int64_t *sebp_check_indices(sebp_call *call, const char *name, const int64_t *indices,
+                                  int64_t end)
 {
-    for (int64_t i = 0; i < call->m && sebp_call_goes_on(call); i++) {
+    const int64_t m = call->m;
+    const int64_t count = call->rows == NULL || m == 0 ? m : call->rows->indices[m - 1] + 1;
+    const int64_t *read = sebp_list_to_host(call, name, indices, count);
+    for (int64_t i = 0; i < m && sebp_call_goes_on(call); i++) {
         int64_t row = call->rows != NULL ? call->rows->indices[i] : i;
-        if (indices[row] < 0 || indices[row] >= end) {
+        if (read[row] < 0 || read[row] >= end) {
             sebp_call_fail(call, SEBP_ERROR_VALUE,
                            "%s[%" PRId64 "] is %" PRId64 ", not in [0, %" PRId64 ")", name, row,
-                           indices[row], end);
+                           read[row], end);
         }
     }
+    return read;
 }

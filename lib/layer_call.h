@@ -32,7 +32,9 @@ void sebp_check_done(sebp_call *call, sebp_status status);
 /** The line of SEBP_VERBOSE of a call on rows of `cols` elements. */
 void sebp_report_rows(const sebp_call *call, const sebp_matrix *matrix);
 
-/** Each index of an active row, in the host's memory, is in [0, end). */
-void sebp_check_indices(sebp_call *call, const char *name, const int64_t *indices, int64_t end);
+/** Each index of an active row is in [0, end); returns them where the call reads them, up to the last
+ * active row's. */
+const int64_t *sebp_check_indices(sebp_call *call, const char *name, const int64_t *indices,
+                                  int64_t end);
 
 #endif

@@ -7,9 +7,9 @@
  * `rows` lists the `count` rows that are worked on; NULL: the first ones. The other rows of outputs are
  * left.
  *
- * Indices, labels, positions and lists of groups are the host's, and so are the state of a softmax and
- * the list by which its rows find their labels: for now the methods that have them refuse a device with
- * a memory of its own.
+ * Indices, labels, positions, lists of groups and the state of a softmax lie in the device's memory, as
+ * matrices do. A method that must know what they are brings copies to the host, or from it
+ * (sebp_list_to_host() and sebp_list_to_device() in call.h).
  */
 #ifndef SEBP_LAYER_WORK_H
 #define SEBP_LAYER_WORK_H
@@ -64,7 +64,7 @@ typedef struct sebp_rotary_work {
     const sebp_matrix *table, *x, *y;
 } sebp_rotary_work;
 
-/** What is known of a row's logits so far. */
+/** What is known of a row's logits so far, in the memory of the device, which alone reads it. */
 typedef struct sebp_softmax_state {
     double max, exp_sum; /* of exp(x - max) */
     double label;        /* the label's logit, once its class was met */

@@ -44,12 +44,11 @@ static void check_options(sebp_call *call, const sebp_cross_entropy_options *opt
     sebp_check_precision(call);
 }
 
-/* Checks the labels of M rows, in the host's memory, and counts those that count. */
+/* Checks the labels of M rows, which the call can read, and counts those that count. */
 static int64_t count_labels(sebp_call *call, const int64_t *labels, int64_t rows, int64_t classes,
                             int64_t ignore_label)
 {
     int64_t count = 0;
-    sebp_check_host_memory(call);
     for (int64_t i = 0; i < rows && sebp_call_goes_on(call); i++) {
         if (labels[i] == ignore_label)
             continue;
@@ -68,25 +67,15 @@ static double scale_of(const sebp_cross_entropy_options *options, int64_t count)
     return options->scale != 0 ? options->scale : count > 0 ? 1 / (double)count : 0;
 }
 
-/* The loss of the rows whose state is known, in their order. */
-static double loss_of(const sebp_cross_entropy_work *work)
+/* The loss of the rows whose state is known. */
+static void take_loss(sebp_call *call, const sebp_cross_entropy_work *work, double *loss)
 {
-    const double smoothing = work->smoothing;
-    double total = 0;
-    for (int64_t i = 0; i < work->list.count; i++) {
-        const sebp_softmax_state *state = &work->state[i];
-        int64_t row = work->list.rows != NULL ? work->list.rows[i] : i;
-        if (work->labels[row] == work->ignore_label) {
-            continue;
-        }
-        /* In differences, as the logits may all be far from 0. A factor of 0 takes an Inf away. */
-        double mean = (double)state->from + state->sum / (double)work->classes;
-        double loss = log(state->exp_sum);
-        loss += smoothing < 1 ? (1 - smoothing) * (state->max - state->label) : 0;
-        loss += smoothing > 0 ? smoothing * (state->max - mean) : 0;
-        total += loss;
-    }
-    return work->scale * total;
+    double found;
+    if (!sebp_call_goes_on(call))
+        return;
+    sebp_call_keep(call, call->backend->sum_losses(call->device, work, &found), "the loss");
+    if (sebp_call_goes_on(call))
+        *loss = found;
 }
 
 static void no_memory(sebp_call *call, int64_t rows)
@@ -118,16 +107,17 @@ sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix *logits,
     sebp_check_views(&call, arguments, COUNT);
     sebp_check_same_dtype(&call, &arguments[DLOGITS], &arguments[LOGITS]);
     check_options(&call, &options);
-    call.m = count_labels(&call, labels, logits->rows, logits->cols, options.ignore_label);
+    const int64_t *read = sebp_list_to_host(&call, "labels", labels, logits->rows);
+    call.m = count_labels(&call, read, logits->rows, logits->cols, options.ignore_label);
     sebp_check_shape(&call, &arguments[DLOGITS], logits->rows, logits->cols);
     sebp_check_in_place(&call, arguments, COUNT, may_be);
     if (!sebp_call_goes_on(&call))
-        return call.status;
+        return sebp_call_end(&call);
     const int64_t state_bytes = (int64_t)sizeof(sebp_softmax_state);
     if (logits->rows > INT64_MAX / state_bytes ||
         backend->reserve_scratch(call.device, logits->rows * state_bytes) != SEBP_SUCCESS) {
         no_memory(&call, logits->rows);
-        return call.status;
+        return sebp_call_end(&call);
     }
     const sebp_cross_entropy_work work = {.list = {NULL, logits->rows},
                                           .labels = labels,
@@ -140,8 +130,7 @@ sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix *logits,
                                           .look = true,
                                           .dlogits = dlogits};
     sebp_call_keep(&call, backend->cross_entropy(call.device, &work), "the loss");
-    if (sebp_call_goes_on(&call))
-        *loss = loss_of(&work);
+    take_loss(&call, &work, loss);
     sebp_report_rows(&call, logits);
     sebp_reserve_scratch(&call, 0, "");
     return sebp_call_end(&call);
@@ -315,14 +304,11 @@ static void run_head(loss_head *head, double *loss)
     const bool one = head->chunk >= head->classes;
     for (int64_t first = 0; first < head->classes; first += head->chunk)
         run_chunk(head, first, true, false, false, paths);
-    const double found = sebp_call_goes_on(call) ? loss_of(&head->entropy) : 0;
     for (int64_t first = 0; wants_gradient(head) && first < head->classes; first += head->chunk)
         run_chunk(head, first, false, one, true, paths);
     if (head->dhidden != NULL && head->options->dhidden_write == SEBP_OVERWRITE)
         sebp_zero_inactive(call, head->dhidden);
-    if (!sebp_call_goes_on(call))
-        return;
-    *loss = found;
+    take_loss(call, &head->entropy, loss);
     if (paths[1] == NULL) {
         paths[1] = paths[2];
         paths[2] = NULL;
@@ -375,15 +361,16 @@ sebp_status sebp_linear_cross_entropy(sebp_context *context, const sebp_matrix *
     take_options(&call, given, &options);
     sebp_check_views(&call, arguments, COUNT);
     check_options(&call, &options);
+    const int64_t *read = sebp_list_to_host(&call, "labels", labels, hidden->rows);
     const int64_t count =
-        count_labels(&call, labels, hidden->rows, weight->rows, options.ignore_label);
+        count_labels(&call, read, hidden->rows, weight->rows, options.ignore_label);
     sebp_check_shape(&call, &arguments[WEIGHT], weight->rows, hidden->cols);
     sebp_check_shape(&call, &arguments[BIAS], 1, weight->rows);
     sebp_check_shape(&call, &arguments[DHIDDEN], hidden->rows, hidden->cols);
     sebp_check_shape(&call, &arguments[DWEIGHT], weight->rows, hidden->cols);
     sebp_check_shape(&call, &arguments[DBIAS], 1, weight->rows);
     sebp_check_aliases(&call, arguments, COUNT);
-    find_labelled(&call, labels, hidden->rows, options.ignore_label, count);
+    find_labelled(&call, read, hidden->rows, options.ignore_label, count);
     if (!sebp_call_goes_on(&call))
         return sebp_call_end(&call);
     loss_head head = {.call = &call,
@@ -395,7 +382,7 @@ sebp_status sebp_linear_cross_entropy(sebp_context *context, const sebp_matrix *
                       .dweight = dweight,
                       .dbias = dbias,
                       .classes = weight->rows,
-                      .entropy = {.list = {call.rows->indices, call.m},
+                      .entropy = {.list = sebp_list_of(&call),
                                   .labels = labels,
                                   .ignore_label = options.ignore_label,
                                   .smoothing = options.smoothing,

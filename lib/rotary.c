@@ -7,7 +7,9 @@
 #include <float.h>
 #include <inttypes.h>
 #include <math.h>
+#include <stdlib.h>
 
+#include "integers.h"
 #include "layer_call.h"
 
 static const double PI = 3.14159265358979323846;
@@ -60,6 +62,42 @@ static double frequency(const sebp_rotary_options *options, int64_t pair, int64_
     return f * (share + (1 - share) / options->factor);
 }
 
+/* Of a table in the host's memory. */
+static void fill_table(const sebp_rotary_options *options, const sebp_matrix *table)
+{
+    const int64_t pairs = table->cols / 2;
+    for (int64_t j = 0; j < pairs; j++) {
+        double f = frequency(options, j, table->cols);
+        float *at = (float *)table->data + j;
+        for (int64_t p = 0; p < table->rows; p++, at += table->stride) {
+            at[0] = (float)cos((double)p * f);
+            at[pairs] = (float)sin((double)p * f);
+        }
+    }
+}
+
+/* Makes it on the host. A table without gaps goes to the device as a whole. */
+static void upload_table(sebp_call *call, const sebp_rotary_options *options,
+                         const sebp_matrix *table)
+{
+    const int64_t size = (int64_t)sizeof(float), bytes = table->rows * table->cols * size;
+    const bool has_gaps = table->stride != table->cols;
+    const int64_t pieces = bytes == 0 ? 0 : has_gaps ? table->rows : 1;
+    char *room = malloc((size_t)sebp_max(bytes, 1));
+    if (room == NULL) {
+        sebp_call_fail(call, SEBP_ERROR_MEMORY, "no memory for %" PRId64 " positions", table->rows);
+        return;
+    }
+    fill_table(options, &(sebp_matrix){room, table->rows, table->cols, table->cols, table->dtype});
+    for (int64_t i = 0; i < pieces && sebp_call_goes_on(call); i++) {
+        char *to = (char *)table->data + i * table->stride * size;
+        sebp_status status =
+            call->backend->upload(call->device, to, room + i * (bytes / pieces), bytes / pieces);
+        sebp_call_keep(call, status, "the table");
+    }
+    free(room);
+}
+
 sebp_status sebp_rotary_table(sebp_context *context, const sebp_rotary_options *given,
                               const sebp_matrix *table)
 {
@@ -71,7 +109,6 @@ sebp_status sebp_rotary_table(sebp_context *context, const sebp_rotary_options *
     sebp_rotary_options options;
     if (!sebp_require(&call, "table", table))
         return call.status;
-    sebp_check_host_memory(&call); /* it is written here */
     take_options(&call, given, &options);
     sebp_check_views(&call, &argument, 1);
     sebp_check_f32(&call, &argument);
@@ -82,23 +119,17 @@ sebp_status sebp_rotary_table(sebp_context *context, const sebp_rotary_options *
     }
     if (!sebp_call_goes_on(&call))
         return call.status;
-    const int64_t pairs = table->cols / 2;
-    for (int64_t j = 0; j < pairs; j++) {
-        double f = frequency(&options, j, table->cols);
-        float *at = (float *)table->data + j;
-        for (int64_t p = 0; p < table->rows; p++, at += table->stride) {
-            at[0] = (float)cos((double)p * f);
-            at[pairs] = (float)sin((double)p * f);
-        }
-    }
-    return SEBP_SUCCESS;
+    if (call.backend->uses_host_memory)
+        fill_table(&options, table);
+    else
+        upload_table(&call, &options, table);
+    return sebp_call_end(&call);
 }
 
 /* That each row has a position in the table: its own number, where none are given. */
 static void check_positions(sebp_call *call, const int64_t *positions, int64_t length)
 {
     if (positions != NULL) {
-        sebp_check_host_memory(call);
         sebp_check_indices(call, "positions", positions, length);
     } else if (call->m > 0 && sebp_call_goes_on(call)) {
         int64_t last = call->rows != NULL ? call->rows->indices[call->m - 1] : call->m - 1;
@@ -139,7 +170,7 @@ static sebp_status turn(sebp_call *call, const sebp_argument arguments[3], const
     sebp_check_in_place(call, arguments, COUNT, may_be);
     check_positions(call, positions, table->rows);
     if (!sebp_call_goes_on(call))
-        return call->status;
+        return sebp_call_end(call);
     const sebp_rotary_work work = {.list = sebp_list_of(call),
                                    .head_size = head_size,
                                    .interleaved = options.interleaved != 0,

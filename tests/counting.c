@@ -366,6 +366,7 @@ const sebp_backend counting_backend = {
     .dropout = counting_dropout,
     .rotary = counting_rotary,
     .cross_entropy = counting_cross_entropy,
+    .sum_losses = counting_sum_losses,
     .gather = counting_gather,
     .sum_groups = counting_sum_groups,
     .scratch_bytes = count_scratch_bytes,

@@ -45,6 +45,8 @@ int counting_has_leaked(void);
 
 /* Not counted, and never failing: */
 
+/** A copy of an array on the device, whose pointer the host cannot use. */
+void *counting_put_bytes(counting *device, const void *from, int64_t bytes);
 /** A copy of a matrix, gaps included, on the device, whose pointer the host cannot use. */
 sebp_matrix counting_put(counting *device, const sebp_matrix *matrix);
 /** Copies it back, gaps included. */

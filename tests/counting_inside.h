@@ -62,6 +62,7 @@ sebp_status counting_activation(void *device, const sebp_activation_work *work);
 sebp_status counting_dropout(void *device, const sebp_dropout_work *work);
 sebp_status counting_rotary(void *device, const sebp_rotary_work *work);
 sebp_status counting_cross_entropy(void *device, const sebp_cross_entropy_work *work);
+sebp_status counting_sum_losses(void *device, const sebp_cross_entropy_work *work, double *loss);
 sebp_status counting_gather(void *device, const sebp_gather_work *work);
 sebp_status counting_sum_groups(void *device, const sebp_group_sums *sums);
 

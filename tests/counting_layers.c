@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file counting_layers.c
- * Attention and the row-wise layers on the tests' device. Sequences, indices, labels, positions,
- * groups and the state of a softmax are the host's and stay so; all else is translated.
+ * Attention and the row-wise layers on the tests' device. Sequences are the host's and stay so; all
+ * else is translated.
  */
 #include "config.h"
 
@@ -33,6 +33,16 @@ static void translate_all(matrix_room *room, const sebp_matrix **const *matrices
 static void translate_list(const counting *device, sebp_row_list *list)
 {
     list->rows = counting_behind_list(device, list->rows, list->count);
+}
+
+/* Of an array with an element for each row, so far as a list that is translated goes. */
+static const int64_t *behind_rows_of(const counting *device, const int64_t *array,
+                                     const sebp_row_list *list)
+{
+    int64_t count = list->count;
+    if (list->rows != NULL && count > 0)
+        count = list->rows[count - 1] + 1;
+    return counting_behind_list(device, array, count);
 }
 
 /* Translates the matrices whose addresses are given, into `room`. */
@@ -120,18 +130,38 @@ sebp_status counting_rotary(void *device, const sebp_rotary_work *work)
     sebp_rotary_work found = *work;
     ENTER(device, SEBP_ERROR_BACKEND);
     translate_list(device, &found.list);
+    found.positions = behind_rows_of(device, found.positions, &found.list);
     TRANSLATE(&found.table, &found.x, &found.y);
     return sebp_cpu_rotary(room.device->cpu, &found);
 }
 
-/* Its list says where labels lie, and is the host's as they are. */
+static sebp_cross_entropy_work behind_state(const counting *device,
+                                            const sebp_cross_entropy_work *work)
+{
+    sebp_cross_entropy_work found = *work;
+    translate_list(device, &found.list);
+    found.labels = behind_rows_of(device, found.labels, &found.list);
+    found.state =
+        counting_behind(device, found.state, found.list.count * (int64_t)sizeof *found.state);
+    return found;
+}
+
 sebp_status counting_cross_entropy(void *device, const sebp_cross_entropy_work *work)
 {
     matrix_room room = {.device = device};
-    sebp_cross_entropy_work found = *work;
     ENTER(device, SEBP_ERROR_BACKEND);
+    sebp_cross_entropy_work found = behind_state(device, work);
     TRANSLATE(&found.logits, &found.dlogits);
     return sebp_cpu_cross_entropy(room.device->cpu, &found);
+}
+
+sebp_status counting_sum_losses(void *device, const sebp_cross_entropy_work *work, double *loss)
+{
+    counting *self = device;
+    ENTER(device, SEBP_ERROR_BACKEND);
+    self->downloaded += (int64_t)sizeof *loss;
+    const sebp_cross_entropy_work found = behind_state(device, work);
+    return sebp_cpu_sum_losses(self->cpu, &found, loss);
 }
 
 sebp_status counting_gather(void *device, const sebp_gather_work *work)
@@ -140,8 +170,10 @@ sebp_status counting_gather(void *device, const sebp_gather_work *work)
     sebp_gather_work found = *work;
     ENTER(device, SEBP_ERROR_BACKEND);
     translate_list(device, &found.list);
-    for (int t = 0; t < found.tables; t++)
+    for (int t = 0; t < found.tables; t++) {
         translate(&room, &found.from[t]);
+        found.indices[t] = behind_rows_of(device, found.indices[t], &found.list);
+    }
     TRANSLATE(&found.to);
     return sebp_cpu_gather(room.device->cpu, &found);
 }
@@ -152,5 +184,10 @@ sebp_status counting_sum_groups(void *device, const sebp_group_sums *sums)
     sebp_group_sums found = *sums;
     ENTER(device, SEBP_ERROR_BACKEND);
     TRANSLATE(&found.from, &found.to);
+    if (found.groups > 0) {
+        found.start = counting_behind_list(device, found.start, found.groups + 1);
+        found.rows = counting_behind_list(device, found.rows, found.start[found.groups]);
+        found.target = counting_behind_list(device, found.target, found.groups);
+    }
     return sebp_cpu_sum_groups(room.device->cpu, &found);
 }

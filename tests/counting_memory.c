@@ -90,13 +90,18 @@ sebp_sparse counting_behind_sparse(const counting *device, const sebp_sparse *sp
 
 /* ---- for the tests ---- */
 
+void *counting_put_bytes(counting *device, const void *from, int64_t bytes)
+{
+    void *memory = counting_allocate(device, bytes);
+    if (bytes > 0)
+        memcpy(counting_behind(device, memory, bytes), from, (size_t)bytes);
+    return memory;
+}
+
 sebp_matrix counting_put(counting *device, const sebp_matrix *matrix)
 {
     sebp_matrix put = *matrix;
-    int64_t bytes = bytes_of(matrix);
-    put.data = counting_allocate(device, bytes);
-    if (bytes > 0)
-        memcpy(counting_behind(device, put.data, bytes), matrix->data, (size_t)bytes);
+    put.data = counting_put_bytes(device, matrix->data, bytes_of(matrix));
     return put;
 }
 
@@ -115,16 +120,10 @@ void counting_free(counting *device, void *memory)
 sebp_sparse counting_put_sparse(counting *device, const sebp_sparse *sparse)
 {
     sebp_sparse put = *sparse;
-    int64_t index_bytes = sparse->count * (int64_t)sizeof *put.indices;
-    int64_t value_bytes = sparse->count * (int64_t)sizeof *put.values;
-    put.indices = counting_allocate(device, index_bytes);
-    put.values = counting_allocate(device, value_bytes);
-    if (sparse->count > 0) {
-        memcpy(counting_behind(device, put.indices, index_bytes), sparse->indices,
-               (size_t)index_bytes);
-        memcpy(counting_behind(device, put.values, value_bytes), sparse->values,
-               (size_t)value_bytes);
-    }
+    put.indices =
+        counting_put_bytes(device, sparse->indices, sparse->count * (int64_t)sizeof *put.indices);
+    put.values =
+        counting_put_bytes(device, sparse->values, sparse->count * (int64_t)sizeof *put.values);
     return put;
 }
 

@@ -99,6 +99,71 @@ static sebp_status rotary_backward(method_world *w)
                                 &options, &w->at[DX]);
 }
 
+static sebp_status rotary_positions(method_world *w)
+{
+    return sebp_rotary_forward(w->context, &w->at[X], w->lists[POSITIONS], &w->at[ANGLES],
+                               w->given->rows, NULL, &w->at[LAYER_OUT]);
+}
+
+static sebp_status rotary_table(method_world *w)
+{
+    sebp_rotary_options options = SEBP_ROTARY_OPTIONS_INIT;
+    options.base = 100;
+    return sebp_rotary_table(w->context, &options, &w->at[ANGLES]);
+}
+
+/* ---- by index ---- */
+
+static sebp_status embedding_forward(method_world *w)
+{
+    const sebp_embedding tables[] = {{w->at[W], w->lists[TOKENS]},
+                                     {w->at[RESIDUAL], w->lists[POSITIONS]}};
+    return sebp_embedding_forward(w->context, tables, 2, NULL, NULL, &w->at[LAYER_OUT]);
+}
+
+static sebp_status embedding_forward_listed(method_world *w)
+{
+    const sebp_embedding table = {w->at[W], w->lists[TOKENS]};
+    return sebp_embedding_forward(w->context, &table, 1, w->given->rows, NULL, &w->at[LAYER_OUT]);
+}
+
+static sebp_status embedding_backward(method_world *w)
+{
+    return sebp_embedding_backward(w->context, &w->at[X], w->lists[TOKENS], NULL, NULL, &w->at[DW]);
+}
+
+static sebp_status embedding_backward_adds(method_world *w)
+{
+    sebp_embedding_options options = SEBP_EMBEDDING_OPTIONS_INIT;
+    options.write = SEBP_ACCUMULATE;
+    options.padding_index = 1;
+    return sebp_embedding_backward(w->context, &w->at[X], w->lists[TOKENS], w->given->rows,
+                                   &options, &w->at[DW]);
+}
+
+/* ---- losses ---- */
+
+static sebp_status cross_entropy(method_world *w)
+{
+    sebp_cross_entropy_options options = SEBP_CROSS_ENTROPY_OPTIONS_INIT;
+    options.smoothing = 0.1;
+    return sebp_cross_entropy(w->context, &w->at[X], w->lists[LABELS], &options, &w->numbers[0],
+                              &w->at[DX]);
+}
+
+static sebp_status cross_entropy_in_place(method_world *w)
+{
+    return sebp_cross_entropy(w->context, &w->at[X], w->lists[LABELS], NULL, &w->numbers[0],
+                              &w->at[X]);
+}
+
+static sebp_status head_loss(method_world *w)
+{
+    return sebp_linear_cross_entropy(w->context, &w->at[X], &w->at[W], &w->at[BIAS],
+                                     w->lists[LABELS], NULL, &w->numbers[0], &w->at[DX], &w->at[DW],
+                                     &w->at[DB]);
+}
+
 /* ---- attention ---- */
 
 static sebp_attention_options attention_options(void)
@@ -176,6 +241,15 @@ static const method methods[] = {
     {"dropout", dropout},
     {"rotary_forward", rotary_forward},
     {"rotary_backward", rotary_backward},
+    {"rotary_positions", rotary_positions},
+    {"rotary_table", rotary_table},
+    {"embedding_forward", embedding_forward},
+    {"embedding_forward_listed", embedding_forward_listed},
+    {"embedding_backward", embedding_backward},
+    {"embedding_backward_adds", embedding_backward_adds},
+    {"cross_entropy", cross_entropy},
+    {"cross_entropy_in_place", cross_entropy_in_place},
+    {"head_loss", head_loss},
     {"attention_forward", attention_forward},
     {"attention_forward_alone", attention_forward_alone},
     {"attention_backward", attention_backward},

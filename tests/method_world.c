@@ -68,6 +68,18 @@ static void make_angles(const sebp_matrix *table)
     sebp_context_destroy(context);
 }
 
+static void make_lists(int64_t *lists[LISTS])
+{
+    enum { IGNORED = -100 };
+    for (int i = 0; i < LISTS; i++)
+        lists[i] = testing_alloc(ROWS * sizeof **lists, 0);
+    for (int i = 0; i < ROWS; i++) {
+        lists[LABELS][i] = i % 3 == 0 ? IGNORED : testing_between(0, OUT - 1);
+        lists[TOKENS][i] = testing_between(0, OUT - 1);
+        lists[POSITIONS][i] = testing_between(0, ROWS - 1);
+    }
+}
+
 void methods_give(sebp_dtype dtype, method_given *given)
 {
     int64_t active[ACTIVE];
@@ -97,6 +109,7 @@ void methods_give(sebp_dtype dtype, method_given *given)
     ck_assert_int_eq(sebp_sequences_from_padded(lengths, ROWS / TEXT, TEXT, &given->texts),
                      SEBP_SUCCESS);
     make_angles(&given->at[ANGLES]);
+    make_lists(given->lists);
     testing_release(&u_out);
     testing_release(&u_in);
 }
@@ -105,6 +118,8 @@ void methods_free(method_given *given)
 {
     for (int i = 0; i < PLACES; i++)
         testing_release(&given->at[i]);
+    for (int i = 0; i < LISTS; i++)
+        testing_free(given->lists[i]);
     testing_free_sparse(&given->in_r);
     testing_free_sparse(&given->in_w);
     sebp_rows_destroy(given->rows);
@@ -127,6 +142,15 @@ void world_fill(method_world *world, const method_given *given)
         world->at[i] = world->device != NULL ? counting_put(world->device, &given->at[i])
                                              : testing_copy(&given->at[i]);
     }
+    for (int i = 0; i < LISTS; i++) {
+        const size_t bytes = ROWS * sizeof *world->lists[i];
+        if (world->device != NULL) {
+            world->lists[i] = counting_put_bytes(world->device, given->lists[i], (int64_t)bytes);
+        } else {
+            world->lists[i] = testing_alloc(bytes, 0);
+            memcpy(world->lists[i], given->lists[i], bytes);
+        }
+    }
     if (world->device != NULL) {
         world->in_r = counting_put_sparse(world->device, &given->in_r);
         world->in_w = counting_put_sparse(world->device, &given->in_w);
@@ -144,6 +168,12 @@ void world_empty(method_world *world)
             counting_free(world->device, world->at[i].data);
         else
             testing_release(&world->at[i]);
+    }
+    for (int i = 0; i < LISTS; i++) {
+        if (world->device != NULL)
+            counting_free(world->device, world->lists[i]);
+        else
+            testing_free(world->lists[i]);
     }
     if (world->device != NULL) {
         counting_free_sparse(world->device, &world->in_r);

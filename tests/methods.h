@@ -11,6 +11,8 @@
 #include "counting.h"
 
 enum { ROWS = 48, ACTIVE = 17, OUT = 20, IN = 24, RANK = 3, RANK_OUT = 6, RANK_IN = 7, KEPT = 9 };
+/* The row set's last row. */
+enum { LAST_ACTIVE = 2 * (ACTIVE - 1) + 1 };
 /* Attention: heads of X's columns that share their keys, and the longest text; rotary positions. */
 enum { HEADS = 3, HEAD = IN / HEADS, TEXT = 12, TURNED = 6 };
 
@@ -55,9 +57,18 @@ typedef enum place {
     PLACES
 } place;
 
+/** Lists of ROWS numbers. */
+typedef enum list_place {
+    LABELS,    /**< in [0, OUT), or ignored */
+    TOKENS,    /**< in [0, OUT) */
+    POSITIONS, /**< in [0, ROWS) */
+    LISTS
+} list_place;
+
 /** What is given, in the host's memory. */
 typedef struct method_given {
     sebp_matrix at[PLACES];
+    int64_t *lists[LISTS];
     sebp_sparse in_r, in_w; /**< kept elements of R, and of W */
     sebp_rows *rows;
     sebp_basis *basis;
@@ -70,6 +81,7 @@ typedef struct method_world {
     sebp_context *context;
     const method_given *given;
     sebp_matrix at[PLACES];
+    int64_t *lists[LISTS];
     sebp_sparse in_r, in_w;
     double numbers[4]; /**< what a method gives the host */
 } method_world;

@@ -229,13 +229,32 @@ START_TEST(dropout)
 }
 END_TEST
 
+/* A list on both devices. */
+typedef struct list_pair {
+    int64_t *of[2];
+} list_pair;
+
+static list_pair put_list(const int64_t *list, int64_t count)
+{
+    const int64_t bytes = count * (int64_t)sizeof *list;
+    return (list_pair){{put_bytes(tested, list, bytes), put_bytes(scalar, list, bytes)}};
+}
+
+static void drop_list(const list_pair *list)
+{
+    for (int i = 0; i < 2; i++)
+        drop(side_of(i), list->of[i]);
+}
+
 /* An index in [0, end) of each chosen row; of the others what nobody may use. */
-static int64_t *random_indices(const row_choice *choice, int64_t end)
+static list_pair random_indices(const row_choice *choice, int64_t end)
 {
     int64_t *made = testing_alloc((size_t)choice->total * sizeof *made, 0);
     for (int64_t i = 0; i < choice->count; i++)
         made[row_at(choice, i)] = testing_between(0, end - 1);
-    return made;
+    list_pair on = put_list(made, choice->total);
+    testing_free(made);
+    return on;
 }
 
 /* Two products and their sum. */
@@ -253,12 +272,14 @@ START_TEST(rotary)
         pair x = make_input(&choice, n, dtype, TESTING_REAL);
         pair y = make_pair(m, n, dtype, TESTING_REAL);
         pair table = make_pair(length, dims, SEBP_F32, TESTING_REAL);
-        int64_t *positions = has_positions ? random_indices(&choice, length) : NULL;
+        list_pair positions = {{NULL, NULL}};
+        if (has_positions)
+            positions = random_indices(&choice, length);
         sebp_rotary_work work = {.head_size = head_size,
                                  .interleaved = testing_chance(0.5),
-                                 .inverse = testing_chance(0.5),
-                                 .positions = positions};
+                                 .inverse = testing_chance(0.5)};
         for (int i = 0; i < 2; i++) {
+            work.positions = positions.of[i];
             work.list = list_on(&choice, i);
             work.table = on(&table, i);
             work.x = on(in_place ? &y : &x, i);
@@ -268,7 +289,7 @@ START_TEST(rotary)
         compare_pair(&y, 2 * EPS);
         drop_pair(&x);
         drop_pair(&table);
-        testing_free(positions);
+        drop_list(&positions);
         drop_choice(&choice);
     }
     destroy_sides();
@@ -285,24 +306,26 @@ START_TEST(gather)
         const int64_t n = some_width();
         const sebp_dtype dtype = testing_dtype();
         pair to = make_pair(choice.total, n, dtype, TESTING_REAL), tables[SEBP_MAX_TABLES];
-        int64_t *indices[SEBP_MAX_TABLES];
+        list_pair indices[SEBP_MAX_TABLES];
         sebp_gather_work work = {.tables = (int)testing_between(1, SEBP_MAX_TABLES)};
         for (int t = 0; t < work.tables; t++) {
             const int64_t length = testing_between(1, 40);
             tables[t] = make_pair(length, n, dtype, TESTING_REAL);
-            work.indices[t] = indices[t] = random_indices(&choice, length);
+            indices[t] = random_indices(&choice, length);
         }
         for (int i = 0; i < 2; i++) {
             work.list = list_on(&choice, i);
             work.to = on(&to, i);
-            for (int t = 0; t < work.tables; t++)
+            for (int t = 0; t < work.tables; t++) {
                 work.from[t] = on(&tables[t], i);
+                work.indices[t] = indices[t].of[i];
+            }
             succeed(side_of(i).backend->gather(side_of(i).device, &work));
         }
         compare_pair(&to, 0);
         for (int t = 0; t < work.tables; t++) {
             drop_pair(&tables[t]);
-            testing_free(indices[t]);
+            drop_list(&indices[t]);
         }
         drop_choice(&choice);
     }
@@ -326,18 +349,21 @@ START_TEST(sum_groups)
             for (int64_t i = start[g]; i < start[g + 1]; i++)
                 rows[i] = testing_between(0, m - 1);
         }
-        sebp_group_sums sums = {.rows = rows,
-                                .start = start,
-                                .target = target,
-                                .groups = groups,
-                                .accumulate = testing_chance(0.5)};
+        const list_pair lists[] = {put_list(rows, start[groups]), put_list(start, groups + 1),
+                                   put_list(target, groups)};
+        sebp_group_sums sums = {.groups = groups, .accumulate = testing_chance(0.5)};
         for (int i = 0; i < 2; i++) {
+            sums.rows = lists[0].of[i];
+            sums.start = lists[1].of[i];
+            sums.target = lists[2].of[i];
             sums.from = on(&from, i);
             sums.to = on(&to, i);
             succeed(side_of(i).backend->sum_groups(side_of(i).device, &sums));
         }
         compare_pair(&to, 0);
         drop_pair(&from);
+        for (int i = 0; i < 3; i++)
+            drop_list(&lists[i]);
         testing_free(target);
     }
     destroy_sides();
@@ -409,20 +435,33 @@ START_TEST(cross_entropy)
         const bool is_one = testing_chance(0.5);
         const int64_t chunk = is_one ? classes : testing_between(1 + classes / 5, classes);
         const bool at_once = is_one && testing_chance(0.5);
+        list_pair rows_on = {{NULL, NULL}};
+        if (list != NULL)
+            rows_on = put_list(list, m);
+        const list_pair labels_on = put_list(labels, total);
         sebp_softmax_state *states[2];
-        sebp_cross_entropy_work work = {.list = {list, m},
-                                        .labels = labels,
-                                        .ignore_label = IGNORED,
+        double losses[2];
+        sebp_cross_entropy_work work = {.ignore_label = IGNORED,
                                         .smoothing = testing_chance(0.5) ? 0.1 : 0,
                                         .scale = 0.5,
                                         .classes = classes};
         for (int i = 0; i < 2; i++) {
-            work.state = states[i] = testing_alloc((size_t)m * sizeof *work.state, 0);
-            run_loss(side_of(i), work, on(&logits, i), on(in_place ? &logits : &dlogits, i), chunk,
+            const side by = side_of(i);
+            const int64_t bytes = m * (int64_t)sizeof *work.state;
+            states[i] = testing_alloc((size_t)m * sizeof *work.state, 0);
+            work.list = (sebp_row_list){rows_on.of[i], m};
+            work.labels = labels_on.of[i];
+            work.state = put_bytes(by, states[i], bytes);
+            run_loss(by, work, on(&logits, i), on(in_place ? &logits : &dlogits, i), chunk,
                      at_once);
-            /* What the host has is there when a device has nothing left to do. */
-            succeed(side_of(i).backend->synchronize(side_of(i).device));
+            succeed(by.backend->sum_losses(by.device, &work, &losses[i]));
+            if (bytes > 0)
+                succeed(by.backend->download(by.device, states[i], work.state, bytes));
+            drop(by, work.state);
         }
+        /* Each row's logarithm is off by a sum's, and its logits' difference by a rounding. */
+        ck_assert_msg(fabs(losses[0] - losses[1]) <= EPS * (double)(classes + 24) * (double)(m + 1),
+                      "the loss is %g, not %g", losses[0], losses[1]);
         for (int64_t i = 0; i < m; i++) {
             if (labels[list != NULL ? list[i] : i] != IGNORED) {
                 compare_states(&states[0][i], &states[1][i], work.smoothing > 0, (double)classes);
@@ -436,6 +475,8 @@ START_TEST(cross_entropy)
             drop_pair(&logits);
         for (int i = 0; i < 2; i++)
             testing_free(states[i]);
+        drop_list(&rows_on);
+        drop_list(&labels_on);
         testing_free(labels);
         testing_free(list);
     }

@@ -98,7 +98,8 @@ typedef enum sebp_precision {
 } sebp_precision;
 
 /** What computes. All that calls read and write lies in the memory of this device: matrices, kept
- * elements and the rest. */
+ * elements, indices, labels, positions and the rest. Row sets, sequences and bases are made of lists
+ * in the host's memory; numbers that a call returns, as a loss, go there. */
 typedef enum sebp_device_kind {
     SEBP_DEVICE_CPU = 0, /**< the processors of this machine, and its memory */
     SEBP_DEVICE_CUDA = 1 /**< an NVIDIA GPU; SEBP_ERROR_UNSUPPORTED in a build without it */

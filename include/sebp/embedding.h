@@ -24,8 +24,8 @@ enum { SEBP_MAX_TABLES = 4 };
 typedef struct sebp_embedding {
     sebp_matrix table; /**< V x N */
     const int64_t
-        *indices; /**< M of them, each in [0, V), read of active rows alone; NULL only where M
-                               is 0 */
+        *indices; /**< M of them in the device's memory, each in [0, V), used of active rows alone;
+                               NULL only where M is 0 */
 } sebp_embedding;
 
 typedef struct sebp_embedding_options {

@@ -259,7 +259,8 @@ SEBP_API sebp_status sebp_rotary_table(sebp_context *context, const sebp_rotary_
  * y: 8 bytes an element in f32, and the table's rows.
  *
  * @param x          M x N, N a multiple of head_size.
- * @param positions  M of them, each in [0, P), read of active rows alone; NULL: row i has position i.
+ * @param positions  M of them in the device's memory, each in [0, P), used of active rows alone;
+ *                   NULL: row i has position i.
  * @param table      P x dims, from sebp_rotary_table(); dims at most head_size.
  * @param rows       NULL: all.
  * @param options    NULL: the defaults. base and scaling do not matter here.

@@ -58,7 +58,8 @@ typedef struct sebp_cross_entropy_options {
  * bytes an element in f32. Scratch memory: 40 bytes a row.
  *
  * @param logits   M x V, V >= 1 where a row is labelled.
- * @param labels   M of them: each in [0, V) or ignore_label. NULL only where M is 0.
+ * @param labels   M of them in the device's memory: each in [0, V) or ignore_label. NULL only where M
+ *                 is 0.
  * @param options  NULL: the defaults.
  * @param loss     the result; 0 where no row is labelled.
  * @param dlogits  M x V, of the logits' dtype; it may be the logits. NULL: not wanted.

@@ -49,6 +49,7 @@ const sebp_backend sebp_cpu_backend = {
     .dropout = sebp_cpu_dropout,
     .rotary = sebp_cpu_rotary,
     .cross_entropy = sebp_cpu_cross_entropy,
+    .sum_losses = sebp_cpu_sum_losses,
     .gather = sebp_cpu_gather,
     .sum_groups = sebp_cpu_sum_groups,
     .scratch_bytes = sebp_cpu_scratch_bytes,

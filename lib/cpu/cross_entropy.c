@@ -134,3 +134,25 @@ sebp_status sebp_cpu_cross_entropy(void *device, const sebp_cross_entropy_work *
     }
     return SEBP_SUCCESS;
 }
+
+/* In the rows' order. */
+sebp_status sebp_cpu_sum_losses(void *device, const sebp_cross_entropy_work *work, double *loss)
+{
+    const double smoothing = work->smoothing;
+    double total = 0;
+    (void)device;
+    for (int64_t i = 0; i < work->list.count; i++) {
+        const sebp_softmax_state *state = &work->state[i];
+        if (work->labels[sebp_listed_row(&work->list, i)] == work->ignore_label) {
+            continue;
+        }
+        /* In differences, as the logits may all be far from 0. A factor of 0 takes an Inf away. */
+        double mean = (double)state->from + state->sum / (double)work->classes;
+        double row_loss = log(state->exp_sum);
+        row_loss += smoothing < 1 ? (1 - smoothing) * (state->max - state->label) : 0;
+        row_loss += smoothing > 0 ? smoothing * (state->max - mean) : 0;
+        total += row_loss;
+    }
+    *loss = work->scale * total;
+    return SEBP_SUCCESS;
+}

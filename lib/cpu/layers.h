@@ -16,6 +16,7 @@ sebp_status sebp_cpu_rotary(void *device, const sebp_rotary_work *work);
 
 /* cross_entropy.c */
 sebp_status sebp_cpu_cross_entropy(void *device, const sebp_cross_entropy_work *work);
+sebp_status sebp_cpu_sum_losses(void *device, const sebp_cross_entropy_work *work, double *loss);
 
 /* embedding.c */
 sebp_status sebp_cpu_gather(void *device, const sebp_gather_work *work);

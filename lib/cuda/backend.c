@@ -48,6 +48,7 @@ const sebp_backend sebp_cuda_backend = {
     .dropout = sebp_cuda_dropout,
     .rotary = sebp_cuda_rotary,
     .cross_entropy = sebp_cuda_cross_entropy,
+    .sum_losses = sebp_cuda_sum_losses,
     .gather = sebp_cuda_gather,
     .sum_groups = sebp_cuda_sum_groups,
     .scratch_bytes = sebp_cuda_scratch_bytes,

@@ -90,6 +90,7 @@ sebp_status sebp_cuda_activation(void *device, const sebp_activation_work *work)
 sebp_status sebp_cuda_dropout(void *device, const sebp_dropout_work *work);
 sebp_status sebp_cuda_rotary(void *device, const sebp_rotary_work *work);
 sebp_status sebp_cuda_cross_entropy(void *device, const sebp_cross_entropy_work *work);
+sebp_status sebp_cuda_sum_losses(void *device, const sebp_cross_entropy_work *work, double *loss);
 sebp_status sebp_cuda_gather(void *device, const sebp_gather_work *work);
 sebp_status sebp_cuda_sum_groups(void *device, const sebp_group_sums *sums);
 
