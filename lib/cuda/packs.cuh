@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file packs.cuh
- * Packs: neighbours in a row that a thread reads or writes by one access where they lie at a multiple
- * of their size, and one by one elsewhere, as at the end of a row.
+ * Packs: neighbours in a row that a thread reads or writes by one access where they lie at a
+ * multiple of their size, and one by one elsewhere, as at the end of a row.
  */
 #ifndef SEBP_CUDA_PACKS_CUH
 #define SEBP_CUDA_PACKS_CUH

@@ -5,8 +5,8 @@
 
 #include "vocabulary.cuh"
 
-/** The sum of x over the threads before this one, of a block of 32 to 1024 threads, all of which call
- * it; `room`: 32 elements of shared memory that nothing else uses. */
+/** The sum of x over the threads before this one, of a block of 32 to 1024 threads, all of which
+ * call it; `room`: 32 elements of shared memory that nothing else uses. */
 template <class T> __device__ T sebp_block_before(T x, T *room)
 {
     int lane = (int)threadIdx.x % SEBP_WARP, warp = (int)threadIdx.x / SEBP_WARP;

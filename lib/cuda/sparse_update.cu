@@ -125,8 +125,8 @@ struct sparse_factor {
 };
 
 /* to (lines x n) = S by lines times `from`, of whose rows an element needs that of its column, or
- * of its row. A warp does some columns of a line; its threads look at an element each, and then all at
- * the row of one after the other. */
+ * of its row. A warp does some columns of a line; its threads look at an element each, and then all
+ * at the row of one after the other. */
 __global__ void __launch_bounds__(THREADS)
     multiply_kernel(sparse_factor s, sebp_view<const float> from, bool from_is_packed,
                     sebp_view<float> to, bool to_is_packed, int64_t n)

@@ -294,8 +294,8 @@ __device__ void list_packs(const sequence &all, const piece &from, int64_t place
         if ((int)threadIdx.x % SEBP_WARP >= step)
             sum += other;
     }
-    int64_t above = before->above + ((sum - mine) & 0xFFFF),
-            ties = before->ties + ((sum - mine) >> 16);
+    int64_t above = before->above + ((sum - mine) & 0xFFFF);
+    int64_t ties = before->ties + ((sum - mine) >> 16);
     for (int i = 0; i < PACK; i++) {
         if (is_above[i] || (is_tie[i] && ties < to.ties)) {
             int64_t at = above + (ties < to.ties ? ties : to.ties);
