@@ -7,6 +7,8 @@
 #ifndef SEBP_CUDA_PACKS_CUH
 #define SEBP_CUDA_PACKS_CUH
 
+#include <type_traits>
+
 #include "vocabulary.cuh"
 
 template <class T, int N> struct alignas(N * sizeof(T)) sebp_pack {
@@ -36,18 +38,62 @@ __device__ __forceinline__ sebp_pack<T, N> sebp_load_pack(const T *row, int64_t 
     return made;
 }
 
-/** Writes what sebp_load_pack() would read. */
+/** What a pack of so many bytes is stored as. */
+template <int BYTES>
+using sebp_stored = std::conditional_t<
+    BYTES == 16, uint4,
+    std::conditional_t<BYTES == 8, uint2,
+                       std::conditional_t<BYTES == 4, unsigned, unsigned short>>>;
+
+/** Writes what sebp_load_pack() would read. By an intrinsic: the compiler makes the stores of both ways
+ * one by one, where they have elements in common. */
 template <int N, class T>
 __device__ __forceinline__ void sebp_store_pack(T *row, int64_t at, int64_t end, bool is_packed,
                                                 const sebp_pack<T, N> &pack)
 {
     if (is_packed && at + N <= end) {
-        *reinterpret_cast<sebp_pack<T, N> *>(row + at) = pack;
+        using stored = sebp_stored<(int)sizeof pack>;
+        static_assert(sizeof(stored) == sizeof pack);
+        __stwb(reinterpret_cast<stored *>(row + at), *reinterpret_cast<const stored *>(&pack));
         return;
     }
     for (int i = 0; i < N; i++) {
         if (at + i < end)
             row[at + i] = pack.at[i];
+    }
+}
+
+/** A pack's size where N elements are read or written by packs of at most 16 bytes. */
+template <class T, int N> constexpr int SEBP_PACKED_OF = SEBP_PACKED<T> < N ? SEBP_PACKED<T> : N;
+
+/** N neighbours as f32, by packs of SEBP_PACKED_OF; zeros behind the end. */
+template <int N, class T>
+__device__ __forceinline__ void sebp_load_floats(float *to, const T *row, int64_t at, int64_t end,
+                                                 bool is_packed)
+{
+    constexpr int M = SEBP_PACKED_OF<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += M) {
+        const sebp_pack<T, M> pack = sebp_load_pack<M>(row, at + i, end, is_packed);
+#pragma unroll
+        for (int j = 0; j < M; j++)
+            to[i + j] = sebp_widen(pack.at[j]);
+    }
+}
+
+/** Rounds and writes what sebp_load_floats() would read. */
+template <int N, class T>
+__device__ __forceinline__ void sebp_store_floats(T *row, int64_t at, int64_t end, bool is_packed,
+                                                  const float *from)
+{
+    constexpr int M = SEBP_PACKED_OF<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += M) {
+        sebp_pack<T, M> pack;
+#pragma unroll
+        for (int j = 0; j < M; j++)
+            pack.at[j] = sebp_narrow<T>(from[i + j]);
+        sebp_store_pack<M>(row, at + i, end, is_packed, pack);
     }
 }
 

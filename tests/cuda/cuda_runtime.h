@@ -216,6 +216,10 @@ template <class T> void __stcs(T *to, T x)
 {
     *to = x;
 }
+template <class T> void __stwb(T *to, T x)
+{
+    *to = x;
+}
 
 template <class To, class From> To sebp_emulated_bits(From x)
 {
@@ -273,6 +277,10 @@ inline float __fmaf_rn(float a, float b, float c)
     return std::fma(a, b, c);
 }
 inline float __fdiv_rn(float a, float b)
+{
+    return a / b;
+}
+inline float __fdividef(float a, float b)
 {
     return a / b;
 }
