@@ -274,11 +274,37 @@ testing_values some_values(void)
     return testing_chance(0.5) ? TESTING_INTEGER : TESTING_REAL;
 }
 
+int64_t some_width(void)
+{
+    if (testing_chance(0.3))
+        return testing_between(0, 8);
+    return testing_chance(0.4) ? 16 * testing_between(1, 18) : testing_between(1, 300);
+}
+
+int64_t some_long_width(void)
+{
+    if (testing_chance(0.1))
+        return testing_chance(0.5) ? 16 * testing_between(65, 300) : testing_between(1025, 4000);
+    return testing_chance(0.04) ? 4 * testing_between(2049, 2200) : some_width();
+}
+
 /* ---- arguments on both devices ---- */
 
 side side_of(int i)
 {
     return i == 0 ? tested : scalar;
+}
+
+list_pair put_list(const int64_t *list, int64_t count)
+{
+    const int64_t bytes = count * (int64_t)sizeof *list;
+    return (list_pair){{put_bytes(tested, list, bytes), put_bytes(scalar, list, bytes)}};
+}
+
+void drop_list(const list_pair *list)
+{
+    for (int i = 0; i < 2; i++)
+        drop(side_of(i), list->of[i]);
 }
 
 row_choice choose_list(int64_t total)

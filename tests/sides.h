@@ -45,6 +45,11 @@ int64_t *choose_rows(int64_t total, int64_t count);
 
 testing_values some_values(void);
 
+/** Mostly many columns, of which some are whole vectors, sometimes so few that each counts, or none. */
+int64_t some_width(void);
+/** Sometimes more than a device may keep of a row. */
+int64_t some_long_width(void);
+
 /* Arguments on both devices, of which 0 is the tested one, 1 the scalar. */
 
 side side_of(int i);
@@ -59,6 +64,14 @@ typedef struct row_choice {
     int64_t total, count, *rows;
     int64_t *of[2]; /**< on the devices */
 } row_choice;
+
+/** A list on both. */
+typedef struct list_pair {
+    int64_t *of[2];
+} list_pair;
+
+list_pair put_list(const int64_t *list, int64_t count);
+void drop_list(const list_pair *list);
 
 row_choice choose_list(int64_t total);
 void drop_choice(row_choice *choice);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file test_backend_layers.c
- * As test_backend.c, of attention and the row-wise layers. Rows that are not worked on hold NaN in
+ * As test_backend.c, of the row-wise layers. Rows that are not worked on hold NaN in
  * inputs, so that reading them shows, and are compared as the others in outputs.
  */
 #include "config.h"
@@ -14,12 +14,6 @@
 #include "sides.h"
 
 static const double EPS = FLT_EPSILON;
-
-/* Mostly many columns, sometimes so few that each counts, or none. */
-static int64_t some_width(void)
-{
-    return testing_chance(0.3) ? testing_between(0, 8) : testing_between(1, 300);
-}
 
 /* ---- norms ---- */
 
@@ -47,7 +41,7 @@ START_TEST(norm_forward)
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
         row_choice choice = choose_list(testing_between(0, 70));
-        const int64_t m = choice.total, n = some_width();
+        const int64_t m = choice.total, n = some_long_width();
         const sebp_dtype dtype = testing_dtype();
         const sebp_norm_options options = any_norm();
         pair x = make_input(&choice, n, dtype, TESTING_INTEGER);
@@ -101,7 +95,7 @@ START_TEST(norm_backward)
     make_sides(_i);
     for (int round = 0; round < testing_rounds(60); round++) {
         row_choice choice = choose_list(testing_between(0, 70));
-        const int64_t m = choice.total, n = some_width();
+        const int64_t m = choice.total, n = some_long_width();
         const sebp_dtype dtype = testing_dtype();
         const sebp_norm_options options = any_norm();
         pair dy = make_input(&choice, n, dtype, TESTING_REAL);
@@ -229,23 +223,6 @@ START_TEST(dropout)
 }
 END_TEST
 
-/* A list on both devices. */
-typedef struct list_pair {
-    int64_t *of[2];
-} list_pair;
-
-static list_pair put_list(const int64_t *list, int64_t count)
-{
-    const int64_t bytes = count * (int64_t)sizeof *list;
-    return (list_pair){{put_bytes(tested, list, bytes), put_bytes(scalar, list, bytes)}};
-}
-
-static void drop_list(const list_pair *list)
-{
-    for (int i = 0; i < 2; i++)
-        drop(side_of(i), list->of[i]);
-}
-
 /* An index in [0, end) of each chosen row; of the others what nobody may use. */
 static list_pair random_indices(const row_choice *choice, int64_t end)
 {
@@ -370,120 +347,6 @@ START_TEST(sum_groups)
 }
 END_TEST
 
-/* ---- the loss ---- */
-
-static sebp_matrix cols_of(const sebp_matrix *matrix, int64_t first, int64_t count)
-{
-    sebp_matrix part = *matrix;
-    part.data = (char *)matrix->data + first * (int64_t)sebp_dtype_bytes(matrix->dtype);
-    part.cols = count;
-    return part;
-}
-
-/* The state from all chunks, then the gradient; or both at once where there is one chunk. */
-static void run_loss(side by, sebp_cross_entropy_work work, const sebp_matrix *logits,
-                     const sebp_matrix *dlogits, int64_t chunk, bool at_once)
-{
-    for (int pass = at_once; pass < 2; pass++) {
-        for (int64_t first = 0; first < work.classes; first += chunk) {
-            const int64_t count = work.classes - first < chunk ? work.classes - first : chunk;
-            const sebp_matrix x = cols_of(logits, first, count);
-            const sebp_matrix to = dlogits != NULL ? cols_of(dlogits, first, count) : x;
-            work.first_class = first;
-            work.logits = &x;
-            work.look = at_once || pass == 0;
-            work.dlogits = pass == 1 && dlogits != NULL ? &to : NULL;
-            if (work.look || work.dlogits != NULL)
-                succeed(by.backend->cross_entropy(by.device, &work));
-        }
-    }
-}
-
-static void compare_states(const sebp_softmax_state *got, const sebp_softmax_state *want,
-                           bool has_sum, double classes)
-{
-    ck_assert(got->max == want->max && got->label == want->label);
-    ck_assert_msg(fabs(got->exp_sum - want->exp_sum) <= EPS * (classes + 16) * want->exp_sum,
-                  "sum of exp is %g, not %g", got->exp_sum, want->exp_sum);
-    ck_assert_msg(!has_sum || fabs(got->sum - want->sum) <= EPS * (classes + 16) * classes,
-                  "sum is %g, not %g", got->sum, want->sum);
-}
-
-START_TEST(cross_entropy)
-{
-    enum { IGNORED = -100 };
-    make_sides(_i);
-    for (int round = 0; round < testing_rounds(80); round++) {
-        const int64_t total = testing_between(1, 60), m = testing_between(0, total);
-        const int64_t classes = testing_between(1, 300);
-        int64_t *list = testing_chance(0.5) ? choose_rows(total, m) : NULL;
-        int64_t *labels = testing_alloc((size_t)total * sizeof *labels, 0);
-        for (int64_t i = 0; i < total; i++)
-            labels[i] = testing_chance(0.3) ? IGNORED : testing_between(0, classes - 1);
-        sebp_matrix host = testing_random_matrix(m, classes, testing_dtype(), TESTING_REAL);
-        const bool in_place = testing_chance(0.3);
-        for (int64_t i = 0; i < m && !in_place; i++) {
-            if (labels[list != NULL ? list[i] : i] == IGNORED)
-                poison_row(&host, i);
-        }
-        pair logits = put_pair(&host);
-        pair dlogits = {.is_absent = in_place || testing_chance(0.2)};
-        if (!dlogits.is_absent) {
-            const sebp_dtype dtype = testing_chance(0.5) ? SEBP_BF16 : logits.of[0].dtype;
-            dlogits = make_pair(m, classes, dtype, TESTING_REAL);
-        }
-        const bool is_one = testing_chance(0.5);
-        const int64_t chunk = is_one ? classes : testing_between(1 + classes / 5, classes);
-        const bool at_once = is_one && testing_chance(0.5);
-        list_pair rows_on = {{NULL, NULL}};
-        if (list != NULL)
-            rows_on = put_list(list, m);
-        const list_pair labels_on = put_list(labels, total);
-        sebp_softmax_state *states[2];
-        double losses[2];
-        sebp_cross_entropy_work work = {.ignore_label = IGNORED,
-                                        .smoothing = testing_chance(0.5) ? 0.1 : 0,
-                                        .scale = 0.5,
-                                        .classes = classes};
-        for (int i = 0; i < 2; i++) {
-            const side by = side_of(i);
-            const int64_t bytes = m * (int64_t)sizeof *work.state;
-            states[i] = testing_alloc((size_t)m * sizeof *work.state, 0);
-            work.list = (sebp_row_list){rows_on.of[i], m};
-            work.labels = labels_on.of[i];
-            work.state = put_bytes(by, states[i], bytes);
-            run_loss(by, work, on(&logits, i), on(in_place ? &logits : &dlogits, i), chunk,
-                     at_once);
-            succeed(by.backend->sum_losses(by.device, &work, &losses[i]));
-            if (bytes > 0)
-                succeed(by.backend->download(by.device, states[i], work.state, bytes));
-            drop(by, work.state);
-        }
-        /* Each row's logarithm is off by a sum's, and its logits' difference by a rounding. */
-        ck_assert_msg(fabs(losses[0] - losses[1]) <= EPS * (double)(classes + 24) * (double)(m + 1),
-                      "the loss is %g, not %g", losses[0], losses[1]);
-        for (int64_t i = 0; i < m; i++) {
-            if (labels[list != NULL ? list[i] : i] != IGNORED) {
-                compare_states(&states[0][i], &states[1][i], work.smoothing > 0, (double)classes);
-            }
-        }
-        const double bound = EPS * (double)(classes + 40);
-        compare_pair(&dlogits, bound);
-        if (in_place)
-            compare_pair(&logits, bound);
-        else
-            drop_pair(&logits);
-        for (int i = 0; i < 2; i++)
-            testing_free(states[i]);
-        drop_list(&rows_on);
-        drop_list(&labels_on);
-        testing_free(labels);
-        testing_free(list);
-    }
-    destroy_sides();
-}
-END_TEST
-
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("backend, layers");
@@ -496,7 +359,6 @@ static Suite *make_suite(void)
     tcase_add_loop_test(tests, rotary, 0, count_devices());
     tcase_add_loop_test(tests, gather, 0, count_devices());
     tcase_add_loop_test(tests, sum_groups, 0, count_devices());
-    tcase_add_loop_test(tests, cross_entropy, 0, count_devices());
     suite_add_tcase(suite, tests);
     return suite;
 }

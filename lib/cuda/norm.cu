@@ -118,7 +118,7 @@ __device__ __forceinline__ void write_y(const float (&h)[SEBP_HELD], const forwa
 
 /* A team for each row. KEEPS: it fits into the registers. */
 template <class T, bool WARP, bool KEEPS, bool DROPS>
-__global__ void __launch_bounds__(SEBP_TEAM_MAX)
+__global__ void __launch_bounds__(SEBP_TEAM_MAX, 1)
     norm_forward(sebp_row_list list, forward_views<T> at)
 {
     constexpr int N = SEBP_PACKED<T>;

@@ -15,7 +15,7 @@
 
 enum {
     SEBP_HELD = 32,      /* elements of a thread */
-    SEBP_TEAMS = 8,      /* of a warp each, to a block */
+    SEBP_TEAMS = 4,      /* of a warp each, to a block */
     SEBP_TEAM_MAX = 256, /* threads */
     SEBP_WARP_COLS = SEBP_WARP * SEBP_HELD
 };
