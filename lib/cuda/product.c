@@ -4,6 +4,7 @@
 #include "config.h"
 #endif
 
+#include "matrix_unit.h"
 #include "operations.h"
 #include "product.h"
 
@@ -50,7 +51,7 @@ sebp_status sebp_cuda_clear_counters(sebp_cuda *cuda, const sebp_cuda_cut *cut, 
 
 /* ---- the table's operations ---- */
 
-typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR } way;
+typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR, WAY_MATRIX_UNIT } way;
 
 /* What a plan remembers. */
 typedef struct notes {
@@ -67,6 +68,9 @@ static void settle(const sebp_cuda *cuda, const sebp_product *product, notes *se
     if (product->m == 0 || product->n == 0) {
         settled->way = WAY_NOTHING;
         *path = "nothing";
+    } else if (sebp_cuda_takes_matrix_unit(cuda, product)) {
+        settled->way = WAY_MATRIX_UNIT;
+        *path = "cuda:wgmma";
     } else if (sebp_cuda_takes_tensor(product)) {
         settled->way = WAY_TENSOR;
         settled->cut = sebp_cuda_cut_tensor(cuda, product);
@@ -106,7 +110,9 @@ sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
     void *scratch =
         settled->scratch_bytes > 0 ? sebp_cuda_scratch(cuda, settled->scratch_bytes) : NULL;
     sebp_status status = SEBP_SUCCESS;
-    if (settled->way == WAY_TENSOR)
+    if (settled->way == WAY_MATRIX_UNIT)
+        status = sebp_cuda_run_matrix_unit(cuda, &plan->product, NULL);
+    else if (settled->way == WAY_TENSOR)
         status = sebp_cuda_run_tensor(cuda, &plan->product, &settled->cut, scratch);
     else if (settled->way == WAY_PLAIN)
         status = sebp_cuda_run_plain(cuda, &plan->product, &settled->cut, scratch);
