@@ -99,7 +99,8 @@ typedef struct sebp_gather_work {
     const sebp_matrix *to;
 } sebp_gather_work;
 
-/** to[target[g]] (+)= the sum of from[rows[i]] for i from start[g] to start[g + 1] - 1, in order. */
+/** to[target[g]] (+)= the sum of from[rows[i]] for i from start[g] to start[g + 1] - 1, in an order that
+ * depends on the group's size alone. */
 typedef struct sebp_group_sums {
     const sebp_matrix *from, *to;
     const int64_t *rows, *start, *target;

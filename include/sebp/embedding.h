@@ -61,9 +61,10 @@ SEBP_API sebp_status sebp_embedding_forward(sebp_context *context, const sebp_em
                                             const sebp_matrix *y);
 
 /**
- * dtable[v] (+)= the sum of the rows of dy whose index is v, in their order, in f32, rounded once: the
- * same bits for every number of threads. Other rows of dtable become 0 under SEBP_OVERWRITE. Reads dy,
- * writes the rows named, and zeroes the rest. Memory: 56 bytes an active token.
+ * dtable[v] (+)= the sum of the rows of dy whose index is v, in f32, rounded once: on CPUs in their
+ * order, on a GPU in one that depends on how many they are; the same bits for every number of
+ * threads. Other rows of dtable become 0 under SEBP_OVERWRITE. Reads dy, writes the rows named, and
+ * zeroes the rest. Memory: 56 bytes an active token.
  *
  * @param dy       M x N.
  * @param indices  M of them, as in the forward.

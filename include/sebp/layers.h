@@ -106,7 +106,7 @@ SEBP_API sebp_status sebp_norm_forward(sebp_context *context, const sebp_matrix 
  *
  * dh is also the residual's gradient. Where it accumulates, what it held is part of dx too: that is
  * the gradient that comes along the residual of a model whose norm comes first. Sums over rows are
- * taken in up to 64 blocks, and those added up in their order.
+ * taken in blocks, on CPUs up to 64, and those added up in their order.
  *
  * Reads dy and h, twice from the cache, and writes dh and dx: 12 bytes an element in f32 without dx.
  *

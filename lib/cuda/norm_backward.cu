@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(SEBP_WARP *SUM_ROWS)
     sum_blocks(sums_to dgain, sums_to dshift, int64_t blocks, int64_t cols)
 {
     __shared__ float room[SUM_ROWS][SEBP_WARP];
-    const sums_to &sums = blockIdx.y == 0 ? dgain : dshift;
+    const sums_to sums = blockIdx.y == 0 ? dgain : dshift;
     const int64_t col = (int64_t)blockIdx.x * SEBP_WARP + threadIdx.x;
     if (sums.to == nullptr)
         return;
