@@ -54,6 +54,8 @@ static void look(const entropy_job *job, int64_t i, int64_t label)
     const bool is_lowest = isinf(max) && max < 0;
     if (is_lowest && !keeps_exps(work)) {
         sum = job->cpu->kernels->row_sum(row, is_bf16, logits->cols, from);
+    } else if (isnan(max)) {
+        sum = (double)NAN; /* so that it is not forgotten where all chunks before are -Inf */
     }
     if (work->first_class == 0) {
         state->max = (double)max;
