@@ -266,6 +266,11 @@ const int64_t *sebp_list_to_host(sebp_call *call, const char *name, const int64_
 {
     if (!sebp_call_goes_on(call))
         return NULL;
+    if (count > 0 && !call->backend->owns(call->device, list)) {
+        sebp_call_fail(call, SEBP_ERROR_VALUE, "%s are not in the memory of the device, %s", name,
+                       call->backend->name);
+        return NULL;
+    }
     if (call->backend->uses_host_memory || count == 0)
         return list;
     free(call->on_host);
