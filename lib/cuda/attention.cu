@@ -141,12 +141,8 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
     job.texts = (const sebp_attention_text *)scratch;
     job.items = (const sebp_attention_item *)(job.texts + list->texts);
     if constexpr (sizeof(T) == sizeof(sebp_bf16)) {
-        if (sebp_mma_takes(attention)) {
-            job.is_aligned = job.head_size % 8 == 0 && sebp_is_aligned(job.q) &&
-                             sebp_is_aligned(job.k) && sebp_is_aligned(job.v) &&
-                             sebp_is_aligned(job.out);
+        if (sebp_mma_takes(cuda, attention))
             return sebp_mma_forward(cuda, job, list->query_items);
-        }
     }
     return run_tiles(cuda, job, list->query_items);
 }
@@ -155,13 +151,14 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
 
 sebp_status sebp_cuda_attention_forward(void *device, const sebp_attention *attention)
 {
+    sebp_cuda *cuda = (sebp_cuda *)device;
     sebp_attention_list list;
     const int64_t rows =
-        sebp_mma_takes(attention) ? sebp_mma_forward_rows(attention) : (int64_t)SEBP_TILE;
+        sebp_mma_takes(cuda, attention) ? sebp_mma_forward_rows(attention) : (int64_t)SEBP_TILE;
     sebp_status status = sebp_attention_list_make(attention, rows, 0, &list);
     if (status == SEBP_SUCCESS) {
         status = sebp_with_dtype(attention->q->dtype, [&](auto element) {
-            return run<decltype(element)>((sebp_cuda *)device, attention, &list);
+            return run<decltype(element)>(cuda, attention, &list);
         });
     }
     sebp_attention_list_free(&list);

@@ -34,8 +34,6 @@ template <class T> struct sebp_attention_job {
     float scale, softcap;
     int head_size;
     bool has_dropout;
-    bool
-        is_aligned; /* 16 bytes at a time may be moved of all rows of a head, of q, k, v and others */
 };
 
 /** A run of keys or queries of a text. */

@@ -11,6 +11,7 @@
  * in passes of their own: delta; dQ, for blocks of queries; dK and dV, for blocks of keys; dbias, for
  * blocks of it. So each sum has one order, and one writer.
  */
+#include "attention_mma.cuh"
 #include "attention_tile.cuh"
 #include "operations.h"
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(SEBP_TILE_THREADS)
     if (item.text < 0)
         return;
     const sebp_attention_text text = job.texts[item.text];
-    const int lane = (int)threadIdx.x % SEBP_WARP, warps = SEBP_TILE_THREADS / SEBP_WARP;
+    const int lane = (int)threadIdx.x % SEBP_WARP, warps = (int)blockDim.x / SEBP_WARP;
     for (int i = (int)threadIdx.x / SEBP_WARP; i < item.rows; i += warps) {
         const int64_t row = text.q_first + item.first + i, col = head * job.head_size;
         float sum = 0;
@@ -214,6 +215,17 @@ __global__ void __launch_bounds__(SEBP_TILE_THREADS, 1)
     }
 }
 
+/** dbias where it is wanted, from delta. */
+template <class T> sebp_status run_dbias(sebp_cuda *cuda, const sebp_attention_job<T> &job)
+{
+    const int64_t blocks =
+        sebp_div_ceil(job.max_keys, SEBP_TILE) * sebp_div_ceil(job.max_queries, SEBP_TILE);
+    if (job.dbias.data == nullptr)
+        return SEBP_SUCCESS;
+    return sebp_attention_launch(cuda, find_dbias<T>, blocks * (job.bias_rows > 0 ? job.heads : 1),
+                                 SEBP_TILE_THREADS, 0, job);
+}
+
 template <class T, int chunks>
 sebp_status run_passes(sebp_cuda *cuda, sebp_attention_job<T> job, const sebp_attention_list *list)
 {
@@ -226,19 +238,36 @@ sebp_status run_passes(sebp_cuda *cuda, sebp_attention_job<T> job, const sebp_at
                                   sebp_tile_blocks<T, chunks>(job, job.heads, list->query_items),
                                   SEBP_TILE_THREADS, 0, job);
     }
-    if (status == SEBP_SUCCESS && job.dbias.data != nullptr) {
-        const int64_t blocks =
-            sebp_div_ceil(job.max_keys, SEBP_TILE) * sebp_div_ceil(job.max_queries, SEBP_TILE);
-        status =
-            sebp_attention_launch(cuda, find_dbias<T>, blocks * (job.bias_rows > 0 ? job.heads : 1),
-                                  SEBP_TILE_THREADS, 0, job);
-    }
+    if (status == SEBP_SUCCESS)
+        status = run_dbias(cuda, job);
     job.items += list->query_items;
     if (status == SEBP_SUCCESS && (job.dk.data != nullptr || job.dv.data != nullptr)) {
         status = sebp_attention_launch(cuda, find_dkv<T, chunks>,
                                        sebp_tile_blocks<T, chunks>(job, kv_heads, list->key_items),
                                        SEBP_TILE_THREADS, 0, job);
     }
+    return status;
+}
+
+/** Whether the items of keys are whole texts. */
+bool has_whole_texts(const sebp_cuda *cuda, const sebp_attention *attention)
+{
+    return sebp_mma_takes(cuda, attention) && attention->head_size <= SEBP_MMA_WHOLE_HEAD &&
+           (attention->dk != nullptr || attention->dv != nullptr) &&
+           attention->k_sequences->max_length <= SEBP_MMA_WHOLE_ROWS;
+}
+
+sebp_status run_mma(sebp_cuda *cuda, const sebp_attention *attention,
+                    sebp_attention_job<sebp_bf16> job, const sebp_attention_list *list)
+{
+    const bool whole = has_whole_texts(cuda, attention);
+    sebp_status status = whole ? sebp_mma_whole(cuda, job, list->key_items)
+                               : sebp_mma_dq(cuda, job, list->query_items);
+    if (status == SEBP_SUCCESS)
+        status = run_dbias(cuda, job);
+    job.items += list->query_items;
+    if (status == SEBP_SUCCESS && !whole && (job.dk.data != nullptr || job.dv.data != nullptr))
+        status = sebp_mma_dkv(cuda, job, list->key_items);
     return status;
 }
 
@@ -257,19 +286,34 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
     job.texts = (const sebp_attention_text *)scratch;
     job.items = (const sebp_attention_item *)(job.texts + list->texts);
     job.delta = (float *)(scratch + list->bytes);
+    if constexpr (sizeof(T) == sizeof(sebp_bf16)) {
+        if (sebp_mma_takes(cuda, attention))
+            return run_mma(cuda, attention, job, list);
+    }
     return job.head_size <= SEBP_TILE ? run_passes<T, 1>(cuda, job, list)
                                       : run_passes<T, SEBP_TILE_CHUNKS>(cuda, job, list);
 }
 
 } // namespace
 
+static sebp_status make_list(const sebp_cuda *cuda, const sebp_attention *attention,
+                             sebp_attention_list *list)
+{
+    if (has_whole_texts(cuda, attention))
+        return sebp_attention_list_make_whole(attention, SEBP_MMA_WHOLE_ROWS, list);
+    if (sebp_mma_takes(cuda, attention))
+        return sebp_attention_list_make(attention, SEBP_MMA_DQ_ROWS, SEBP_MMA_DKV_ROWS, list);
+    return sebp_attention_list_make(attention, SEBP_TILE, SEBP_TILE, list);
+}
+
 sebp_status sebp_cuda_attention_backward(void *device, const sebp_attention *attention)
 {
+    sebp_cuda *cuda = (sebp_cuda *)device;
     sebp_attention_list list;
-    sebp_status status = sebp_attention_list_make(attention, SEBP_TILE, SEBP_TILE, &list);
+    sebp_status status = make_list(cuda, attention, &list);
     if (status == SEBP_SUCCESS) {
         status = sebp_with_dtype(attention->q->dtype, [&](auto element) {
-            return run<decltype(element)>((sebp_cuda *)device, attention, &list);
+            return run<decltype(element)>(cuda, attention, &list);
         });
     }
     sebp_attention_list_free(&list);

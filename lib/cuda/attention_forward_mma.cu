@@ -98,7 +98,7 @@ __device__ __forceinline__ void drop(const forward_job &job, const sebp_attentio
 }
 
 template <int D, int warps, int products, bool plain>
-__global__ void __launch_bounds__(warps *SEBP_WARP)
+__global__ void __launch_bounds__(warps *SEBP_WARP, 1)
     forward(const __grid_constant__ forward_job job, int64_t first_block)
 {
     constexpr int rows = BLOCK_QUERIES<warps, products>, pitch = SEBP_MMA_PITCH<D>;
@@ -123,14 +123,13 @@ __global__ void __launch_bounds__(warps *SEBP_WARP)
         const int64_t left = text.keys - key, at = text.k_first + key;
         const int there = left < SEBP_MMA_KEYS ? (int)left : (int)SEBP_MMA_KEYS;
         sebp_bf16 *to = k_and_v + buffer * 2 * tile;
-        sebp_mma_load<D>(to, job.k, at, SEBP_MMA_KEYS, there, k_col, job.head_size, job.is_aligned);
-        sebp_mma_load<D>(to + tile, job.v, at, SEBP_MMA_KEYS, there, k_col, job.head_size,
-                         job.is_aligned);
+        sebp_mma_load<D>(to, job.k, at, SEBP_MMA_KEYS, there, k_col, job.head_size);
+        sebp_mma_load<D>(to + tile, job.v, at, SEBP_MMA_KEYS, there, k_col, job.head_size);
         sebp_copies_end_group();
     };
 
     const int64_t first_key = seen_keys.first / SEBP_MMA_KEYS * SEBP_MMA_KEYS;
-    sebp_mma_load<D>(q, job.q, row, rows, item.rows, col, job.head_size, job.is_aligned);
+    sebp_mma_load<D>(q, job.q, row, rows, item.rows, col, job.head_size);
     if (first_key < seen_keys.end)
         load_keys(first_key, 0);
     sebp_copies_wait<0>();
@@ -244,15 +243,17 @@ __global__ void __launch_bounds__(warps *SEBP_WARP)
 #pragma unroll
     for (int eight = 0; eight < 2 * products; eight++) {
         sebp_mma_store<D>(job.out, row, q, sebp_mma_query<products>(eight / 2, eight % 2),
-                          item.rows, col, job.head_size, job.is_aligned);
+                          item.rows, col, job.head_size);
     }
 }
 
 template <int D, int warps, int products, bool plain>
 sebp_status launch(sebp_cuda *cuda, const forward_job &job, int64_t items)
 {
+    constexpr int64_t bytes = forward_bytes<D, warps, products>();
+    static_assert(bytes <= SEBP_MMA_WIDE_BYTES && (D > 96 || bytes <= 96 << 10));
     return sebp_attention_launch(cuda, forward<D, warps, products, plain>, items * job.heads,
-                                 warps * SEBP_WARP, forward_bytes<D, warps, products>(), job);
+                                 warps * SEBP_WARP, bytes, job);
 }
 
 enum { SHORT_ROWS = 64, LONG_ROWS = 128 };

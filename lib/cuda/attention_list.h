@@ -16,8 +16,11 @@ typedef struct sebp_attention_text {
     int64_t k_first, k_before, keys;
 } sebp_attention_text;
 
-/** Rows for a block to work on: of a text, `first` counted within it; or, where text is negative,
- * memory rows outside all texts to be zeroed. */
+/** In the place of a text: memory rows outside all texts, to be zeroed. */
+enum { SEBP_OUTSIDE = -1, SEBP_OUTSIDE_OF_QUERIES = -2 };
+
+/** Rows for a block to work on: of a text, `first` counted within it; or outside all texts, of the
+ * pass's side or of the queries. */
 typedef struct sebp_attention_item {
     int64_t first;
     int32_t text, rows;
@@ -33,6 +36,10 @@ typedef struct sebp_attention_list {
 /** Items of at most `query_rows` and `key_rows`; 0: none of them. SEBP_ERROR_MEMORY. */
 sebp_status sebp_attention_list_make(const sebp_attention *attention, int64_t query_rows,
                                      int64_t key_rows, sebp_attention_list *list);
+/** Items of whole texts, none of more than `key_rows` keys: each with all of its keys and, of both
+ * sides, the rows outside. They count as those of the keys. */
+sebp_status sebp_attention_list_make_whole(const sebp_attention *attention, int64_t key_rows,
+                                           sebp_attention_list *list);
 void sebp_attention_list_free(sebp_attention_list *list);
 
 SEBP_END_DECLS

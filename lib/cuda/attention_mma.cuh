@@ -17,9 +17,10 @@
 #include "tensor_core.cuh"
 
 enum {
-    SEBP_MMA_KEYS = 64,      /* to a tile of forward and of dQ */
-    SEBP_MMA_MAX_HEAD = 128, /* columns */
-    SEBP_MMA_PARTS = 2       /* of P and dS: 1 or 2 */
+    SEBP_MMA_KEYS = 64,              /* to a tile of forward and of dQ */
+    SEBP_MMA_MAX_HEAD = 128,         /* columns */
+    SEBP_MMA_WIDE_BYTES = 108 << 10, /* of shared memory, at most; 96 columns need below 96 KiB */
+    SEBP_MMA_PARTS = 2               /* of P and dS: 1 or 2 */
 };
 
 /** Elements from a row of a tile to the next: eight rows' pieces of 16 bytes lie in different banks. */
@@ -31,15 +32,22 @@ template <int D> constexpr int64_t sebp_mma_bytes(int64_t rows)
     return rows * SEBP_MMA_PITCH<D> * (int64_t)sizeof(sebp_bf16);
 }
 
+/** Whether 16 bytes at a time may be moved of all rows of a head. */
+template <class T>
+__device__ __forceinline__ bool sebp_mma_is_aligned(sebp_view<T> view, int head_size)
+{
+    return (uintptr_t)view.data % 16 == 0 && view.stride % 8 == 0 && head_size % 8 == 0;
+}
+
 /** Starts to load `rows` rows of a head, D columns each, of which `there` and `cols` are there and the
  * others zero. By all threads. */
 template <int D>
 __device__ __forceinline__ void sebp_mma_load(sebp_bf16 *to, sebp_view<const sebp_bf16> from,
                                               int64_t row, int rows, int there, int64_t col,
-                                              int cols, bool is_aligned)
+                                              int cols)
 {
     constexpr int pieces = D / 8;
-    if (is_aligned) {
+    if (sebp_mma_is_aligned(from, cols)) {
         for (int at = (int)threadIdx.x; at < rows * pieces; at += (int)blockDim.x) {
             const int i = at / pieces, j = at % pieces * 8;
             const bool is_there = i < there && j < cols;
@@ -160,11 +168,11 @@ __device__ __forceinline__ void sebp_mma_put(sebp_bf16 *tile, int first, int sec
 template <int D>
 __device__ __forceinline__ void sebp_mma_store(sebp_view<sebp_bf16> to, int64_t row,
                                                const sebp_bf16 *tile, int first, int there,
-                                               int64_t col, int cols, bool is_aligned)
+                                               int64_t col, int cols)
 {
     constexpr int pieces = D / 8;
     const int lane = (int)threadIdx.x % SEBP_WARP;
-    if (is_aligned) {
+    if (sebp_mma_is_aligned(to, cols)) {
 #pragma unroll
         for (int at = lane; at < 8 * pieces; at += SEBP_WARP) {
             const int i = first + at / pieces, j = at % pieces * 8;
@@ -216,21 +224,17 @@ __device__ __forceinline__ float sebp_mma_drop(const sebp_drops &drops, const ui
     return sebp_drop_scale(drops, which & 2 ? high : low);
 }
 
-/** Whether the tensor cores take it. */
-inline bool sebp_mma_takes(const sebp_attention *attention)
+/** Whether the tensor cores take it. The widest heads need more shared memory than some GPUs have. */
+inline bool sebp_mma_takes(const sebp_cuda *cuda, const sebp_attention *attention)
 {
-    return attention->q->dtype == SEBP_BF16 && attention->head_size <= SEBP_MMA_MAX_HEAD;
+    const int64_t max = cuda->shared_bytes >= SEBP_MMA_WIDE_BYTES ? SEBP_MMA_MAX_HEAD : 96;
+    return attention->q->dtype == SEBP_BF16 && attention->head_size <= max;
 }
 
 /** Whether what is simple about a job is simple enough: scores only scaled, by a positive number. */
 inline bool sebp_mma_is_plain(const sebp_attention_job<sebp_bf16> &job)
 {
     return job.softcap == 0 && job.bias.data == nullptr && !job.has_dropout && job.scale > 0;
-}
-
-template <class T> bool sebp_is_aligned(sebp_view<T> view)
-{
-    return (uintptr_t)view.data % 16 == 0 && view.stride % 8 == 0;
 }
 
 /** Calls body(padded head size), a constant, of one that is at most SEBP_MMA_MAX_HEAD. */
@@ -245,11 +249,58 @@ template <class Body> auto sebp_mma_with_head(int head_size, Body body)
     return body(std::integral_constant<int, 128>());
 }
 
-/* attention_forward_mma.cu, attention_backward_mma.cu: a job whose list is on the GPU. */
+/** delta of query i of a tile whose dout is in shared memory, by the four threads that have its row.
+ * row: the tile's first in memory; what is not there is 0. */
+template <int D>
+__device__ __forceinline__ float sebp_mma_delta(const sebp_attention_job<sebp_bf16> &job,
+                                                const sebp_bf16 *dout, int64_t row, int i,
+                                                int there, int64_t col)
+{
+    const int lane = (int)threadIdx.x % SEBP_WARP;
+    float sum = 0;
+#pragma unroll
+    for (int j = lane % 4 * 8; j < D; j += 32) {
+        if (i >= there || j >= job.head_size)
+            continue;
+        const sebp_bf16 *of_out = (const sebp_bf16 *)job.out.row(row + i) + col + j;
+        const sebp_bf16 *of_dout = dout + i * SEBP_MMA_PITCH<D> + j;
+        if (sebp_mma_is_aligned(job.out, job.head_size)) {
+            const uint4 a = *(const uint4 *)of_out, b = *(const uint4 *)of_dout;
+            const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                sum = fmaf(sebp_first_of(left[e]), sebp_first_of(right[e]), sum);
+                sum = fmaf(sebp_second_of(left[e]), sebp_second_of(right[e]), sum);
+            }
+        } else {
+            for (int e = 0; e < 8 && j + e < job.head_size; e++)
+                sum = fmaf(sebp_widen(of_out[e]), sebp_widen(of_dout[e]), sum);
+        }
+    }
+    sum += __shfl_xor_sync(0xFFFFFFFFU, sum, 1);
+    return sum + __shfl_xor_sync(0xFFFFFFFFU, sum, 2);
+}
 
-/** Rows of an item of queries. */
+/* Each in its file: passes over a job whose list is on the GPU. */
+
+/** Rows of an item of queries of the forward. */
 int64_t sebp_mma_forward_rows(const sebp_attention *attention);
 sebp_status sebp_mma_forward(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16> &job,
                              int64_t items);
+
+enum {
+    SEBP_MMA_DQ_ROWS = 64,    /* of an item of queries of the backward */
+    SEBP_MMA_DKV_ROWS = 128,  /* of keys */
+    SEBP_MMA_WHOLE_ROWS = 64, /* of keys of a whole text */
+    SEBP_MMA_WHOLE_HEAD = 64  /* columns that there are registers for */
+};
+
+/** delta, and dq where it is wanted. */
+sebp_status sebp_mma_dq(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16> &job, int64_t items);
+/** dk and dv where they are wanted, from delta. */
+sebp_status sebp_mma_dkv(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16> &job, int64_t items);
+/** All of them, of whole texts. */
+sebp_status sebp_mma_whole(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16> &job,
+                           int64_t items);
 
 #endif
