@@ -378,7 +378,7 @@ sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_basis *ba
         [IN] = {"the basis's in", &basis->in, false},
     };
     sebp_take_options(&call, options);
-    sebp_check_views(&call, arguments, COUNT);
+    sebp_check_views(&call, arguments, OUT); /* a basis is the library's own, on the host */
     sebp_check_no_epilogue(&call);
     sebp_check_unused(&call, "packed_weight", call.options.packed_weight);
     sebp_check_precision(&call);
@@ -423,7 +423,7 @@ sebp_status sebp_sparsegrad_update(sebp_context *context, const sebp_basis *basi
                                        {"the basis's out", &basis->out, false},
                                        {"the basis's in", &basis->in, false}};
     enum { COUNT = sizeof arguments / sizeof *arguments };
-    sebp_check_views(&call, arguments, COUNT);
+    sebp_check_views(&call, arguments, 1); /* a basis is the library's own, on the host */
     sebp_check_sparse(&call, "s", s);
     sebp_check_sparse_finite(&call, "s", s);
     sebp_check_sparse_shape(&call, "s", s, basis->out.rows, basis->in.rows);
