@@ -43,6 +43,10 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **cu
 /** The status that an error of the runtime's is; what it was called is kept in cuda->why. */
 sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error);
 
+/** That the calling thread works on the context's GPU; else SEBP_ERROR_BACKEND. On the default stream
+ * of another GPU operations would not wait for each other. */
+sebp_status sebp_cuda_check_current(sebp_cuda *cuda);
+
 /** Scratch memory of an operation, aligned for any element; NULL: none, or over the bound. What it
  * held is lost where there must be more than before. Asked for again with no more bytes it cannot fail. */
 void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes);

@@ -32,6 +32,19 @@ sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error)
     return error == cudaErrorMemoryAllocation ? SEBP_ERROR_MEMORY : SEBP_ERROR_BACKEND;
 }
 
+sebp_status sebp_cuda_check_current(sebp_cuda *cuda)
+{
+    int current = 0;
+    sebp_status status = sebp_cuda_check(cuda, cudaGetDevice(&current));
+    if (status == SEBP_SUCCESS && current != cuda->index) {
+        snprintf(cuda->why, sizeof cuda->why,
+                 "the context is of GPU %d, but the thread's current one is %d", cuda->index,
+                 current);
+        return SEBP_ERROR_BACKEND;
+    }
+    return status;
+}
+
 /* ---- making and unmaking ---- */
 
 static int attribute(sebp_cuda *cuda, enum cudaDeviceAttr which, sebp_status *status)
@@ -142,6 +155,9 @@ void sebp_cuda_destroy(void *device)
 sebp_status sebp_cuda_alloc(void *device, int64_t bytes, void **memory)
 {
     sebp_cuda *cuda = device;
+    sebp_status status = sebp_cuda_check_current(cuda);
+    if (status != SEBP_SUCCESS)
+        return status;
     return sebp_cuda_check(cuda, cudaMallocFromPoolAsync(memory, (size_t)sebp_max(bytes, 1),
                                                          cuda->pool, cuda->stream));
 }
@@ -158,7 +174,10 @@ sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t b
     sebp_cuda *cuda = device;
     if (bytes == 0)
         return SEBP_SUCCESS;
-    sebp_status status = sebp_cuda_check(
+    sebp_status status = sebp_cuda_check_current(cuda);
+    if (status != SEBP_SUCCESS)
+        return status;
+    status = sebp_cuda_check(
         cuda, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyHostToDevice, cuda->stream));
     struct cudaPointerAttributes source;
     if (status == SEBP_SUCCESS)
@@ -174,7 +193,10 @@ sebp_status sebp_cuda_download(void *device, void *to, const void *from, int64_t
     sebp_cuda *cuda = device;
     if (bytes == 0)
         return SEBP_SUCCESS;
-    sebp_status status = sebp_cuda_check(
+    sebp_status status = sebp_cuda_check_current(cuda);
+    if (status != SEBP_SUCCESS)
+        return status;
+    status = sebp_cuda_check(
         cuda, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToHost, cuda->stream));
     if (status == SEBP_SUCCESS)
         status = sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));

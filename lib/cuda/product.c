@@ -97,6 +97,10 @@ sebp_status sebp_cuda_plan_product(void *device, sebp_plan *plan)
     sebp_cuda *cuda = device;
     notes *settled = (notes *)plan->device;
     *settled = (notes){.way = WAY_NOTHING};
+    plan->path = cuda->why;
+    sebp_status status = sebp_cuda_check_current(cuda);
+    if (status != SEBP_SUCCESS)
+        return status;
     settle(cuda, &plan->product, settled, &plan->path);
     if (settled->scratch_bytes > 0 && sebp_cuda_scratch(cuda, settled->scratch_bytes) == NULL)
         do_without_shares(&plan->product, settled);

@@ -28,6 +28,9 @@ sebp_status sebp_launch(sebp_cuda *cuda, void (*kernel)(Parameters...), dim3 gri
 {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0)
         return SEBP_SUCCESS;
+    sebp_status current = sebp_cuda_check_current(cuda);
+    if (current != SEBP_SUCCESS)
+        return current;
     if (shared_bytes > 48 * 1024) {
         sebp_status status =
             sebp_cuda_check(cuda, cudaFuncSetAttribute((const void *)kernel,
