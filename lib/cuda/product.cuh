@@ -57,6 +57,23 @@ __device__ __forceinline__ float sebp_put_element(void *data, bool is_bf16, int6
     return x;
 }
 
+/** The end of sebp_finish_element() where an activation has part in it. Not inlined: it stands once in a
+ * kernel, and not once for each element of a thread. */
+static __device__ __noinline__ void sebp_finish_activation(const sebp_cuda_epilogue &to,
+                                                           int64_t row, int64_t j, float sum)
+{
+    if (to.before != nullptr) {
+        float stored = to.c_is_bf16 ? sebp_widen(sebp_narrow<sebp_bf16>(sum)) : sum;
+        float x = sebp_element(to.before, to.c_is_bf16, row * to.before_stride + j);
+        sum = stored * sebp_activation_slope(to.activation, x);
+    }
+    float stored = sebp_put_element(to.c, to.c_is_bf16, row * to.c_stride + j, sum);
+    if (to.activated != nullptr) {
+        sebp_put_element(to.activated, to.c_is_bf16, row * to.activated_stride + j,
+                         sebp_activate(to.activation, stored));
+    }
+}
+
 /** Finishes the sum for column j of memory row `row` of C. */
 __device__ __forceinline__ void sebp_finish_element(const sebp_cuda_epilogue &to, int64_t row,
                                                     int64_t j, float sum)
@@ -68,16 +85,10 @@ __device__ __forceinline__ void sebp_finish_element(const sebp_cuda_epilogue &to
         sum += sebp_element(to.bias, to.bias_is_bf16, j);
     if (to.residual != nullptr)
         sum += sebp_element(to.residual, to.c_is_bf16, row * to.residual_stride + j);
-    if (to.before != nullptr) {
-        float stored = to.c_is_bf16 ? sebp_widen(sebp_narrow<sebp_bf16>(sum)) : sum;
-        float x = sebp_element(to.before, to.c_is_bf16, row * to.before_stride + j);
-        sum = stored * sebp_activation_slope(to.activation, x);
-    }
-    float stored = sebp_put_element(to.c, to.c_is_bf16, at, sum);
-    if (to.activated != nullptr) {
-        sebp_put_element(to.activated, to.c_is_bf16, row * to.activated_stride + j,
-                         sebp_activate(to.activation, stored));
-    }
+    if (to.before != nullptr || to.activated != nullptr)
+        sebp_finish_activation(to, row, j, sum);
+    else
+        sebp_put_element(to.c, to.c_is_bf16, at, sum);
 }
 
 /** What a block works on. */
