@@ -141,6 +141,14 @@ typedef struct sebp_backend {
     /** After SEBP_ERROR_BACKEND, what failed in the device's own words; "": it has none. */
     const char *(*why)(const void *device);
 
+    /**
+     * Says that the operations from now on do not need each other's results and write to different
+     * places, so that they may be at work at once; `overlap` false: no more. What comes after waits for
+     * all of them, and they wait for all before. Rows that a product was free to use may be zeroed
+     * among them: a device whose products use such rows has to see to the order.
+     */
+    void (*let_overlap)(void *device, bool overlap);
+
     /* Scratch memory reserved for a method, for what it has between its products. */
 
     /** SEBP_ERROR_MEMORY over max_scratch(). 0 gives it back. Its address, scratch(), is settled, and

@@ -134,6 +134,7 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
 
     const char *paths[] = {NULL, NULL, NULL};
     int path = 0;
+    call->backend->let_overlap(call->device, true);
     if (dw != NULL) {
         sebp_run_product(call, &to_dw);
         paths[path++] = to_dw.path;
@@ -146,6 +147,7 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
     }
     if (db != NULL)
         sum_active_rows(call, dy, db);
+    call->backend->let_overlap(call->device, false);
     int64_t in_features = dx != NULL ? dx->cols : dw != NULL ? dw->cols : 0;
     sebp_report(call, dy->rows, in_features, dy->cols, dy->dtype, paths);
 }

@@ -56,6 +56,13 @@ static bool count_owns(void *device, const void *memory)
            (const char *)memory < self->handles + COUNTING_ARENA;
 }
 
+static void count_let_overlap(void *device, bool overlap)
+{
+    counting *self = device;
+    ck_assert_msg(self->overlaps != overlap, "let_overlap twice");
+    self->overlaps = overlap;
+}
+
 static const char *count_why(const void *device)
 {
     (void)device;
@@ -327,6 +334,7 @@ static void count_destroy(void *device)
 const sebp_backend counting_backend = {
     .name = "counting",
     .uses_host_memory = false,
+    .let_overlap = count_let_overlap,
     .owns = count_owns,
     .why = count_why,
     .alloc = count_alloc,

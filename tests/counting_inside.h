@@ -27,6 +27,7 @@ struct counting {
     int packed;  /* weights */
     size_t used; /* of the arena */
     void *scratch;
+    bool overlaps; /* operations may be at work at once */
     int64_t operations, fails_at, uploaded, downloaded;
 };
 

@@ -15,6 +15,7 @@ const sebp_backend sebp_cpu_backend = {
     .upload = sebp_cpu_copy,
     .download = sebp_cpu_copy,
     .synchronize = sebp_cpu_synchronize,
+    .let_overlap = sebp_cpu_let_overlap,
     .owns = sebp_cpu_owns,
     .why = sebp_cpu_why,
     .reserve_scratch = sebp_cpu_reserve_scratch,

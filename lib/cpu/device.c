@@ -121,6 +121,12 @@ sebp_status sebp_cpu_synchronize(void *device)
     return SEBP_SUCCESS;
 }
 
+void sebp_cpu_let_overlap(void *device, bool overlap)
+{
+    (void)device; /* each operation has all threads */
+    (void)overlap;
+}
+
 bool sebp_cpu_owns(void *device, const void *memory)
 {
     (void)device;

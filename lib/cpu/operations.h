@@ -15,6 +15,7 @@ sebp_status sebp_cpu_alloc(void *device, int64_t bytes, void **memory);
 void sebp_cpu_free(void *device, void *memory);
 sebp_status sebp_cpu_copy(void *device, void *to, const void *from, int64_t bytes);
 sebp_status sebp_cpu_synchronize(void *device);
+void sebp_cpu_let_overlap(void *device, bool overlap);
 bool sebp_cpu_owns(void *device, const void *memory);
 const char *sebp_cpu_why(const void *device);
 sebp_status sebp_cpu_reserve_scratch(void *device, int64_t bytes);

@@ -14,6 +14,7 @@ const sebp_backend sebp_cuda_backend = {
     .upload = sebp_cuda_upload,
     .download = sebp_cuda_download,
     .synchronize = sebp_cuda_synchronize,
+    .let_overlap = sebp_cuda_let_overlap,
     .owns = sebp_cuda_owns,
     .why = sebp_cuda_why,
     .reserve_scratch = sebp_cuda_reserve_scratch,

@@ -13,6 +13,9 @@
 
 SEBP_BEGIN_DECLS
 
+/** Whether operations may be at work at once, and whether one of them has begun. */
+typedef enum sebp_overlap { SEBP_OVERLAP_NONE, SEBP_OVERLAP_FIRST, SEBP_OVERLAP_MORE } sebp_overlap;
+
 typedef struct sebp_cuda {
     int index;                  /* of the GPU, as the CUDA runtime counts them */
     cudaStream_t stream;        /* everything happens there, in the order of the calls */
@@ -28,7 +31,8 @@ typedef struct sebp_cuda {
     int64_t method_bytes; /* what is there */
     void *scratch;        /* an operation's own */
     int64_t scratch_bytes;
-    int64_t scratch_max;      /* the most that both have been together */
+    int64_t scratch_max; /* the most that both have been together */
+    sebp_overlap overlap;
     void *results;            /* RESULT_BYTES of the host's memory that the GPU can write */
     char why[SEBP_WHY_BYTES]; /* the CUDA error behind the last SEBP_ERROR_BACKEND */
 } sebp_cuda;
@@ -42,6 +46,14 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **cu
 
 /** The status that an error of the runtime's is; what it was called is kept in cuda->why. */
 sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error);
+
+/**
+ * Whether an operation's first kernel may begin before the kernel that was launched before it is done:
+ * operations may overlap, and it is not the first one, which waits for all that came before. It is then
+ * launched with programmatic stream serialization. Scratch memory is not shared by operations at work
+ * at once: one that uses it waits for all before, as the first one does.
+ */
+bool sebp_cuda_begins_early(sebp_cuda *cuda);
 
 /** That the calling thread works on the context's GPU; else SEBP_ERROR_BACKEND. On the default stream
  * of another GPU operations would not wait for each other. */

@@ -217,6 +217,20 @@ sebp_status sebp_cuda_synchronize(void *device)
     return sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
 }
 
+void sebp_cuda_let_overlap(void *device, bool overlap)
+{
+    sebp_cuda *cuda = device;
+    cuda->overlap = overlap ? SEBP_OVERLAP_FIRST : SEBP_OVERLAP_NONE;
+}
+
+bool sebp_cuda_begins_early(sebp_cuda *cuda)
+{
+    bool early = cuda->overlap == SEBP_OVERLAP_MORE;
+    if (cuda->overlap == SEBP_OVERLAP_FIRST)
+        cuda->overlap = SEBP_OVERLAP_MORE;
+    return early;
+}
+
 bool sebp_cuda_owns(void *device, const void *memory)
 {
     sebp_cuda *cuda = device;
@@ -259,6 +273,8 @@ void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes)
 {
     if (bytes > sebp_cuda_workspace(cuda))
         return NULL;
+    if (cuda->overlap == SEBP_OVERLAP_MORE)
+        cuda->overlap = SEBP_OVERLAP_FIRST; /* another operation may be at work there */
     sebp_status status = grow(cuda, &cuda->scratch, &cuda->scratch_bytes, bytes);
     return status == SEBP_SUCCESS ? cuda->scratch : NULL;
 }

@@ -18,6 +18,7 @@ void sebp_cuda_free(void *device, void *memory);
 sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t bytes);
 sebp_status sebp_cuda_download(void *device, void *to, const void *from, int64_t bytes);
 sebp_status sebp_cuda_synchronize(void *device);
+void sebp_cuda_let_overlap(void *device, bool overlap);
 bool sebp_cuda_owns(void *device, const void *memory);
 const char *sebp_cuda_why(const void *device);
 sebp_status sebp_cuda_reserve_scratch(void *device, int64_t bytes);

@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     multiply(factor a, factor b, sebp_cuda_cut cut, sebp_cuda_epilogue epilogue, unsigned *counters,
              float *partial)
 {
+    const sebp_overlapping overlapping;
     __shared__ __align__(16) float a_slice[2][STEP * (TILE_ROWS + PAD)];
     __shared__ __align__(16) float b_slice[2][STEP * (TILE_COLS + PAD)];
     const sebp_cuda_share share = sebp_cuda_share_of(cut, a.depth, TILE_ROWS, TILE_COLS);
@@ -215,8 +216,9 @@ sebp_status sebp_cuda_run_plain(sebp_cuda *cuda, const sebp_product *product,
         return status;
     const dim3 grid((unsigned)(cut->tiles_down * cut->tiles_across * cut->shares));
     auto launch = [&](auto a_rows, auto a_bf16, auto b_rows, auto b_bf16) {
-        return sebp_launch(cuda, multiply<a_rows, a_bf16, b_rows, b_bf16>, grid, dim3(THREADS), 0,
-                           a, b, *cut, sebp_cuda_epilogue_of(product), counters, partial);
+        return sebp_launch_overlapping(cuda, multiply<a_rows, a_bf16, b_rows, b_bf16>, grid,
+                                       dim3(THREADS), 0, a, b, *cut, sebp_cuda_epilogue_of(product),
+                                       counters, partial);
     };
     return sebp_with_bool(a.lanes_are_rows, [&](auto a_rows) {
         return sebp_with_bool(a.is_bf16, [&](auto a_bf16) {

@@ -229,6 +229,7 @@ __device__ void zero_bytes(char *to, int64_t bytes)
 /* A block has rows of its own, notes which of them are listed, and zeroes the others. */
 __global__ void __launch_bounds__(THREADS) zero_kernel(row_zeroing zeroing)
 {
+    const sebp_overlapping overlapping;
     __shared__ unsigned listed;
     int64_t first = (int64_t)blockIdx.x * zeroing.group, end = first + zeroing.group;
     if (end > zeroing.total)
@@ -272,7 +273,7 @@ sebp_status sebp_cuda_zero_other_rows(void *device, const sebp_matrix *to, const
     row_zeroing zeroing{(char *)to->data, to->rows, row_bytes, to->stride * element, rows, count,
                         (int)group};
     dim3 grid((unsigned)sebp_div_ceil(to->rows, group), (unsigned)pieces);
-    return sebp_launch(cuda, zero_kernel, grid, THREADS, 0, zeroing);
+    return sebp_launch_overlapping(cuda, zero_kernel, grid, THREADS, 0, zeroing);
 }
 
 /* ---- sums of columns ---- */
@@ -299,6 +300,7 @@ __global__ void __launch_bounds__(THREADS)
     sum_kernel(sebp_view<const T> from, column_sum sum, sebp_view<To> to)
 {
     constexpr int N = SEBP_PACKED<T>;
+    const sebp_overlapping overlapping;
     __shared__ float room[WARPS * SEBP_WARP * N];
     int64_t at = ((int64_t)blockIdx.x * sum.packs + (int)threadIdx.x % sum.packs) * N;
     int64_t first = blockIdx.y * sum.part_rows, end = first + sum.part_rows;
@@ -363,14 +365,21 @@ sum_plan plan_sum(const sebp_cuda *cuda, int64_t packs, int64_t count)
     return plan;
 }
 
+/* is_alone: there is no other pass, which reads or makes partial sums. */
 template <class T, class To>
-sebp_status launch_sum(sebp_cuda *cuda, const sum_plan &plan, const sebp_matrix *from,
-                       const int64_t *rows, int64_t count, const sebp_matrix *to, bool accumulate)
+sebp_status launch_sum(sebp_cuda *cuda, const sum_plan &plan, bool is_alone,
+                       const sebp_matrix *from, const int64_t *rows, int64_t count,
+                       const sebp_matrix *to, bool accumulate)
 {
     column_sum sum{rows,      count, to->cols, plan.part_rows, plan.packs, sebp_is_packed<T>(from),
                    accumulate};
-    return sebp_launch(cuda, sum_kernel<T, To>, dim3((unsigned)plan.tiles, (unsigned)plan.parts),
-                       THREADS, 0, sebp_view_of<const T>(from), sum, sebp_view_of<To>(to));
+    const dim3 grid((unsigned)plan.tiles, (unsigned)plan.parts);
+    if (is_alone) {
+        return sebp_launch_overlapping(cuda, sum_kernel<T, To>, grid, THREADS, 0,
+                                       sebp_view_of<const T>(from), sum, sebp_view_of<To>(to));
+    }
+    return sebp_launch(cuda, sum_kernel<T, To>, grid, THREADS, 0, sebp_view_of<const T>(from), sum,
+                       sebp_view_of<To>(to));
 }
 
 template <class T, class To>
@@ -379,18 +388,18 @@ sebp_status sum_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *ro
 {
     sum_plan plan = plan_sum(cuda, sebp_div_ceil(to->cols, SEBP_PACKED<T>), count);
     if (plan.parts == 1)
-        return launch_sum<T, To>(cuda, plan, from, rows, count, to, accumulate);
+        return launch_sum<T, To>(cuda, plan, true, from, rows, count, to, accumulate);
     float *room = (float *)sebp_cuda_scratch(cuda, plan.parts * to->cols * (int64_t)sizeof(float));
     if (room == nullptr)
         return SEBP_ERROR_MEMORY;
     sebp_matrix parts = sebp_matrix_f32(room, plan.parts, to->cols);
-    sebp_status status = launch_sum<T, float>(cuda, plan, from, rows, count, &parts, false);
+    sebp_status status = launch_sum<T, float>(cuda, plan, false, from, rows, count, &parts, false);
     if (status != SEBP_SUCCESS)
         return status;
     plan = plan_sum(cuda, sebp_div_ceil(to->cols, SEBP_PACKED<float>), parts.rows);
     plan.parts = 1;
     plan.part_rows = parts.rows;
-    return launch_sum<float, To>(cuda, plan, &parts, nullptr, parts.rows, to, accumulate);
+    return launch_sum<float, To>(cuda, plan, false, &parts, nullptr, parts.rows, to, accumulate);
 }
 
 } // namespace

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     multiply(factor a, factor b, sebp_cuda_cut cut, sebp_cuda_epilogue epilogue, unsigned *counters,
              float *partial)
 {
+    const sebp_overlapping overlapping;
     using a_slice = slice<TILE_ROWS, a_lanes_are_rows>;
     using b_slice = slice<TILE_COLS, b_lanes_are_rows>;
     constexpr int down = TILE_ROWS / WARPS_DOWN / 16, across = TILE_COLS / WARPS_ACROSS / 8;
@@ -196,11 +197,11 @@ static sebp_status launch(sebp_cuda *cuda, const sebp_product *product, const se
 {
     const int64_t elements = slice<side, a_rows>::elements + slice<side, b_rows>::elements;
     const dim3 grid((unsigned)(cut->tiles_down * cut->tiles_across * cut->shares));
-    return sebp_launch(cuda, multiply<side, side, a_rows, b_rows>, grid, dim3(THREADS),
-                       STAGES * elements * (int64_t)sizeof(sebp_bf16),
-                       factor_of(product->a, product->m, product->k),
-                       factor_of(product->b, product->n, product->k), *cut,
-                       sebp_cuda_epilogue_of(product), counters, partial);
+    return sebp_launch_overlapping(cuda, multiply<side, side, a_rows, b_rows>, grid, dim3(THREADS),
+                                   STAGES * elements * (int64_t)sizeof(sebp_bf16),
+                                   factor_of(product->a, product->m, product->k),
+                                   factor_of(product->b, product->n, product->k), *cut,
+                                   sebp_cuda_epilogue_of(product), counters, partial);
 }
 
 sebp_status sebp_cuda_run_tensor(sebp_cuda *cuda, const sebp_product *product,

@@ -21,6 +21,40 @@
 
 enum { SEBP_WARP = 32 };
 
+/** sebp_launch() and sebp_launch_overlapping(). */
+template <class... Parameters, class... Arguments>
+sebp_status sebp_launch_kernel(sebp_cuda *cuda, bool begins_early, void (*kernel)(Parameters...),
+                               dim3 grid, dim3 block, int64_t shared_bytes, Arguments... arguments)
+{
+    sebp_status status = sebp_cuda_check_current(cuda);
+    if (status == SEBP_SUCCESS && shared_bytes > 48 * 1024) {
+        status =
+            sebp_cuda_check(cuda, cudaFuncSetAttribute((const void *)kernel,
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       (int)shared_bytes));
+    }
+    if (status != SEBP_SUCCESS)
+        return status;
+#ifdef __CUDACC__
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t how = {};
+    how.gridDim = grid;
+    how.blockDim = block;
+    how.dynamicSmemBytes = (size_t)shared_bytes;
+    how.stream = cuda->stream;
+    how.attrs = &early;
+    how.numAttrs = begins_early ? 1 : 0;
+    return sebp_cuda_check(cuda,
+                           cudaLaunchKernelEx(&how, kernel, static_cast<Parameters>(arguments)...));
+#else
+    (void)begins_early; /* kernels are done when they have been launched */
+    sebp_emulate(kernel, grid, block, (size_t)shared_bytes, static_cast<Parameters>(arguments)...);
+    return sebp_cuda_check(cuda, cudaGetLastError());
+#endif
+}
+
 /** Launches kernel(arguments...) on the device's stream. Zero blocks: nothing. */
 template <class... Parameters, class... Arguments>
 sebp_status sebp_launch(sebp_cuda *cuda, void (*kernel)(Parameters...), dim3 grid, dim3 block,
@@ -28,25 +62,41 @@ sebp_status sebp_launch(sebp_cuda *cuda, void (*kernel)(Parameters...), dim3 gri
 {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0)
         return SEBP_SUCCESS;
-    sebp_status current = sebp_cuda_check_current(cuda);
-    if (current != SEBP_SUCCESS)
-        return current;
-    if (shared_bytes > 48 * 1024) {
-        sebp_status status =
-            sebp_cuda_check(cuda, cudaFuncSetAttribute((const void *)kernel,
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       (int)shared_bytes));
-        if (status != SEBP_SUCCESS)
-            return status;
-    }
-#ifdef __CUDACC__
-    kernel<<<grid, block, (size_t)shared_bytes, cuda->stream>>>(
-        static_cast<Parameters>(arguments)...);
-#else
-    sebp_emulate(kernel, grid, block, (size_t)shared_bytes, static_cast<Parameters>(arguments)...);
-#endif
-    return sebp_cuda_check(cuda, cudaGetLastError());
+    return sebp_launch_kernel(cuda, false, kernel, grid, block, shared_bytes, arguments...);
 }
+
+/** The same of an operation's first kernel. It need not wait for the operations that this one may
+ * overlap with: see sebp_cuda_begins_early(). */
+template <class... Parameters, class... Arguments>
+sebp_status sebp_launch_overlapping(sebp_cuda *cuda, void (*kernel)(Parameters...), dim3 grid,
+                                    dim3 block, int64_t shared_bytes, Arguments... arguments)
+{
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0)
+        return SEBP_SUCCESS;
+    const bool early = sebp_cuda_begins_early(cuda);
+    return sebp_launch_kernel(cuda, early, kernel, grid, block, shared_bytes, arguments...);
+}
+
+/**
+ * Stands at the top of a kernel that sebp_launch_overlapping() launches: lets the next one begin. The
+ * kernel has ended when the one before it has, too, so that what comes after waits for both. One block
+ * sees to that; a block that waits has no room for others.
+ */
+struct sebp_overlapping {
+    __device__ __forceinline__ sebp_overlapping()
+    {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+        asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    }
+    __device__ __forceinline__ ~sebp_overlapping()
+    {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+        if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0)
+            asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    }
+};
 
 /** A block's dynamic shared memory. */
 template <class T> __device__ __forceinline__ T *sebp_shared()
