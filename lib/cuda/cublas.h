@@ -7,9 +7,26 @@
 
 SEBP_BEGIN_DECLS
 
-/** Sets cuda->cublas; NULL in a build without it. SEBP_ERROR_MEMORY, SEBP_ERROR_BACKEND. */
+#ifdef SEBP_HAVE_CUBLAS
+
+/** Sets cuda->cublas. SEBP_ERROR_MEMORY, SEBP_ERROR_BACKEND. */
 sebp_status sebp_cublas_make(sebp_cuda *cuda);
 void sebp_cublas_end(sebp_cuda *cuda);
+
+#else
+
+static inline sebp_status sebp_cublas_make(sebp_cuda *cuda)
+{
+    cuda->cublas = NULL;
+    return SEBP_SUCCESS;
+}
+
+static inline void sebp_cublas_end(sebp_cuda *cuda)
+{
+    (void)cuda;
+}
+
+#endif
 
 SEBP_END_DECLS
 
