@@ -3,229 +3,175 @@
  * @file plain_product.cu
  * Products by f32 multiply-adds, of f32 and bf16, wherever they lie.
  *
- * A block has a tile of C, a thread 8 x 8 of its elements in registers. Slices of A and B go through
- * shared memory, the next one on its way into registers while one is multiplied.
+ * A block has a tile of C, a thread a part of it in registers. Slices of A and B, a few ahead of those
+ * that are multiplied, are copied to shared memory, where each step of the depth is a row. All blocks
+ * take the same number of slices, from wherever in the list of all tiles' slices: so every
+ * multiprocessor is busy to the end, however many tiles there are. Of a tile that several blocks have
+ * parts of the last one to come adds the parts, in their order.
  */
-#include "product.cuh"
+#include "plain_kernel.cuh"
 
 namespace {
 
-constexpr int TILE_ROWS = 128, TILE_COLS = 64, STEP = 16;
-constexpr int THREADS = 128, PER_THREAD = 8;
-constexpr int THREADS_ACROSS = TILE_COLS / PER_THREAD;
-constexpr int PAD = 4; /* so that columns that are stored together do not meet in one bank */
+/* Tiles for much work, for less, and for little. A thread's part of the last is smaller, as there are
+ * too few blocks for a multiprocessor to have many threads. */
+using large_tile = plain::shape<128, 128, 8, 8, 16, 3, 2>;
+using flat_tile = plain::shape<64, 128, 8, 8, 16, 3, 4>;
+using small_tile = plain::shape<64, 64, 4, 8, 16, 4, 4>;
 
-/** A factor, seen as lanes x depth: lanes are rows of A or columns of B. */
-struct factor {
-    const void *data;
-    int64_t stride;
-    const int64_t *rows;
-    int64_t lanes, depth;
-    bool lanes_are_rows; /* memory rows are lanes, and elements of one go along the depth */
-    bool is_bf16;
-    bool is_aligned; /* each group of 4 elements can be read at once */
+enum { LARGE, FLAT, SMALL, TILES };
+
+/* What is known of a tile: its sides, blocks in a multiprocessor, and the relative time that a
+ * multiply-add takes. */
+struct kind {
+    int64_t rows, cols, resident;
+    double cost;
 };
 
-factor factor_of(const sebp_operand &operand, bool is_b, int64_t lanes, int64_t depth)
+template <class S> constexpr kind kind_of(double cost)
 {
-    int64_t group = 4 * (int64_t)sebp_dtype_bytes(operand.dtype);
-    factor made;
-    made.data = operand.data;
-    made.stride = operand.stride;
-    made.rows = operand.rows;
-    made.lanes = lanes;
-    made.depth = depth;
-    made.lanes_are_rows = operand.transposed == is_b;
-    made.is_bf16 = operand.dtype == SEBP_BF16;
-    made.is_aligned = (uintptr_t)operand.data % (size_t)group == 0 && operand.stride % 4 == 0;
+    return {S::rows, S::cols, S::resident, cost};
+}
+
+constexpr kind KINDS[TILES] = {kind_of<large_tile>(1.0), kind_of<flat_tile>(1.04),
+                               kind_of<small_tile>(1.25)};
+constexpr int64_t STEP = large_tile::step;
+constexpr int64_t MIN_STEPS = 8; /* of a block, that its start and its end are worth it */
+constexpr double PART_STEPS = 6; /* what it costs to leave a part and to add parts, in steps */
+
+/* How a product is cut into tiles of one kind, and the time that it takes, in steps of an element. */
+sebp_plain_cut cut_by(int which, const sebp_cuda *cuda, const sebp_product *product, double *time)
+{
+    const kind &tile = KINDS[which];
+    sebp_plain_cut made{};
+    made.kind = which;
+    made.tiles_down = sebp_div_ceil(product->m, tile.rows);
+    made.tiles_across = sebp_div_ceil(product->n, tile.cols);
+    made.steps = sebp_max(sebp_div_ceil(product->k, STEP), 1);
+    const int64_t tiles = made.tiles_down * made.tiles_across;
+    const int64_t slots = tile.resident * cuda->multiprocessors;
+    const int64_t waves = sebp_div_ceil(tiles, slots);
+    const double whole = (double)(waves * made.steps);
+    /* Shared evenly: as many blocks as run at once, unless each would have too little. */
+    const int64_t blocks = sebp_max(sebp_min(slots, tiles * made.steps / MIN_STEPS), 1);
+    const double shared = (double)sebp_div_ceil(tiles * made.steps, blocks) + PART_STEPS;
+    made.blocks = shared < whole ? blocks : tiles;
+    /* Blocks that are alone in a multiprocessor have more of it. */
+    const double busy = (double)sebp_div_ceil(sebp_min(made.blocks, slots), cuda->multiprocessors);
+    *time = (shared < whole ? shared : whole) * (double)(tile.rows * tile.cols) * tile.cost * busy;
     return made;
 }
 
-/** Four elements of a memory row from column `at` on, of which `count` are there. */
-template <bool is_bf16>
-__device__ __forceinline__ void read_four(const factor &from, int64_t row, int64_t at,
-                                          int64_t count, float got[4])
+/* Whether C is f32 whose groups of four can be stored at once, and nothing else is wanted. */
+bool stores_fours(const sebp_product *product)
 {
-    const int64_t first = sebp_row_at(from.rows, row) * from.stride + at;
-    if (from.is_aligned && count >= 4) {
-        if (is_bf16) {
-            uint2 pairs = *(const uint2 *)((const sebp_bf16 *)from.data + first);
-            got[0] = __uint_as_float(pairs.x << 16);
-            got[1] = __uint_as_float(pairs.x & 0xFFFF0000U);
-            got[2] = __uint_as_float(pairs.y << 16);
-            got[3] = __uint_as_float(pairs.y & 0xFFFF0000U);
-        } else {
-            float4 four = *(const float4 *)((const float *)from.data + first);
-            got[0] = four.x;
-            got[1] = four.y;
-            got[2] = four.z;
-            got[3] = four.w;
-        }
-        return;
-    }
-    for (int i = 0; i < 4; i++)
-        got[i] = i < count ? sebp_element(from.data, is_bf16, first + i) : 0.0F;
+    return product->c_dtype == SEBP_F32 && (uintptr_t)product->c % 16 == 0 &&
+           product->c_stride % 4 == 0 && product->n % 4 == 0 && product->bias == nullptr &&
+           product->residual == nullptr && product->before == nullptr &&
+           product->activated == nullptr;
 }
 
-/** A thread's part of a slice of `width` lanes, from lane `lane` and depth `at` on; zero from `end` on. */
-template <int width, bool lanes_are_rows, bool is_bf16>
-__device__ __forceinline__ void read_slice(const factor &from, int64_t lane, int64_t at,
-                                           int64_t end, float (&got)[width * STEP / THREADS])
+template <class S, bool a_rows, bool a_bf16, bool b_rows, bool b_bf16>
+sebp_status launch(sebp_cuda *cuda, const sebp_product *product, const sebp_plain_cut *cut,
+                   unsigned *counters, float *partial)
 {
-    constexpr int groups = width * STEP / THREADS / 4;
-#pragma unroll
-    for (int i = 0; i < groups; i++) {
-        const int group = (int)threadIdx.x + i * THREADS;
-        if (lanes_are_rows) {
-            const int64_t row = lane + group / (STEP / 4), depth = at + group % (STEP / 4) * 4;
-            if (row < from.lanes)
-                read_four<is_bf16>(from, row, depth, end - depth, &got[4 * i]);
-            else
-                got[4 * i] = got[4 * i + 1] = got[4 * i + 2] = got[4 * i + 3] = 0.0F;
-        } else {
-            const int64_t depth = at + group / (width / 4), col = lane + group % (width / 4) * 4;
-            if (depth < end)
-                read_four<is_bf16>(from, depth, col, from.lanes - col, &got[4 * i]);
-            else
-                got[4 * i] = got[4 * i + 1] = got[4 * i + 2] = got[4 * i + 3] = 0.0F;
-        }
-    }
+    return sebp_launch_overlapping(
+        cuda, plain::multiply<S, a_rows, a_bf16, b_rows, b_bf16>, dim3((unsigned)cut->blocks),
+        dim3(S::threads), plain::shared_bytes<S, a_rows, b_rows>(),
+        plain::factor_of(product->a, false, product->m, product->k),
+        plain::factor_of(product->b, true, product->n, product->k), *cut,
+        sebp_cuda_epilogue_of(product), stores_fours(product), counters, partial);
 }
 
-/** Leaves it in shared memory: STEP x (width + PAD), a row for each step of the depth. */
-template <int width, bool lanes_are_rows>
-__device__ __forceinline__ void keep_slice(float *slice, const float (&got)[width * STEP / THREADS])
+template <class S>
+sebp_status run_f32(sebp_cuda *cuda, const sebp_product *product, const sebp_plain_cut *cut,
+                    unsigned *counters, float *partial)
 {
-    constexpr int groups = width * STEP / THREADS / 4;
-#pragma unroll
-    for (int i = 0; i < groups; i++) {
-        const int group = (int)threadIdx.x + i * THREADS;
-        if (lanes_are_rows) {
-            float *to = slice + group % (STEP / 4) * 4 * (width + PAD) + group / (STEP / 4);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                to[j * (width + PAD)] = got[4 * i + j];
-        } else {
-            float *to = slice + group / (width / 4) * (width + PAD) + group % (width / 4) * 4;
-            *(float4 *)to = make_float4(got[4 * i], got[4 * i + 1], got[4 * i + 2], got[4 * i + 3]);
-        }
-    }
+    return sebp_with_bool(!product->a.transposed, [&](auto a_rows) {
+        return sebp_with_bool(product->b.transposed, [&](auto b_rows) {
+            return launch<S, a_rows, false, b_rows, false>(cuda, product, cut, counters, partial);
+        });
+    });
 }
 
-__device__ __forceinline__ void read_eight(const float *from, int apart, float got[PER_THREAD])
+/* What has bf16 comes here where tensor cores cannot take it, and has tiles of one kind alone. */
+sebp_status run_mixed(sebp_cuda *cuda, const sebp_product *product, const sebp_plain_cut *cut,
+                      unsigned *counters, float *partial)
 {
-    float4 low = *(const float4 *)from, high = *(const float4 *)(from + apart);
-    got[0] = low.x;
-    got[1] = low.y;
-    got[2] = low.z;
-    got[3] = low.w;
-    got[4] = high.x;
-    got[5] = high.y;
-    got[6] = high.z;
-    got[7] = high.w;
+    return sebp_with_bool(!product->a.transposed, [&](auto a_rows) {
+        return sebp_with_bool(product->a.dtype == SEBP_BF16, [&](auto a_bf16) {
+            return sebp_with_bool(product->b.transposed, [&](auto b_rows) {
+                return sebp_with_bool(product->b.dtype == SEBP_BF16, [&](auto b_bf16) {
+                    return launch<small_tile, a_rows, a_bf16, b_rows, b_bf16>(cuda, product, cut,
+                                                                              counters, partial);
+                });
+            });
+        });
+    });
 }
 
-/** Which of a tile's lanes a thread's i-th is: two groups of four, half a tile apart, so that neighbours
- * read neighbouring banks. */
-template <int width> __device__ __forceinline__ int lane_of(int thread, int i)
+bool has_bf16(const sebp_product *product)
 {
-    return thread * 4 + i % 4 + i / 4 * (width / 2);
+    return product->a.dtype == SEBP_BF16 || product->b.dtype == SEBP_BF16;
 }
 
-template <bool a_lanes_are_rows, bool a_is_bf16, bool b_lanes_are_rows, bool b_is_bf16>
-__global__ void __launch_bounds__(THREADS, 3)
-    multiply(factor a, factor b, sebp_cuda_cut cut, sebp_cuda_epilogue epilogue, unsigned *counters,
-             float *partial)
+int64_t counter_bytes(const sebp_plain_cut *cut)
 {
-    const sebp_overlapping overlapping;
-    __shared__ __align__(16) float a_slice[2][STEP * (TILE_ROWS + PAD)];
-    __shared__ __align__(16) float b_slice[2][STEP * (TILE_COLS + PAD)];
-    const sebp_cuda_share share = sebp_cuda_share_of(cut, a.depth, TILE_ROWS, TILE_COLS);
-    const int down = (int)threadIdx.x / THREADS_ACROSS, across = (int)threadIdx.x % THREADS_ACROSS;
-    float sums[PER_THREAD * PER_THREAD] = {};
-    float next_a[TILE_ROWS * STEP / THREADS], next_b[TILE_COLS * STEP / THREADS];
+    return sebp_round_up(cut->tiles_down * cut->tiles_across * (int64_t)sizeof(unsigned), 256);
+}
 
-    read_slice<TILE_ROWS, a_lanes_are_rows, a_is_bf16>(a, share.row, share.begin, share.end,
-                                                       next_a);
-    read_slice<TILE_COLS, b_lanes_are_rows, b_is_bf16>(b, share.col, share.begin, share.end,
-                                                       next_b);
-    int half = 0;
-    for (int64_t at = share.begin; at < share.end; at += STEP) {
-        keep_slice<TILE_ROWS, a_lanes_are_rows>(a_slice[half], next_a);
-        keep_slice<TILE_COLS, b_lanes_are_rows>(b_slice[half], next_b);
-        __syncthreads();
-        if (at + STEP < share.end) {
-            read_slice<TILE_ROWS, a_lanes_are_rows, a_is_bf16>(a, share.row, at + STEP, share.end,
-                                                               next_a);
-            read_slice<TILE_COLS, b_lanes_are_rows, b_is_bf16>(b, share.col, at + STEP, share.end,
-                                                               next_b);
-        }
-#pragma unroll
-        for (int k = 0; k < STEP; k++) {
-            float x[PER_THREAD], y[PER_THREAD];
-            read_eight(a_slice[half] + k * (TILE_ROWS + PAD) + down * 4, TILE_ROWS / 2, x);
-            read_eight(b_slice[half] + k * (TILE_COLS + PAD) + across * 4, TILE_COLS / 2, y);
-#pragma unroll
-            for (int i = 0; i < PER_THREAD; i++) {
-#pragma unroll
-                for (int j = 0; j < PER_THREAD; j++)
-                    sums[i * PER_THREAD + j] = fmaf(x[i], y[j], sums[i * PER_THREAD + j]);
-            }
-        }
-        half = 1 - half; /* the other slices were read before the last barrier */
-    }
-    if (!sebp_cuda_add_shares(cut, share, sums, counters, partial))
-        return;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        const int64_t row = share.row + lane_of<TILE_ROWS>(down, i);
-        if (row >= a.lanes)
-            continue;
-        const int64_t to = sebp_row_at(epilogue.c_rows, row);
-#pragma unroll
-        for (int j = 0; j < PER_THREAD; j++) {
-            const int64_t col = share.col + lane_of<TILE_COLS>(across, j);
-            if (col < b.lanes)
-                sebp_finish_element(epilogue, to, col, sums[i * PER_THREAD + j]);
-        }
-    }
+/* Whether blocks have but parts of tiles. */
+bool is_shared(const sebp_plain_cut *cut)
+{
+    return cut->tiles_down * cut->tiles_across % cut->blocks != 0;
 }
 
 } // namespace
 
-sebp_cuda_cut sebp_cuda_cut_plain(const sebp_cuda *cuda, const sebp_product *product)
+sebp_plain_cut sebp_cuda_cut_plain(const sebp_cuda *cuda, const sebp_product *product)
 {
-    return sebp_cuda_cut_product(product, TILE_ROWS, TILE_COLS, STEP, 3 * cuda->multiprocessors,
-                                 128);
+    double time = 0, best_time = 0;
+    sebp_plain_cut best = cut_by(SMALL, cuda, product, &best_time);
+    for (int which = 0; which < SMALL && !has_bf16(product); which++) {
+        sebp_plain_cut made = cut_by(which, cuda, product, &time);
+        if (time < best_time) {
+            best = made;
+            best_time = time;
+        }
+    }
+    return best;
 }
 
-int64_t sebp_cuda_plain_bytes(const sebp_cuda_cut *cut)
+int64_t sebp_cuda_plain_bytes(const sebp_plain_cut *cut)
 {
-    return sebp_cuda_cut_bytes(cut, TILE_ROWS * TILE_COLS);
+    const kind &tile = KINDS[cut->kind];
+    if (!is_shared(cut))
+        return 0;
+    return counter_bytes(cut) + 2 * cut->blocks * tile.rows * tile.cols * (int64_t)sizeof(float);
+}
+
+void sebp_cuda_plain_whole(sebp_plain_cut *cut)
+{
+    cut->blocks = cut->tiles_down * cut->tiles_across;
 }
 
 sebp_status sebp_cuda_run_plain(sebp_cuda *cuda, const sebp_product *product,
-                                const sebp_cuda_cut *cut, void *scratch)
+                                const sebp_plain_cut *cut, void *scratch)
 {
-    const factor a = factor_of(product->a, false, product->m, product->k);
-    const factor b = factor_of(product->b, true, product->n, product->k);
     unsigned *counters = (unsigned *)scratch;
-    float *partial = (float *)((char *)scratch + sebp_cuda_counter_bytes(cut));
-    sebp_status status = sebp_cuda_clear_counters(cuda, cut, scratch);
-    if (status != SEBP_SUCCESS)
-        return status;
-    const dim3 grid((unsigned)(cut->tiles_down * cut->tiles_across * cut->shares));
-    auto launch = [&](auto a_rows, auto a_bf16, auto b_rows, auto b_bf16) {
-        return sebp_launch_overlapping(cuda, multiply<a_rows, a_bf16, b_rows, b_bf16>, grid,
-                                       dim3(THREADS), 0, a, b, *cut, sebp_cuda_epilogue_of(product),
-                                       counters, partial);
-    };
-    return sebp_with_bool(a.lanes_are_rows, [&](auto a_rows) {
-        return sebp_with_bool(a.is_bf16, [&](auto a_bf16) {
-            return sebp_with_bool(b.lanes_are_rows, [&](auto b_rows) {
-                return sebp_with_bool(
-                    b.is_bf16, [&](auto b_bf16) { return launch(a_rows, a_bf16, b_rows, b_bf16); });
-            });
-        });
-    });
+    float *partial = (float *)((char *)scratch + counter_bytes(cut));
+    if (is_shared(cut)) {
+        /* No part of any tile has been summed. */
+        sebp_status status = sebp_cuda_check(
+            cuda, cudaMemsetAsync(scratch, 0, (size_t)counter_bytes(cut), cuda->stream));
+        if (status != SEBP_SUCCESS)
+            return status;
+    }
+    if (has_bf16(product))
+        return run_mixed(cuda, product, cut, counters, partial);
+    if (cut->kind == LARGE)
+        return run_f32<large_tile>(cuda, product, cut, counters, partial);
+    if (cut->kind == FLAT)
+        return run_f32<flat_tile>(cuda, product, cut, counters, partial);
+    return run_f32<small_tile>(cuda, product, cut, counters, partial);
 }

@@ -57,6 +57,7 @@ typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR, WAY_MATRIX_UNIT } way;
 typedef struct notes {
     way way;
     sebp_cuda_cut cut;
+    sebp_plain_cut plain;
     int64_t scratch_bytes;
 } notes;
 
@@ -78,8 +79,8 @@ static void settle(const sebp_cuda *cuda, const sebp_product *product, notes *se
         *path = "cuda:tensor";
     } else {
         settled->way = WAY_PLAIN;
-        settled->cut = sebp_cuda_cut_plain(cuda, product);
-        settled->scratch_bytes = sebp_cuda_plain_bytes(&settled->cut);
+        settled->plain = sebp_cuda_cut_plain(cuda, product);
+        settled->scratch_bytes = sebp_cuda_plain_bytes(&settled->plain);
         *path = "cuda:plain";
     }
 }
@@ -89,6 +90,7 @@ static void do_without_shares(const sebp_product *product, notes *settled)
 {
     settled->cut.shares = 1;
     settled->cut.share_depth = product->k;
+    sebp_cuda_plain_whole(&settled->plain);
     settled->scratch_bytes = 0;
 }
 
@@ -119,7 +121,7 @@ sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
     else if (settled->way == WAY_TENSOR)
         status = sebp_cuda_run_tensor(cuda, &plan->product, &settled->cut, scratch);
     else if (settled->way == WAY_PLAIN)
-        status = sebp_cuda_run_plain(cuda, &plan->product, &settled->cut, scratch);
+        status = sebp_cuda_run_plain(cuda, &plan->product, &settled->plain, scratch);
     if (status != SEBP_SUCCESS)
         plan->path = cuda->why;
     return status;

@@ -38,10 +38,21 @@ sebp_status sebp_cuda_clear_counters(sebp_cuda *cuda, const sebp_cuda_cut *cut, 
 
 /* plain_product.cu: sums in f32, of either dtype, anywhere in memory */
 
-sebp_cuda_cut sebp_cuda_cut_plain(const sebp_cuda *cuda, const sebp_product *product);
-int64_t sebp_cuda_plain_bytes(const sebp_cuda_cut *cut);
+/** Tiles of C and their slices: blocks take as many of them each, tile by tile. */
+typedef struct sebp_plain_cut {
+    int kind; /* of tiles */
+    int64_t tiles_down, tiles_across;
+    int64_t steps;  /* slices of the depth, >= 1 */
+    int64_t blocks; /* no more than slices of all tiles */
+} sebp_plain_cut;
+
+sebp_plain_cut sebp_cuda_cut_plain(const sebp_cuda *cuda, const sebp_product *product);
+int64_t sebp_cuda_plain_bytes(const sebp_plain_cut *cut);
+
+/** Makes a cut do without scratch memory: a block for each tile. */
+void sebp_cuda_plain_whole(sebp_plain_cut *cut);
 sebp_status sebp_cuda_run_plain(sebp_cuda *cuda, const sebp_product *product,
-                                const sebp_cuda_cut *cut, void *scratch);
+                                const sebp_plain_cut *cut, void *scratch);
 
 /* tensor_product.cu: bf16 of which rows begin at multiples of 16 bytes */
 

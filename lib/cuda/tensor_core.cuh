@@ -122,6 +122,21 @@ __device__ __forceinline__ void sebp_copy_async(void *to, const void *from, int 
 #endif
 }
 
+/** Starts to copy 4 bytes to shared memory, both at multiples of 4, or with `bytes` 0 zeros. */
+__device__ __forceinline__ void sebp_copy_four_async(void *to, const void *from, int bytes)
+{
+#ifdef __CUDACC__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes)
+                 : "memory");
+#else
+    memset(to, 0, 4);
+    if (bytes > 0)
+        memcpy(to, from, 4);
+#endif
+}
+
 /** Ends a group of copies of this thread. */
 __device__ __forceinline__ void sebp_copies_end_group()
 {
