@@ -18,10 +18,13 @@ constexpr int PAD = 4; /* so that elements that are copied together do not meet 
  * @tparam slice_depth               of a slice of A and B: a multiple of 8.
  * @tparam stage_count               slices in shared memory at once.
  * @tparam blocks                    that shall fit in a multiprocessor.
+ * @tparam takes_any                 alignment; else factors of which rows are copied as they lie are
+ *                                   f32 and aligned.
  */
 template <int tile_rows, int tile_cols, int per_thread_rows, int per_thread_cols, int slice_depth,
-          int stage_count, int blocks>
+          int stage_count, int blocks, bool takes_any>
 struct shape {
+    static constexpr bool any_alignment = takes_any;
     static constexpr int rows = tile_rows, cols = tile_cols, step = slice_depth;
     static constexpr int thread_rows = per_thread_rows, thread_cols = per_thread_cols;
     static constexpr int stages = stage_count, resident = blocks;
@@ -71,90 +74,106 @@ __device__ __forceinline__ void copy_element(float *to, const char *from, bool i
  * the depth.
  *
  * Where memory rows are lanes a warp copies 8 elements of 4 rows, one by one, as they turn to lie across.
- * Where rows begin is in a table, in shared memory. Else rows are copied as they lie, and which come
- * next has been looked up when their turn comes.
+ * Where these rows begin is in a table. Else rows are copied as they lie; a list of them is copied, too,
+ * ahead of them, to a ring that has room for the slices under way and as many more.
  */
 template <class S, int width, bool lanes_are_rows, bool is_bf16> struct slices {
     static constexpr int pitch = width + PAD, elements = S::step * pitch;
     static constexpr int groups = width * S::step / 4 / S::threads, row_groups = width / 4;
     static constexpr int lanes_at_once = S::threads / S::step;
-    static constexpr int table_bytes = lanes_are_rows ? width * (int)sizeof(char *) : 0;
+    static constexpr int ring = 8, ahead = S::stages - 1; /* slices */
+    static constexpr int table_bytes = 8 * (lanes_are_rows ? width : ring * S::step);
+    static_assert(ring >= 2 * S::stages && S::step <= S::threads);
     static constexpr int element_bytes = is_bf16 ? 2 : 4;
     static_assert(groups > 0 && width % lanes_at_once == 0 && S::threads % row_groups == 0);
 
-    const char **table;
-    int64_t next[groups]; /* memory rows */
+    union {
+        const char **lane_rows;
+        int64_t *depth_rows; /* ring x step */
+    };
+    const char *first; /* a thread's first element of memory row 0 */
+    int there;         /* of its groups of 4 */
 
-    /** Begins with lanes from `lane` on. All threads call it, and wait for each other then. */
-    __device__ __forceinline__ void begin(const factor &from, int64_t lane)
+    /** Begins with lanes from `lane` on and depths from `at` on. All threads call it, and wait for each
+     * other then. */
+    __device__ __forceinline__ void begin(const factor &from, int64_t lane, int64_t at)
     {
         if constexpr (lanes_are_rows) {
             for (int i = (int)threadIdx.x; i < width; i += S::threads) {
                 /* What is behind the last lane is not stored, so it may be any that is there. */
                 const int64_t row = lane + i < from.lanes ? lane + i : from.lanes - 1;
-                table[i] = from.data + sebp_row_at(from.rows, row) * from.stride * element_bytes;
+                lane_rows[i] =
+                    from.data + sebp_row_at(from.rows, row) * from.stride * element_bytes;
+            }
+        } else {
+            const int64_t col = lane + (int)threadIdx.x % row_groups * 4;
+            const int64_t left = from.lanes - col;
+            there = left >= 4 ? 4 : left > 0 ? (int)left : 0;
+            first = from.data + (there > 0 ? col : 0) * element_bytes;
+            for (int i = (int)threadIdx.x; i < 2 * ahead * S::step; i += S::threads) {
+                if (from.rows != nullptr && at + i < from.depth)
+                    depth_rows[i] = from.rows[at + i];
             }
         }
     }
 
-    /** Looks up the rows of a slice. */
-    __device__ __forceinline__ void look_up(const factor &from, int64_t at, int64_t end)
-    {
-        if constexpr (!lanes_are_rows) {
-#pragma unroll
-            for (int i = 0; i < groups; i++) {
-                const int64_t row = at + ((int)threadIdx.x + i * S::threads) / row_groups;
-                next[i] = row;
-                if (from.rows != nullptr)
-                    next[i] = row < end ? from.rows[row] : 0;
-            }
-        }
-    }
-
-    /** Starts to copy the slice that was looked up. */
-    __device__ __forceinline__ void copy(float *to, const factor &from, int64_t lane, int64_t at,
-                                         int64_t end) const
+    /** Starts to copy slice i, of which depth `at` is the first of `left`. */
+    __device__ __forceinline__ void copy(float *to, const factor &from, int i, int64_t at,
+                                         int left) const
     {
         const int thread = (int)threadIdx.x;
         if constexpr (lanes_are_rows) {
             constexpr int eights = S::step / 8; /* along the depth */
             const int warp = thread / SEBP_WARP;
             const int depth = thread % 8 + warp % eights * 8;
-            const int first = thread / 8 % 4 + warp / eights * 4;
-            const bool is_there = at + depth < end;
+            const int first_lane = thread / 8 % 4 + warp / eights * 4;
+            const bool is_there = depth < left;
             const int64_t offset = is_there ? (at + depth) * element_bytes : 0;
 #pragma unroll
             for (int i = 0; i < width / lanes_at_once; i++) {
-                const int to_lane = first + i * lanes_at_once;
-                copy_element<is_bf16>(to + depth * pitch + to_lane, table[to_lane] + offset,
+                const int lane = first_lane + i * lanes_at_once;
+                copy_element<is_bf16>(to + depth * pitch + lane, lane_rows[lane] + offset,
                                       is_there);
             }
         } else {
-            const int col = thread % row_groups * 4;
-            const int64_t left = from.lanes - lane - col;
-            const int count = left >= 4 ? 4 : left > 0 ? (int)left : 0;
+            const int row = thread / row_groups;
+            const int64_t *listed = depth_rows + i % ring * S::step + row;
+            float *place = to + row * pitch + thread % row_groups * 4;
 #pragma unroll
-            for (int i = 0; i < groups; i++) {
-                const int row = (thread + i * S::threads) / row_groups;
-                const int there = at + row < end ? count : 0;
-                const char *source = from.data;
-                if (there > 0)
-                    source += (next[i] * from.stride + lane + col) * element_bytes;
-                copy_group(to + row * pitch + col, source, there, from.is_aligned);
+            for (int j = 0; j < groups; j++) {
+                constexpr int apart = S::threads / row_groups;
+                const int count = row + j * apart < left ? there : 0;
+                int64_t memory_row =
+                    from.rows != nullptr ? listed[j * apart] : at + row + j * apart;
+                if (count == 0)
+                    memory_row = 0;
+                copy_group(place + j * apart * pitch,
+                           first + memory_row * (from.stride * element_bytes), count,
+                           from.is_aligned);
             }
         }
     }
 
-    static __device__ __forceinline__ void copy_group(float *to, const char *from, int there,
+    /** Starts to copy the part of the list for slice i, of which depth `at` is the first of `left`. */
+    __device__ __forceinline__ void copy_list(const factor &from, int i, int64_t at, int left) const
+    {
+        if constexpr (!lanes_are_rows) {
+            if (from.rows != nullptr && (int)threadIdx.x < left && (int)threadIdx.x < S::step)
+                sebp_copy_eight_async(depth_rows + i % ring * S::step + threadIdx.x,
+                                      from.rows + at + threadIdx.x);
+        }
+    }
+
+    static __device__ __forceinline__ void copy_group(float *to, const char *from, int count,
                                                       bool is_aligned)
     {
-        if (!is_bf16 && is_aligned) {
-            sebp_copy_async(to, from, 4 * there);
+        if (!is_bf16 && (!S::any_alignment || is_aligned)) {
+            sebp_copy_async(to, from, 4 * count);
         } else {
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                copy_element<is_bf16>(to + j, from + (j < there ? j * element_bytes : 0),
-                                      j < there);
+                copy_element<is_bf16>(to + j, from + (j < count ? j * element_bytes : 0),
+                                      j < count);
         }
     }
 };
@@ -182,8 +201,8 @@ template <int width, int count> __device__ __forceinline__ constexpr int lane_of
 
 /** A block's slices of one tile. */
 struct segment {
-    int64_t tile, row, col; /* and its first element in C */
-    int64_t first, count;   /* slices */
+    int tile, down, across;
+    int first, count; /* slices */
 };
 
 /** The first slice of a block, of those of all tiles. */
@@ -192,15 +211,18 @@ __device__ __forceinline__ int64_t begin_of(const sebp_plain_cut &cut, int64_t b
     return block * (cut.tiles_down * cut.tiles_across * cut.steps) / cut.blocks;
 }
 
-template <class S>
 __device__ __forceinline__ segment segment_at(const sebp_plain_cut &cut, int64_t at, int64_t end)
 {
     segment made;
-    made.tile = at / cut.steps;
-    made.row = made.tile % cut.tiles_down * S::rows;
-    made.col = made.tile / cut.tiles_down * S::cols;
-    made.first = at % cut.steps;
-    made.count = cut.steps - made.first < end - at ? cut.steps - made.first : end - at;
+    made.count = 0;
+    if (at >= end)
+        return made;
+    made.tile = (int)(at / cut.steps);
+    made.down = made.tile % (int)cut.tiles_down;
+    made.across = made.tile / (int)cut.tiles_down;
+    made.first = (int)(at % cut.steps);
+    const int64_t left = cut.steps - made.first;
+    made.count = (int)(left < end - at ? left : end - at);
     return made;
 }
 
@@ -222,7 +244,7 @@ __device__ __forceinline__ bool add_parts(const sebp_plain_cut &cut, const segme
     auto part_of = [&](int64_t block, bool is_beginning) {
         return (float4 *)partial + (2 * block + is_beginning) * fours * S::threads + threadIdx.x;
     };
-    const int64_t tile_first = at.tile * cut.steps, tile_last = tile_first + cut.steps - 1;
+    const int64_t tile_first = (int64_t)at.tile * cut.steps, tile_last = tile_first + cut.steps - 1;
     const int64_t total = cut.tiles_down * cut.tiles_across * cut.steps;
     const int64_t first_block = ((tile_first + 1) * cut.blocks - 1) / total;
     const int64_t last_block = ((tile_last + 1) * cut.blocks - 1) / total;
@@ -336,45 +358,63 @@ __global__ void __launch_bounds__(S::threads, S::resident)
     float *stages = sebp_shared<float>();
     a_slices from_a;
     b_slices from_b;
-    from_a.table = (const char **)(stages + S::stages * stage_elements);
-    from_b.table = from_a.table + a_slices::table_bytes / sizeof(char *);
+    from_a.lane_rows = (const char **)(stages + S::stages * stage_elements);
+    from_b.lane_rows = from_a.lane_rows + a_slices::table_bytes / sizeof(char *);
     /* A warp has 4 threads down and 8 across. */
     const int warp = (int)threadIdx.x / SEBP_WARP, thread = (int)threadIdx.x % SEBP_WARP;
     const int down = (warp / (S::across / 8) * 4 + thread / 8) * 4;
     const int across = (warp % (S::across / 8) * 8 + thread % 8) * 4;
-    const int64_t block_end = begin_of(cut, blockIdx.x + 1);
+    /* Not in registers, which the sums need. */
+    __shared__ int64_t block_at, block_end;
+    __shared__ segment now;
+    if (threadIdx.x == 0) {
+        block_at = begin_of(cut, blockIdx.x);
+        block_end = begin_of(cut, blockIdx.x + 1);
+        now.count = 0;
+    }
 
-    for (int64_t block_at = begin_of(cut, blockIdx.x); block_at < block_end;) {
-        const segment now = segment_at<S>(cut, block_at, block_end);
-        const int count = (int)now.count;
-        const int64_t begin = now.first * S::step, end = a.depth;
-        block_at += now.count;
+    for (;;) {
+        __syncthreads(); /* the last tile is done with */
+        if (threadIdx.x == 0) {
+            block_at += now.count;
+            now = segment_at(cut, block_at, block_end);
+        }
+        __syncthreads();
+        const int count = now.count;
+        if (count == 0)
+            return;
+        const int64_t begin = (int64_t)now.first * S::step;
         float sums[S::thread_rows * S::thread_cols] = {};
-        from_a.begin(a, now.row);
-        from_b.begin(b, now.col);
-        from_a.look_up(a, begin, end);
-        from_b.look_up(b, begin, end);
-        __syncthreads(); /* the tables are there, and the last tile's slices are read */
-        auto copy_stage = [&](int i, int stage) {
+        from_a.begin(a, (int64_t)now.down * S::rows, begin);
+        from_b.begin(b, (int64_t)now.across * S::cols, begin);
+        __syncthreads();
+        auto left_at = [&](int64_t at) {
+            const int64_t left = a.depth - at;
+            return left < S::step ? (int)left : S::step;
+        };
+        auto copy_stage = [&](int i, int stage, bool with_list) {
             if (i < count) {
                 const int64_t at = begin + (int64_t)i * S::step;
+                const int64_t list_at = at + (S::stages - 1) * S::step;
                 float *to = stages + stage * stage_elements;
-                from_a.copy(to, a, now.row, at, end);
-                from_b.copy(to + a_slices::elements, b, now.col, at, end);
-                from_a.look_up(a, at + S::step, end);
-                from_b.look_up(b, at + S::step, end);
+                from_a.copy(to, a, i, at, left_at(at));
+                from_b.copy(to + a_slices::elements, b, i, at, left_at(at));
+                if (with_list) {
+                    from_a.copy_list(a, i + S::stages - 1, list_at, left_at(list_at));
+                    from_b.copy_list(b, i + S::stages - 1, list_at, left_at(list_at));
+                }
             }
             sebp_copies_end_group();
         };
 #pragma unroll
         for (int i = 0; i < S::stages - 1; i++)
-            copy_stage(i, i);
+            copy_stage(i, i, false);
         int read = 0, write = S::stages - 1;
 #pragma unroll 1
         for (int i = 0; i < count; i++) {
             sebp_copies_wait<S::stages - 2>();
             __syncthreads(); /* this stage is there, and the one before it is read */
-            copy_stage(i + S::stages - 1, write);
+            copy_stage(i + S::stages - 1, write, true);
             const float *x_from = stages + read * stage_elements + down;
             const float *y_from = stages + read * stage_elements + a_slices::elements + across;
 #pragma unroll
@@ -396,10 +436,12 @@ __global__ void __launch_bounds__(S::threads, S::resident)
         }
         if (!add_parts<S>(cut, now, sums, counters, partial))
             continue;
+        const int64_t row = (int64_t)now.down * S::rows + down;
+        const int64_t col = (int64_t)now.across * S::cols + across;
         if (stores_fours)
-            store_fours<S>(epilogue, now.row + down, now.col + across, a.lanes, b.lanes, sums);
+            store_fours<S>(epilogue, row, col, a.lanes, b.lanes, sums);
         else
-            store_any<S>(epilogue, now.row + down, now.col + across, a.lanes, b.lanes, sums);
+            store_any<S>(epilogue, row, col, a.lanes, b.lanes, sums);
     }
 }
 

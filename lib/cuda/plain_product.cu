@@ -15,9 +15,9 @@ namespace {
 
 /* Tiles for much work, for less, and for little. A thread's part of the last is smaller, as there are
  * too few blocks for a multiprocessor to have many threads. */
-using large_tile = plain::shape<128, 128, 8, 8, 16, 3, 2>;
-using flat_tile = plain::shape<64, 128, 8, 8, 16, 3, 4>;
-using small_tile = plain::shape<64, 64, 4, 8, 16, 4, 4>;
+using large_tile = plain::shape<128, 128, 8, 8, 16, 3, 2, false>;
+using flat_tile = plain::shape<64, 128, 8, 8, 16, 3, 4, false>;
+using small_tile = plain::shape<64, 64, 4, 8, 16, 4, 4, true>;
 
 enum { LARGE, FLAT, SMALL, TILES };
 
@@ -94,9 +94,18 @@ sebp_status run_f32(sebp_cuda *cuda, const sebp_product *product, const sebp_pla
     });
 }
 
-/* What has bf16 comes here where tensor cores cannot take it, and has tiles of one kind alone. */
-sebp_status run_mixed(sebp_cuda *cuda, const sebp_product *product, const sebp_plain_cut *cut,
-                      unsigned *counters, float *partial)
+/* Whether tiles of one kind alone will do: with bf16, which comes here where tensor cores cannot take
+ * it, and where f32 cannot be copied as it lies. */
+bool is_odd(const sebp_product *product)
+{
+    const plain::factor a = plain::factor_of(product->a, false, product->m, product->k);
+    const plain::factor b = plain::factor_of(product->b, true, product->n, product->k);
+    return a.is_bf16 || b.is_bf16 || !(a.lanes_are_rows || a.is_aligned) ||
+           !(b.lanes_are_rows || b.is_aligned);
+}
+
+sebp_status run_odd(sebp_cuda *cuda, const sebp_product *product, const sebp_plain_cut *cut,
+                    unsigned *counters, float *partial)
 {
     return sebp_with_bool(!product->a.transposed, [&](auto a_rows) {
         return sebp_with_bool(product->a.dtype == SEBP_BF16, [&](auto a_bf16) {
@@ -108,11 +117,6 @@ sebp_status run_mixed(sebp_cuda *cuda, const sebp_product *product, const sebp_p
             });
         });
     });
-}
-
-bool has_bf16(const sebp_product *product)
-{
-    return product->a.dtype == SEBP_BF16 || product->b.dtype == SEBP_BF16;
 }
 
 int64_t counter_bytes(const sebp_plain_cut *cut)
@@ -132,7 +136,7 @@ sebp_plain_cut sebp_cuda_cut_plain(const sebp_cuda *cuda, const sebp_product *pr
 {
     double time = 0, best_time = 0;
     sebp_plain_cut best = cut_by(SMALL, cuda, product, &best_time);
-    for (int which = 0; which < SMALL && !has_bf16(product); which++) {
+    for (int which = 0; which < SMALL && !is_odd(product); which++) {
         sebp_plain_cut made = cut_by(which, cuda, product, &time);
         if (time < best_time) {
             best = made;
@@ -167,8 +171,8 @@ sebp_status sebp_cuda_run_plain(sebp_cuda *cuda, const sebp_product *product,
         if (status != SEBP_SUCCESS)
             return status;
     }
-    if (has_bf16(product))
-        return run_mixed(cuda, product, cut, counters, partial);
+    if (is_odd(product))
+        return run_odd(cuda, product, cut, counters, partial);
     if (cut->kind == LARGE)
         return run_f32<large_tile>(cuda, product, cut, counters, partial);
     if (cut->kind == FLAT)
