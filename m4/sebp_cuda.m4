@@ -32,7 +32,8 @@ AM_CONDITIONAL([CUDA], [test "$sebp_have_cuda" = yes])
 AM_CONDITIONAL([CUBLAS], [test "$sebp_have_cublas" = yes])
 AM_CONDITIONAL([CUDA_EMULATED], [test "$sebp_have_emulated_cuda" = yes])])
 
-# Warnings of the host's compiler that are errors for C are so for kernels on the emulated GPU.
+# Warnings of the host's compiler that are errors for C are so for kernels on the emulated GPU. Kernels
+# read several elements at once as words of other types, as CUDA C++ is read by nvcc.
 AC_DEFUN([_SEBP_CUDA_EMULATED],
 [AC_LANG_PUSH([C++])
 AC_CACHE_CHECK([for $CXX option to compile C++20], [sebp_cv_cxx20],
@@ -56,7 +57,7 @@ AS_IF([test "$sebp_cv_cxx20" = no],
   [sebp_have_emulated_cuda=yes
   sebp_cuda_summary="no (--with-cuda)"
   CUDA_CPPFLAGS='-I$(top_srcdir)/tests/cuda'
-  CUDA_COMPILE="\$(CXX) $sebp_cv_cxx20 -x c++ -O2 -g -Wall -Wextra -Wno-unknown-pragmas \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(CUDA_CPPFLAGS) \$(SANITIZE_CFLAGS) \$(VISIBILITY_CFLAGS)"
+  CUDA_COMPILE="\$(CXX) $sebp_cv_cxx20 -x c++ -O2 -g -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(CUDA_CPPFLAGS) \$(SANITIZE_CFLAGS) \$(VISIBILITY_CFLAGS)"
   AS_IF([test "$enable_werror" = yes], [CUDA_COMPILE="$CUDA_COMPILE -Werror"])
   CUDA_LIBS=-lstdc++])])
 

@@ -54,7 +54,9 @@ __device__ __forceinline__ void sebp_store_pack(T *row, int64_t at, int64_t end,
     if (is_packed && at + N <= end) {
         using stored = sebp_stored<(int)sizeof pack>;
         static_assert(sizeof(stored) == sizeof pack);
-        __stwb(reinterpret_cast<stored *>(row + at), *reinterpret_cast<const stored *>(&pack));
+        stored words;
+        memcpy(&words, &pack, sizeof words);
+        __stwb(reinterpret_cast<stored *>(row + at), words);
         return;
     }
     for (int i = 0; i < N; i++) {

@@ -340,7 +340,6 @@ __device__ __forceinline__ void store_any(const sebp_cuda_epilogue &to, int64_t 
 
 template <class S, bool a_lanes_are_rows, bool b_lanes_are_rows> constexpr int64_t shared_bytes()
 {
-    const sebp_overlapping overlapping;
     using a_slices = slices<S, S::rows, a_lanes_are_rows, false>;
     using b_slices = slices<S, S::cols, b_lanes_are_rows, false>;
     return S::stages * (a_slices::elements + b_slices::elements) * (int64_t)sizeof(float) +
@@ -352,6 +351,7 @@ __global__ void __launch_bounds__(S::threads, S::resident)
     multiply(factor a, factor b, sebp_plain_cut cut, sebp_cuda_epilogue epilogue, bool stores_fours,
              unsigned *counters, float *partial)
 {
+    const sebp_overlapping overlapping;
     using a_slices = slices<S, S::rows, a_lanes_are_rows, a_is_bf16>;
     using b_slices = slices<S, S::cols, b_lanes_are_rows, b_is_bf16>;
     constexpr int stage_elements = a_slices::elements + b_slices::elements;

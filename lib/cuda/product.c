@@ -12,6 +12,21 @@ enum { COUNTERS_ALIGNMENT = 256 };
 
 /* ---- cutting ---- */
 
+enum {
+    MAX_SHARES = 16,
+    START_STEPS = 6, /* what a block takes for its first slices and for its sums, in steps */
+    ADD_STEPS = 1    /* and what the last one takes for each share that it adds */
+};
+
+/* About how long `blocks` of `steps` take, in tenths of the time that a step takes where blocks are in
+ * all slots. Where no more than half of them are taken a block has more of its multiprocessor. */
+static int64_t time_of(int64_t blocks, int64_t steps, int64_t slots)
+{
+    const int64_t last = blocks % slots;
+    const int64_t waves = blocks / slots * 10 + (last == 0 ? 0 : 2 * last <= slots ? 7 : 10);
+    return waves * (steps + START_STEPS);
+}
+
 sebp_cuda_cut sebp_cuda_cut_product(const sebp_product *product, int64_t tile_rows,
                                     int64_t tile_cols, int64_t step, int64_t slots,
                                     int64_t min_depth)
@@ -19,10 +34,20 @@ sebp_cuda_cut sebp_cuda_cut_product(const sebp_product *product, int64_t tile_ro
     sebp_cuda_cut made = {sebp_div_ceil(product->m, tile_rows),
                           sebp_div_ceil(product->n, tile_cols), 1, product->k};
     const int64_t tiles = made.tiles_down * made.tiles_across;
-    const int64_t max_shares = sebp_max(product->k / min_depth, 1);
-    int64_t shares = tiles > 0 ? sebp_min(sebp_max(slots / tiles, 1), max_shares) : 1;
-    made.share_depth = sebp_max(sebp_round_up(sebp_div_ceil(product->k, shares), step), step);
-    made.shares = sebp_max(sebp_div_ceil(product->k, made.share_depth), 1);
+    const int64_t steps = sebp_max(sebp_div_ceil(product->k, step), 1);
+    const int64_t max_shares = sebp_min(sebp_max(product->k / min_depth, 1), MAX_SHARES);
+    int64_t min_time = INT64_MAX;
+    for (int64_t shares = 1; shares <= max_shares; shares++) {
+        const int64_t share_steps = sebp_div_ceil(steps, shares);
+        const int64_t time =
+            time_of(tiles * sebp_div_ceil(steps, share_steps), share_steps, slots) +
+            (shares > 1 ? 10 * ADD_STEPS * shares : 0);
+        if (time < min_time) {
+            min_time = time;
+            made.share_depth = share_steps * step;
+            made.shares = sebp_div_ceil(steps, share_steps);
+        }
+    }
     return made;
 }
 

@@ -141,10 +141,10 @@ __device__ __forceinline__ void sebp_copy_four_async(void *to, const void *from,
 __device__ __forceinline__ void sebp_copy_eight_async(void *to, const void *from)
 {
 #ifdef __CUDACC__
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(__cvta_generic_to_global(from))
-                 : "memory");
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(__cvta_generic_to_global(from))
+        : "memory");
 #else
     memcpy(to, from, 8);
 #endif
