@@ -35,6 +35,9 @@ typedef struct sebp_cuda {
     sebp_overlap overlap;
     void *results;            /* RESULT_BYTES of the host's memory that the GPU can write */
     char why[SEBP_WHY_BYTES]; /* the CUDA error behind the last SEBP_ERROR_BACKEND */
+    /* How many clusters of so many blocks run at once, of the kernel for products on matrix units;
+     * [1] is 0 until the first such product asks. */
+    int clusters_at_once[9];
 } sebp_cuda;
 
 enum { SEBP_CUDA_RESULT_BYTES = 4096 };

@@ -75,15 +75,34 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void *from, bool pres
                  : "memory");
 }
 
-__device__ __forceinline__ void copies_commit()
+/** Brings the 128 bytes around it into the L2 cache. */
+__device__ __forceinline__ void prefetch(const void *from)
 {
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-/** Waits until at most `LEFT` of the thread's groups of copies are under way. */
-template <int LEFT> __device__ __forceinline__ void copies_wait()
+/* ---- shared memory, by address ---- */
+
+__device__ __forceinline__ void store_shared(uint32_t to, uint32_t x)
 {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, float4 x)
+{
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t from)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
 }
 
 /** What was written to shared memory by threads comes before what the matrix unit reads after it. */
@@ -161,6 +180,22 @@ __device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b)
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
                  "%64, %65, 1, 1, 1, %66, %67;"
                  : SEBP_SUMS_64(0)
+                 : "l"(a), "l"(b), "n"(A_ACROSS ? 1 : 0), "n"(B_ACROSS ? 1 : 0));
+}
+
+/** The same with B: 16 x 192 and j < 24. */
+template <bool A_ACROSS, bool B_ACROSS>
+__device__ __forceinline__ void product(float (&d)[96], uint64_t a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+                 "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+                 "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+                 "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "
+                 "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+                 "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+                 "%96, %97, 1, 1, 1, %98, %99;"
+                 : SEBP_SUMS_64(0), SEBP_SUMS_16(64), SEBP_SUMS_16(80)
                  : "l"(a), "l"(b), "n"(A_ACROSS ? 1 : 0), "n"(B_ACROSS ? 1 : 0));
 }
 

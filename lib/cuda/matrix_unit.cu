@@ -17,51 +17,70 @@
 namespace matrix_unit {
 namespace {
 
-constexpr fence FENCE = fence::BY_READERS;
-
 /* ---- how ---- */
 
-/** The width of the tiles, 128 or 256, and the blocks to a tile. */
+/** The width of the tiles, 128, 192 or 256; how many of them single blocks make; and the blocks in a
+ * cluster for each of the others. */
 struct shape {
     int width, splits;
+    int64_t alone;
 };
 
-/* How many blocks run at once, one to an SM. A cluster's blocks are on SMs of one group of 16 or more. */
-int64_t blocks_at_once(int multiprocessors, int splits)
+/** What a product costs, in microseconds. Measured on an H200. */
+struct costs {
+    double step, ends; /* of 64 of the depth, and of a tile's beginning and end */
+};
+
+costs costs_of(const sebp_product *product, int width)
 {
-    const int group = 16;
-    if (splits <= 2)
-        return sebp_max(multiprocessors / splits, 1) * splits;
-    return sebp_max(multiprocessors / group, 1) * (group / splits) * splits;
+    double step = width == 256 ? 0.76 : width == 192 ? 0.60 : 0.46;
+    double stored = (product->c_dtype == SEBP_BF16 ? 1 : 2) * (product->accumulate ? 2 : 1);
+    return {step, 1.5 + 0.5 * width / 128 * stored};
 }
 
-/* Clock cycles of an SM, roughly: of a step of the depth with its copies, of a block's beginning and
- * end, of the sum over a cluster. */
-double cycles(const sebp_product *product, int multiprocessors, shape how)
+constexpr double LAUNCH = 3, SUM_OF_CLUSTER = 2.5;
+
+double time_of_rounds(const sebp_product *product, int64_t tiles, int width, int splits,
+                      int64_t clusters_at_once)
 {
-    const double step = how.width == 256 ? 1150 : 680, ends = 3000, sum_of_cluster = 2500;
+    if (tiles == 0)
+        return 0;
+    costs c = costs_of(product, width);
+    int64_t steps = sebp_div_ceil(sebp_div_ceil(product->k, TILE_DEPTH), splits);
+    return LAUNCH + (double)sebp_div_ceil(tiles, clusters_at_once) *
+                        ((double)steps * c.step + c.ends + (splits > 1 ? SUM_OF_CLUSTER : 0));
+}
+
+double time_of(const sebp_cuda *cuda, const sebp_product *product, shape how)
+{
     int64_t tiles = sebp_div_ceil(product->m, TILE_M) * sebp_div_ceil(product->n, how.width);
-    int64_t steps = sebp_div_ceil(product->k, TILE_DEPTH);
-    int64_t rounds = sebp_div_ceil(tiles * how.splits, blocks_at_once(multiprocessors, how.splits));
-    return (double)rounds * ((double)sebp_div_ceil(steps, how.splits) * step + ends +
-                             (how.splits > 1 ? sum_of_cluster : 0));
+    if (how.splits == 1)
+        return time_of_rounds(product, tiles, how.width, 1, cuda->multiprocessors);
+    return time_of_rounds(product, how.alone, how.width, 1, cuda->multiprocessors) +
+           time_of_rounds(product, tiles - how.alone, how.width, how.splits,
+                          cuda->clusters_at_once[how.splits]);
 }
 
-shape choose(const sebp_product *product, int multiprocessors)
+shape choose(const sebp_cuda *cuda, const sebp_product *product)
 {
     const int64_t min_steps = 4;   /* of a block */
     const int64_t many_rounds = 8; /* a last one that is not full costs little */
-    int64_t steps = sebp_div_ceil(product->k, TILE_DEPTH);
-    int64_t most = sebp_max(sebp_min(steps / min_steps, MAX_SPLITS), 1);
-    if (sebp_div_ceil(product->m, TILE_M) * sebp_div_ceil(product->n, 256) >
-        many_rounds * multiprocessors)
-        most = 1;
-    shape best = {128, 1};
-    for (int width = 128; width <= 256; width += 128) {
-        for (int splits = 1; splits <= most; splits++) {
-            if (cycles(product, multiprocessors, {width, splits}) <
-                cycles(product, multiprocessors, best))
-                best = {width, splits};
+    int64_t most = sebp_div_ceil(product->k, TILE_DEPTH) / min_steps;
+    shape best = {128, 1, 0};
+    auto look_at = [&](shape how) {
+        if (time_of(cuda, product, how) < time_of(cuda, product, best))
+            best = how;
+    };
+    for (int width = 128; width <= 256; width += 64) {
+        int64_t tiles = sebp_div_ceil(product->m, TILE_M) * sebp_div_ceil(product->n, width);
+        int64_t rounds = tiles / cuda->multiprocessors;
+        look_at({width, 1, 0});
+        for (int splits = 2; splits <= sebp_min(most, MAX_SPLITS) && rounds < many_rounds;
+             splits++) {
+            if (cuda->clusters_at_once[splits] == 0)
+                continue;
+            look_at({width, splits, 0});
+            look_at({width, splits, rounds * cuda->multiprocessors});
         }
     }
     return best;
@@ -74,76 +93,120 @@ operand operand_of(const sebp_operand &x, int64_t size)
     return {(const char *)x.data, x.stride * 2, x.rows, (int)size};
 }
 
-work work_of(const sebp_product *product, shape how)
+/* C and all that goes into it lie there in whole vectors of 16 bytes, the bias in pairs. */
+finish finish_of(const sebp_product *product)
+{
+    const int64_t element = product->c_dtype == SEBP_BF16 ? 2 : 4;
+    const uintptr_t pair = product->bias_dtype == SEBP_BF16 ? 4 : 8;
+    if ((uintptr_t)product->c % 16 != 0 || product->c_stride * element % 16 != 0 ||
+        product->n * element % 16 != 0 || product->residual != nullptr ||
+        product->activated != nullptr || product->before != nullptr)
+        return finish::ANY;
+    if (product->bias == nullptr)
+        return product->accumulate ? finish::ACCUMULATE : finish::STORE;
+    return product->accumulate || (uintptr_t)product->bias % pair != 0 ? finish::ANY
+                                                                       : finish::ADD_BIAS;
+}
+
+work work_of(const sebp_product *product, int width)
 {
     work w = {};
     w.a = operand_of(product->a, product->m);
     w.b = operand_of(product->b, product->n);
-    w.c = (char *)product->c;
-    w.c_stride = product->c_stride;
-    w.c_rows = product->c_rows;
+    w.to = sebp_cuda_epilogue_of(product);
+    w.how = finish_of(product);
     w.m = (int)product->m;
     w.n = (int)product->n;
     w.depth = (int)product->k;
     w.m_tiles = sebp_div_ceil(product->m, TILE_M);
-    w.n_tiles = sebp_div_ceil(product->n, how.width);
+    w.n_tiles = sebp_div_ceil(product->n, width);
     w.m_first = w.m_tiles <= w.n_tiles; /* the smaller factor is read again, out of the cache */
-    w.splits = how.splits;
-    w.c_is_bf16 = product->c_dtype == SEBP_BF16;
-    w.accumulate = product->accumulate;
-    uintptr_t four_bytes = w.c_is_bf16 ? 8 : 16;
-    w.c_in_fours = (uintptr_t)product->c % four_bytes == 0 && product->c_stride % 4 == 0;
     return w;
 }
 
-template <fence FENCE, int N, bool A_ACROSS, bool B_ACROSS>
-cudaError_t launch(const work &w, int multiprocessors, cudaStream_t stream)
-{
-    const void *kernel = (const void *)multiply<N, A_ACROSS, B_ACROSS, FENCE>;
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
-    if (error != cudaSuccess)
-        return error;
-    int64_t tiles = w.m_tiles * w.n_tiles;
+/** The launch of a kernel with clusters of `splits` blocks; the attribute is part of it. */
+struct launch_config {
     cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = (unsigned)w.splits;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    /* A block alone takes tile after tile; a cluster takes one. */
-    config.gridDim =
-        w.splits == 1 ? (unsigned)sebp_min(tiles, multiprocessors) : (unsigned)(tiles * w.splits);
-    config.blockDim = THREADS;
-    config.dynamicSmemBytes = SHARED_BYTES;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = w.splits > 1 ? 1 : 0;
-    work copy = w;
-    void *arguments[] = {&copy};
-    return cudaLaunchKernelExC(&config, kernel, arguments);
+
+    launch_config(int64_t blocks, int splits, cudaStream_t stream)
+    {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = (unsigned)splits;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.gridDim = (unsigned)blocks;
+        config.blockDim = THREADS;
+        config.dynamicSmemBytes = SHARED_BYTES;
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = splits > 1 ? 1 : 0;
+    }
+};
+
+cudaError_t let_have_shared_memory(const void *kernel)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
 }
 
-template <fence FENCE, int N>
-cudaError_t launch_width(const work &w, bool a_across, bool b_across, int multiprocessors,
+/* How many clusters of each size run at once: a cluster's blocks are on SMs of one group, and groups
+ * are not of one size. All kernels need the same. */
+cudaError_t count_clusters(sebp_cuda *cuda)
+{
+    const void *kernel = (const void *)multiply<256, false, false>;
+    cudaError_t error = let_have_shared_memory(kernel);
+    for (int splits = 1; splits <= MAX_SPLITS && error == cudaSuccess; splits++) {
+        launch_config with((int64_t)splits * cuda->multiprocessors, splits, nullptr);
+        with.config.numAttrs = 1;
+        error =
+            cudaOccupancyMaxActiveClusters(&cuda->clusters_at_once[splits], kernel, &with.config);
+    }
+    return error;
+}
+
+template <int N, bool A_ACROSS, bool B_ACROSS>
+cudaError_t launch(work w, shape how, int multiprocessors, cudaStream_t stream)
+{
+    const void *kernel = (const void *)multiply<N, A_ACROSS, B_ACROSS>;
+    const int64_t tiles = w.m_tiles * w.n_tiles, alone = how.splits == 1 ? tiles : how.alone;
+    void *arguments[] = {&w};
+    cudaError_t error = let_have_shared_memory(kernel);
+    if (error == cudaSuccess && alone > 0) { /* a block takes tile after tile */
+        w.splits = 1;
+        w.end_tile = alone;
+        launch_config with(sebp_min(alone, multiprocessors), 1, stream);
+        error = cudaLaunchKernelExC(&with.config, kernel, arguments);
+    }
+    if (error == cudaSuccess && tiles > alone) { /* a cluster takes one */
+        w.splits = how.splits;
+        w.first_tile = alone;
+        w.end_tile = tiles;
+        launch_config with((tiles - alone) * how.splits, how.splits, stream);
+        error = cudaLaunchKernelExC(&with.config, kernel, arguments);
+    }
+    return error;
+}
+
+template <int N>
+cudaError_t launch_width(const sebp_product *product, shape how, int multiprocessors,
                          cudaStream_t stream)
 {
+    work w = work_of(product, N);
+    bool a_across = product->a.transposed, b_across = !product->b.transposed;
     if (a_across && b_across)
-        return launch<FENCE, N, true, true>(w, multiprocessors, stream);
+        return launch<N, true, true>(w, how, multiprocessors, stream);
     if (a_across)
-        return launch<FENCE, N, true, false>(w, multiprocessors, stream);
+        return launch<N, true, false>(w, how, multiprocessors, stream);
     if (b_across)
-        return launch<FENCE, N, false, true>(w, multiprocessors, stream);
-    return launch<FENCE, N, false, false>(w, multiprocessors, stream);
+        return launch<N, false, true>(w, how, multiprocessors, stream);
+    return launch<N, false, false>(w, how, multiprocessors, stream);
 }
 
-template <fence FENCE> sebp_status run(sebp_cuda *cuda, const sebp_product *product, shape how)
+sebp_status run(sebp_cuda *cuda, const sebp_product *product, shape how)
 {
-    work w = work_of(product, how);
-    bool a_across = product->a.transposed, b_across = !product->b.transposed;
-    cudaError_t error =
-        how.width == 256
-            ? launch_width<FENCE, 256>(w, a_across, b_across, cuda->multiprocessors, cuda->stream)
-            : launch_width<FENCE, 128>(w, a_across, b_across, cuda->multiprocessors, cuda->stream);
+    const int sms = cuda->multiprocessors;
+    cudaError_t error = how.width == 256   ? launch_width<256>(product, how, sms, cuda->stream)
+                        : how.width == 192 ? launch_width<192>(product, how, sms, cuda->stream)
+                                           : launch_width<128>(product, how, sms, cuda->stream);
     return sebp_cuda_check(cuda, error);
 }
 
@@ -153,7 +216,7 @@ template <fence FENCE> sebp_status run(sebp_cuda *cuda, const sebp_product *prod
 bool lies_in_chunks(const sebp_operand &x, int64_t width)
 {
     return x.dtype == SEBP_BF16 && (uintptr_t)x.data % 16 == 0 && x.stride % CHUNK == 0 &&
-           width % CHUNK == 0;
+           x.stride <= INT32_MAX && width % CHUNK == 0;
 }
 
 bool fits(int64_t size)
@@ -170,9 +233,7 @@ extern "C" bool sebp_cuda_takes_matrix_unit(const sebp_cuda *cuda, const sebp_pr
     return cuda->capability == 90 && cuda->shared_bytes >= SHARED_BYTES && fits(product->m) &&
            fits(product->n) && fits(product->k) &&
            lies_in_chunks(product->a, product->a.transposed ? product->m : product->k) &&
-           lies_in_chunks(product->b, product->b.transposed ? product->k : product->n) &&
-           product->bias == nullptr && product->residual == nullptr &&
-           product->activated == nullptr && product->before == nullptr;
+           lies_in_chunks(product->b, product->b.transposed ? product->k : product->n);
 }
 
 extern "C" int64_t sebp_cuda_matrix_unit_bytes(const sebp_cuda *, const sebp_product *)
@@ -184,7 +245,12 @@ extern "C" sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *cuda, const sebp_pro
                                                  void *)
 {
     using namespace matrix_unit;
-    return run<FENCE>(cuda, product, choose(product, cuda->multiprocessors));
+    if (cuda->clusters_at_once[1] == 0) {
+        sebp_status status = sebp_cuda_check(cuda, count_clusters(cuda));
+        if (status != SEBP_SUCCESS)
+            return status;
+    }
+    return run(cuda, product, choose(cuda, product));
 }
 
 #else /* the emulated GPU has no matrix units */

@@ -3,7 +3,7 @@
  * @file matrix_unit_kernel.cuh
  * The product of two bf16 matrices on Hopper's matrix units, with lists of rows: C[rows] (+)= A B.
  *
- * A block makes tiles of 128 x N elements of C, N 128 or 256, 64 of the depth at a time. Four warps
+ * A block makes tiles of 128 x N elements of C, N 128, 192 or 256, 64 of the depth at a time. Four warps
  * copy what comes next into a ring of stages in shared memory; they gather rows, which Hopper's own
  * engine for copies cannot. Two warpgroups multiply, 64 rows each, and hold the sums in registers.
  *
@@ -36,7 +36,7 @@ template <bool ACROSS> __device__ __forceinline__ uint64_t factor_place(uint32_t
 
 template <bool ACROSS> constexpr uint64_t factor_advance = (ACROSS ? 16 * LINE_BYTES : 16 * 2) >> 4;
 
-template <int N, bool A_ACROSS, bool B_ACROSS, fence FENCE>
+template <int N, bool A_ACROSS, bool B_ACROSS>
 __device__ __forceinline__ void multiply_tile(int steps, place<stages<N>> &at, int warpgroup,
                                               uint32_t shared, uint32_t full, uint32_t empty,
                                               float (&sums)[N / 2])
@@ -52,8 +52,8 @@ __device__ __forceinline__ void multiply_tile(int steps, place<stages<N>> &at, i
         uint64_t a = factor_place<A_ACROSS>(stage + half);
         uint64_t b = factor_place<B_ACROSS>(stage + TILE_M * LINE_BYTES);
         hopper::barrier_wait(full + 8 * at.stage, at.parity);
-        if (FENCE == fence::BY_READERS)
-            hopper::fence_for_matrix_unit();
+        /* Threads have written what the matrix unit reads another way. */
+        hopper::fence_for_matrix_unit();
         hopper::products_begin();
 #pragma unroll
         for (int i = 0; i < TILE_DEPTH / 16; i++) {
@@ -74,33 +74,24 @@ __device__ __forceinline__ void multiply_tile(int steps, place<stages<N>> &at, i
     hopper::barrier_arrive_if(before, speaks);
 }
 
-template <int N, bool A_ACROSS, bool B_ACROSS, fence FENCE>
+template <int N, bool A_ACROSS, bool B_ACROSS>
 __device__ __forceinline__ void multiply_all(const work &w, int warpgroup, uint32_t shared,
                                              uint32_t full, uint32_t empty)
 {
     place<stages<N>> at;
     float sums[N / 2];
-    int64_t tiles = w.m_tiles * w.n_tiles, clusters = gridDim.x / (unsigned)w.splits;
-    for (int64_t index = blockIdx.x / (unsigned)w.splits; index < tiles; index += clusters) {
-        tile t = tile_at<N>(w, index);
-        multiply_tile<N, A_ACROSS, B_ACROSS, FENCE>(t.steps, at, warpgroup, shared, full, empty,
-                                                    sums);
-        if (w.splits == 1) {
-            with_store(w, [&](auto element, auto accumulate) {
-                using T = decltype(element);
-                store_tile<T, decltype(accumulate)::VALUE, N>(w, t.m, t.n, sums);
-            });
-        } else {
-            store_together<N>(w, t, shared, sums);
-        }
-    }
+    const int steps = share_of(w).steps;
+    for_tiles<N>(w, [&](const tile &t) {
+        multiply_tile<N, A_ACROSS, B_ACROSS>(steps, at, warpgroup, shared, full, empty, sums);
+        finish_sums<N>(w, t, shared, sums);
+    });
 }
 
 #endif
 
 namespace {
 
-template <int N, bool A_ACROSS, bool B_ACROSS, fence FENCE>
+template <int N, bool A_ACROSS, bool B_ACROSS>
 __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ work w)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -119,10 +110,10 @@ __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ w
     int warpgroup = __shfl_sync(0xFFFFFFFFU, (int)threadIdx.x / 128, 0);
     if (warpgroup == MULTIPLIERS / 128) {
         hopper::registers_fewer<COPIER_REGISTERS>();
-        copy_all<N, A_ACROSS, B_ACROSS, FENCE>(w, shared, full, empty);
+        copy_all<N, A_ACROSS, B_ACROSS>(w, shared, full, empty);
     } else {
         hopper::registers_more<MULTIPLIER_REGISTERS>();
-        multiply_all<N, A_ACROSS, B_ACROSS, FENCE>(w, warpgroup, shared, full, empty);
+        multiply_all<N, A_ACROSS, B_ACROSS>(w, warpgroup, shared, full, empty);
     }
 #else
     __trap();

@@ -8,6 +8,7 @@
 #define SEBP_CUDA_MATRIX_UNIT_WORK_CUH
 
 #include "hopper.cuh"
+#include "product.cuh"
 
 namespace matrix_unit {
 
@@ -25,41 +26,37 @@ enum {
     PANEL_BYTES = 8192, /* 64 lines */
     ALIGNMENT = 1024,   /* of a stage */
     MAX_SPLITS = 8,     /* blocks in a cluster */
-    STAGE_BYTES_IN_ALL = 196608
+    STAGE_BYTES_IN_ALL = 196608,
+    LIST_STEPS = 8, /* steps of the depth whose listed rows are looked up at once */
+    LIST_LENGTH = LIST_STEPS * TILE_DEPTH,
+    LIST_BYTES = LIST_LENGTH * 4,
+    SHARED_BYTES = STAGE_BYTES_IN_ALL + 4 * LIST_BYTES + ALIGNMENT
 };
 
 /** A memory row is a row of the operand's tile (along) or a depth (across). */
 struct operand {
     const char *data;
-    int64_t stride_bytes;
-    const int64_t *rows; /* NULL: as they lie */
-    int size;            /* of the dimension that is not the depth: m or n */
+    int64_t stride_bytes; /* 32 bits hold it */
+    const int64_t *rows;  /* NULL: as they lie */
+    int size;             /* of the dimension that is not the depth: m or n */
 };
+
+/** What becomes of the sums. The first three work on whole vectors of 16 bytes of C. */
+enum class finish { STORE, ACCUMULATE, ADD_BIAS, ANY };
 
 struct work {
     operand a, b;
-    char *c;
-    int64_t c_stride;
-    const int64_t *c_rows;
+    sebp_cuda_epilogue to;
+    finish how;
     int m, n, depth;
     int64_t m_tiles, n_tiles;
-    bool m_first; /* tiles are taken down the columns of C */
-    int splits;   /* blocks to a tile */
-    bool c_is_bf16, accumulate;
-    bool c_in_fours; /* four elements of C may be loaded and stored at once */
+    int64_t first_tile, end_tile; /* of this launch */
+    bool m_first;                 /* tiles are taken down the columns of C */
+    int splits;                   /* blocks to a tile */
 };
 
 template <int N> constexpr int stage_bytes = (TILE_M + N) * LINE_BYTES;
 template <int N> constexpr int stages = STAGE_BYTES_IN_ALL / stage_bytes<N>;
-
-enum { SHARED_BYTES = STAGE_BYTES_IN_ALL + ALIGNMENT };
-
-/**
- * Copies are written to shared memory as threads write, and the matrix unit reads it another way; a
- * fence must come between. Either the threads that multiply make it, once the barrier has told them
- * that the copies are done; or those that copied, who then wait for their copies and tell themselves.
- */
-enum class fence { BY_READERS, BY_WRITERS };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -79,18 +76,36 @@ template <int STAGES> struct place {
 };
 
 struct tile {
-    int m, n;              /* its first row and column */
-    int first_step, steps; /* this block's part of the depth, in TILE_DEPTHs */
+    int m, n; /* its first row and column */
 };
 
 template <int N> __device__ __forceinline__ tile tile_at(const work &w, int64_t index)
 {
     int64_t m = w.m_first ? index % w.m_tiles : index / w.n_tiles;
     int64_t n = w.m_first ? index / w.m_tiles : index % w.n_tiles;
+    return {(int)(m * TILE_M), (int)(n * N)};
+}
+
+/** A block's part of the depth, the same in all of its tiles, in TILE_DEPTHs. */
+struct share {
+    int first, steps;
+};
+
+__device__ __forceinline__ share share_of(const work &w)
+{
     int steps = (w.depth - 1) / TILE_DEPTH + 1, part = (int)blockIdx.x % w.splits;
     int first = (int)((int64_t)steps * part / w.splits);
     int end = (int)((int64_t)steps * (part + 1) / w.splits);
-    return {(int)(m * TILE_M), (int)(n * N), first, end - first};
+    return {first, end - first};
+}
+
+/** Calls body(tile) for each tile of the block. */
+template <int N, class Body> __device__ __forceinline__ void for_tiles(const work &w, Body body)
+{
+    const unsigned clusters = gridDim.x / (unsigned)w.splits;
+    for (int64_t index = w.first_tile + blockIdx.x / (unsigned)w.splits; index < w.end_tile;
+         index += clusters)
+        body(tile_at<N>(w, index));
 }
 
 #endif
