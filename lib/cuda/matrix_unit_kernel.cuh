@@ -95,6 +95,7 @@ template <int N, bool A_ACROSS, bool B_ACROSS>
 __global__ void __launch_bounds__(THREADS, 1) multiply(const __grid_constant__ work w)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    const sebp_overlapping overlapping;
     __shared__ uint64_t barriers[2][stages<N>];
     uint32_t full = sebp_shared_address(barriers[0]), empty = sebp_shared_address(barriers[1]);
     uint32_t shared = sebp_shared_address(sebp_shared<char>());
