@@ -7,6 +7,7 @@ the library do not work in the same pool of threads.
 
 import ctypes
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from . import LibraryMismatchError, LibraryNotFoundError, SebpError, __version__, _library
 from ._structs import Info
 from .core import Context, linear_forward
-from .core.calls import UNSUPPORTED
+from .core.calls import OUT_OF_RANGE, UNSUPPORTED
 from .sparse import BasisSums
 
 
@@ -32,6 +33,20 @@ def _has_lapack(context: Context) -> bool:
     return True
 
 
+def _print_gpus() -> None:
+    """Print the GPUs, one a line, with why the library does not work on one."""
+    for gpu in itertools.count():
+        try:
+            with Context(device="cuda", gpu=gpu) as context:
+                print(f"GPU {gpu:<13}{context.gpu_name}")
+        except SebpError as error:
+            if error.status == OUT_OF_RANGE:  # that was the last one
+                return
+            print(f"GPU {gpu:<13}{error}")
+            if error.status != UNSUPPORTED:  # no driver, or no GPU
+                return
+
+
 def _print_library() -> None:
     library = _library.load()
     info = Info(ctypes.sizeof(Info))
@@ -45,6 +60,9 @@ def _print_library() -> None:
         print(f"hwloc            {info.hwloc.decode() or 'none'}")
         print(f"LAPACK           {'yes' if _has_lapack(context) else 'none'}")
         print(f"threads          {context.threads} on {info.cores} cores")
+    print(f"CUDA             {info.cuda.decode() or 'none'}")
+    if info.cuda:
+        _print_gpus()
 
 
 def _shares_pool() -> bool | None:

@@ -10,6 +10,9 @@ ACCUMULATE = 1
 
 PRECISION_MEDIUM = 4
 
+DEVICE_CPU = 0
+DEVICE_CUDA = 1
+
 RULE_NONZERO = 0
 RULE_THRESHOLD = 1
 RULE_TOP = 2
@@ -217,6 +220,8 @@ class ContextOptions(ctypes.Structure):
         ("message_bytes", ctypes.c_size_t),
         ("device", ctypes.c_int),
         ("precision", ctypes.c_int),
+        ("gpu", ctypes.c_int),
+        ("stream", ctypes.c_void_p),
     ]
 
 
@@ -245,4 +250,6 @@ class Info(ctypes.Structure):
         ("gemm", ctypes.c_int),
         ("placement_refused", ctypes.c_char_p),
         ("amx_refused", ctypes.c_char_p),
+        ("cuda", ctypes.c_char * 32),
+        ("gpu", ctypes.c_char * 64),
     ]

@@ -221,7 +221,7 @@ def test_refusals_name_what_is_wrong() -> None:
     texts = Texts.of_rows(1, 6, 6)
     with pytest.raises(TypeError, match="query is on meta"):
         attend(q.to("meta"), q, q, texts, FULL)
-    with pytest.raises(TypeError, match=r"value is on meta; sebp's attention is for the CPU"):
+    with pytest.raises(TypeError, match=r"value is on meta; sebp's attention is not"):
         attend(q, q, q.to("meta"), texts, FULL)
     for dtype in (torch.float64, torch.float16):
         with pytest.raises(TypeError, match=f"query is {dtype}"):

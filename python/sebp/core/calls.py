@@ -8,6 +8,9 @@ from .._library import load
 NONFINITE = 14
 """The status of a :class:`~sebp.SebpError` about a NaN or Inf where there must be none."""
 
+OUT_OF_RANGE = 8
+"""The status of one about an option whose value is not one that it may have."""
+
 UNSUPPORTED = 11
 """The status of one about what this build or this machine lacks."""
 

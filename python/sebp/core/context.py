@@ -6,12 +6,13 @@ import threading
 from types import TracebackType
 
 from .._library import load
-from .._structs import ContextOptions
+from .._structs import DEVICE_CPU, DEVICE_CUDA, ContextOptions, Info
 from .calls import Handle, check
 
 _PLACEMENTS = ("none", "compact", "spread")
 _GEMMS = ("auto", "native", "onednn")
 _PRECISIONS = ("highest", "split", "high", "medium")
+_DEVICES = {"cpu": DEVICE_CPU, "cuda": DEVICE_CUDA}
 
 
 class Context(Handle):
@@ -36,14 +37,23 @@ class Context(Handle):
     precision : {"highest", "split", "high", "medium"}
         How exact products of float32 have to be, as ``sebp/context.h`` says. The variable
         SEBP_PRECISION goes before it.
+    device : {"cpu", "cuda"}
+        What computes. On a GPU all that calls read and write lies in its memory, which NumPy arrays
+        do not: :mod:`sebp.torch` uses such contexts for tensors. Threads mean nothing there, and
+        `placement` is refused.
+    gpu : int, optional
+        Which one, from 0 on, as CUDA counts them. Default: the calling thread's current one, which
+        it has to be in each call.
+    stream : int, default 0
+        The ``cudaStream_t`` to work on, as a number; 0: the default stream.
 
     Raises
     ------
     SebpError
         If an option or an environment variable has a value that it may not have, or the build lacks
-        what was asked for.
+        what was asked for; if there is no such GPU.
     ValueError
-        If `placement`, `gemm` or `precision` is not in its list.
+        If `placement`, `gemm`, `precision` or `device` is not in its list.
     """
 
     def __init__(
@@ -53,7 +63,12 @@ class Context(Handle):
         gemm: str = "auto",
         workspace_bytes: int = 0,
         precision: str = "highest",
+        device: str = "cpu",
+        gpu: int | None = None,
+        stream: int = 0,
     ) -> None:
+        if device not in _DEVICES:
+            raise ValueError(f'device is {device!r}, not "cpu" or "cuda"')
         pointer = ctypes.c_void_p()
         message = ctypes.create_string_buffer(256)
         options = ContextOptions(
@@ -64,7 +79,10 @@ class Context(Handle):
             workspace_bytes=workspace_bytes,
             message=ctypes.cast(message, ctypes.c_char_p),
             message_bytes=len(message),
+            device=_DEVICES[device],
             precision=1 + _PRECISIONS.index(precision),
+            gpu=0 if gpu is None else 1 + gpu,
+            stream=stream or None,
         )
         check(load().sebp_context_create(options, pointer), message.value.decode())
         super().__init__(pointer, "sebp_context_destroy")
@@ -78,6 +96,13 @@ class Context(Handle):
     def scratch_bytes(self) -> int:
         """The maximum of scratch memory it has held so far."""
         return load().sebp_context_scratch_bytes(self)
+
+    @property
+    def gpu_name(self) -> str:
+        """The name of the GPU that it works on; "" on the CPU."""
+        info = Info(ctypes.sizeof(Info))
+        check(load().sebp_info_get(self, info))
+        return info.gpu.decode()
 
     def call(self, function: str, *arguments: object) -> None:
         """Call a function of the library with this context.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layer and attention of libsebp in PyTorch, on CPU tensors of float32 and bfloat16."""
+"""The linear layer and attention of libsebp in PyTorch, on tensors of float32 and bfloat16.
+
+They lie on the CPU or, where the library was built with CUDA, on a GPU.
+"""
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
 from .attention_interface import register_attention

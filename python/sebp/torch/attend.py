@@ -14,6 +14,7 @@ from ..attention import AttentionOptions
 from . import attention_ops  # noqa: F401, registers sebp::attention
 from .attention_products import attention_backward, attention_forward
 from .blocks.dropout import draw_seed
+from .devices import reason_against
 from .direct import is_direct
 from .tensors import DTYPES, by_rows
 from .texts import Texts
@@ -61,7 +62,8 @@ def attend(
     Parameters
     ----------
     query : Tensor, B x H x L x D
-        float32 or bfloat16, on the CPU; `key` and `value` as well.
+        float32 or bfloat16, on the CPU or on a GPU that the library can work on; `key` and `value`
+        as well.
     key : Tensor, B x H_k x L_k x D
         With H a multiple of H_k.
     value : Tensor, B x H_k x L_k x D_v
@@ -90,7 +92,8 @@ def attend(
     Raises
     ------
     TypeError
-        If tensors are of other dtypes, or not on the CPU; if `scaling` or `softcap` is a tensor.
+        If tensors are of other dtypes, or where the library cannot work; if `scaling` or `softcap`
+        is a tensor.
     ValueError, SebpError
         If shapes or options do not go together.
     RuntimeError
@@ -183,8 +186,10 @@ def _check(
 ) -> None:
     """Raise for tensors and numbers that the library does not take."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.device.type != "cpu":
-            raise TypeError(f"{name} is on {tensor.device}; sebp's attention is for the CPU")
+        if not tensor.is_cpu and (reason := reason_against(tensor.device)):
+            raise TypeError(f"{name} is on {tensor.device}; sebp's attention is not: {reason}")
+        if tensor.device != query.device:
+            raise TypeError(f"query is on {query.device}, but {name} is on {tensor.device}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; sebp's attention has float32 and bfloat16")
         if tensor.dtype != query.dtype:
@@ -211,8 +216,10 @@ def _check_shapes(
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but texts lie in {side.shape}")
     if bias is None:
         return
-    if bias.device.type != "cpu" or not bias.is_floating_point():
-        raise TypeError(f"the bias is {bias.dtype} on {bias.device}, not of numbers on the CPU")
+    if bias.device != query.device or not bias.is_floating_point():
+        raise TypeError(
+            f"the bias is {bias.dtype} on {bias.device}, not of numbers on {query.device}"
+        )
     batch, heads, lengths = query.shape[0], query.shape[1], (query.shape[2], key.shape[2])
     is_fit = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
     if bias_is_of_texts:
@@ -286,7 +293,7 @@ def _one_by_one(
         q_i, k_i, v_i = (part[None] for part in parts)
         of_text = how._replace(options=replace(how.options, offset=number))
         outs.append(_side_by_side(q_i, k_i, v_i, own, text, of_text).squeeze(0))
-    tokens = torch.from_numpy(texts.queries.tokens)
+    tokens = torch.from_numpy(texts.queries.tokens).to(q.device)
     padded = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2])
     return padded.index_copy(0, tokens, torch.cat([padded[:0], *outs])).view(q.shape)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .attend import Pattern, attend
+from .devices import autocast_dtype
 from .packing import Unfit, current_packing, lengths_of
 from .tensors import DTYPES
 from .texts import Texts
@@ -70,8 +71,7 @@ def attend_packed(
     Unfit
         If a text is longer than a window that the model's configuration does not name.
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if dtype := autocast_dtype(query):
         query, key, value = (x.to(dtype) for x in (query, key, value))
     packing = current_packing()
     is_cut = window is not None and max(lengths, default=0) > window
@@ -142,7 +142,7 @@ def _mask(
     is_cut = window is not None and length > window
     if not is_cut and bias is None:
         return None
-    token = torch.arange(length)
+    token = torch.arange(length, device=query.device)
     distance = token[:, None] - token
     seen = (distance >= 0) if is_causal else torch.ones_like(distance, dtype=torch.bool)
     if is_cut:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attend import attend, attend_told
 from .attention import attend_packed, check_packed
+from .devices import autocast_dtype, reason_against
 from .forward import is_traced
 from .mask_codes import decode, decode_row, sebp_mask
 from .packing import Unfit, lengths_of
@@ -110,7 +111,8 @@ def sebp_attention(
     module : nn.Module
         The attention layer.
     query : Tensor, B x H x L x D
-        float32 or bfloat16, on the CPU; `key` and `value` as well. Under autocast cast to its type.
+        float32 or bfloat16, on the CPU or on a GPU that the library can work on; `key` and `value`
+        as well. Under autocast cast to its type.
     key, value : Tensor, B x H_k x L_k x D
     attention_mask : Tensor or None
         What :func:`~.mask_codes.sebp_mask` made, or one of padded keys, B x 1 x 1 x L_k. Another
@@ -145,8 +147,8 @@ def sebp_attention(
         For tensors that the library does not take.
     """
     _refuse(kwargs)
-    if query.device.type != "cpu":
-        raise TypeError(f"query is on {query.device}; attn_implementation='sebp' is for the CPU")
+    if not query.is_cpu and (reason := reason_against(query.device)):
+        raise TypeError(f"query is on {query.device}; attn_implementation='sebp' is not: {reason}")
     if query.shape[0] == 1 < key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
     scores = _Scores(dropout, scaling, softcap, is_causal, sliding_window, position_bias)
@@ -188,9 +190,9 @@ def _fits_a_graph(key: Tensor, mask: Tensor | None, scores: _Scores) -> bool:
 
 def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Cast them as autocast says."""
-    if not torch.is_autocast_enabled("cpu"):
+    dtype = autocast_dtype(query)
+    if dtype is None:
         return query, key, value
-    dtype = torch.get_autocast_dtype("cpu")
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

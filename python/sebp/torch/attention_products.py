@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._structs import Matrix
 from ..attention import AttentionOptions
-from .context import thread_context
+from .context import context_of
 from .step_times import add_attention
 from .tensors import matrix_of, new_like
 from .texts import Side, Texts
@@ -47,12 +47,12 @@ def attention_forward(
     start = time.perf_counter()
     of_q, of_k = texts.queries, texts.keys
     q_in, k_in, v_in = _gather(q, of_q), _gather(k, of_k), _gather(v, of_k)
-    out = torch.empty(q_in.shape, dtype=q.dtype, device="cpu")
+    out = q_in.new_empty(q_in.shape)
     lse = None
     if needs_lse:
         shape = (*q_in.shape[:-1], options.heads)
-        lse = torch.empty(shape, dtype=torch.float32, device="cpu")
-    thread_context().call(
+        lse = q_in.new_empty(shape, dtype=torch.float32)
+    context_of(q, k, v, bias).call(
         "sebp_attention_forward",
         matrix_of(q_in),
         matrix_of(k_in),
@@ -111,7 +111,7 @@ def attention_backward(
     dk = new_like(given[2]) if need_dk else None
     dv = new_like(given[3]) if need_dv else None
     dbias = new_like(bias) if need_dbias else None
-    thread_context().call(
+    context_of(dout, q, k, v, bias, out, lse).call(
         "sebp_attention_backward",
         vdout,
         vq,
@@ -143,7 +143,9 @@ def _matrix(x: Tensor | None) -> Matrix | None:
 
 def _gather(x: Tensor, side: Side) -> Tensor:
     """Take the rows of texts, where the library cannot be told where they lie."""
-    return x if side.rows is None else x.flatten(0, -2).index_select(0, side.rows)
+    if side.rows is None:
+        return x
+    return x.flatten(0, -2).index_select(0, side.rows.to(x.device))
 
 
 def _scatter(rows: Tensor, side: Side, like: Tensor) -> Tensor:
@@ -152,4 +154,4 @@ def _scatter(rows: Tensor, side: Side, like: Tensor) -> Tensor:
         return rows
     *lead, _ = like.shape
     padded = rows.new_zeros(like.shape[:-1].numel(), rows.shape[-1])
-    return padded.index_copy_(0, side.rows, rows).view(*lead, rows.shape[-1])
+    return padded.index_copy_(0, side.rows.to(rows.device), rows).view(*lead, rows.shape[-1])

@@ -10,6 +10,7 @@ from .. import _library
 from .._rules import Rule
 from .apply import PREPARED, Report, give_rules
 from .blocks.put import give_blocks, give_heads, take_blocks, take_heads
+from .devices import reason_against
 from .layers import take_rule
 from .padding_free import (
     PaddingFreeReport,
@@ -115,8 +116,8 @@ def _reason_to_leave(layer: nn.Module) -> str:
     weight = layer.weight
     if type(weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(weight).__name__}"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}, and libsebp works on the CPU"
+    if reason := reason_against(weight.device):
+        return f"its weight is on {weight.device}, and {reason}"
     if weight.dtype not in DTYPES:
         return f"its weight is of {weight.dtype}, and libsebp computes float32 and bfloat16"
     return ""

@@ -242,7 +242,7 @@ def _refuse(model: nn.Module, repetitions: int) -> None:
         raise ValueError(f"repetitions is {repetitions}, not 1 or more")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}, and libsebp works on the CPU")
+            raise ValueError(f"{name} is on {tensor.device}, and steps are timed on the CPU alone")
     for name, module in model.named_modules():
         if any(getattr(hook, "is_in_use", False) for hook in module._forward_hooks.values()):
             raise ValueError(f"{name}: a SparseOptimizer trains it; release() that first")

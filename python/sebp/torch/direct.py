@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._rules import Rule
 from .autograd import dtypes_of, only_wanted, wanted_dtypes
+from .devices import has_gpu
 from .forward import is_transformed
 from .products import linear_backward, linear_forward
 
@@ -38,9 +39,10 @@ try:
     _is_profiled = torch._C._autograd._profiler_enabled
     _has_function_mode = torch._C._is_torch_function_mode_enabled
     _modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
-    # Of a tensor in the CPU's memory with strides that is not negated, wrapped, quantized, nested
-    # or made for inference.
+    # Of a tensor in the memory of the CPU, or of a GPU, with strides that is not negated, wrapped,
+    # quantized, nested or made for inference.
     _TENSOR = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+    _TENSOR_ON_GPU = _keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
     # Of a thread without modes, transforms or tracers.
     _THREAD = _keys("BackendSelect", "ADInplaceOrView")
     # Of one with modes.
@@ -77,9 +79,10 @@ def is_direct(*tensors: Tensor | None) -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Return whether tensors are ordinary ones on the CPU, and no tracer or transform is at work.
+    """Return whether tensors are ordinary ones, and no tracer or transform is at work.
 
-    A profiler and modes that change functions do not count.
+    They lie on the CPU, or on one GPU that the library can work on. A profiler and modes that
+    change functions do not count.
 
     Parameters
     ----------
@@ -100,7 +103,22 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in PLAIN or _keys_of(tensor) != _TENSOR):
+            return _are_plain_on_gpu(tensors)
+    return True
+
+
+def _are_plain_on_gpu(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether all are ordinary ones on one GPU that the library can work on."""
+    gpu = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN or _keys_of(tensor) != _TENSOR_ON_GPU:
             return False
+        index = tensor.get_device()
+        if index != gpu and (gpu is not None or not has_gpu(index)):
+            return False
+        gpu = index
     return True
 
 

@@ -47,8 +47,8 @@ def choose_layers(
         If there are none; or if one of them is trained by a :class:`~sebp.torch.SparseOptimizer`,
         or has a weight that is not a parameter, as under ``weight_norm`` and pruning, not on the
         CPU, or in memory that another module's parameter has, too; or that is not of float32 or
-        bfloat16, not row by row in memory, or frozen. With `frozen` it may be frozen, in any order
-        in memory, and of float16 or float64 as well.
+        bfloat16, not row by row in memory, or frozen. With `frozen` it may be frozen, on a GPU, in
+        any order in memory, and of float16 or float64 as well.
     """
     if layers is None:
 
@@ -113,7 +113,7 @@ def _refuse_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> Non
 
 def _span(parameter: nn.Parameter) -> tuple[int, int]:
     """Return the first address of a parameter and the one after its last; (0, 0) if unknown."""
-    if type(parameter) is not nn.Parameter or parameter.device.type != "cpu":
+    if type(parameter) is not nn.Parameter or not (parameter.is_cpu or parameter.is_cuda):
         return 0, 0
     if parameter.numel() == 0:
         return 0, 0
@@ -123,8 +123,8 @@ def _span(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def refusal(weight: nn.Parameter, *, frozen: bool = False) -> str:
-    """Return why the library cannot train a weight, or add to a `frozen` one; "" if it can."""
-    if weight.device.type != "cpu":
+    """Return why the library cannot train a weight, or one beside a `frozen` one; "" if it can."""
+    if not (weight.is_cpu or (frozen and weight.is_cuda)):
         return f"is on {weight.device}"
     if weight.dtype not in (_FROZEN if frozen else _TRAINED):
         return f"is of {weight.dtype}"

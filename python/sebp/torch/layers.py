@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .._rules import RowRule, Rule, parse_rule
 from . import ops  # noqa: F401, registers sebp::linear
+from .devices import autocast_dtype, is_reachable
 from .direct import PLAIN, direct_linear, is_direct
 from .forward import Forward, is_traced, is_transformed, put_in, take_out
 from .packing import current_packing
@@ -28,8 +29,10 @@ def _refused_kind(tensors: tuple[Tensor, ...]) -> str:
         # A subclass knows best what a product with it is: quantized, distributed, nested, ...
         if not is_compiling and type(tensor) not in PLAIN:
             return f"a tensor of class {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
+        if not is_reachable(tensor):
             return f"device {tensor.device.type}"
+        if tensor.device != tensors[0].device:  # PyTorch has an error of its own
+            return "several devices"
         if tensor.layout != torch.strided:
             return f"layout {tensor.layout}"
     return "torch.func" if not is_compiling and is_transformed() else ""
@@ -54,10 +57,8 @@ def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool, may_mi
         if tensor.dtype not in DTYPES:
             return f"dtype {tensor.dtype}"
         is_mixed = is_mixed or tensor.dtype != dtype
-    if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
-            return f"autocast to {torch.get_autocast_dtype('cpu')}"
-        return ""
+    if cast := autocast_dtype(x):
+        return "" if cast == torch.bfloat16 else f"autocast to {cast}"
     return "mixed dtypes" if is_mixed and not may_mix else ""
 
 
@@ -102,7 +103,7 @@ def sparse_linear(
         return None
     packing = None if torch.compiler.is_compiling() else current_packing()
     mask = packing.mask if packing is not None and packing.counts(x) else None
-    if torch.is_autocast_enabled("cpu"):
+    if autocast_dtype(x):
         dtype = torch.bfloat16  # operands are not cast: the product rounds them
     if direct:
         return direct_linear(x, weight, bias, mask, transposed, rule, dtype)
@@ -125,7 +126,7 @@ def linear(
     Parameters
     ----------
     x : Tensor, ... x K
-        float32 or bfloat16, on the CPU, any strides.
+        float32 or bfloat16, on the CPU or on a GPU that the library can work on, any strides.
     weight : Tensor, N x K
         Of X's dtype, but under autocast.
     bias : Tensor, N, optional

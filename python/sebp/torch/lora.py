@@ -12,6 +12,7 @@ from .._rules import Rule
 from ..sparse import lora_merge
 from .apply import Layers
 from .context import thread_context
+from .devices import autocast_dtype
 from .feed_forward import choose_layers, refusal
 from .layers import sparse_linear
 from .tensors import DTYPES, matrix_of
@@ -37,7 +38,7 @@ def _add_product(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Ten
 
 def _product(x: Tensor, factor: Tensor, rule: Rule) -> Tensor:
     """Multiply by a factor. Y is of its dtype, as it should not be rounded, or of autocast's."""
-    is_cast = torch.is_autocast_enabled("cpu")
+    is_cast = autocast_dtype(x) is not None
     if not is_cast and x.dtype not in DTYPES:
         x = x.to(factor.dtype)
     y = sparse_linear(x, factor, None, rule, True, factor.dtype)
@@ -54,7 +55,8 @@ def _new_factors(module: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Paramet
     weight = module.weight
     n, k = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    a, b = torch.empty(k, rank, dtype=dtype), torch.zeros(rank, n, dtype=dtype)
+    a = weight.new_empty((k, rank), dtype=dtype, requires_grad=False)
+    b = weight.new_zeros((rank, n), dtype=dtype, requires_grad=False)
     nn.init.uniform_(a, -1 / math.sqrt(k), 1 / math.sqrt(k))
     return nn.Parameter(a), nn.Parameter(b)
 
@@ -98,7 +100,7 @@ def apply_lora_to_model(
     ValueError
         If `rank` is below 1, `alpha` is not finite, or a layer cannot be trained so: it has LoRA
         already, is trained by a :class:`~sebp.torch.SparseOptimizer`, or its weight is not a
-        parameter, of another dtype, not on the CPU, or another module's as well. No layer has
+        parameter, of another dtype, on another device, or another module's as well. No layer has
         changed then.
     """
     rank = operator.index(rank)

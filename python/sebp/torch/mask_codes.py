@@ -81,9 +81,9 @@ def _header(pattern: Pattern, queries: int, tokens: int, has_room: bool) -> int:
 
 def decode(mask: Tensor) -> Mask | None:
     """Read a mask of codes, or return None if it is another."""
-    if mask.dtype != torch.int64 or mask.dim() != 2 or not mask.is_cpu or mask.numel() == 0:
+    if mask.dtype != torch.int64 or mask.dim() != 2 or mask.numel() == 0:
         return None
-    codes = mask.numpy()
+    codes = mask.cpu().numpy()
     same = codes & ~_FIELD
     header = int(same.max())
     if not header & _OURS or (same != np.where(codes == 0, 0, header)).any():
@@ -103,8 +103,9 @@ def decode_row(mask: Tensor, queries: int) -> Mask | None:
     Mask or None
         None for any other, or where a query would see no key: PyTorch sees all of them then.
     """
-    if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or not mask.is_cpu or mask.requires_grad:
+    if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.requires_grad:
         return None
+    mask = mask.cpu()
     if mask.dtype == torch.bool:
         real = mask
     elif mask.is_floating_point():
@@ -319,8 +320,9 @@ def _make_mask(
         pattern = Pattern(pattern.causal)
     is_told = True
     if seen.segments is not None:
-        segments = seen.segments.numpy() - seen.segments.numpy()[:, :1] + 1
-        is_told = restarts(seen.positions.numpy()) is not None
+        segments = seen.segments.cpu().numpy()
+        segments = segments - segments[:, :1] + 1
+        is_told = restarts(seen.positions.cpu().numpy()) is not None
         segments = np.broadcast_to(segments, (batch_size, tokens))
     else:
         segments = _of_padding(attention_mask, batch_size, tokens, kv_offset)

@@ -10,6 +10,7 @@ is cast. A gradient whose dtype is None is not computed.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,28 +61,33 @@ def _(
 linear_op.register_autograd(backward, setup_context=save_for_backward)
 register_flop_formula(torch.ops.sebp.linear)(linear_flop)
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
+def _autocast(device: str, key: str) -> Callable[..., Tensor]:
+    """Make what the operator does under a device's autocast."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-def _autocast(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    transposed: bool = False,
-    kind: int = RULE_NONZERO,
-    value: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Call the operator for a Y of autocast's dtype. Operands are not cast beforehand."""
-    if dtype is None and x.dtype != torch.float64:  # which autocast leaves as it is
-        dtype = torch.get_autocast_dtype("cpu")
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.sebp.linear(x, weight, bias, mask, transposed, kind, value, dtype)
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        transposed: bool = False,
+        kind: int = RULE_NONZERO,
+        value: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Call the operator for a Y of autocast's dtype. Operands are not cast beforehand."""
+        if dtype is None and x.dtype != torch.float64:  # which autocast leaves as it is
+            dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.sebp.linear(x, weight, bias, mask, transposed, kind, value, dtype)
+
+    return call
 
 
 _library = torch.library.Library("sebp", "IMPL")  # what it registers lasts as long as it does
-_library.impl("linear", _autocast, "AutocastCPU")
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("linear", _autocast(_device, _key), _key)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def active_rows_op(dy: Tensor, kind: int, value: float) -> Tensor:
     if not is_ours(dy):
         return active.fill_(1)
     rows = find_rows(matrix_of(dy), Rule(kind, value))
-    return active.index_fill_(0, torch.from_numpy(rows.indices), 1)
+    return active.index_fill_(0, torch.from_numpy(rows.indices).to(dy.device), 1)
 
 
 @active_rows_op.register_fake

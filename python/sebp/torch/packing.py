@@ -33,7 +33,7 @@ class Packing:
     side : "right", "left" or "gaps"
         Where the padding is: after all texts, before all, or anywhere else.
     attention_mask : Tensor of int64, 1 x 1 x 1 x (texts + 1)
-        Cumulative lengths of the texts that have tokens.
+        Cumulative lengths of the texts that have tokens. On the CPU, where each layer reads them.
     may_cut : bool
         Whether a text is longer than the window of attention that the configuration names.
     """
@@ -44,7 +44,7 @@ class Packing:
         text, token = self.mask[order].nonzero(as_tuple=True)
         self.rows = order[text] * mask.shape[1] + token
         self.side = self._side()
-        ends = lengths[lengths > 0].cumsum(0)
+        ends = lengths[lengths > 0].cumsum(0).cpu()
         self.attention_mask = torch.cat([ends.new_zeros(1), ends]).view(1, 1, 1, -1)
         self.may_cut = window is not None and int(lengths[-1]) > window
 

@@ -91,7 +91,7 @@ def _default_positions(module: nn.Module, given: dict[str, object], shape: torch
         create = getattr(embeddings, "create_position_ids_from_input_ids", None)
         create = create or sys.modules[type(module).__module__].create_position_ids_from_input_ids
         return create(given["input_ids"], embeddings.padding_idx)
-    return torch.arange(shape[1])[None]
+    return torch.arange(shape[1], device=given["attention_mask"].device)[None]
 
 
 _calls = itertools.count()
@@ -125,7 +125,7 @@ def _noise_like(x: Tensor, packing: Packing) -> Tensor:
     numbers = np.random.default_rng(next(_calls))
     token = _signed(1 + numbers.random((texts * length, 1)), numbers)
     token *= largest if 0 < largest < 1e30 else 1
-    return (token * _noise(x.shape[2])).to(x.dtype)
+    return (token * _noise(x.shape[2])).to(x.device, x.dtype)
 
 
 def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:

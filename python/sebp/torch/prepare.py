@@ -8,6 +8,7 @@ from torch import nn
 
 from .changes import Changes
 from .compare import compare
+from .devices import reason_against
 from .run_report import Run, RunReport
 from .step import Batch, Loss
 from .step_times import stop_timing, time_steps
@@ -93,9 +94,11 @@ class Prepared(Changes):
         for reason, count in Counter(layers.skipped.values()).items():
             first = next(name for name, why in layers.skipped.items() if why == reason)
             lines.append(f"left     {first or 'the layer'}{_more(count - 1)}: {reason}")
-        devices = {parameter.device.type for parameter in self.model.parameters()}
-        if devices and "cpu" not in devices:
-            lines.append(f"expect   no gain on {devices.pop()}: libsebp works on the CPU")
+        devices = {parameter.device for parameter in self.model.parameters()}
+        reasons = {device.type: reason_against(device) for device in devices}
+        if reasons and all(reasons.values()):
+            device, reason = reasons.popitem()
+            lines.append(f"expect   no gain on {device}: {reason}")
         elif padding.changed or padding.already:
             lines.append(_EXPECT_REAL_TOKENS)
         elif layers.replaced or layers.already:

@@ -12,10 +12,10 @@ from torch.nn import functional
 from .._rules import Rule
 from .._structs import ACCUMULATE, BF16, PRECISION_MEDIUM, LinearOptions, Matrix
 from ..core import Rows
-from .context import is_fast_in_bfloat16, thread_context
+from .context import context_of, is_fast_in_bfloat16
 from .rows import find_rows
 from .tensors import DTYPES, is_ours, matrix_of, matrix_of_size
-from .work import LayerKind, count_work, counts_forwards
+from .work import LayerKind, count_work, counts_forwards, device_of
 
 _KNOWN = frozenset((None, *DTYPES))
 
@@ -55,7 +55,7 @@ def linear_forward(
     shape = (*x.shape[:-1], weight.shape[1 if transposed else 0])
     y_dtype = x.dtype if dtype is None else dtype
     is_known = y_dtype in DTYPES and is_ours(x, weight, bias)
-    if is_known and (y_dtype == torch.float32 or is_fast_in_bfloat16()):
+    if is_known and _is_for_library(x, y_dtype):
         y = x.new_empty(shape, dtype=y_dtype)
         run = _library_forward_transposed if transposed else _library_forward
         run(x, weight, bias, y)
@@ -68,11 +68,19 @@ def linear_forward(
     return torch.ops.aten._unsafe_view.default(y, shape)
 
 
+def _is_for_library(x: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the library computes a forward, whose rows are all active, of a Y of a dtype.
+
+    On a GPU PyTorch does: cuBLAS has a product for each shape, which adds the bias as well.
+    """
+    return x.is_cpu and (dtype == torch.float32 or is_fast_in_bfloat16())
+
+
 def _library_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Fill Y: ... x N, just made."""
     n, k = weight.shape
     m, dtype = math.prod(x.shape[:-1]), DTYPES[y.dtype]
-    thread_context().call(
+    context_of(x, weight, bias).call(
         "sebp_linear_forward",
         matrix_of_size(x, m, k, DTYPES[x.dtype]),
         matrix_of_size(weight, n, k, DTYPES[weight.dtype]),
@@ -85,7 +93,8 @@ def _library_forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) 
 
 def _library_forward_transposed(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """As :func:`_library_forward` for W: K x N."""
-    context, vx, vw, vy = thread_context(), matrix_of(x), matrix_of(weight), matrix_of(y)
+    context = context_of(x, weight, bias)
+    vx, vw, vy = matrix_of(x), matrix_of(weight), matrix_of(y)
     # X W is what the backward computes as dX = dY W; it is added to b.
     options = LinearOptions(ctypes.sizeof(LinearOptions))
     if vy.dtype == BF16:
@@ -112,7 +121,7 @@ def _laid_out(matrix: Tensor) -> Tensor:
     On Intel's processors with AMX PyTorch's product in bfloat16 reads past the rows of a matrix
     with gaps, and a NaN there gets into the result.
     """
-    if matrix.dtype != torch.bfloat16 or matrix.t().is_contiguous():
+    if matrix.dtype != torch.bfloat16 or not matrix.is_cpu or matrix.t().is_contiguous():
         return matrix
     return matrix.contiguous()
 
@@ -158,6 +167,8 @@ def linear_backward(
     if not (is_ours(dy, x, weight) and _KNOWN.issuperset(dtypes)):
         return _dense_backward(dy, x, weight, transposed, *dtypes)
     start = time.perf_counter()
+    if not dy.is_cpu:  # whose matrix units take one dtype, as PyTorch's products do
+        x, weight = (None if one is None else one.to(dy.dtype) for one in (x, weight))
     n, k = sizes(dy, x, weight, transposed)
     w_rows, w_cols = (k, n) if transposed else (n, k)
     *lead, _ = dy.shape
@@ -179,10 +190,10 @@ def linear_backward(
     run = _library_backward_transposed if transposed else library_backward
     run(vdy, vx, vw, active, vdx, vdw, vdb, _BY_BF16 if dtype == BF16 else None)
     count_work(
-        LayerKind(n, k, dy.dtype, dx is not None, dw is not None),
+        LayerKind(n, k, dy.dtype, dx is not None, dw is not None, False, device_of(dy)),
         total,
         len(active),
-        time.perf_counter() - start,
+        time.perf_counter() - start if dy.is_cpu else 0.0,
     )
     return dx, dw, db
 
@@ -218,7 +229,8 @@ def library_backward(
     db : Matrix, 1 x N, or None
     options : LinearOptions, optional
     """
-    thread_context().call("sebp_linear_backward", dy, x, weight, active, options, dx, dw, db)
+    context = context_of(dy.memory, *(one.memory for one in (x, weight) if one is not None))
+    context.call("sebp_linear_backward", dy, x, weight, active, options, dx, dw, db)
 
 
 def _library_backward_transposed(
@@ -233,7 +245,8 @@ def _library_backward_transposed(
 ) -> None:
     """As :func:`library_backward` for W: K x N. In dW X and dY change places, in dX W and W^T."""
     if dx is not None:
-        thread_context().call("sebp_linear_forward", dy, weight, None, active, options, dx)
+        context = context_of(dy.memory, weight.memory)
+        context.call("sebp_linear_forward", dy, weight, None, active, options, dx)
     if db is not None:
         library_backward(dy, None, None, active, None, None, db, options)
     if dw is not None:

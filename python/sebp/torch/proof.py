@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .devices import is_autocast
 from .packing import Packing, Unfit
 from .trace import Once, State, WithoutDropout, copy_containers, leaves, put_containers_back
 
@@ -224,7 +225,7 @@ class Call:
             self.model.training,
             self.has_backward,
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
+            is_autocast(),
             form(arguments),
             form(self.given),
         )
@@ -240,7 +241,7 @@ class Call:
 
     def begin(self, kind: Kind, packing: Packing) -> None:
         """Note that a part of the call is about to run without padding."""
-        self._is_short = self._is_short or torch.is_autocast_enabled("cpu")
+        self._is_short = self._is_short or is_autocast()
         self._packings.append((kind, packing))
 
     def is_new(self, kind: Kind) -> bool:

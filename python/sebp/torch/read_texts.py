@@ -300,7 +300,7 @@ def texts_op(
     texts, pattern = read_texts(codes, told)
     seen = torch.tensor([pattern.causal, *pattern.windows], dtype=torch.int64)
     if offsets_q is not None:
-        return offsets_q.long().clone(), offsets_k.long().clone(), seen
+        return offsets_q.cpu().long().clone(), offsets_k.cpu().long().clone(), seen
     return texts.queries.numbers(), texts.keys.numbers(), seen
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, mpnet
+from .devices import are_together
 from .proof import CACHES, Call
 
 # What has a row for each token.
@@ -65,7 +66,7 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
         return f"a mask of {mask.dim()} dimensions"
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(tokens, Tensor) or tokens.device.type != "cpu" or mask.device.type != "cpu":
+    if not isinstance(tokens, Tensor) or not are_together(tokens, mask):
         return "not on the CPU"
     for name in PACKED:
         value = given.get(name)

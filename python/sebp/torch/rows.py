@@ -4,7 +4,7 @@
 from .._rules import Rule
 from .._structs import Matrix
 from ..core import Rows
-from .context import thread_context
+from .context import context_of
 
 
 def find_rows(dy: Matrix, rule: Rule) -> Rows:
@@ -26,4 +26,4 @@ def find_rows(dy: Matrix, rule: Rule) -> Rows:
     Rows
         Of M.
     """
-    return Rows.find(dy, rule, thread_context())
+    return Rows.find(dy, rule, context_of(dy.memory))

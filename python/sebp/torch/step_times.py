@@ -4,8 +4,9 @@
 A step goes from the begin of a model's forward to the end of its backward, the loss in between
 included; without gradients, and where no backward has come when the next forward begins, to the end
 of the forward. Each thread has steps of its own: PyTorch runs a backward on CPUs in the thread that
-calls it. Nothing is counted of compiled models, and of a backward that begins when its step has
-ended: a second one of the same graph, or one of a model in a reentrant checkpoint as a whole.
+calls it. Nothing is counted of compiled models, of models on GPUs, whose work is not done when a
+call returns, and of a backward that begins when its step has ended: a second one of the same graph,
+or one of a model in a reentrant checkpoint as a whole.
 """
 
 import functools
@@ -155,6 +156,8 @@ def _timed_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     """Replace a prepared model's forward: time its steps."""
     if torch.compiler.is_compiling() or is_traced():
         return forward.original(*args, **kwargs)
+    if _is_on_gpu(forward.module):
+        return forward.original(*args, **kwargs)
     here = _of_thread
     # Within another prepared model, or computed again in a backward.
     if here.is_in_forward or torch._C._current_graph_task_id() != -1:
@@ -175,6 +178,11 @@ def _timed_forward(forward: Forward, *args: object, **kwargs: object) -> object:
             here.end = time.perf_counter()
             if not is_open:
                 _end_step()
+
+
+def _is_on_gpu(model: nn.Module) -> bool:
+    first = next(model.parameters(), None)
+    return first is not None and first.is_cuda
 
 
 class _Scriptable:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._structs import BF16, F32, Matrix
+from .devices import are_together, cuda_version, is_reachable
 
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 
@@ -21,7 +22,7 @@ def matrix_of(tensor: Tensor) -> Matrix:
     Parameters
     ----------
     tensor : Tensor, ... x K
-        float32 or bfloat16, on the CPU, of any strides.
+        float32 or bfloat16, on the CPU or a GPU that the library can work on, of any strides.
 
     Returns
     -------
@@ -35,10 +36,10 @@ def matrix_of(tensor: Tensor) -> Matrix:
         sparse and fake tensors, for example.
     """
     dtype = DTYPES.get(tensor.dtype)
-    if dtype is None or not tensor.is_cpu or tensor.layout != torch.strided:
+    if dtype is None or tensor.layout != torch.strided or not is_reachable(tensor):
         raise TypeError(
             f"a tensor is of {tensor.dtype} on {tensor.device}, {tensor.layout}; not of float32 or"
-            " bfloat16 on the CPU with strides"
+            f" bfloat16 {_where()} with strides"
         )
     shape = tensor.shape
     rows, cols = math.prod(shape[:-1]), shape[-1]
@@ -54,6 +55,10 @@ def matrix_of(tensor: Tensor) -> Matrix:
     if is_copy:
         matrix.is_copy = True
     return matrix
+
+
+def _where() -> str:
+    return "on the CPU or a GPU" if cuda_version() else "on the CPU"
 
 
 def new_like(tensor: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def matrix_of_size(tensor: Tensor, rows: int, cols: int, dtype: int) -> Matrix:
     Parameters
     ----------
     tensor : Tensor, ... x K
-        On the CPU, as :func:`matrix_of` takes it.
+        As :func:`matrix_of` takes it.
     rows, cols : int
         The M and K that it should have.
     dtype : int
@@ -132,8 +137,8 @@ def _row_stride(tensor: Tensor, rows: int, cols: int) -> int | None:
 
 
 def is_ours(*tensors: Tensor | None) -> bool:
-    """Return whether the library can work with these: on the CPU, each float32 or bfloat16."""
+    """Return whether the library can work with these: each float32 or bfloat16, in one place."""
     for tensor in tensors:
-        if tensor is not None and (tensor.dtype not in DTYPES or not tensor.is_cpu):
+        if tensor is not None and tensor.dtype not in DTYPES:
             return False
-    return True
+    return are_together(*tensors)

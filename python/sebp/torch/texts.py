@@ -35,7 +35,7 @@ class Side:
         the rows gathered.
     rows : Tensor of int64, or None
         `tokens`, where the library cannot be told where they lie: texts with gaps, and packed texts
-        with padding.
+        with padding. On the CPU, as all of this is.
     """
 
     shape: tuple[int, int]
@@ -181,7 +181,7 @@ class Texts:
         ValueError
             If they do not fit the shapes or each other.
         """
-        told = [x.detach().numpy().astype(np.int64, copy=False) for x in (queries, keys)]
+        told = [x.detach().cpu().numpy().astype(np.int64, copy=False) for x in (queries, keys)]
         shapes = tuple(shape), tuple(shape_k)
         counts = [x.size - 1 if x.ndim == 1 else int(x.max(initial=0)) for x in told]
         if all(x.ndim == 2 for x in told):

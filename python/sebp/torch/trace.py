@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .attend import attend
 from .blocks.dropout import drop
 from .blocks.norm import normalize
+from .devices import gpus_of
 from .direct import Watcher
 from .packing import Unfit
 
@@ -105,6 +106,7 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._random = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._on_gpus = {index: torch.cuda.get_rng_state(index) for index in gpus_of(model)}
         self._buffers = [
             (name, module, key, buffer, None if buffer is None else buffer.detach().clone())
             for name, module in model.named_modules()
@@ -120,6 +122,8 @@ class State:
         torch.set_rng_state(self._random[0])
         random.setstate(self._random[1])
         np.random.set_state(self._random[2])
+        for index, state in self._on_gpus.items():
+            torch.cuda.set_rng_state(state, index)
         for _, module, key, buffer, value in self._buffers:
             if module._buffers.get(key) is not buffer:
                 module._buffers[key] = buffer

@@ -25,10 +25,11 @@ class LayerKind(NamedTuple):
     need_dx: bool
     need_dw: bool
     is_forward: bool = False
+    device: str = "cpu"
 
 
 class Work(NamedTuple):
-    """Sums over passes: rows of the padded batch, those that were active, and time.
+    """Sums over passes: rows of the padded batch, those that were active, and time on the CPU.
 
     All rows that a forward computes are active: those of padding that was left out are not.
     """
@@ -63,6 +64,11 @@ def count_work(kind: LayerKind, rows: int, active: int, seconds: float) -> None:
             sums[2] += seconds
 
 
+def device_of(tensor: Tensor) -> str:
+    """Return the kind of a tensor's device."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def counts_forwards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Count the calls of a function that computes a layer's Y: ... x N from x: ... x K."""
 
@@ -74,8 +80,9 @@ def counts_forwards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rows = total = math.prod(x.shape[:-1])
         if packing is not None and packing.counts(x):
             total = packing.mask.numel()
-        kind = LayerKind(y.shape[-1], x.shape[-1], y.dtype, False, False, True)
-        count_work(kind, total, rows, time.perf_counter() - start)
+        kind = LayerKind(y.shape[-1], x.shape[-1], y.dtype, False, False, True, device_of(y))
+        seconds = time.perf_counter() - start if y.is_cpu else 0.0  # a GPU has yet to begin
+        count_work(kind, total, rows, seconds)
         return y
 
     return counted

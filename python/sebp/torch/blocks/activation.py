@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ActivationOptions
-from ..context import thread_context
+from ..context import context_of
 from ..direct import has_numbers
 from ..tensors import matrix_of, new_like
 
@@ -50,7 +50,7 @@ def activate(x: Tensor, activation: Activation, up: Tensor | None = None) -> Ten
     Parameters
     ----------
     x : Tensor, ... x N
-        float32 or bfloat16, contiguous, on the CPU.
+        float32 or bfloat16, contiguous.
     activation : Activation
         f.
     up : Tensor, ... x N, optional
@@ -74,7 +74,7 @@ class _Activate(torch.autograd.Function):
         y = new_like(x)
         options = ActivationOptions(ctypes.sizeof(ActivationOptions))
         inputs = matrix_of(x), None if up is None else matrix_of(up)
-        thread_context().call(
+        context_of(x, up).call(
             "sebp_activation_forward", activation, *inputs, None, options, matrix_of(y)
         )
         ctx.save_for_backward(x, up)
@@ -95,7 +95,7 @@ class _Activate(torch.autograd.Function):
         options = ActivationOptions(ctypes.sizeof(ActivationOptions))
         inputs = (None if one is None else matrix_of(one) for one in (dy, x, up))
         outputs = (None if one is None else matrix_of(one) for one in (dx, dup))
-        thread_context().call(
+        context_of(dy, x, up).call(
             "sebp_activation_backward", ctx.activation, *inputs, None, options, *outputs
         )
         return dx, dup, None

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._structs import DropoutOptions
-from ..context import thread_context
+from ..context import context_of
 from ..direct import has_numbers
 from ..tensors import matrix_of, new_like
 
@@ -17,7 +17,8 @@ from ..tensors import matrix_of, new_like
 def draw_seed() -> Tensor:
     """Draw a seed from PyTorch's default generator: an int64, which a graph can hold.
 
-    So ``torch.manual_seed`` makes dropout repeatable, and so does checkpointing, which restores the
+    It is that of the CPU for tensors on GPUs too, so that nothing has to wait for them.
+    ``torch.manual_seed`` makes dropout repeatable, and so does checkpointing, which restores the
     generator before it computes a forward again.
     """
     return torch.randint(2**63 - 1, (1,), device="cpu")
@@ -29,7 +30,7 @@ def drop(x: Tensor, *, dropout: float) -> Tensor:
     Parameters
     ----------
     x : Tensor
-        float32 or bfloat16, contiguous, on the CPU.
+        float32 or bfloat16, contiguous.
     dropout : float
         p, in [0, 1). At 0 the result is x itself.
 
@@ -54,7 +55,7 @@ def drop(x: Tensor, *, dropout: float) -> Tensor:
 def drop_again(x: Tensor, options: DropoutOptions) -> Tensor:
     """Drop the elements that a call with the same options dropped, without autograd."""
     y = new_like(x)
-    thread_context().call("sebp_dropout_apply", _rows_of(x), None, options, _rows_of(y))
+    context_of(x).call("sebp_dropout_apply", _rows_of(x), None, options, _rows_of(y))
     return y
 
 
@@ -74,7 +75,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
         if not has_numbers(dy):  # others step in, as with batched gradients: the library sees none
-            ones = torch.ones(dy.shape, dtype=dy.dtype)
+            ones = torch.ones(dy.shape, dtype=dy.dtype, device=dy.device)
             return dy * drop_again(ones, ctx.options), None
         if torch.is_grad_enabled():
             return _Drop.apply(dy, ctx.options), None

@@ -18,6 +18,7 @@ from torch.nn import functional
 from ..._rules import Rule
 from ...core import SebpError
 from ..autograd import dtypes_of, only_wanted, wanted_dtypes
+from ..devices import autocast_dtype
 from ..direct import is_plain
 from ..forward import Forward
 from ..tensors import DTYPES
@@ -56,7 +57,7 @@ class _Source:
         bias: Tensor | None,
     ) -> None:
         self._compute = compute
-        self._is_cast = torch.is_autocast_enabled("cpu")
+        self._is_cast = autocast_dtype(hidden) is not None
         self.dtype = torch.bfloat16 if self._is_cast else hidden.dtype
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.is_computed = self.has_loss = False
@@ -85,7 +86,8 @@ class _Source:
                 "sebp: the logits of this call were not computed, and the weights have changed"
                 " since. Read them before the optimizer's step, or prepare(defer_logits=False)"
             )
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._is_cast)
+        device = self.hidden.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self._is_cast)
 
     def compute(self) -> Tensor:
         """Compute the logits, as the model would have."""
@@ -190,7 +192,7 @@ class _Defer(torch.autograd.Function):
     ) -> Logits:
         shape = (*hidden.shape[:-1], weight.shape[0])
         ctx.dtypes, ctx.dtype = dtypes_of(hidden, weight, bias), source.dtype
-        logits = Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device="cpu")
+        logits = Tensor._make_wrapper_subclass(Logits, shape, dtype=dtype, device=hidden.device)
         ctx.save_for_backward(hidden, weight)
         return logits
 
@@ -325,17 +327,24 @@ def _float(logits: Logits) -> Logits:
 
 
 def _to(logits: Logits, *args: object, **kwargs: object) -> Logits | None:
-    """To the CPU, where they are, or to float32."""
+    """To the device, where they are, or to float32."""
     if not kwargs.keys() <= {"device", "dtype"}:
         return None
     result = logits
     for to in (*args, *kwargs.values()):
-        if isinstance(to, (str, torch.device)) and torch.device(to) == logits.device:
+        if isinstance(to, (str, torch.device)) and _is_there(torch.device(to), logits.device):
             continue
         if not isinstance(to, torch.dtype) or to not in (torch.float32, logits.dtype):
             return None
         result = _float(logits) if to == torch.float32 else logits
     return result
+
+
+def _is_there(to: torch.device, device: torch.device) -> bool:
+    """Return whether moving there moves nothing; without a number it is the current GPU."""
+    if to.type == "cuda" and to.index is None:
+        to = torch.device("cuda", torch.cuda.current_device())
+    return to == device
 
 
 def _contiguous(logits: Logits) -> Logits:
@@ -407,7 +416,7 @@ def _loss(
     """Compute ``torch.nn.functional.cross_entropy``, or None where it wants logits."""
     if not isinstance(input, Logits) or input.source.is_computed or input.dim() != 2:
         return None
-    if type(target) is not Tensor or target.dtype != torch.int64 or not target.is_cpu:
+    if type(target) is not Tensor or target.dtype != torch.int64 or target.device != input.device:
         return None
     if target.shape != input.shape[:1] or weight is not None or reduction not in ("mean", "sum"):
         return None
@@ -433,7 +442,7 @@ def _loss(
             return None
     source.has_loss = source.has_loss or loss.requires_grad
     # Under autocast PyTorch computes this loss in float32.
-    return loss if torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
+    return loss if autocast_dtype(target) else loss.to(input.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,8 +464,8 @@ def _can_defer(head: nn.Module, hidden: Tensor) -> bool:
     if not (head.training and torch.is_grad_enabled() and type(head) is nn.Linear):
         return False
     tensors = [one for one in (hidden, head.weight, head.bias) if one is not None]
-    if torch.is_autocast_enabled("cpu"):
-        has_dtypes = torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if cast := autocast_dtype(hidden):
+        has_dtypes = cast == torch.bfloat16
     else:
         has_dtypes = all(one.dtype == hidden.dtype for one in tensors)
     return (

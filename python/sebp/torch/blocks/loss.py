@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..._structs import PRECISION_MEDIUM, CrossEntropyOptions
-from ..context import thread_context
+from ..context import context_of
+from ..devices import autocast_dtype
 from ..direct import has_numbers
 from ..tensors import matrix_of
 
@@ -32,7 +33,8 @@ def linear_cross_entropy(
     Parameters
     ----------
     hidden : Tensor, ... x K
-        float32 or bfloat16, on the CPU. Under autocast to bfloat16 what is of float32 is rounded
+        float32 or bfloat16, on the CPU or on a GPU that the library can work on, where all others
+        are too. Under autocast to bfloat16 what is of float32 is rounded
         while it is read.
     weight : Tensor, V x K
         float32 or bfloat16.
@@ -59,8 +61,10 @@ def linear_cross_entropy(
     RuntimeError
         In a backward of the backward.
     """
-    if labels.dtype != torch.int64 or labels.device.type != "cpu":
-        raise TypeError(f"labels are {labels.dtype} on {labels.device}, not int64 on the CPU")
+    if labels.dtype != torch.int64 or labels.device != hidden.device:
+        raise TypeError(
+            f"labels are {labels.dtype} on {labels.device}, not int64 on {hidden.device}"
+        )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels are {tuple(labels.shape)}, hidden {tuple(hidden.shape)}")
     if reduction not in ("mean", "sum"):
@@ -70,7 +74,7 @@ def linear_cross_entropy(
     options = CrossEntropyOptions(
         ctypes.sizeof(CrossEntropyOptions), ignore_index, label_smoothing, 1 / max(count, 1)
     )
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+    if autocast_dtype(hidden) == torch.bfloat16:
         options.precision = PRECISION_MEDIUM
     loss = _CrossEntropy.apply(hidden, weight, bias, labels, options)
     return loss if count > 0 else loss + math.nan
@@ -90,10 +94,10 @@ def _compute(
     dtypes = (torch.float32, weight.dtype, None if bias is None else bias.dtype)
     inputs = (hidden, weight, bias)
     gradients = [
-        torch.empty(one.shape, dtype=dtype) if needed else None
+        one.new_empty(one.shape, dtype=dtype) if needed else None
         for one, dtype, needed in zip(inputs, dtypes, needs, strict=True)
     ]
-    thread_context().call(
+    context_of(*inputs, labels).call(
         "sebp_linear_cross_entropy",
         *(None if one is None else matrix_of(one) for one in inputs),
         labels.data_ptr(),
@@ -122,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss, gradients = _compute(hidden, weight, bias, labels, options, needs)
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.options, ctx.gradients = options, gradients
-        return torch.tensor(loss, dtype=torch.float32)
+        return torch.tensor(loss, dtype=torch.float32, device=hidden.device)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,6 +141,8 @@ class _CrossEntropy(torch.autograd.Function):
             _, gradients = _compute(*inputs, ctx.options, ctx.needs_input_grad[:3])
         if not has_numbers(dloss):  # others step in, as with batched gradients
             gradients = [None if one is None else one * dloss.to(one.dtype) for one in gradients]
+        elif not dloss.is_cpu:  # whose value is not known without a wait for the GPU
+            gradients = [None if one is None else one.mul_(dloss) for one in gradients]
         elif (factor := float(dloss)) != 1:
             gradients = [None if one is None else one.mul_(factor) for one in gradients]
         return (*gradients, None, None)

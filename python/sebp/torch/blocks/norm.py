@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ACCUMULATE, DropoutOptions, Matrix, NormOptions
-from ..context import thread_context
+from ..context import context_of
 from ..direct import has_numbers
 from ..tensors import matrix_of, new_like
 from .dropout import draw_seed, drop_again
@@ -52,7 +52,7 @@ def normalize(
     Parameters
     ----------
     x : Tensor, ... x N
-        float32 or bfloat16, contiguous, on the CPU.
+        float32 or bfloat16, contiguous.
     gain, shift : Tensor, N, or None
         float32 or bfloat16.
     norm : Norm
@@ -105,8 +105,8 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         y = new_like(x)
         h = None if residual is None and options.dropout == 0 else new_like(x)
-        statistics = torch.empty(math.prod(x.shape[:-1]), 2, dtype=torch.float32)
-        thread_context().call(
+        statistics = x.new_empty((math.prod(x.shape[:-1]), 2), dtype=torch.float32)
+        context_of(x, residual, gain, shift).call(
             "sebp_norm_forward",
             *_matrices(x, residual, gain, shift),
             None,
@@ -142,8 +142,8 @@ class _Norm(torch.autograd.Function):
         if need_gain:
             dgain = new_like(gain)
         if need_shift:
-            dshift = torch.empty(h.shape[-1], dtype=ctx.shift_dtype)
-        thread_context().call(
+            dshift = h.new_empty(h.shape[-1], dtype=ctx.shift_dtype)
+        context_of(dy, h, gain).call(
             "sebp_norm_backward",
             *_matrices(dy, h, statistics, gain),
             None,

@@ -5,6 +5,7 @@ import sys
 
 from torch import nn
 
+from ..devices import is_reachable
 from ..forward import has, is_replaced, put_in, take_out
 from ..tensors import DTYPES
 from .forms import FORMS
@@ -69,7 +70,7 @@ def give_heads(model: nn.Module) -> list[str]:
 
 
 def _is_readable(parameter: nn.Parameter) -> bool:
-    return parameter.device.type == "cpu" and parameter.dtype in DTYPES
+    return parameter.dtype in DTYPES and is_reachable(parameter)
 
 
 def take_blocks(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..._structs import RotaryOptions
-from ..context import thread_context
+from ..context import context_of
 from ..direct import has_numbers, is_plain
 from ..tensors import DTYPES, matrix_of, new_like
 from .code import same_code
@@ -207,7 +207,7 @@ def _turned(x: Tensor, cos: Tensor, table: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, cos.dtype)).transpose(1, 2)
     positions = None
     if cos.shape[0] != batch:
-        positions = torch.arange(length).repeat(batch)
+        positions = torch.arange(length, device=x.device).repeat(batch)
     y = Turn.apply(x.flatten(2), table, positions, size, False)
     return y.unflatten(2, (-1, size)).transpose(1, 2)
 
@@ -228,7 +228,7 @@ class Turn(torch.autograd.Function):
         ctx.arguments = table, positions, size, is_back
         y = new_like(x)
         options = RotaryOptions(ctypes.sizeof(RotaryOptions), size, *_UNUSED)
-        thread_context().call(
+        context_of(x, table, positions).call(
             "sebp_rotary_backward" if is_back else "sebp_rotary_forward",
             matrix_of(x),
             None if positions is None else positions.data_ptr(),
