@@ -212,11 +212,11 @@ def time_layers(shapes: tuple, alphas: tuple, dtypes: tuple) -> None:
                     "ours": lambda i, of=layers: of[i].ours(),
                 }
                 times = measure(modes, sets)
-                runs = {"found": lambda i, of=layers: of[i].found()}
-                times["found"] = _without_a_graph(runs["found"], sets), None
+                found = _without_a_graph(lambda i, of=layers: of[i].found(), sets)
+                times["found"] = found, None
                 name = str(dtype).removeprefix("torch.")
                 _print_line(f"{name} {m}x{k}->{n} {alpha:g}", times, names)
-                del layers, modes, runs
+                del layers, modes
 
 
 def _without_a_graph(mode: Mode, sets: int) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._library import load
 from ..core import Context
+from .devices import reason_against
 
 
 class _OfThread(threading.local):
@@ -95,8 +96,8 @@ def context_of(*tensors: Tensor | None) -> Context:
     ------
     RuntimeError
         If they lie on several devices; in a CUDA graph's capture, if there is no context yet.
-    SebpError
-        If the library cannot work on the GPU.
+    TypeError
+        If the library cannot work where they lie.
     """
     for tensor in tensors:
         if tensor is not None and not tensor.is_cpu:
@@ -134,10 +135,14 @@ def _context_on_gpu(tensors: tuple[Tensor | None, ...]) -> Context:
                 "Expected all tensors to be on the same device, but found at least two devices,"
                 f" {first.device} and {tensor.device}!"
             )
-    key = gpu, _stream_of(gpu), _precision("cuda")
+    if not first.is_cuda:
+        raise TypeError(f"a tensor is on {first.device}, and {reason_against(first.device)}")
+    key = gpu, stream_of(gpu), _precision("cuda")
     here = _of_thread.on_gpus
     context = here.get(key)
     if context is None:
+        if reason := reason_against(first.device):
+            raise TypeError(f"a tensor is on {first.device}, and {reason}")
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "sebp: the first call on a stream cannot be captured in a CUDA graph: make one"
@@ -147,7 +152,7 @@ def _context_on_gpu(tensors: tuple[Tensor | None, ...]) -> Context:
     return context
 
 
-def _stream_of(gpu: int) -> int:
+def stream_of(gpu: int) -> int:
     """Return PyTorch's current stream on a GPU as the number that CUDA has for it."""
     if _raw_stream_of is not None:
         return _raw_stream_of(gpu)

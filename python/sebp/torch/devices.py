@@ -27,10 +27,10 @@ def cuda_version() -> str:
 @functools.cache
 def _reason_against_gpu(index: int) -> str:
     """Return why the library cannot work on a GPU of PyTorch's, or "" if it can."""
-    if torch.version.cuda is None:
-        return "PyTorch's GPUs are not NVIDIA's"
     if not cuda_version():
         return "this libsebp was built without CUDA (./configure --with-cuda)"
+    if torch.version.cuda is None:
+        return "PyTorch's GPUs are not NVIDIA's"
     capability = torch.cuda.get_device_capability(index)
     if capability < _MIN_CAPABILITY:
         return "its compute capability is {}.{}; libsebp needs 8.0".format(*capability)

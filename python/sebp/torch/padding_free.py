@@ -125,7 +125,7 @@ def _noise_like(x: Tensor, packing: Packing) -> Tensor:
     numbers = np.random.default_rng(next(_calls))
     token = _signed(1 + numbers.random((texts * length, 1)), numbers)
     token *= largest if 0 < largest < 1e30 else 1
-    return (token * _noise(x.shape[2])).to(x.device, x.dtype)
+    return (token.to(x.device) * _noise(x.shape[2]).to(x.device)).to(x.dtype)
 
 
 def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
