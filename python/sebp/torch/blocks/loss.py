@@ -33,9 +33,8 @@ def linear_cross_entropy(
     Parameters
     ----------
     hidden : Tensor, ... x K
-        float32 or bfloat16, on the CPU or on a GPU that the library can work on, where all others
-        are too. Under autocast to bfloat16 what is of float32 is rounded
-        while it is read.
+        float32 or bfloat16, on the CPU or on a GPU that the library can work on, as all others are.
+        Under autocast to bfloat16 what is of float32 is rounded while it is read.
     weight : Tensor, V x K
         float32 or bfloat16.
     labels : int64 Tensor, of the leading dimensions of `hidden`
