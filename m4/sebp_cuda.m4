@@ -56,7 +56,7 @@ AS_IF([test "$sebp_cv_cxx20" = no],
   [sebp_cuda_summary="no (--with-cuda); its kernels are not tested, as no compiler of C++20 was found"],
   [sebp_have_emulated_cuda=yes
   sebp_cuda_summary="no (--with-cuda)"
-  CUDA_CPPFLAGS='-I$(top_srcdir)/tests/cuda'
+  CUDA_CPPFLAGS='-I$(top_srcdir)/tests/cuda -DSEBP_HAVE_CUBLAS'
   CUDA_COMPILE="\$(CXX) $sebp_cv_cxx20 -x c++ -O2 -g -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(CUDA_CPPFLAGS) \$(SANITIZE_CFLAGS) \$(VISIBILITY_CFLAGS)"
   AS_IF([test "$enable_werror" = yes], [CUDA_COMPILE="$CUDA_COMPILE -Werror"])
   CUDA_LIBS=-lstdc++])])

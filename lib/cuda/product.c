@@ -4,6 +4,7 @@
 #include "config.h"
 #endif
 
+#include "cublas.h"
 #include "matrix_unit.h"
 #include "operations.h"
 #include "product.h"
@@ -76,26 +77,40 @@ sebp_status sebp_cuda_clear_counters(sebp_cuda *cuda, const sebp_cuda_cut *cut, 
 
 /* ---- the table's operations ---- */
 
-typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR, WAY_MATRIX_UNIT } way;
+typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR, WAY_MATRIX_UNIT, WAY_CUBLAS } way;
 
 /* What a plan remembers. */
 typedef struct notes {
     way way;
     sebp_cuda_cut cut;
     sebp_plain_cut plain;
+    sebp_cublas_plan cublas;
     int64_t scratch_bytes;
 } notes;
 
 _Static_assert(sizeof(notes) <= SEBP_PLAN_BYTES, "the notes do not fit in a plan");
 
-static void settle(const sebp_cuda *cuda, const sebp_product *product, notes *settled,
-                   const char **path)
+/* What cuBLASLt can do it does faster (doc/performance.md): whole matrices as they lie. */
+static bool settle_cublas(sebp_cuda *cuda, const sebp_product *product, notes *settled)
+{
+    if (cuda->gemm != SEBP_GEMM_AUTO || !sebp_cublas_takes(cuda, product) ||
+        !sebp_cublas_plan_product(cuda, product, &settled->cublas))
+        return false;
+    settled->way = WAY_CUBLAS;
+    settled->scratch_bytes = settled->cublas.scratch_bytes;
+    return settled->scratch_bytes == 0 || sebp_cuda_scratch(cuda, settled->scratch_bytes) != NULL;
+}
+
+static void settle(sebp_cuda *cuda, const sebp_product *product, notes *settled, const char **path)
 {
     if (product->m == 0 || product->n == 0) {
         settled->way = WAY_NOTHING;
         *path = "nothing";
+    } else if (settle_cublas(cuda, product, settled)) {
+        *path = "cuda:cublaslt";
     } else if (sebp_cuda_takes_matrix_unit(cuda, product)) {
         settled->way = WAY_MATRIX_UNIT;
+        settled->scratch_bytes = 0;
         *path = "cuda:wgmma";
     } else if (sebp_cuda_takes_tensor(product)) {
         settled->way = WAY_TENSOR;
@@ -141,7 +156,9 @@ sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
     void *scratch =
         settled->scratch_bytes > 0 ? sebp_cuda_scratch(cuda, settled->scratch_bytes) : NULL;
     sebp_status status = SEBP_SUCCESS;
-    if (settled->way == WAY_MATRIX_UNIT)
+    if (settled->way == WAY_CUBLAS)
+        status = sebp_cublas_run_product(cuda, &plan->product, &settled->cublas, scratch);
+    else if (settled->way == WAY_MATRIX_UNIT)
         status = sebp_cuda_run_matrix_unit(cuda, &plan->product, NULL);
     else if (settled->way == WAY_TENSOR)
         status = sebp_cuda_run_tensor(cuda, &plan->product, &settled->cut, scratch);
