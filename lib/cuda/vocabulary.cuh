@@ -50,8 +50,8 @@ sebp_status sebp_launch_kernel(sebp_cuda *cuda, bool begins_early, void (*kernel
                            cudaLaunchKernelEx(&how, kernel, static_cast<Parameters>(arguments)...));
 #else
     (void)begins_early; /* kernels are done when they have been launched */
-    sebp_emulate(kernel, grid, block, (size_t)shared_bytes, static_cast<Parameters>(arguments)...);
-    return sebp_cuda_check(cuda, cudaGetLastError());
+    return sebp_cuda_check(cuda, sebp_emulate(kernel, grid, block, (size_t)shared_bytes,
+                                              static_cast<Parameters>(arguments)...));
 #endif
 }
 

@@ -68,9 +68,9 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim; /* of the thread that runs *
 
 /* The machine underneath (fake_runtime.cc). */
 
-/** Runs body() for each thread of each block. */
-void sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
-                       const std::function<void()> &body);
+/** Runs body() for each thread of each block; the error of a launch. */
+cudaError_t sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
+                              const std::function<void()> &body);
 void *sebp_emulated_shared();
 /** Waits for all threads of the block that have not returned; the sum of what they bring. */
 int sebp_emulated_barrier(int value);
@@ -79,10 +79,10 @@ int sebp_emulated_barrier(int value);
 unsigned sebp_emulated_exchange(const void *mine, size_t bytes, void *all);
 
 template <class... Parameters, class... Arguments>
-void sebp_emulate(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                  Arguments... arguments)
+cudaError_t sebp_emulate(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                         Arguments... arguments)
 {
-    sebp_emulate_grid(grid, block, shared_bytes, [=] { kernel(arguments...); });
+    return sebp_emulate_grid(grid, block, shared_bytes, [=] { kernel(arguments...); });
 }
 
 inline void __syncthreads()

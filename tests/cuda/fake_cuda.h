@@ -22,12 +22,19 @@ extern "C" {
 
 /** Lets the n-th call from now on that may fail return `error`, and no other; 0: none. */
 void fake_cuda_fail_at(int64_t n, cudaError_t error);
+/** Lets every call from the n-th on fail with `error`, as after an access outside of memory; 0: none.
+ * What is freed then is gone with the GPU's context. */
+void fake_cuda_break_at(int64_t n, cudaError_t error);
 /** Calls so far that may fail. */
 int64_t fake_cuda_calls(void);
-/** Pieces of memory that are allocated, of the GPU's and of pinned. */
+/** Pieces of memory that are allocated, of the GPU's and of pinned, and pools. */
 int64_t fake_cuda_live(void);
 /** How many GPUs there are; 1 at first. */
 void fake_cuda_have(int gpus);
+/** Their compute capability; 8.0 at first. */
+void fake_cuda_capability(int major, int minor);
+/** How much memory they have together; 0: no bound, as at first. */
+void fake_cuda_memory(int64_t bytes);
 
 #ifdef __cplusplus
 }

@@ -1,38 +1,29 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file fake_runtime.cc A CUDA runtime without a GPU: its memory, its errors, and its threads. */
-#include <csetjmp>
+/** @file fake_runtime.cc A CUDA runtime without a GPU: its memory and its errors. */
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include <cuda_runtime.h>
 
 #include "fake_cuda.h"
+#include "fake_inside.h"
 
 namespace {
 
 /* ---- errors ---- */
 
-int64_t calls, failing_call;
-cudaError_t failure, last_error;
+int64_t calls, failing_call, breaking_call;
+cudaError_t failure, breakage, last_error;
 int gpus = 1, current_gpu;
+int capability[2] = {8, 0};
 
-cudaError_t finish(cudaError_t error)
+bool is_broken()
 {
-    if (error != cudaSuccess)
-        last_error = error;
-    return error;
-}
-
-/* Whether this call is the one that is to fail. */
-bool fails()
-{
-    return ++calls == failing_call;
+    return breaking_call > 0 && calls >= breaking_call;
 }
 
 /* ---- memory ---- */
@@ -43,29 +34,33 @@ struct piece {
     char *data;
     size_t bytes;
     bool is_host;
+    int gpu;
 };
 
 std::vector<piece> pieces;
+int64_t pools, memory_limit, memory_in_use;
 
 const size_t PAGE = (size_t)sysconf(_SC_PAGESIZE);
 constexpr size_t ALIGNMENT = 16; /* a GPU's is larger, but then the end would not be at the page */
 
 cudaError_t allocate(void **memory, size_t bytes, bool is_host)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
+    if (!is_host && memory_limit > 0 && memory_in_use + (int64_t)bytes > memory_limit)
+        return fake_finish(cudaErrorMemoryAllocation);
     size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     size_t page_bytes = (rounded + PAGE - 1) / PAGE * PAGE + PAGE;
     void *pages =
         mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED)
-        return finish(cudaErrorMemoryAllocation);
+        return fake_finish(cudaErrorMemoryAllocation);
     char *end = (char *)pages + page_bytes - PAGE;
     std::memset(pages, 0xFF, page_bytes - PAGE);
     mprotect(end, PAGE, PROT_NONE);
     if (!is_host)
         mprotect(pages, page_bytes, PROT_NONE);
-    pieces.push_back({(char *)pages, page_bytes, end - rounded, bytes, is_host});
+    pieces.push_back({(char *)pages, page_bytes, end - rounded, bytes, is_host, current_gpu});
+    memory_in_use += is_host ? 0 : (int64_t)bytes;
     *memory = end - rounded;
     return cudaSuccess;
 }
@@ -76,12 +71,13 @@ cudaError_t release(void *memory, bool is_host)
         return cudaSuccess;
     for (size_t i = 0; i < pieces.size(); i++) {
         if (pieces[i].data == memory && pieces[i].is_host == is_host) {
+            memory_in_use -= is_host ? 0 : (int64_t)pieces[i].bytes;
             munmap(pieces[i].pages, pieces[i].page_bytes);
             pieces.erase(pieces.begin() + (ptrdiff_t)i);
-            return cudaSuccess;
+            return is_broken() ? fake_finish(breakage) : cudaSuccess;
         }
     }
-    return finish(cudaErrorInvalidValue);
+    return fake_finish(cudaErrorInvalidValue);
 }
 
 const piece *find_piece(const void *pointer)
@@ -93,25 +89,6 @@ const piece *find_piece(const void *pointer)
     return nullptr;
 }
 
-/* Opens the GPU's memory as long as it lives. */
-struct opened {
-    opened()
-    {
-        protect(PROT_READ | PROT_WRITE);
-    }
-    ~opened()
-    {
-        protect(PROT_NONE);
-    }
-    static void protect(int how)
-    {
-        for (const piece &at : pieces) {
-            if (!at.is_host)
-                mprotect(at.pages, at.page_bytes - PAGE, how);
-        }
-    }
-};
-
 /* Whether bytes from `pointer` on are in one piece of the GPU's memory. */
 bool is_on_gpu(const void *pointer, size_t bytes)
 {
@@ -120,184 +97,39 @@ bool is_on_gpu(const void *pointer, size_t bytes)
            (const char *)pointer + bytes <= found->data + found->bytes;
 }
 
-/* ---- threads ---- */
-
-constexpr size_t STACK_BYTES = 256 << 10;
-
-struct fiber {
-    ucontext_t context;
-    jmp_buf at;
-    dim3 thread;
-    bool has_started, is_done;
-    std::unique_ptr<char[]> stack;
-};
-
-/* Threads that wait for each other. Two rooms in turn, so that one wait does for an exchange: nobody is
- * two waits ahead. */
-struct meeting {
-    int members, arrived, sum, result[2];
-    int64_t round;
-    std::vector<char> room[2];
-    unsigned there[2];
-};
-
-struct block_run {
-    std::vector<fiber> fibers;
-    meeting block;
-    std::vector<meeting> warps;
-    const std::function<void()> *body;
-    size_t running;
-    jmp_buf scheduler;
-    int64_t progress; /* waits that are over, and threads that have returned */
-};
-
-block_run *run;
-std::vector<char> shared;
-
-void close_round(meeting *at)
-{
-    if (at->arrived > 0 && at->arrived == at->members) {
-        at->result[at->round % 2] = at->sum;
-        at->arrived = at->sum = 0;
-        at->round++;
-        run->progress++;
-    }
-}
-
-void yield()
-{
-    if (_setjmp(run->fibers[run->running].at) == 0)
-        _longjmp(run->scheduler, 1);
-    threadIdx = run->fibers[run->running].thread;
-}
-
-/* Waits for the others; which of the two rooms it was. */
-int meet(meeting *at, int value)
-{
-    int64_t round = at->round;
-    at->sum += value;
-    at->arrived++;
-    close_round(at);
-    while (at->round == round)
-        yield();
-    return (int)(round % 2);
-}
-
-void run_thread()
-{
-    (*run->body)();
-    run->fibers[run->running].is_done = true;
-    run->progress++;
-    meeting *warp = &run->warps[run->running / 32];
-    run->block.members--;
-    warp->members--;
-    close_round(&run->block);
-    close_round(warp);
-    _longjmp(run->scheduler, 1);
-}
-
-void resume(size_t which)
-{
-    run->running = which;
-    fiber &next = run->fibers[which];
-    threadIdx = next.thread;
-    if (_setjmp(run->scheduler) != 0)
-        return;
-    if (next.has_started)
-        _longjmp(next.at, 1);
-    next.has_started = true;
-    setcontext(&next.context);
-}
-
-void run_block(block_run *made)
-{
-    run = made;
-    size_t count = made->fibers.size();
-    made->block = meeting{(int)count, 0, 0, {0, 0}, 0, {}, {0, 0}};
-    made->warps.assign((count + 31) / 32, meeting{});
-    for (size_t i = 0; i < count; i++) {
-        fiber &at = made->fibers[i];
-        made->warps[i / 32].members++;
-        at.has_started = at.is_done = false;
-        at.thread = dim3((unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y),
-                         (unsigned)(i / blockDim.x / blockDim.y));
-        getcontext(&at.context);
-        if (at.stack == nullptr)
-            at.stack = std::unique_ptr<char[]>(new char[STACK_BYTES]);
-        at.context.uc_stack.ss_sp = at.stack.get();
-        at.context.uc_stack.ss_size = STACK_BYTES;
-        at.context.uc_link = nullptr;
-        makecontext(&at.context, run_thread, 0);
-    }
-    bool goes_on = true;
-    while (goes_on) {
-        int64_t before = made->progress;
-        goes_on = false;
-        for (size_t i = 0; i < count; i++) {
-            if (!made->fibers[i].is_done) {
-                goes_on = true;
-                resume(i);
-            }
-        }
-        if (goes_on && made->progress == before) {
-            std::fprintf(stderr, "emulated GPU: threads of a block wait for each other for ever\n");
-            std::abort();
-        }
-    }
-}
-
 } // namespace
 
-dim3 threadIdx, blockIdx, blockDim, gridDim;
+/* ---- what the threads share with it ---- */
 
-void sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
-                       const std::function<void()> &body)
+cudaError_t fake_finish(cudaError_t error)
 {
-    if (fails()) {
-        finish(failure);
-        return;
-    }
-    opened memory;
-    block_run made{};
-    made.fibers = std::vector<fiber>((size_t)block.x * block.y * block.z);
-    made.body = &body;
-    gridDim = grid;
-    blockDim = block;
-    for (unsigned z = 0; z < grid.z; z++) {
-        for (unsigned y = 0; y < grid.y; y++) {
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = dim3(x, y, z);
-                shared.assign(shared_bytes + 128, (char)0xFF);
-                run_block(&made);
-            }
-        }
+    if (error != cudaSuccess)
+        last_error = error;
+    return error;
+}
+
+cudaError_t fake_next_error()
+{
+    calls++;
+    return is_broken() ? breakage : calls == failing_call ? failure : cudaSuccess;
+}
+
+static void protect(int how)
+{
+    for (const piece &at : pieces) {
+        if (!at.is_host)
+            mprotect(at.pages, at.page_bytes - PAGE, how);
     }
 }
 
-void *sebp_emulated_shared()
+fake_opened::fake_opened()
 {
-    return (void *)(((uintptr_t)shared.data() + 127) / 128 * 128);
+    protect(PROT_READ | PROT_WRITE);
 }
 
-int sebp_emulated_barrier(int value)
+fake_opened::~fake_opened()
 {
-    meeting *at = &run->block;
-    return at->result[meet(at, value)];
-}
-
-unsigned sebp_emulated_exchange(const void *mine, size_t bytes, void *all)
-{
-    meeting *at = &run->warps[run->running / 32];
-    int room = (int)(at->round % 2), lane = (int)(run->running % 32);
-    if (at->arrived == 0) {
-        at->room[room].assign(32 * bytes, 0);
-        at->there[room] = 0;
-    }
-    std::memcpy(at->room[room].data() + (size_t)lane * bytes, mine, bytes);
-    at->there[room] |= 1U << lane;
-    meet(at, 0);
-    std::memcpy(all, at->room[room].data(), 32 * bytes);
-    return at->there[room];
+    protect(PROT_NONE);
 }
 
 /* ---- the runtime's interface ---- */
@@ -305,55 +137,80 @@ unsigned sebp_emulated_exchange(const void *mine, size_t bytes, void *all)
 cudaError_t cudaGetLastError(void)
 {
     cudaError_t error = last_error;
-    last_error = cudaSuccess;
+    last_error = is_broken() ? breakage : cudaSuccess;
     return error;
 }
 
+static const struct {
+    cudaError_t error;
+    const char *name, *text;
+} texts[] = {
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver",
+     "CUDA driver version is insufficient for CUDA runtime version"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
+     "an illegal memory access was encountered"},
+    {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+};
+
 const char *cudaGetErrorString(cudaError_t error)
 {
-    return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the emulated GPU";
+    for (const auto &at : texts) {
+        if (at.error == error)
+            return at.text;
+    }
+    return "unknown error";
 }
 
 const char *cudaGetErrorName(cudaError_t error)
 {
-    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorEmulated";
+    for (const auto &at : texts) {
+        if (at.error == error)
+            return at.name;
+    }
+    return "cudaErrorUnknown";
 }
 
 cudaError_t cudaGetDeviceCount(int *count)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
+    if (gpus == 0)
+        return fake_finish(cudaErrorNoDevice);
     *count = gpus;
-    return gpus > 0 ? cudaSuccess : finish(cudaErrorNoDevice);
+    return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int *device)
 {
+    MAY_FAIL();
     *device = current_gpu;
     return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device)
 {
+    MAY_FAIL();
     if (device < 0 || device >= gpus)
-        return finish(cudaErrorInvalidDevice);
+        return fake_finish(cudaErrorInvalidDevice);
     current_gpu = device;
     return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
     switch (which) {
     case cudaDevAttrMultiProcessorCount:
         *value = 3;
         break;
     case cudaDevAttrComputeCapabilityMajor:
-        *value = 8;
+        *value = capability[0];
         break;
     case cudaDevAttrComputeCapabilityMinor:
-        *value = 0;
+        *value = capability[1];
         break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *value = 163 << 10;
@@ -382,20 +239,22 @@ cudaError_t cudaRuntimeGetVersion(int *version)
 
 cudaError_t cudaMemPoolCreate(cudaMemPool_t *pool, const struct cudaMemPoolProps *)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
     *pool = (cudaMemPool_t)pool;
+    pools++;
     return cudaSuccess;
 }
 
 cudaError_t cudaMemPoolDestroy(cudaMemPool_t)
 {
-    return cudaSuccess;
+    pools--;
+    return is_broken() ? fake_finish(breakage) : cudaSuccess;
 }
 
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, enum cudaMemPoolAttr, void *)
 {
-    return fails() ? finish(failure) : cudaSuccess;
+    MAY_FAIL();
+    return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void **memory, size_t bytes)
@@ -431,24 +290,22 @@ cudaError_t cudaFreeAsync(void *memory, cudaStream_t)
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
                             cudaStream_t)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
     bool to_gpu = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_gpu = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (to_gpu != is_on_gpu(to, bytes) || from_gpu != is_on_gpu(from, bytes))
-        return finish(cudaErrorInvalidValue);
-    opened memory;
+        return fake_finish(cudaErrorInvalidValue);
+    fake_opened memory;
     std::memmove(to, from, bytes);
     return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
     if (!is_on_gpu(memory, bytes))
-        return finish(cudaErrorInvalidValue);
-    opened all;
+        return fake_finish(cudaErrorInvalidValue);
+    fake_opened all;
     std::memset(memory, value, bytes);
     return cudaSuccess;
 }
@@ -456,13 +313,12 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t)
 cudaError_t cudaMemset2DAsync(void *memory, size_t pitch, int value, size_t width, size_t height,
                               cudaStream_t)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
     if (width == 0 || height == 0)
         return cudaSuccess;
     if (!is_on_gpu(memory, pitch * (height - 1) + width))
-        return finish(cudaErrorInvalidValue);
-    opened all;
+        return fake_finish(cudaErrorInvalidValue);
+    fake_opened all;
     for (size_t i = 0; i < height; i++)
         std::memset((char *)memory + i * pitch, value, width);
     return cudaSuccess;
@@ -470,10 +326,10 @@ cudaError_t cudaMemset2DAsync(void *memory, size_t pitch, int value, size_t widt
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer)
 {
-    if (fails())
-        return finish(failure);
+    MAY_FAIL();
     const piece *found = find_piece(pointer);
     *attributes = cudaPointerAttributes{};
+    attributes->device = found != nullptr ? found->gpu : 0;
     attributes->type = found == nullptr ? cudaMemoryTypeUnregistered
                        : found->is_host ? cudaMemoryTypeHost
                                         : cudaMemoryTypeDevice;
@@ -482,12 +338,14 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
 
 cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
-    return fails() ? finish(failure) : cudaSuccess;
+    MAY_FAIL();
+    return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void *, enum cudaFuncAttribute, int)
 {
-    return fails() ? finish(failure) : cudaSuccess;
+    MAY_FAIL();
+    return cudaSuccess;
 }
 
 /* ---- what tests ask ---- */
@@ -499,6 +357,13 @@ void fake_cuda_fail_at(int64_t n, cudaError_t error)
     last_error = cudaSuccess;
 }
 
+void fake_cuda_break_at(int64_t n, cudaError_t error)
+{
+    breaking_call = n == 0 ? 0 : calls + n;
+    breakage = error;
+    last_error = cudaSuccess;
+}
+
 int64_t fake_cuda_calls(void)
 {
     return calls;
@@ -506,10 +371,21 @@ int64_t fake_cuda_calls(void)
 
 int64_t fake_cuda_live(void)
 {
-    return (int64_t)pieces.size();
+    return (int64_t)pieces.size() + pools;
 }
 
 void fake_cuda_have(int count)
 {
     gpus = count;
+}
+
+void fake_cuda_capability(int major, int minor)
+{
+    capability[0] = major;
+    capability[1] = minor;
+}
+
+void fake_cuda_memory(int64_t bytes)
+{
+    memory_limit = bytes;
 }
