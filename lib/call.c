@@ -409,8 +409,9 @@ void sebp_reserve_scratch(sebp_call *call, int64_t bytes, const char *what)
     if (bytes > 0 && !sebp_call_goes_on(call))
         return;
     sebp_status status = call->backend->reserve_scratch(call->device, bytes);
-    if (status != SEBP_SUCCESS)
+    if (status == SEBP_ERROR_MEMORY)
         sebp_call_fail(call, status, "no scratch memory for %s", what);
+    sebp_call_keep(call, status, what);
 }
 
 void sebp_report(const sebp_call *call, int64_t rows, int64_t in_features, int64_t out_features,

@@ -131,10 +131,10 @@ sebp_status run_tiles(sebp_cuda *cuda, const sebp_attention_job<T> &job, int64_t
 template <class T>
 sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_attention_list *list)
 {
-    char *scratch = (char *)sebp_cuda_scratch(cuda, list->bytes);
-    if (scratch == nullptr)
-        return SEBP_ERROR_MEMORY;
-    sebp_status status = sebp_cuda_upload(cuda, scratch, list->memory, list->bytes);
+    sebp_status status;
+    char *scratch = (char *)sebp_cuda_scratch(cuda, list->bytes, &status);
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_upload(cuda, scratch, list->memory, list->bytes);
     if (status != SEBP_SUCCESS)
         return status;
     sebp_attention_job<T> job = sebp_attention_job_of<T>(attention);

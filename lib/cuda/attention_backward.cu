@@ -277,10 +277,10 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
     sebp_attention_job<T> job = sebp_attention_job_of<T>(attention);
     const sebp_sequences *of_q = attention->q_sequences;
     const int64_t delta_bytes = of_q->offsets[of_q->count] * job.heads * (int64_t)sizeof *job.delta;
-    char *scratch = (char *)sebp_cuda_scratch(cuda, list->bytes + delta_bytes);
-    if (scratch == nullptr)
-        return SEBP_ERROR_MEMORY;
-    sebp_status status = sebp_cuda_upload(cuda, scratch, list->memory, list->bytes);
+    sebp_status status;
+    char *scratch = (char *)sebp_cuda_scratch(cuda, list->bytes + delta_bytes, &status);
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_upload(cuda, scratch, list->memory, list->bytes);
     if (status != SEBP_SUCCESS)
         return status;
     job.texts = (const sebp_attention_text *)scratch;

@@ -23,7 +23,7 @@ typedef struct sebp_cuda {
     int multiprocessors;        /* SMs */
     int capability;             /* 90: compute capability 9.0 */
     int64_t shared_bytes;       /* the most shared memory that a block may have */
-    sebp_gemm gemm;             /* AUTO, or NATIVE: no cuBLAS */
+    sebp_gemm gemm;             /* NATIVE: no cuBLASLt */
     struct sebp_cublas *cublas; /* NULL: not in this build, or not wanted */
     int64_t
         workspace_bytes; /* the bound of the scratch memory, method's and operations' together */
@@ -47,7 +47,8 @@ enum { SEBP_CUDA_RESULT_BYTES = 4096 };
 sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **cuda,
                              char why[SEBP_WHY_BYTES]);
 
-/** The status that an error of the runtime's is; what it was called is kept in cuda->why. */
+/** SEBP_ERROR_BACKEND for an error of the runtime's, whose text is kept in cuda->why. That a launch
+ * finds no memory is such an error too, as launches before it may have written. */
 sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error);
 
 /**
@@ -62,9 +63,10 @@ bool sebp_cuda_begins_early(sebp_cuda *cuda);
  * of another GPU operations would not wait for each other. */
 sebp_status sebp_cuda_check_current(sebp_cuda *cuda);
 
-/** Scratch memory of an operation, aligned for any element; NULL: none, or over the bound. What it
- * held is lost where there must be more than before. Asked for again with no more bytes it cannot fail. */
-void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes);
+/** Scratch memory of an operation, aligned for any element. What it held is lost where there must be
+ * more than before. Asked for again with no more bytes it cannot fail. NULL, and the status:
+ * SEBP_ERROR_MEMORY, also over the bound; SEBP_ERROR_BACKEND. */
+void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes, sebp_status *status);
 
 /** How much an operation may ask for: the bound less what is reserved for a method. */
 int64_t sebp_cuda_workspace(const sebp_cuda *cuda);

@@ -22,14 +22,29 @@ static const uint64_t KEPT_BYTES = UINT64_C(256)
 
 /* ---- errors ---- */
 
+/* The runtime keeps an error until somebody asks for the last one. The program must not find ours there
+ * when it looks for its own. */
+static void forget_error(cudaError_t error)
+{
+    if (error != cudaSuccess)
+        cudaGetLastError();
+}
+
 sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error)
 {
     if (error == cudaSuccess)
         return SEBP_SUCCESS;
     snprintf(cuda->why, sizeof cuda->why, "CUDA: %s (%s)", cudaGetErrorString(error),
              cudaGetErrorName(error));
-    cudaGetLastError(); /* an error that leaves the GPU usable is said once */
-    return error == cudaErrorMemoryAllocation ? SEBP_ERROR_MEMORY : SEBP_ERROR_BACKEND;
+    forget_error(error);
+    return SEBP_ERROR_BACKEND;
+}
+
+/* Of a call that allocates. */
+static sebp_status check_memory(sebp_cuda *cuda, cudaError_t error)
+{
+    sebp_status status = sebp_cuda_check(cuda, error);
+    return error == cudaErrorMemoryAllocation ? SEBP_ERROR_MEMORY : status;
 }
 
 sebp_status sebp_cuda_check_current(sebp_cuda *cuda)
@@ -63,7 +78,7 @@ static sebp_status make_pool(sebp_cuda *cuda)
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location.type = cudaMemLocationTypeDevice;
     properties.location.id = cuda->index;
-    sebp_status status = sebp_cuda_check(cuda, cudaMemPoolCreate(&cuda->pool, &properties));
+    sebp_status status = check_memory(cuda, cudaMemPoolCreate(&cuda->pool, &properties));
     uint64_t kept = KEPT_BYTES;
     if (status == SEBP_SUCCESS) {
         status = sebp_cuda_check(
@@ -88,23 +103,24 @@ static sebp_status look_at_gpu(sebp_cuda *cuda)
     return status;
 }
 
-/* The GPU that the options name, or the calling thread's current one. */
-static sebp_status find_gpu(sebp_cuda *cuda, const sebp_context_options *options)
+/* The GPU that the options name, or the calling thread's current one. `current` stays as it is where
+ * nothing is known of it. */
+static sebp_status find_gpu(sebp_cuda *cuda, const sebp_context_options *options, int *current)
 {
-    int count = 0, current = 0;
+    int count = 0;
     sebp_status status = sebp_cuda_check(cuda, cudaGetDeviceCount(&count));
-    if (status == SEBP_SUCCESS)
-        status = sebp_cuda_check(cuda, cudaGetDevice(&current));
-    if (status != SEBP_SUCCESS)
-        return status;
-    cuda->index = options->gpu == 0 ? current : options->gpu - 1;
-    if (cuda->index >= count) {
-        snprintf(cuda->why, sizeof cuda->why, "GPU %d is asked for, and there are %d", cuda->index,
+    if (status == SEBP_SUCCESS && options->gpu > count) {
+        snprintf(cuda->why, sizeof cuda->why, "gpu is %d, but there are %d GPUs", options->gpu,
                  count);
         return SEBP_ERROR_VALUE;
     }
-    return current == cuda->index ? SEBP_SUCCESS
-                                  : sebp_cuda_check(cuda, cudaSetDevice(cuda->index));
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_check(cuda, cudaGetDevice(current));
+    if (status != SEBP_SUCCESS)
+        return status;
+    cuda->index = options->gpu == 0 ? *current : options->gpu - 1;
+    return *current == cuda->index ? SEBP_SUCCESS
+                                   : sebp_cuda_check(cuda, cudaSetDevice(cuda->index));
 }
 
 sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **made,
@@ -116,13 +132,14 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **ma
     cuda->stream = options->stream;
     cuda->gemm = options->gemm;
     cuda->workspace_bytes = options->workspace_bytes;
-    sebp_status status = find_gpu(cuda, options);
+    int current = -1;
+    sebp_status status = find_gpu(cuda, options, &current);
     if (status == SEBP_SUCCESS)
         status = look_at_gpu(cuda);
     if (status == SEBP_SUCCESS)
         status = make_pool(cuda);
     if (status == SEBP_SUCCESS)
-        status = sebp_cuda_check(cuda, cudaMallocHost(&cuda->results, SEBP_CUDA_RESULT_BYTES));
+        status = check_memory(cuda, cudaMallocHost(&cuda->results, SEBP_CUDA_RESULT_BYTES));
     if (status == SEBP_SUCCESS && cuda->gemm != SEBP_GEMM_NATIVE)
         status = sebp_cublas_make(cuda);
     if (status == SEBP_SUCCESS) {
@@ -130,7 +147,10 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **ma
         return SEBP_SUCCESS;
     }
     memcpy(why, cuda->why, SEBP_WHY_BYTES);
+    const int index = cuda->index;
     sebp_cuda_destroy(cuda);
+    if (current >= 0 && current != index)
+        forget_error(cudaSetDevice(current));
     return status;
 }
 
@@ -139,14 +159,13 @@ void sebp_cuda_destroy(void *device)
     sebp_cuda *cuda = device;
     /* What is still at work uses this memory. After an error that has ended the GPU's context these
      * calls fail too, and there is nothing left to give back. */
-    cudaStreamSynchronize(cuda->stream);
+    forget_error(cudaStreamSynchronize(cuda->stream));
     sebp_cublas_end(cuda);
-    cudaFree(cuda->scratch);
-    cudaFree(cuda->method_scratch);
-    cudaFreeHost(cuda->results);
+    forget_error(cudaFree(cuda->scratch));
+    forget_error(cudaFree(cuda->method_scratch));
+    forget_error(cudaFreeHost(cuda->results));
     if (cuda->pool != NULL)
-        cudaMemPoolDestroy(cuda->pool);
-    cudaGetLastError();
+        forget_error(cudaMemPoolDestroy(cuda->pool));
     free(cuda);
 }
 
@@ -155,18 +174,21 @@ void sebp_cuda_destroy(void *device)
 sebp_status sebp_cuda_alloc(void *device, int64_t bytes, void **memory)
 {
     sebp_cuda *cuda = device;
+    void *made = NULL;
     sebp_status status = sebp_cuda_check_current(cuda);
-    if (status != SEBP_SUCCESS)
-        return status;
-    return sebp_cuda_check(cuda, cudaMallocFromPoolAsync(memory, (size_t)sebp_max(bytes, 1),
-                                                         cuda->pool, cuda->stream));
+    if (status == SEBP_SUCCESS)
+        status = check_memory(cuda, cudaMallocFromPoolAsync(&made, (size_t)sebp_max(bytes, 1),
+                                                            cuda->pool, cuda->stream));
+    if (status == SEBP_SUCCESS)
+        *memory = made;
+    return status;
 }
 
 void sebp_cuda_free(void *device, void *memory)
 {
     sebp_cuda *cuda = device;
     if (memory != NULL)
-        cudaFreeAsync(memory, cuda->stream);
+        forget_error(cudaFreeAsync(memory, cuda->stream));
 }
 
 sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t bytes)
@@ -254,12 +276,17 @@ static sebp_status grow(sebp_cuda *cuda, void **memory, int64_t *had, int64_t by
     if (*memory != NULL && bytes <= *had)
         return SEBP_SUCCESS;
     bytes = sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT);
-    cudaFree(*memory);
+    forget_error(cudaFree(*memory));
     *memory = NULL;
     *had = 0;
-    sebp_status status = sebp_cuda_check(cuda, cudaMalloc(memory, (size_t)bytes));
+    void *made = NULL;
+    sebp_status status = sebp_cuda_check_current(cuda);
     if (status == SEBP_SUCCESS)
+        status = check_memory(cuda, cudaMalloc(&made, (size_t)bytes));
+    if (status == SEBP_SUCCESS) {
+        *memory = made;
         *had = bytes;
+    }
     cuda->scratch_max = sebp_max(cuda->scratch_max, cuda->method_bytes + cuda->scratch_bytes);
     return status;
 }
@@ -269,14 +296,15 @@ int64_t sebp_cuda_workspace(const sebp_cuda *cuda)
     return (cuda->workspace_bytes - cuda->method_bytes) / ALIGNMENT * ALIGNMENT;
 }
 
-void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes)
+void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes, sebp_status *status)
 {
+    *status = SEBP_ERROR_MEMORY;
     if (bytes > sebp_cuda_workspace(cuda))
         return NULL;
     if (cuda->overlap == SEBP_OVERLAP_MORE)
         cuda->overlap = SEBP_OVERLAP_FIRST; /* another operation may be at work there */
-    sebp_status status = grow(cuda, &cuda->scratch, &cuda->scratch_bytes, bytes);
-    return status == SEBP_SUCCESS ? cuda->scratch : NULL;
+    *status = grow(cuda, &cuda->scratch, &cuda->scratch_bytes, bytes);
+    return *status == SEBP_SUCCESS ? cuda->scratch : NULL;
 }
 
 int64_t sebp_cuda_max_scratch(const void *device)
@@ -288,7 +316,7 @@ int64_t sebp_cuda_max_scratch(const void *device)
 static void shrink_scratch(sebp_cuda *cuda, int64_t method_bytes)
 {
     if (cuda->scratch_bytes > cuda->workspace_bytes - method_bytes) {
-        cudaFree(cuda->scratch);
+        forget_error(cudaFree(cuda->scratch));
         cuda->scratch = NULL;
         cuda->scratch_bytes = 0;
     }
@@ -325,7 +353,10 @@ void sebp_cuda_info(const void *device, sebp_info *info)
     if (cudaRuntimeGetVersion(&version) == cudaSuccess) {
         snprintf(info->cuda, sizeof info->cuda, "%d.%d", version / 1000, version % 1000 / 10);
     }
-    if (cuda != NULL && cudaGetDeviceProperties(&properties, cuda->index) == cudaSuccess)
+    if (cuda == NULL)
+        return;
+    cudaError_t error = cudaGetDeviceProperties(&properties, cuda->index);
+    forget_error(error);
+    if (error == cudaSuccess)
         memcpy(info->gpu, properties.name, sizeof info->gpu - 1);
-    cudaGetLastError();
 }

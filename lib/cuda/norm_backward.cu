@@ -340,12 +340,13 @@ extern "C" sebp_status sebp_cuda_norm_backward(void *device, const sebp_norm_bac
     if (wanted > 0 && blocks > 0) {
         const int64_t room = sebp_cuda_workspace(cuda) / (int64_t)sizeof(float) / wanted / cols;
         blocks = sebp_min(sebp_min(blocks, (int64_t)BLOCKS * cuda->multiprocessors), room);
-        float *sums =
-            blocks == 0
-                ? nullptr
-                : (float *)sebp_cuda_scratch(cuda, wanted * blocks * cols * (int64_t)sizeof *sums);
-        if (sums == nullptr)
+        if (blocks == 0)
             return SEBP_ERROR_MEMORY;
+        sebp_status found;
+        float *sums = (float *)sebp_cuda_scratch(
+            cuda, wanted * blocks * cols * (int64_t)sizeof *sums, &found);
+        if (found != SEBP_SUCCESS)
+            return found;
         dgain = work->dgain != nullptr ? sums : nullptr;
         dshift = work->dshift != nullptr ? sums + (wanted - 1) * blocks * cols : nullptr;
     }

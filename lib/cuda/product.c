@@ -90,27 +90,13 @@ typedef struct notes {
 
 _Static_assert(sizeof(notes) <= SEBP_PLAN_BYTES, "the notes do not fit in a plan");
 
-/* What cuBLASLt can do it does faster (doc/performance.md): whole matrices as they lie. */
-static bool settle_cublas(sebp_cuda *cuda, const sebp_product *product, notes *settled)
+/* By the library's own kernels. */
+static void settle_native(const sebp_cuda *cuda, const sebp_product *product, notes *settled,
+                          const char **path)
 {
-    if (cuda->gemm != SEBP_GEMM_AUTO || !sebp_cublas_takes(cuda, product) ||
-        !sebp_cublas_plan_product(cuda, product, &settled->cublas))
-        return false;
-    settled->way = WAY_CUBLAS;
-    settled->scratch_bytes = settled->cublas.scratch_bytes;
-    return settled->scratch_bytes == 0 || sebp_cuda_scratch(cuda, settled->scratch_bytes) != NULL;
-}
-
-static void settle(sebp_cuda *cuda, const sebp_product *product, notes *settled, const char **path)
-{
-    if (product->m == 0 || product->n == 0) {
-        settled->way = WAY_NOTHING;
-        *path = "nothing";
-    } else if (settle_cublas(cuda, product, settled)) {
-        *path = "cuda:cublaslt";
-    } else if (sebp_cuda_takes_matrix_unit(cuda, product)) {
+    settled->scratch_bytes = 0;
+    if (sebp_cuda_takes_matrix_unit(cuda, product)) {
         settled->way = WAY_MATRIX_UNIT;
-        settled->scratch_bytes = 0;
         *path = "cuda:wgmma";
     } else if (sebp_cuda_takes_tensor(product)) {
         settled->way = WAY_TENSOR;
@@ -125,9 +111,26 @@ static void settle(sebp_cuda *cuda, const sebp_product *product, notes *settled,
     }
 }
 
-/* Where there is no room for the shares of the depth each tile is summed by one block. */
-static void do_without_shares(const sebp_product *product, notes *settled)
+/* What cuBLASLt can do, whole matrices as they lie, it does faster (doc/performance.md). */
+static void settle(sebp_cuda *cuda, const sebp_product *product, notes *settled, const char **path)
 {
+    if (product->m == 0 || product->n == 0) {
+        *path = "nothing";
+    } else if (cuda->gemm == SEBP_GEMM_AUTO && sebp_cublas_takes(cuda, product) &&
+               sebp_cublas_plan_product(cuda, product, &settled->cublas)) {
+        settled->way = WAY_CUBLAS;
+        settled->scratch_bytes = settled->cublas.scratch_bytes;
+        *path = "cuda:cublaslt";
+    } else {
+        settle_native(cuda, product, settled, path);
+    }
+}
+
+/* Where there is no room for scratch memory each tile is summed by one block. */
+static void settle_without_scratch(const sebp_cuda *cuda, const sebp_product *product,
+                                   notes *settled, const char **path)
+{
+    settle_native(cuda, product, settled, path);
     settled->cut.shares = 1;
     settled->cut.share_depth = product->k;
     sebp_cuda_plain_whole(&settled->plain);
@@ -144,26 +147,38 @@ sebp_status sebp_cuda_plan_product(void *device, sebp_plan *plan)
     if (status != SEBP_SUCCESS)
         return status;
     settle(cuda, &plan->product, settled, &plan->path);
-    if (settled->scratch_bytes > 0 && sebp_cuda_scratch(cuda, settled->scratch_bytes) == NULL)
-        do_without_shares(&plan->product, settled);
-    return SEBP_SUCCESS;
+    if (settled->scratch_bytes > 0)
+        sebp_cuda_scratch(cuda, settled->scratch_bytes, &status);
+    if (status == SEBP_ERROR_MEMORY) {
+        settle_without_scratch(cuda, &plan->product, settled, &plan->path);
+        status = SEBP_SUCCESS;
+    }
+    if (status != SEBP_SUCCESS)
+        plan->path = cuda->why;
+    return status;
 }
 
 sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
 {
     sebp_cuda *cuda = device;
-    const notes *settled = (const notes *)plan->device;
-    void *scratch =
-        settled->scratch_bytes > 0 ? sebp_cuda_scratch(cuda, settled->scratch_bytes) : NULL;
+    notes settled = *(const notes *)plan->device;
+    void *scratch = NULL;
     sebp_status status = SEBP_SUCCESS;
-    if (settled->way == WAY_CUBLAS)
-        status = sebp_cublas_run_product(cuda, &plan->product, &settled->cublas, scratch);
-    else if (settled->way == WAY_MATRIX_UNIT)
+    if (settled.scratch_bytes > 0)
+        scratch = sebp_cuda_scratch(cuda, settled.scratch_bytes, &status);
+    /* What the plan took is lost where an operation in between found no memory for more. */
+    if (status == SEBP_ERROR_MEMORY) {
+        settle_without_scratch(cuda, &plan->product, &settled, &plan->path);
+        status = SEBP_SUCCESS;
+    }
+    if (status == SEBP_SUCCESS && settled.way == WAY_CUBLAS)
+        status = sebp_cublas_run_product(cuda, &plan->product, &settled.cublas, scratch);
+    else if (status == SEBP_SUCCESS && settled.way == WAY_MATRIX_UNIT)
         status = sebp_cuda_run_matrix_unit(cuda, &plan->product, NULL);
-    else if (settled->way == WAY_TENSOR)
-        status = sebp_cuda_run_tensor(cuda, &plan->product, &settled->cut, scratch);
-    else if (settled->way == WAY_PLAIN)
-        status = sebp_cuda_run_plain(cuda, &plan->product, &settled->plain, scratch);
+    else if (status == SEBP_SUCCESS && settled.way == WAY_TENSOR)
+        status = sebp_cuda_run_tensor(cuda, &plan->product, &settled.cut, scratch);
+    else if (status == SEBP_SUCCESS && settled.way == WAY_PLAIN)
+        status = sebp_cuda_run_plain(cuda, &plan->product, &settled.plain, scratch);
     if (status != SEBP_SUCCESS)
         plan->path = cuda->why;
     return status;

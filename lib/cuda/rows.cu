@@ -150,14 +150,15 @@ sebp_status sebp_cuda_scan_rows(void *device, const sebp_matrix *dy, sebp_measur
     if (dy->rows <= DIRECT_SCORES)
         return scan_few(cuda, dy, measure, below, score);
     int64_t chunk = sebp_min(dy->rows, SCAN_ROWS);
-    double *found = (double *)sebp_cuda_scratch(cuda, chunk * (int64_t)sizeof *found);
-    if (found == nullptr)
-        return SEBP_ERROR_MEMORY;
+    sebp_status status;
+    double *found = (double *)sebp_cuda_scratch(cuda, chunk * (int64_t)sizeof *found, &status);
+    if (status != SEBP_SUCCESS)
+        return status;
     sebp_matrix some = *dy;
     for (int64_t first = 0; first < dy->rows; first += chunk) {
         some.data = (char *)dy->data + first * dy->stride * (int64_t)sebp_dtype_bytes(dy->dtype);
         some.rows = sebp_min(chunk, dy->rows - first);
-        sebp_status status =
+        status =
             scan(cuda, &some, measure, below, row_pieces{some.rows, dy->cols, 1, dy->cols}, found);
         if (status == SEBP_SUCCESS) {
             status =
@@ -389,11 +390,13 @@ sebp_status sum_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *ro
     sum_plan plan = plan_sum(cuda, sebp_div_ceil(to->cols, SEBP_PACKED<T>), count);
     if (plan.parts == 1)
         return launch_sum<T, To>(cuda, plan, true, from, rows, count, to, accumulate);
-    float *room = (float *)sebp_cuda_scratch(cuda, plan.parts * to->cols * (int64_t)sizeof(float));
-    if (room == nullptr)
-        return SEBP_ERROR_MEMORY;
+    sebp_status status;
+    float *room =
+        (float *)sebp_cuda_scratch(cuda, plan.parts * to->cols * (int64_t)sizeof(float), &status);
+    if (status != SEBP_SUCCESS)
+        return status;
     sebp_matrix parts = sebp_matrix_f32(room, plan.parts, to->cols);
-    sebp_status status = launch_sum<T, float>(cuda, plan, false, from, rows, count, &parts, false);
+    status = launch_sum<T, float>(cuda, plan, false, from, rows, count, &parts, false);
     if (status != SEBP_SUCCESS)
         return status;
     plan = plan_sum(cuda, sebp_div_ceil(to->cols, SEBP_PACKED<float>), parts.rows);
