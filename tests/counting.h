@@ -47,15 +47,8 @@ int counting_has_leaked(void);
 
 /** A copy of an array on the device, whose pointer the host cannot use. */
 void *counting_put_bytes(counting *device, const void *from, int64_t bytes);
-/** A copy of a matrix, gaps included, on the device, whose pointer the host cannot use. */
-sebp_matrix counting_put(counting *device, const sebp_matrix *matrix);
-/** Copies it back, gaps included. */
-void counting_get(counting *device, const sebp_matrix *from, const sebp_matrix *to);
+/** Copies it back. */
+void counting_get_bytes(counting *device, void *to, const void *from, int64_t bytes);
 void counting_free(counting *device, void *memory);
-
-/** The same of kept elements. */
-sebp_sparse counting_put_sparse(counting *device, const sebp_sparse *sparse);
-void counting_get_sparse(counting *device, const sebp_sparse *from, const sebp_sparse *to);
-void counting_free_sparse(counting *device, sebp_sparse *sparse);
 
 #endif

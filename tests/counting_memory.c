@@ -98,48 +98,13 @@ void *counting_put_bytes(counting *device, const void *from, int64_t bytes)
     return memory;
 }
 
-sebp_matrix counting_put(counting *device, const sebp_matrix *matrix)
+void counting_get_bytes(counting *device, void *to, const void *from, int64_t bytes)
 {
-    sebp_matrix put = *matrix;
-    put.data = counting_put_bytes(device, matrix->data, bytes_of(matrix));
-    return put;
-}
-
-void counting_get(counting *device, const sebp_matrix *from, const sebp_matrix *to)
-{
-    int64_t bytes = bytes_of(from);
     if (bytes > 0)
-        memcpy(to->data, counting_behind(device, from->data, bytes), (size_t)bytes);
+        memcpy(to, counting_behind(device, from, bytes), (size_t)bytes);
 }
 
 void counting_free(counting *device, void *memory)
 {
     counting_return(device, memory);
-}
-
-sebp_sparse counting_put_sparse(counting *device, const sebp_sparse *sparse)
-{
-    sebp_sparse put = *sparse;
-    put.indices =
-        counting_put_bytes(device, sparse->indices, sparse->count * (int64_t)sizeof *put.indices);
-    put.values =
-        counting_put_bytes(device, sparse->values, sparse->count * (int64_t)sizeof *put.values);
-    return put;
-}
-
-void counting_get_sparse(counting *device, const sebp_sparse *from, const sebp_sparse *to)
-{
-    int64_t index_bytes = from->count * (int64_t)sizeof *from->indices;
-    int64_t value_bytes = from->count * (int64_t)sizeof *from->values;
-    if (from->count > 0) {
-        memcpy(to->indices, counting_behind(device, from->indices, index_bytes),
-               (size_t)index_bytes);
-        memcpy(to->values, counting_behind(device, from->values, value_bytes), (size_t)value_bytes);
-    }
-}
-
-void counting_free_sparse(counting *device, sebp_sparse *sparse)
-{
-    counting_return(device, sparse->indices);
-    counting_return(device, sparse->values);
 }

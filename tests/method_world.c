@@ -2,6 +2,7 @@
 /** @file method_world.c What the tests of methods work on. */
 #include "config.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "methods.h"
@@ -127,84 +128,143 @@ void methods_free(method_given *given)
     sebp_sequences_destroy(given->texts);
 }
 
-static sebp_sparse copy_sparse(const sebp_sparse *sparse)
+static int64_t bytes_of(const sebp_matrix *matrix)
 {
-    sebp_sparse copy = testing_sparse(sparse->count, sparse->rows, sparse->cols);
-    memcpy(copy.indices, sparse->indices, (size_t)sparse->count * sizeof *copy.indices);
-    memcpy(copy.values, sparse->values, (size_t)sparse->count * sizeof *copy.values);
-    return copy;
+    return ((matrix->rows - 1) * matrix->stride + matrix->cols) *
+           (int64_t)sebp_dtype_bytes(matrix->dtype);
+}
+
+/* A copy of an array where the world is. */
+static void *put(const method_world *world, const void *from, int64_t bytes)
+{
+    if (world->device != NULL)
+        return world->device->put(from, bytes);
+    return memcpy(testing_alloc((size_t)bytes, 0), from, (size_t)bytes);
+}
+
+static void drop(const method_world *world, void *memory)
+{
+    if (world->device != NULL)
+        world->device->free(memory);
+    else
+        testing_free(memory);
+}
+
+static sebp_sparse put_sparse(const method_world *world, const sebp_sparse *sparse)
+{
+    sebp_sparse made = *sparse;
+    made.indices = put(world, sparse->indices, sparse->count * (int64_t)sizeof *made.indices);
+    made.values = put(world, sparse->values, sparse->count * (int64_t)sizeof *made.values);
+    return made;
+}
+
+static void drop_sparse(const method_world *world, const sebp_sparse *sparse)
+{
+    drop(world, sparse->indices);
+    drop(world, sparse->values);
 }
 
 void world_fill(method_world *world, const method_given *given)
 {
     world->given = given;
     for (int i = 0; i < PLACES; i++) {
-        world->at[i] = world->device != NULL ? counting_put(world->device, &given->at[i])
-                                             : testing_copy(&given->at[i]);
+        world->at[i] = given->at[i];
+        world->at[i].data = put(world, given->at[i].data, bytes_of(&given->at[i]));
     }
-    for (int i = 0; i < LISTS; i++) {
-        const size_t bytes = ROWS * sizeof *world->lists[i];
-        if (world->device != NULL) {
-            world->lists[i] = counting_put_bytes(world->device, given->lists[i], (int64_t)bytes);
-        } else {
-            world->lists[i] = testing_alloc(bytes, 0);
-            memcpy(world->lists[i], given->lists[i], bytes);
-        }
-    }
-    if (world->device != NULL) {
-        world->in_r = counting_put_sparse(world->device, &given->in_r);
-        world->in_w = counting_put_sparse(world->device, &given->in_w);
-    } else {
-        world->in_r = copy_sparse(&given->in_r);
-        world->in_w = copy_sparse(&given->in_w);
-    }
+    for (int i = 0; i < LISTS; i++)
+        world->lists[i] = put(world, given->lists[i], ROWS * (int64_t)sizeof *world->lists[i]);
+    world->in_r = put_sparse(world, &given->in_r);
+    world->in_w = put_sparse(world, &given->in_w);
     memset(world->numbers, 0, sizeof world->numbers);
 }
 
 void world_empty(method_world *world)
 {
-    for (int i = 0; i < PLACES; i++) {
-        if (world->device != NULL)
-            counting_free(world->device, world->at[i].data);
-        else
-            testing_release(&world->at[i]);
-    }
-    for (int i = 0; i < LISTS; i++) {
-        if (world->device != NULL)
-            counting_free(world->device, world->lists[i]);
-        else
-            testing_free(world->lists[i]);
-    }
-    if (world->device != NULL) {
-        counting_free_sparse(world->device, &world->in_r);
-        counting_free_sparse(world->device, &world->in_w);
-    } else {
-        testing_free_sparse(&world->in_r);
-        testing_free_sparse(&world->in_w);
-    }
+    for (int i = 0; i < PLACES; i++)
+        drop(world, world->at[i].data);
+    for (int i = 0; i < LISTS; i++)
+        drop(world, world->lists[i]);
+    drop_sparse(world, &world->in_r);
+    drop_sparse(world, &world->in_w);
 }
 
-static int same_sparse(counting *device, const sebp_sparse *on, const sebp_sparse *want)
+static bool is_near(double got, double want, double bound, sebp_dtype dtype)
+{
+    const double step = dtype == SEBP_BF16 ? fabs(want) / 128 : 0;
+    return got == want || fabs(got - want) <= bound * (1 + fabs(want)) + step ||
+           (isnan(got) && isnan(want));
+}
+
+static bool matrix_is_near(const sebp_matrix *got, const sebp_matrix *want, double bound)
+{
+    bool all = bound > 0 || testing_same_bits(got, want);
+    for (int64_t i = 0; i < got->rows && all; i++) {
+        for (int64_t j = 0; j < got->cols; j++)
+            all &= is_near(testing_get(got, i, j), testing_get(want, i, j), bound, got->dtype);
+    }
+    return all;
+}
+
+static float min_magnitude(const sebp_sparse *of)
+{
+    float min = INFINITY;
+    for (int64_t i = 0; i < of->count; i++)
+        min = fminf(min, fabsf(of->values[i]));
+    return min;
+}
+
+/* Whether each element of one is among the other's, or no larger than its smallest. */
+static bool is_near_part(const sebp_sparse *one, const sebp_sparse *other, double bound)
+{
+    bool all = true;
+    const double min = min_magnitude(other);
+    for (int64_t i = 0, j = 0; i < one->count; i++) {
+        while (j < other->count && other->indices[j] < one->indices[i])
+            j++;
+        if (j < other->count && other->indices[j] == one->indices[i])
+            all &= is_near(one->values[i], other->values[j], bound, SEBP_F32);
+        else
+            all &= is_near(fabs((double)one->values[i]), min, bound, SEBP_F32);
+    }
+    return all;
+}
+
+static bool sparse_is_near(const method_device *device, const sebp_sparse *on,
+                           const sebp_sparse *want, double bound)
 {
     sebp_sparse got = testing_sparse(on->count, on->rows, on->cols);
-    counting_get_sparse(device, on, &got);
-    size_t count = (size_t)on->count;
-    int same = memcmp(got.indices, want->indices, count * sizeof *got.indices) == 0 &&
-               memcmp(got.values, want->values, count * sizeof *got.values) == 0;
+    const size_t index_bytes = (size_t)on->count * sizeof *got.indices;
+    const size_t value_bytes = (size_t)on->count * sizeof *got.values;
+    device->get(got.indices, on->indices, (int64_t)index_bytes);
+    device->get(got.values, on->values, (int64_t)value_bytes);
+    const bool all = bound == 0
+                         ? memcmp(got.indices, want->indices, index_bytes) == 0 &&
+                               memcmp(got.values, want->values, value_bytes) == 0
+                         : is_near_part(&got, want, bound) && is_near_part(want, &got, bound);
     testing_free_sparse(&got);
-    return same;
+    return all;
 }
 
 void world_check(const method_world *on, const sebp_matrix *want, const sebp_sparse *in_r,
-                 const sebp_sparse *in_w, const char *what)
+                 const sebp_sparse *in_w, double bound, const char *what)
 {
     for (int i = 0; i < PLACES; i++) {
         sebp_matrix got = testing_copy(&want[i]);
         testing_poison(&got);
-        counting_get(on->device, &on->at[i], &got);
-        ck_assert_msg(testing_same_bits(&got, &want[i]), "%s: matrix %d has other bits", what, i);
+        on->device->get(got.data, on->at[i].data, bytes_of(&got));
+        ck_assert_msg(matrix_is_near(&got, &want[i], bound), "%s: matrix %d differs", what, i);
         testing_release(&got);
     }
-    ck_assert_msg(same_sparse(on->device, &on->in_r, in_r), "%s: kept elements of R", what);
-    ck_assert_msg(same_sparse(on->device, &on->in_w, in_w), "%s: kept elements of W", what);
+    ck_assert_msg(sparse_is_near(on->device, &on->in_r, in_r, bound), "%s: kept elements of R",
+                  what);
+    ck_assert_msg(sparse_is_near(on->device, &on->in_w, in_w, bound), "%s: kept elements of W",
+                  what);
+}
+
+void world_check_numbers(const method_world *on, const method_world *want, const char *what)
+{
+    for (size_t i = 0; i < sizeof on->numbers / sizeof *on->numbers; i++) {
+        ck_assert_msg(is_near(on->numbers[i], want->numbers[i], on->device->bound, SEBP_F32),
+                      "%s: number %zu is %g, not %g", what, i, on->numbers[i], want->numbers[i]);
+    }
 }

@@ -8,7 +8,7 @@
 
 #include <sebp/sebp.h>
 
-#include "counting.h"
+#include "method_devices.h"
 
 enum { ROWS = 48, ACTIVE = 17, OUT = 20, IN = 24, RANK = 3, RANK_OUT = 6, RANK_IN = 7, KEPT = 9 };
 /* The row set's last row. */
@@ -77,7 +77,7 @@ typedef struct method_given {
 
 /** All of it on the host, or on the device. */
 typedef struct method_world {
-    counting *device; /**< NULL: the host */
+    const method_device *device; /**< NULL: the host */
     sebp_context *context;
     const method_given *given;
     sebp_matrix at[PLACES];
@@ -92,9 +92,13 @@ void methods_free(method_given *given);
 /** Copies what is given; `device` and `context` are set. */
 void world_fill(method_world *world, const method_given *given);
 void world_empty(method_world *world);
-/** That the device has what `want` says, bit for bit. */
+/** That the device has what `want` says, within `bound` of 1 + its magnitude and, of bf16, a step; 0: bit
+ * for bit. Of kept elements others may be there that are as large. */
 void world_check(const method_world *on, const sebp_matrix *want, const sebp_sparse *in_r,
-                 const sebp_sparse *in_w, const char *what);
+                 const sebp_sparse *in_w, double bound, const char *what);
+
+/** The same of the numbers that it has given. */
+void world_check_numbers(const method_world *on, const method_world *want, const char *what);
 
 typedef struct method {
     const char *name;

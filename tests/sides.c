@@ -9,11 +9,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include "counting.h"
 #include "emulated_amx.h"
+#include "gpu_context.h"
 #include "lib/cpu/operations.h"
 #include "sides.h"
 #if defined SEBP_HAVE_CUDA || defined SEBP_EMULATED_CUDA
@@ -129,23 +128,14 @@ static const struct {
 };
 side tested, scalar;
 
-/* Whether there is a GPU. A child looks, as no process can use CUDA whose parent has. */
+/* Whether there is a GPU; where not, that is said once. */
 static bool has_gpu(void)
 {
-    static int found = -1;
-    if (found >= 0)
-        return found;
-    found = 1;
-#ifdef SEBP_HAVE_CUDA
-    int result = 1, count = 0;
-    pid_t child = fork();
-    if (child == 0)
-        _exit(cudaGetDeviceCount(&count) == cudaSuccess && count > 0 ? 0 : 1);
-    found = child > 0 && waitpid(child, &result, 0) == child && result == 0;
-    if (!found)
-        printf("skipped: the device cuda: there is no GPU\n");
-#endif
-    return found;
+    static bool is_said;
+    if (gpu_refusal() != NULL && !is_said)
+        printf("skipped: the device cuda: %s\n", gpu_refusal());
+    is_said = true;
+    return gpu_refusal() == NULL;
 }
 
 /* Whether it is to be tested: all are, or those that SEBP_TEST_DEVICE names the beginning of. */

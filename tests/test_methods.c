@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file test_methods.c
- * Every method on a device whose memory the host cannot touch: the same bits as on the CPU, every
- * operation failing in turn, and no more transfers than there must be.
+ * Every method on devices whose memory the host cannot touch: the same as on the CPU, every operation
+ * failing in turn, and no more transfers than there must be.
  */
 #include "config.h"
 
@@ -10,8 +10,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "gpu_context.h"
 #include "methods.h"
 #include "testing.h"
+
+enum { DEVICES = 2 };
 
 static method_given given;
 
@@ -50,66 +53,119 @@ static void free_host(method_world *host)
     sebp_context_destroy(host->context);
 }
 
-START_TEST(gives_the_same_bits)
+static int count_runs(void)
 {
-    const method *tried = method_at(_i);
+    return DEVICES * count_methods();
+}
+
+static const method_device *device_of_run(int which)
+{
+    const method_device *const devices[DEVICES] = {&counting_device, &gpu_device};
+    return devices[which / count_methods()];
+}
+
+/* Whether a run must be left out, which is then said. */
+static bool is_left_out(const method_device *device)
+{
+    const char *why = device == &gpu_device ? gpu_refusal() : NULL;
+    if (why != NULL)
+        testing_skip(device->name, why);
+    return why != NULL;
+}
+
+static method_world make_world(const method_device *device)
+{
+    return (method_world){.device = device, .context = device->make()};
+}
+
+static void expect_nothing_left(const method_device *device)
+{
+    if (device == &counting_device)
+        ck_assert(!counting_has_leaked());
+    else
+        ck_assert_int_eq(device->live(), 0);
+}
+
+START_TEST(gives_the_same)
+{
+    const method_device *device = device_of_run(_i);
+    const int which = _i % count_methods();
+    const method *tried = method_at(which);
+    if (is_left_out(device))
+        return;
     for (int dtype = SEBP_F32; dtype <= SEBP_BF16; dtype++) {
         methods_give((sebp_dtype)dtype, &given);
-        method_world host = run_on_host(_i), on = {0};
-        on.context = counting_context(&on.device);
+        method_world host = run_on_host(which), on = make_world(device);
         world_fill(&on, &given);
         testing_succeed(tried->run(&on), on.context);
-        world_check(&on, host.at, &host.in_r, &host.in_w, tried->name);
-        ck_assert_int_eq(memcmp(host.numbers, on.numbers, sizeof on.numbers), 0);
+        world_check(&on, host.at, &host.in_r, &host.in_w, device->bound, tried->name);
+        world_check_numbers(&on, &host, tried->name);
         world_empty(&on);
         free_host(&host);
         sebp_context_destroy(on.context);
         methods_free(&given);
-        ck_assert(!counting_has_leaked());
+        expect_nothing_left(device);
     }
 }
 END_TEST
+
+/* What must be true of a call in which an operation was to fail; whether one has. */
+static bool check_failure(const method *tried, method_world *on, const method_world *host,
+                          int failed, int way)
+{
+    const method_device *device = on->device;
+    const int64_t live = device->live(), before = device->operations();
+    device->fail_at(failed + 1, way);
+    sebp_status status = tried->run(on);
+    device->fail_at(0, way);
+    const bool has_failed = device->operations() - before > failed;
+    if (status == SEBP_SUCCESS) {
+        /* SparseGrad goes by another order of products where one has no memory. */
+        ck_assert(!has_failed || !device->tells_of_failure ||
+                  strcmp(tried->name, "sparsegrad_auto") == 0);
+        if (!has_failed || !device->tells_of_failure)
+            world_check(on, host->at, &host->in_r, &host->in_w, device->bound, tried->name);
+        return has_failed;
+    }
+    ck_assert_msg(has_failed, "%s fails by itself", tried->name);
+    ck_assert_msg(status == SEBP_ERROR_MEMORY || status == SEBP_ERROR_BACKEND, "operation %d: %s",
+                  failed + 1, sebp_status_string(status));
+    ck_assert_str_ne(sebp_context_message(on->context), "");
+    if (status == SEBP_ERROR_MEMORY)
+        world_check(on, given.at, &given.in_r, &given.in_w, 0, "without memory");
+    ck_assert_int_le(device->live(), live + device->may_keep);
+    return true;
+}
 
 /* Each operation fails in turn: its status comes out with a line, what was allocated is freed, and
  * where memory was short nothing has been written. Then the method works. */
 START_TEST(survives_failures)
 {
-    const method *tried = method_at(_i);
-    methods_give(SEBP_F32, &given);
-    method_world host = run_on_host(_i), on = {0};
-    on.context = counting_context(&on.device);
-    int failed = 0;
-    for (sebp_status status = SEBP_ERROR_BACKEND; status != SEBP_SUCCESS; failed++) {
-        ck_assert_int_lt(failed, 1000);
-        world_fill(&on, &given);
-        int64_t live = counting_live(on.device);
-        int64_t before = counting_operations(on.device);
-        counting_fail_at(on.device, failed + 1);
-        status = tried->run(&on);
-        counting_fail_at(on.device, 0);
-        bool has_failed = counting_operations(on.device) - before > failed;
-        if (status == SEBP_SUCCESS && has_failed) {
-            /* SparseGrad goes by another order of products where one has no memory. */
-            ck_assert_str_eq(tried->name, "sparsegrad_auto");
-            status = SEBP_ERROR_MEMORY;
-        } else if (status == SEBP_SUCCESS) {
-            world_check(&on, host.at, &host.in_r, &host.in_w, tried->name);
-        } else {
-            ck_assert_msg(status == SEBP_ERROR_MEMORY || status == SEBP_ERROR_BACKEND,
-                          "operation %d: %s", failed + 1, sebp_status_string(status));
-            ck_assert_str_ne(sebp_context_message(on.context), "");
-            if (status == SEBP_ERROR_MEMORY)
-                world_check(&on, given.at, &given.in_r, &given.in_w, "without memory");
-            /* At most the copies of the row set and of the basis's two sides have come. */
-            ck_assert_int_le(counting_live(on.device), live + 3);
-        }
-        world_empty(&on);
+    const method_device *device = device_of_run(_i);
+    const int which = _i % count_methods();
+    if (is_left_out(device))
+        return;
+    if (device->ways == 0) {
+        testing_skip("survives_failures", "a real GPU cannot be made to fail");
+        return;
     }
-    ck_assert_int_gt(failed, 1);
+    methods_give(SEBP_F32, &given);
+    method_world host = run_on_host(which);
+    for (int way = 0; way < device->ways; way++) {
+        method_world on = make_world(device);
+        int failed = 0;
+        for (bool goes_on = true; goes_on; failed++) {
+            ck_assert_int_lt(failed, 1000);
+            world_fill(&on, &given);
+            goes_on = check_failure(method_at(which), &on, &host, failed, way);
+            world_empty(&on);
+        }
+        ck_assert_int_gt(failed, 1);
+        sebp_context_destroy(on.context);
+    }
     free_host(&host);
-    sebp_context_destroy(on.context);
     methods_free(&given); /* the copies go with the row set and the basis */
-    ck_assert(!counting_has_leaked());
+    expect_nothing_left(device);
 }
 END_TEST
 
@@ -157,40 +213,41 @@ START_TEST(transfers)
 {
     const int64_t list = ACTIVE * (int64_t)sizeof(int64_t);
     methods_give(SEBP_F32, &given);
-    method_world on = {0};
-    on.context = counting_context(&on.device);
+    method_world on = make_world(&counting_device);
     world_fill(&on, &given);
     run(&on, "linear_backward");
-    ck_assert_int_eq(counting_uploaded(on.device), list);
+    ck_assert_int_eq(counting_uploaded(method_counting), list);
     run(&on, "linear_forward");
     run(&on, "linear_backward");
     run(&on, "lora_backward");
-    ck_assert_int_eq(counting_uploaded(on.device), list);
-    ck_assert_int_eq(counting_downloaded(on.device), 0);
+    ck_assert_int_eq(counting_uploaded(method_counting), list);
+    ck_assert_int_eq(counting_downloaded(method_counting), 0);
 
-    int64_t uploaded = counting_uploaded(on.device), downloaded = 0;
+    int64_t uploaded = counting_uploaded(method_counting), downloaded = 0;
     const method_list layers = layer_methods();
     for (int i = 0; i < layers.count; i++) {
         const struct transfer wanted = find_transfer(layers.methods[i].name);
         testing_succeed(layers.methods[i].run(&on), on.context);
         uploaded += wanted.up;
         downloaded += wanted.down;
-        ck_assert_msg(counting_uploaded(on.device) == uploaded, "%s uploads", wanted.name);
-        ck_assert_msg(wanted.down == ANY_BYTES || counting_downloaded(on.device) == downloaded,
+        ck_assert_msg(counting_uploaded(method_counting) == uploaded, "%s uploads", wanted.name);
+        ck_assert_msg(wanted.down == ANY_BYTES ||
+                          counting_downloaded(method_counting) == downloaded,
                       "%s downloads", wanted.name);
-        downloaded = counting_downloaded(on.device);
+        downloaded = counting_downloaded(method_counting);
     }
 
     run(&on, "linear_backward_finds"); /* a score a row, and the rows found */
-    ck_assert_int_eq(counting_downloaded(on.device), downloaded + ROWS * (int64_t)sizeof(double));
-    ck_assert_int_eq(counting_uploaded(on.device), uploaded + list);
+    ck_assert_int_eq(counting_downloaded(method_counting),
+                     downloaded + ROWS * (int64_t)sizeof(double));
+    ck_assert_int_eq(counting_uploaded(method_counting), uploaded + list);
 
     run(&on, "sparsegrad_auto");
-    ck_assert_int_gt(counting_uploaded(on.device), uploaded + list);
-    uploaded = counting_uploaded(on.device);
+    ck_assert_int_gt(counting_uploaded(method_counting), uploaded + list);
+    uploaded = counting_uploaded(method_counting);
     run(&on, "sparsegrad_factors");
     run(&on, "sparsegrad_update");
-    ck_assert_int_eq(counting_uploaded(on.device), uploaded);
+    ck_assert_int_eq(counting_uploaded(method_counting), uploaded);
     world_empty(&on);
     sebp_context_destroy(on.context);
     methods_free(&given);
@@ -203,8 +260,7 @@ START_TEST(row_sets_outlive_contexts)
 {
     methods_give(SEBP_F32, &given);
     for (int i = 0; i < 3; i++) {
-        method_world on = {0};
-        on.context = counting_context(&on.device);
+        method_world on = make_world(&counting_device);
         world_fill(&on, &given);
         run(&on, "linear_backward");
         world_empty(&on);
@@ -225,8 +281,7 @@ static void refused(sebp_status status, const method_world *on)
 START_TEST(host_memory_alone)
 {
     methods_give(SEBP_F32, &given);
-    method_world on = {0};
-    on.context = counting_context(&on.device);
+    method_world on = make_world(&counting_device);
     world_fill(&on, &given);
 
     sebp_basis_sums *sums;
@@ -241,7 +296,7 @@ START_TEST(host_memory_alone)
     ck_assert_int_eq(sebp_sparse_adamw_steps(state), 0);
     sebp_sparse_adamw_destroy(state);
 
-    world_check(&on, given.at, &given.in_r, &given.in_w, "refused");
+    world_check(&on, given.at, &given.in_r, &given.in_w, 0, "refused");
 
     world_empty(&on);
     sebp_context_destroy(on.context);
@@ -255,8 +310,8 @@ static Suite *make_suite(void)
     Suite *suite = suite_create("methods");
     TCase *tests = tcase_create("on a device");
     tcase_set_timeout(tests, 300);
-    tcase_add_loop_test(tests, gives_the_same_bits, 0, count_methods());
-    tcase_add_loop_test(tests, survives_failures, 0, count_methods());
+    tcase_add_loop_test(tests, gives_the_same, 0, count_runs());
+    tcase_add_loop_test(tests, survives_failures, 0, count_runs());
     tcase_add_test(tests, transfers);
     tcase_add_test(tests, row_sets_outlive_contexts);
     tcase_add_test(tests, host_memory_alone);
