@@ -33,8 +33,8 @@ int64_t fake_cuda_live(void);
 void fake_cuda_have(int gpus);
 /** Their compute capability; 8.0 at first. */
 void fake_cuda_capability(int major, int minor);
-/** How much memory they have together; 0: no bound, as at first. */
-void fake_cuda_memory(int64_t bytes);
+/** How many bytes more of their memory may be allocated; -1: any number, as at first. */
+void fake_cuda_room(int64_t bytes);
 
 #ifdef __cplusplus
 }

@@ -38,7 +38,7 @@ struct piece {
 };
 
 std::vector<piece> pieces;
-int64_t pools, memory_limit, memory_in_use;
+int64_t pools, memory_limit = -1, memory_in_use;
 
 const size_t PAGE = (size_t)sysconf(_SC_PAGESIZE);
 constexpr size_t ALIGNMENT = 16; /* a GPU's is larger, but then the end would not be at the page */
@@ -46,7 +46,7 @@ constexpr size_t ALIGNMENT = 16; /* a GPU's is larger, but then the end would no
 cudaError_t allocate(void **memory, size_t bytes, bool is_host)
 {
     MAY_FAIL();
-    if (!is_host && memory_limit > 0 && memory_in_use + (int64_t)bytes > memory_limit)
+    if (!is_host && memory_limit >= 0 && memory_in_use + (int64_t)bytes > memory_limit)
         return fake_finish(cudaErrorMemoryAllocation);
     size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     size_t page_bytes = (rounded + PAGE - 1) / PAGE * PAGE + PAGE;
@@ -385,7 +385,7 @@ void fake_cuda_capability(int major, int minor)
     capability[1] = minor;
 }
 
-void fake_cuda_memory(int64_t bytes)
+void fake_cuda_room(int64_t bytes)
 {
-    memory_limit = bytes;
+    memory_limit = bytes < 0 ? -1 : memory_in_use + bytes;
 }

@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * @file test_cuda.c
+ * Contexts on GPUs, a real one or the emulated one: memory of the wrong kind, and memory of the device's.
+ */
+#include "config.h"
+
+#include <string.h>
+
+#include "gpu_calls.h"
+#include "gpu_context.h"
+#include "testing.h"
+
+static bool is_left_out(const char *name)
+{
+    if (gpu_refusal() != NULL)
+        testing_skip(name, gpu_refusal());
+    return gpu_refusal() != NULL;
+}
+
+/* ---- memory of the wrong kind ---- */
+
+/* One argument after the other in the host's memory, then all of them. */
+START_TEST(host_memory_is_refused)
+{
+    if (is_left_out("host_memory_is_refused"))
+        return;
+    on.context = gpu_context();
+    gpu_fill();
+    for (int i = 0; i < gpu_calls[_i].count; i++) {
+        const place which = gpu_calls[_i].views[i].which;
+        on.given[which] = on.host[which];
+        testing_refuse(gpu_calls[_i].call(), SEBP_ERROR_VALUE, gpu_calls[_i].views[i].name,
+                       on.context);
+        ck_assert_ptr_nonnull(strstr(sebp_context_message(on.context), "cuda"));
+        gpu_expect_untouched(gpu_calls[_i].name);
+        on.given[which] = on.gpu[which];
+    }
+    memcpy(on.given, on.host, sizeof on.given);
+    testing_refuse(gpu_calls[_i].call(), SEBP_ERROR_VALUE, "memory", on.context);
+    gpu_expect_untouched(gpu_calls[_i].name);
+    memcpy(on.given, on.gpu, sizeof on.given);
+    testing_succeed(gpu_calls[_i].call(), on.context);
+    gpu_empty();
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
+START_TEST(lists_of_the_host_are_refused)
+{
+    if (is_left_out("lists_of_the_host_are_refused"))
+        return;
+    on.context = gpu_context();
+    gpu_fill();
+    double loss = -7;
+    testing_refuse(sebp_cross_entropy(on.context, &on.gpu[DY], on.labels, NULL, &loss, &on.gpu[Y]),
+                   SEBP_ERROR_VALUE, "labels", on.context);
+    const sebp_embedding table = {on.gpu[W], on.labels};
+    testing_refuse(sebp_embedding_forward(on.context, &table, 1, NULL, NULL, &on.gpu[X]),
+                   SEBP_ERROR_VALUE, "indices", on.context);
+    int64_t indices[2] = {-1, -1};
+    float values[2];
+    sebp_sparse kept = on.kept;
+    kept.indices = indices;
+    testing_refuse(sebp_sparse_top(on.context, &on.gpu[X], &kept), SEBP_ERROR_VALUE, "indices",
+                   on.context);
+    kept = on.kept;
+    kept.values = values;
+    testing_refuse(sebp_sparse_top(on.context, &on.gpu[X], &kept), SEBP_ERROR_VALUE, "values",
+                   on.context);
+    ck_assert(loss == -7 && indices[0] == -1);
+    gpu_expect_untouched("lists");
+    gpu_empty();
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
+/* ---- the device's memory ---- */
+
+static sebp_context *make_context(int which)
+{
+    return which == 0 ? testing_context(SEBP_GEMM_AUTO, 1, 0) : gpu_context();
+}
+
+START_TEST(memory_comes_and_goes)
+{
+    if (_i == 1 && is_left_out("memory_comes_and_goes"))
+        return;
+    enum { BYTES = 1000 };
+    sebp_context *context = make_context(_i);
+    char there[BYTES], back[BYTES];
+    for (int i = 0; i < BYTES; i++)
+        there[i] = (char)testing_between(-128, 127);
+    memset(back, 0, sizeof back);
+    void *memory = NULL, *other = NULL;
+    testing_succeed(sebp_device_alloc(context, BYTES, &memory), context);
+    testing_succeed(sebp_device_alloc(context, 0, &other), context);
+    ck_assert(memory != NULL && other != NULL && memory != other);
+    testing_succeed(sebp_device_upload(context, memory, there, BYTES), context);
+    testing_succeed(sebp_device_download(context, back, memory, BYTES), context);
+    ck_assert_mem_eq(back, there, BYTES);
+    /* A part, and nothing. */
+    testing_succeed(sebp_device_upload(context, (char *)memory + 100, there, 3), context);
+    testing_succeed(sebp_device_download(context, back + 1, (char *)memory + 99, 5), context);
+    ck_assert(memcmp(back + 2, there, 3) == 0 && back[1] == there[99] && back[5] == there[103]);
+    testing_succeed(sebp_device_upload(context, memory, NULL, 0), context);
+    testing_succeed(sebp_device_download(context, NULL, memory, 0), context);
+    testing_succeed(sebp_device_upload(context, NULL, NULL, 0), context);
+    testing_succeed(sebp_device_synchronize(context), context);
+    sebp_device_free(context, other);
+    sebp_device_free(context, memory);
+    sebp_device_free(context, NULL);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+START_TEST(bad_memory_is_refused)
+{
+    if (_i == 1 && is_left_out("bad_memory_is_refused"))
+        return;
+    sebp_context *context = make_context(_i);
+    char host[8] = "abcdefg";
+    void *memory = host;
+    testing_expect(sebp_device_alloc(NULL, 8, &memory), SEBP_ERROR_NULL, NULL);
+    testing_refuse(sebp_device_alloc(context, 8, NULL), SEBP_ERROR_NULL, "memory", context);
+    testing_refuse(sebp_device_alloc(context, -1, &memory), SEBP_ERROR_SIZE, "-1", context);
+    testing_refuse(sebp_device_alloc(context, INT64_MIN, &memory), SEBP_ERROR_SIZE, "bytes",
+                   context);
+    testing_refuse(sebp_device_alloc(context, INT64_MAX, &memory), SEBP_ERROR_MEMORY, "allocating",
+                   context);
+    ck_assert_ptr_eq(memory, host);
+
+    testing_succeed(sebp_device_alloc(context, 8, &memory), context);
+    testing_expect(sebp_device_upload(NULL, memory, host, 8), SEBP_ERROR_NULL, NULL);
+    testing_refuse(sebp_device_upload(context, NULL, host, 8), SEBP_ERROR_NULL, "to", context);
+    testing_refuse(sebp_device_upload(context, memory, NULL, 8), SEBP_ERROR_NULL, "from", context);
+    testing_refuse(sebp_device_upload(context, memory, host, -8), SEBP_ERROR_SIZE, "-8", context);
+    testing_expect(sebp_device_download(NULL, host, memory, 8), SEBP_ERROR_NULL, NULL);
+    testing_refuse(sebp_device_download(context, NULL, memory, 8), SEBP_ERROR_NULL, "to", context);
+    testing_refuse(sebp_device_download(context, host, NULL, 8), SEBP_ERROR_NULL, "from", context);
+    testing_refuse(sebp_device_download(context, host, memory, -1), SEBP_ERROR_SIZE, "-1", context);
+    testing_expect(sebp_device_synchronize(NULL), SEBP_ERROR_NULL, NULL);
+    ck_assert_str_eq(host, "abcdefg");
+    sebp_device_free(NULL, memory);
+    sebp_device_free(context, memory);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+static Suite *make_suite(void)
+{
+    Suite *suite = suite_create("cuda");
+    TCase *tests = tcase_create("contexts on GPUs");
+    tcase_set_timeout(tests, 300);
+    tcase_add_loop_test(tests, host_memory_is_refused, 0, GPU_CALLS);
+    tcase_add_test(tests, lists_of_the_host_are_refused);
+    tcase_add_loop_test(tests, memory_comes_and_goes, 0, 2);
+    tcase_add_loop_test(tests, bad_memory_is_refused, 0, 2);
+    suite_add_tcase(suite, tests);
+    return suite;
+}
+
+int main(void)
+{
+    return testing_main(make_suite);
+}
