@@ -44,17 +44,38 @@ sebp_status sebp_sparse_check(const sebp_sparse *view)
     return SEBP_SUCCESS;
 }
 
+/* Checks that an array is in the device's memory. */
+static void check_place(sebp_call *call, const char *name, const char *what, const void *array)
+{
+    if (sebp_call_goes_on(call) && !call->backend->owns(call->device, array)) {
+        sebp_call_fail(call, SEBP_ERROR_VALUE,
+                       "the %s of %s are not in the memory of the context's device, %s", what, name,
+                       call->backend->name);
+    }
+}
+
+static void check_places(sebp_call *call, const char *name, const sebp_sparse *view)
+{
+    if (view->count == 0)
+        return;
+    check_place(call, name, "indices", view->indices);
+    check_place(call, name, "values", view->values);
+}
+
 /* Checks the indices, in the device's memory. */
 void sebp_check_sparse(sebp_call *call, const char *name, const sebp_sparse *view)
 {
     if (!sebp_call_goes_on(call))
         return;
     sebp_status status = check_counts(view);
-    if (status == SEBP_SUCCESS && view->count > 0) {
+    if (status == SEBP_SUCCESS)
+        check_places(call, name, view);
+    if (status == SEBP_SUCCESS && view->count > 0 && sebp_call_goes_on(call)) {
         bool valid = false;
-        status = call->backend->check_indices(call->device, view->indices, view->count,
-                                              view->rows * view->cols, &valid);
-        if (status == SEBP_SUCCESS && !valid)
+        sebp_status checked = call->backend->check_indices(call->device, view->indices, view->count,
+                                                           view->rows * view->cols, &valid);
+        sebp_call_keep(call, checked, name);
+        if (checked == SEBP_SUCCESS && !valid)
             status = SEBP_ERROR_ROWS;
     }
     if (status != SEBP_SUCCESS) {
@@ -71,6 +92,8 @@ void sebp_check_sparse_room(sebp_call *call, const char *name, const sebp_sparse
     if (status != SEBP_SUCCESS) {
         sebp_call_fail(call, status, "%s: k is %" PRId64 " of %" PRId64 "x%" PRId64 ": %s", name,
                        view->count, view->rows, view->cols, sebp_status_string(status));
+    } else {
+        check_places(call, name, view);
     }
 }
 
@@ -139,11 +162,9 @@ sebp_status sebp_sparse_top(sebp_context *context, const sebp_matrix *r, const s
             status = call.backend->top_finish(call.device, chosen, top);
         call.backend->top_end(call.device, chosen);
     }
-    if (status != SEBP_SUCCESS) {
-        sebp_call_fail(&call, status, "%s",
-                       status == SEBP_ERROR_NONFINITE ? "r holds a NaN or Inf"
-                                                      : sebp_status_string(status));
-    }
+    if (status == SEBP_ERROR_NONFINITE)
+        sebp_call_fail(&call, status, "r holds a NaN or Inf");
+    sebp_call_keep(&call, status, "choosing elements");
     return sebp_call_end(&call);
 }
 

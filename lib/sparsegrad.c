@@ -436,10 +436,7 @@ sebp_status sebp_sparsegrad_update(sebp_context *context, const sebp_basis *basi
     sebp_basis_on_device(&call, basis, &out, &in);
     if (sebp_call_goes_on(&call)) {
         sebp_status status = call.backend->sparse_update(call.device, s, &out, &in, w);
-        if (status != SEBP_SUCCESS) {
-            sebp_call_fail(&call, status, "%" PRId64 " elements: %s", s->count,
-                           sebp_status_string(status));
-        }
+        sebp_call_keep(&call, status, "adding to w");
     }
     return sebp_call_end(&call);
 }

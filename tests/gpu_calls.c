@@ -127,5 +127,5 @@ const gpu_call gpu_calls[GPU_CALLS] = {
      6},
     {"attention_forward", call_attention, {{X, "q"}, {DX, "out"}, {LSE, "lse"}}, 3},
     {"cross_entropy", call_loss, {{DY, "logits"}, {Y, "dlogits"}}, 2},
-    {"sparse_top", call_top, {{X, "from"}}, 1},
+    {"sparse_top", call_top, {{X, "r"}}, 1},
 };

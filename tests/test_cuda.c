@@ -68,6 +68,8 @@ START_TEST(lists_of_the_host_are_refused)
     kept.values = values;
     testing_refuse(sebp_sparse_top(on.context, &on.gpu[X], &kept), SEBP_ERROR_VALUE, "values",
                    on.context);
+    testing_refuse(sebp_sparse_add(on.context, &kept, &on.gpu[X]), SEBP_ERROR_VALUE, "values",
+                   on.context);
     ck_assert(loss == -7 && indices[0] == -1);
     gpu_expect_untouched("lists");
     gpu_empty();
