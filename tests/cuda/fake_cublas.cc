@@ -166,9 +166,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
                               const cublasLtMatmulAlgo_t *algorithm, void *workspace,
                               size_t workspace_bytes, cudaStream_t)
 {
-    sebp_emulate(multiply, dim3(1), dim3(1), 0, *product, a_data, *a, b_data, *b,
-                 *(const float *)beta, d_data, *d, algorithm->data[0], (char *)workspace,
-                 workspace_bytes);
-    return cudaGetLastError() == cudaSuccess ? CUBLAS_STATUS_SUCCESS
-                                             : CUBLAS_STATUS_EXECUTION_FAILED;
+    cudaError_t error = sebp_emulate(multiply, dim3(1), dim3(1), 0, *product, a_data, *a, b_data,
+                                     *b, *(const float *)beta, d_data, *d, algorithm->data[0],
+                                     (char *)workspace, workspace_bytes);
+    return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
