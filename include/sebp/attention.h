@@ -40,6 +40,16 @@
  * The results are the same bits for every number of threads and every bound of the workspace. NaN and
  * Inf spread within their text only, and into dbias; rows outside the texts are not read.
  *
+ * On a GPU the tensor cores take dropout(P) and dS = P (dropout(dout V^T) - delta), delta the sums of
+ * out dout, as bf16, as flash-attention has it: for bf16 and heads of up to 96 columns, 128 where the
+ * GPU has the shared memory. Each of their elements is off by up to 2^-9 of it, so that beside the
+ * rounding of the results
+ *
+ *     out  by up to  2^-9 dropout(P) |V|            dv  by up to  2^-9 dropout(P)^T |dout|
+ *     dq   by up to  2^-9 scale |dS| |K|            dk  by up to  2^-9 scale |dS|^T |Q|
+ *
+ * lse, dbias and sums are as exact as elsewhere.
+ *
  * tanh is off by no more than 2^-22, so that capped scores are off by softcap 2^-22.
  */
 #ifndef SEBP_ATTENTION_H

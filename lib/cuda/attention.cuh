@@ -32,6 +32,7 @@ template <class T> struct sebp_attention_job {
     int64_t all_keys, line_groups; /* for dropout's numbers: T and ceil(L / 64) */
     sebp_drops drops;
     float scale, softcap;
+    float factor; /* scale log2 e, from a product to the exponent of two */
     int head_size;
     bool has_dropout;
 };
@@ -46,9 +47,22 @@ struct sebp_span {
 struct sebp_seen {
     int from, end, keys;
 
+    /** Without branches. */
     __device__ __forceinline__ bool at(int i, int j) const
     {
-        return j >= i + from && j < i + end && j < keys;
+        return (int)(j >= i + from) & (int)(j < i + end) & (int)(j < keys);
+    }
+
+    /** The same from key `key` on. */
+    __device__ __forceinline__ sebp_seen behind(int key) const
+    {
+        return {from - key, end - key, keys - key};
+    }
+
+    /** The same from query `query` on. */
+    __device__ __forceinline__ sebp_seen of_query(int query) const
+    {
+        return {from + query, end + query, keys};
     }
 
     /** Whether each of `queries` sees each of `tile_keys`. */
@@ -82,10 +96,10 @@ __device__ __forceinline__ sebp_span sebp_seeing_queries(const sebp_attention_jo
     return {first > 0 ? first : 0, end < text.queries ? end : text.queries};
 }
 
-/** Far from any place in a tile. */
+/** Far from any place in a tile, even half as far. */
 __device__ __forceinline__ int sebp_near(int64_t place)
 {
-    const int64_t limit = 1 << 20;
+    const int64_t limit = 1 << 30;
     return (int)(place < -limit ? -limit : place > limit ? limit : place);
 }
 
@@ -194,6 +208,7 @@ template <class T> sebp_attention_job<T> sebp_attention_job_of(const sebp_attent
     job.drops = sebp_drops_of(attention->dropout, attention->seed, attention->offset);
     job.scale = (float)attention->scale;
     job.softcap = (float)attention->softcap;
+    job.factor = job.scale * SEBP_LOG2_E;
     job.head_size = (int)attention->head_size;
     job.has_dropout = attention->dropout > 0;
     return job;

@@ -302,7 +302,8 @@ static sebp_status make_list(const sebp_cuda *cuda, const sebp_attention *attent
     if (has_whole_texts(cuda, attention))
         return sebp_attention_list_make_whole(attention, SEBP_MMA_WHOLE_ROWS, list);
     if (sebp_mma_takes(cuda, attention))
-        return sebp_attention_list_make(attention, SEBP_MMA_DQ_ROWS, SEBP_MMA_DKV_ROWS, list);
+        return sebp_attention_list_make(attention, sebp_mma_dq_rows(attention), SEBP_MMA_DKV_ROWS,
+                                        list);
     return sebp_attention_list_make(attention, SEBP_TILE, SEBP_TILE, list);
 }
 

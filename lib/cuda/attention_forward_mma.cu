@@ -69,44 +69,34 @@ __device__ __forceinline__ void soften(float scores[products][SEBP_MMA_KEYS / 8]
     }
 }
 
+/** P loses what dropout does not keep. The others are scaled at the end. */
 template <int products>
-__device__ __forceinline__ void drop(const forward_job &job, const sebp_attention_text &text,
-                                     int64_t head, int64_t query, int64_t key,
+__device__ __forceinline__ void drop(const sebp_mma_kept<products, SEBP_MMA_KEYS> &kept,
                                      float scores[products][SEBP_MMA_KEYS / 8][4])
 {
-    const int lane = (int)threadIdx.x % SEBP_WARP, g = lane / 4, p = lane % 4 * 2;
-    const int first = sebp_mma_query<products>(0, 0) + g;
-    const int64_t group = (query + first) / SEBP_RANDOM_GROUP * SEBP_RANDOM_GROUP;
-    const int place = (int)(query + first - group);
 #pragma unroll
-    for (int n = 0; n < SEBP_MMA_KEYS / 8; n++) {
+    for (int m = 0; m < products; m++) {
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const uint4 words = sebp_random_words(
-                job.drops, sebp_drop_group(job, text, head, group, key + n * 8 + p + e),
-                (unsigned)place % SEBP_RANDOM_LANES);
-#pragma unroll
-            for (int m = 0; m < products; m++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int word = place / SEBP_RANDOM_LANES + 2 * m + half;
-                    scores[m][n][2 * half + e] *= sebp_mma_drop(job.drops, words, word);
-                }
-            }
+        for (int at = 0; at < SEBP_MMA_KEYS / 2; at++) {
+            const int n = at / 4, e = at % 4;
+            scores[m][n][e] = kept.at(m, e / 2, 2 * n + e % 2) ? scores[m][n][e] : 0;
         }
     }
 }
 
-template <int D, int warps, int products, bool plain>
+/** is_short: few keys, so that work on keys that are not there is worth a branch. */
+template <int D, int warps, int products, bool is_short, sebp_mma_kind kind>
 __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
     forward(const __grid_constant__ forward_job job, int64_t first_block)
 {
+    constexpr bool plain = kind != SEBP_MMA_ANY, drops = kind == SEBP_MMA_DROPS;
     constexpr int rows = BLOCK_QUERIES<warps, products>, pitch = SEBP_MMA_PITCH<D>;
-    constexpr int tile = SEBP_MMA_KEYS * pitch;
+    constexpr int tile = SEBP_MMA_KEYS * pitch, threads = warps * SEBP_WARP;
     sebp_bf16 *q = sebp_shared<sebp_bf16>(), *k_and_v = q + rows * pitch;
-    const int64_t block = first_block + blockIdx.x, head = block % job.heads;
+    const int64_t block = first_block + blockIdx.x;
     const sebp_attention_item item = job.items[block / job.heads];
-    const int64_t col = head * job.head_size, k_col = head / job.group * job.head_size;
+    const int head = (int)(block % job.heads), col = head * job.head_size;
+    const int k_col = head / (int)job.group * job.head_size;
     if (item.text < 0) {
         sebp_zero_block(job.out, item.first, item.rows, col, job.head_size);
         sebp_zero_block(job.lse, item.first, item.rows, head, 1);
@@ -114,28 +104,31 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
     }
     const sebp_attention_text text = job.texts[item.text];
     const sebp_span seen_keys = sebp_seen_keys(job, text, {item.first, item.first + item.rows});
+    const int first_key = (int)seen_keys.first / SEBP_MMA_KEYS * SEBP_MMA_KEYS;
+    const int end_key = (int)seen_keys.end, keys = (int)text.keys;
+    const sebp_seen seen_first = sebp_seen_of(job, text, item.first, 0);
     const int64_t row = text.q_first + item.first;
     const int lane = (int)threadIdx.x % SEBP_WARP, g = lane / 4, p = lane % 4 * 2;
     const int lowest = sebp_mma_query<products>(0, 0);
     const int highest = sebp_mma_query<products>(products - 1, 1) + 7;
 
-    auto load_keys = [&](int64_t key, int buffer) {
-        const int64_t left = text.keys - key, at = text.k_first + key;
-        const int there = left < SEBP_MMA_KEYS ? (int)left : (int)SEBP_MMA_KEYS;
-        sebp_bf16 *to = k_and_v + buffer * 2 * tile;
-        sebp_mma_load<D>(to, job.k, at, SEBP_MMA_KEYS, there, k_col, job.head_size);
-        sebp_mma_load<D>(to + tile, job.v, at, SEBP_MMA_KEYS, there, k_col, job.head_size);
+    auto load_keys = [&](int key) {
+        /* Read again, as registers are few. */
+        const int64_t at = job.texts[item.text].k_first + key;
+        const int there = keys - key;
+        sebp_bf16 *to = k_and_v + key / SEBP_MMA_KEYS % 2 * 2 * tile;
+        sebp_mma_load<D, SEBP_MMA_KEYS, threads>(to, job.k, at, there, k_col, job.head_size);
+        sebp_mma_load<D, SEBP_MMA_KEYS, threads>(to + tile, job.v, at, there, k_col, job.head_size);
         sebp_copies_end_group();
     };
 
-    const int64_t first_key = seen_keys.first / SEBP_MMA_KEYS * SEBP_MMA_KEYS;
-    sebp_mma_load<D>(q, job.q, row, rows, item.rows, col, job.head_size);
-    if (first_key < seen_keys.end)
-        load_keys(first_key, 0);
+    sebp_mma_load<D, rows, threads>(q, job.q, row, item.rows, col, job.head_size);
+    if (first_key < end_key)
+        load_keys(first_key);
     sebp_copies_wait<0>();
     __syncthreads();
     /* Fragments of Q are held where there are registers for them. */
-    constexpr bool holds = plain || D < 96;
+    constexpr bool holds = drops && products == 2 ? D <= 32 : plain || D < 96;
     uint32_t of_q[products][holds ? D / 16 : 1][4];
 #pragma unroll
     for (int at = 0; at < (holds ? products * D / 16 : 0); at++) {
@@ -153,21 +146,26 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
             state.sum[m][half] = 0;
         }
     }
-    const float factor = plain ? job.scale * SEBP_LOG2_E : SEBP_LOG2_E;
-    int buffer = 0;
-    for (int64_t key = first_key; key < seen_keys.end; key += SEBP_MMA_KEYS, buffer ^= 1) {
+    const float factor = plain ? job.factor : SEBP_LOG2_E;
+    for (int key = first_key; key < end_key; key += SEBP_MMA_KEYS) {
         if (key > first_key) {
             sebp_copies_wait<0>();
             __syncthreads();
         }
-        if (key + SEBP_MMA_KEYS < seen_keys.end)
-            load_keys(key + SEBP_MMA_KEYS, buffer ^ 1);
-        const sebp_seen seen = sebp_seen_of(job, text, item.first, key);
-        const sebp_bf16 *k = k_and_v + buffer * 2 * tile, *v = k + tile;
+        if (key + SEBP_MMA_KEYS < end_key)
+            load_keys(key + SEBP_MMA_KEYS);
+        const sebp_seen seen = seen_first.behind(key);
+        const sebp_bf16 *k = k_and_v + key / SEBP_MMA_KEYS % 2 * 2 * tile, *v = k + tile;
         /* A warp whose queries do not see the tile, or are not there, leaves it. */
         if (lowest >= item.rows || lowest + seen.from >= SEBP_MMA_KEYS || highest + seen.end <= 0)
             continue;
         float scores[products][SEBP_MMA_KEYS / 8][4] = {};
+        sebp_mma_kept<products, SEBP_MMA_KEYS> kept = {};
+        const bool has_drops = drops || (!plain && job.has_dropout);
+        if (has_drops) {
+            kept.begin(job, job.texts[item.text], head, item.first, key);
+            kept.find_all(job.drops, seen.keys);
+        }
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             const int held = holds ? step : 0;
@@ -178,7 +176,7 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
             }
 #pragma unroll
             for (int n = 0; n < SEBP_MMA_KEYS / 8; n += 2) {
-                if (n * 8 >= seen.keys)
+                if (is_short && n * 8 >= seen.keys)
                     break;
                 uint32_t b[4];
                 sebp_mma_load_b_rows<D>(b, k, n * 8, step * 16);
@@ -209,15 +207,13 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
             }
         }
         soften<D, products, plain>(scores, out, &state, factor);
-        if (!plain && job.has_dropout)
-            drop<products>(job, text, head, item.first, key, scores);
+        if (has_drops)
+            drop<products>(kept, scores);
 #pragma unroll
         for (int step = 0; step < SEBP_MMA_KEYS / 16; step++) {
-            if (step * 16 >= seen.keys)
+            if (is_short && step * 16 >= seen.keys)
                 break;
-#pragma unroll
-            for (int m = 0; m < products; m++)
-                sebp_mma_add<D>(out[m], scores[m][2 * step], scores[m][2 * step + 1], v, step * 16);
+            sebp_mma_add<D, products, SEBP_MMA_KEYS>(out, scores, v, step);
         }
     }
 #pragma unroll
@@ -228,7 +224,7 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
             float sum = state.sum[m][half];
             sum += __shfl_xor_sync(0xFFFFFFFFU, sum, 1);
             sum += __shfl_xor_sync(0xFFFFFFFFU, sum, 2);
-            part[half] = sum == 0 ? 0 : 1 / sum;
+            part[half] = sum == 0 ? 0 : job.drops.scale / sum;
             const int i = sebp_mma_query<products>(m, half) + g;
             if (job.lse.data != nullptr && p == 0 && i < item.rows) {
                 const float max = plain ? state.max[m][half] * job.scale : state.max[m][half];
@@ -247,13 +243,13 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
     }
 }
 
-template <int D, int warps, int products, bool plain>
+template <int D, int warps, int products, bool is_short, sebp_mma_kind kind>
 sebp_status launch(sebp_cuda *cuda, const forward_job &job, int64_t items)
 {
     constexpr int64_t bytes = forward_bytes<D, warps, products>();
     static_assert(bytes <= SEBP_MMA_WIDE_BYTES && (D > 96 || bytes <= 96 << 10));
-    return sebp_attention_launch(cuda, forward<D, warps, products, plain>, items * job.heads,
-                                 warps * SEBP_WARP, bytes, job);
+    return sebp_attention_launch(cuda, forward<D, warps, products, is_short, kind>,
+                                 items * job.heads, warps * SEBP_WARP, bytes, job);
 }
 
 enum { SHORT_ROWS = 64, LONG_ROWS = 128 };
@@ -268,15 +264,13 @@ int64_t sebp_mma_forward_rows(const sebp_attention *attention)
 sebp_status sebp_mma_forward(sebp_cuda *cuda, const forward_job &job, int64_t items)
 {
     return sebp_mma_with_head(job.head_size, [&](auto head_size) {
-        constexpr int D = decltype(head_size)::value;
-        /* Two products to a warp, where there are registers for them, take half of the reads. */
-        constexpr int products = D <= 64 ? 2 : 1;
-        const bool is_short = job.max_queries <= SHORT_ROWS;
-        if (sebp_mma_is_plain(job)) {
-            return is_short ? launch<D, 4, 1, true>(cuda, job, items)
-                            : launch<D, 8 / products, products, true>(cuda, job, items);
-        }
-        return is_short ? launch<D, 4, 1, false>(cuda, job, items)
-                        : launch<D, 8, 1, false>(cuda, job, items);
+        return sebp_mma_with_kind(job, [&](auto kind) {
+            constexpr int D = decltype(head_size)::value;
+            /* Two products to a warp, where there are registers for them, take half of the reads. */
+            constexpr int products = D <= 64 && kind != SEBP_MMA_ANY ? 2 : 1;
+            return job.max_queries <= SHORT_ROWS
+                       ? launch<D, 4, 1, true, kind>(cuda, job, items)
+                       : launch<D, 8 / products, products, false, kind>(cuda, job, items);
+        });
     });
 }

@@ -4,9 +4,8 @@
  * Attention by tensor cores, for bf16 and heads of up to 128 columns: how tiles lie in shared memory,
  * and how warps take fragments from them.
  *
- * P and dS are factors of products too. They are taken in two parts, which together have 16 bits of
- * mantissa: so the bounds of f32 hold (2^-18 of each term is less than what the softmax may be off
- * by), for one more product of each two or three.
+ * P and dS are factors of products too, and rounded to bf16 as flash-attention has it:
+ * include/sebp/attention.h has the bounds.
  */
 #ifndef SEBP_CUDA_ATTENTION_MMA_CUH
 #define SEBP_CUDA_ATTENTION_MMA_CUH
@@ -17,10 +16,10 @@
 #include "tensor_core.cuh"
 
 enum {
-    SEBP_MMA_KEYS = 64,              /* to a tile of forward and of dQ */
-    SEBP_MMA_MAX_HEAD = 128,         /* columns */
-    SEBP_MMA_WIDE_BYTES = 108 << 10, /* of shared memory, at most; 96 columns need below 96 KiB */
-    SEBP_MMA_PARTS = 2               /* of P and dS: 1 or 2 */
+    SEBP_MMA_KEYS = 64,             /* to a tile of forward and of dQ */
+    SEBP_MMA_MAX_HEAD = 128,        /* columns */
+    SEBP_MMA_MAX_LENGTH = 1 << 29,  /* of a text, so that places in it are of 32 bits */
+    SEBP_MMA_WIDE_BYTES = 108 << 10 /* of shared memory, at most; 96 columns need below 96 KiB */
 };
 
 /** Elements from a row of a tile to the next: eight rows' pieces of 16 bytes lie in different banks. */
@@ -41,22 +40,29 @@ __device__ __forceinline__ bool sebp_mma_is_aligned(sebp_view<T> view, int head_
 
 /** Starts to load `rows` rows of a head, D columns each, of which `there` and `cols` are there and the
  * others zero. By all threads. */
-template <int D>
+template <int D, int rows, int threads>
 __device__ __forceinline__ void sebp_mma_load(sebp_bf16 *to, sebp_view<const sebp_bf16> from,
-                                              int64_t row, int rows, int there, int64_t col,
-                                              int cols)
+                                              int64_t row, int there, int64_t col, int cols)
 {
-    constexpr int pieces = D / 8;
+    constexpr int pieces = D / 8, step = threads / pieces;
     if (sebp_mma_is_aligned(from, cols)) {
-        for (int at = (int)threadIdx.x; at < rows * pieces; at += (int)blockDim.x) {
-            const int i = at / pieces, j = at % pieces * 8;
-            const bool is_there = i < there && j < cols;
-            sebp_copy_async(to + i * SEBP_MMA_PITCH<D> + j,
-                            is_there ? from.row(row + i) + col + j : from.data, is_there ? 16 : 0);
+        /* A thread keeps to its columns. Some have none where 8 columns do not divide the threads. */
+        const int first = (int)threadIdx.x / pieces, j = (int)threadIdx.x % pieces * 8;
+        if (threads % pieces != 0 && first >= step)
+            return;
+        const sebp_bf16 *at = from.row(row + first) + col + j;
+        const int left = j < cols ? there - first : 0;
+        to += first * SEBP_MMA_PITCH<D> + j;
+#pragma unroll
+        for (int i = 0; i < rows; i += step, at += step * from.stride) {
+            if (rows % step == 0 || first + i < rows) {
+                sebp_copy_async(to + i * SEBP_MMA_PITCH<D>, i < left ? at : from.data,
+                                i < left ? 16 : 0);
+            }
         }
         return;
     }
-    for (int at = (int)threadIdx.x; at < rows * D; at += (int)blockDim.x) {
+    for (int at = (int)threadIdx.x; at < rows * D; at += threads) {
         const int i = at / D, j = at % D;
         to[i * SEBP_MMA_PITCH<D> + j] =
             i < there && j < cols ? from.row(row + i)[col + j] : sebp_bf16{0};
@@ -107,42 +113,30 @@ __device__ __forceinline__ void sebp_mma_load_b_cols(uint32_t b[4], const sebp_b
     sebp_load_matrices<true>(b, tile + (row + lane % 16) * SEBP_MMA_PITCH<D> + col + lane / 16 * 8);
 }
 
-/** A register of A from two numbers: their first part, or what it leaves. */
-__device__ __forceinline__ uint32_t sebp_mma_part(float first, float second, int part)
+/** sums (products of 16 x D) += factors (of 16 x `width`), rounded, their columns from 16 `step` on,
+ * times the rows of a tile. */
+template <int D, int products, int width>
+__device__ __forceinline__ void sebp_mma_add(float sums[products][D / 8][4],
+                                             const float factors[products][width / 8][4],
+                                             const sebp_bf16 *tile, int step)
 {
-    const uint32_t high = sebp_narrow_pair(first, second);
-    if (part == 0)
-        return high;
-    return sebp_narrow_pair(first - sebp_first_of(high), second - sebp_second_of(high));
-}
-
-/** A from the sums of two products side by side, which are 16 columns. */
-__device__ __forceinline__ void sebp_mma_a_of_sums(uint32_t a[4], const float left[4],
-                                                   const float right[4], int part)
-{
-    a[0] = sebp_mma_part(left[0], left[1], part);
-    a[1] = sebp_mma_part(left[2], left[3], part);
-    a[2] = sebp_mma_part(right[0], right[1], part);
-    a[3] = sebp_mma_part(right[2], right[3], part);
-}
-
-/** sums (16 x D) += A (16 x 16, in its parts) times 16 rows of a tile from `row` on. */
-template <int D>
-__device__ __forceinline__ void sebp_mma_add(float sums[D / 8][4], const float left[4],
-                                             const float right[4], const sebp_bf16 *tile, int row)
-{
-    uint32_t a[SEBP_MMA_PARTS][4];
+    uint32_t a[products][4];
 #pragma unroll
-    for (int part = 0; part < SEBP_MMA_PARTS; part++)
-        sebp_mma_a_of_sums(a[part], left, right, part);
+    for (int m = 0; m < products; m++) {
+        const float *left = factors[m][2 * step], *right = factors[m][2 * step + 1];
+        a[m][0] = sebp_narrow_pair(left[0], left[1]);
+        a[m][1] = sebp_narrow_pair(left[2], left[3]);
+        a[m][2] = sebp_narrow_pair(right[0], right[1]);
+        a[m][3] = sebp_narrow_pair(right[2], right[3]);
+    }
 #pragma unroll
     for (int col = 0; col < D; col += 16) {
         uint32_t b[4];
-        sebp_mma_load_b_cols<D>(b, tile, row, col);
+        sebp_mma_load_b_cols<D>(b, tile, step * 16, col);
 #pragma unroll
-        for (int part = 0; part < SEBP_MMA_PARTS; part++) {
-            sebp_mma_bf16(sums[col / 8], a[part], b);
-            sebp_mma_bf16(sums[col / 8 + 1], a[part], b + 2);
+        for (int m = 0; m < products; m++) {
+            sebp_mma_bf16(sums[m][col / 8], a[m], b);
+            sebp_mma_bf16(sums[m][col / 8 + 1], a[m], b + 2);
         }
     }
 }
@@ -216,25 +210,77 @@ __device__ __forceinline__ float sebp_mma_score(const sebp_attention_job<sebp_bf
     return score;
 }
 
-/** What dropout multiplies by, of one of a counter's four words. */
-__device__ __forceinline__ float sebp_mma_drop(const sebp_drops &drops, const uint4 &words,
-                                               int which)
-{
-    const uint32_t low = which & 1 ? words.y : words.x, high = which & 1 ? words.w : words.z;
-    return sebp_drop_scale(drops, which & 2 ? high : low);
-}
+/** What dropout keeps of a thread's scores of a tile of `keys` keys, where rows are queries. It is
+ * found before them, while registers are free. */
+template <int products, int keys> struct sebp_mma_kept {
+    static constexpr int columns = keys / 4; /* of a thread: column 2 n + e is key 8 n + p + e */
+    uint64_t block, step;                    /* of the first key, and from a key to the next */
+    uint32_t bits[products];                 /* bit 16 half + column */
+
+    __device__ __forceinline__ void begin(const sebp_attention_job<sebp_bf16> &job,
+                                          const sebp_attention_text &text, int64_t head,
+                                          int64_t query, int64_t key)
+    {
+        const int lane = (int)threadIdx.x % SEBP_WARP;
+        const int64_t first = query + sebp_mma_query<products>(0, 0) + lane / 4;
+        block = sebp_drop_group(job, text, head, first, key + lane % 4 * 2) * SEBP_RANDOM_LANES +
+                (uint64_t)(first % SEBP_RANDOM_LANES);
+        step = (uint64_t)job.line_groups * SEBP_RANDOM_LANES;
+#pragma unroll
+        for (int m = 0; m < products; m++)
+            bits[m] = 0;
+    }
+
+    __device__ __forceinline__ void find(const sebp_drops &drops, int column)
+    {
+        const uint64_t key = (uint64_t)(column / 2 * 8 + column % 2);
+        const uint4 words = sebp_random_block(drops, block + key * step);
+        /* A thread's queries are 16 apart: all of a group, or its first or last two. */
+        const int first = products == 2 ? 0 : (int)threadIdx.x / SEBP_WARP / 2 % 2 * 2;
+#pragma unroll
+        for (int at = 0; at < 2 * products; at++) {
+            if (sebp_random_word(words, first + at) >= drops.limit)
+                bits[at / 2] |= 1U << (at % 2 * 16 + column);
+        }
+    }
+
+    /** Those of the keys that are there. */
+    __device__ __forceinline__ void find_all(const sebp_drops &drops, int there)
+    {
+#pragma unroll
+        for (int column = 0; column < columns; column++) {
+            if (column / 2 * 8 < there)
+                find(drops, column);
+        }
+    }
+
+    __device__ __forceinline__ bool at(int m, int half, int column) const
+    {
+        return (bits[m] & 1U << (half * 16 + column)) != 0;
+    }
+};
 
 /** Whether the tensor cores take it. The widest heads need more shared memory than some GPUs have. */
 inline bool sebp_mma_takes(const sebp_cuda *cuda, const sebp_attention *attention)
 {
     const int64_t max = cuda->shared_bytes >= SEBP_MMA_WIDE_BYTES ? SEBP_MMA_MAX_HEAD : 96;
-    return attention->q->dtype == SEBP_BF16 && attention->head_size <= max;
+    return attention->q->dtype == SEBP_BF16 && attention->head_size <= max &&
+           attention->heads <= INT32_MAX / SEBP_MMA_MAX_HEAD &&
+           attention->q_sequences->max_length <= SEBP_MMA_MAX_LENGTH &&
+           attention->k_sequences->max_length <= SEBP_MMA_MAX_LENGTH;
 }
 
-/** Whether what is simple about a job is simple enough: scores only scaled, by a positive number. */
-inline bool sebp_mma_is_plain(const sebp_attention_job<sebp_bf16> &job)
+/** What kernels are made for: scores only scaled, by a positive number; the same with dropout; any. */
+enum sebp_mma_kind { SEBP_MMA_PLAIN, SEBP_MMA_DROPS, SEBP_MMA_ANY };
+
+/** Calls body(kind), a constant, of a job's. */
+template <class Body> auto sebp_mma_with_kind(const sebp_attention_job<sebp_bf16> &job, Body body)
 {
-    return job.softcap == 0 && job.bias.data == nullptr && !job.has_dropout && job.scale > 0;
+    if (job.softcap != 0 || job.bias.data != nullptr || !(job.scale > 0))
+        return body(std::integral_constant<sebp_mma_kind, SEBP_MMA_ANY>());
+    if (job.has_dropout)
+        return body(std::integral_constant<sebp_mma_kind, SEBP_MMA_DROPS>());
+    return body(std::integral_constant<sebp_mma_kind, SEBP_MMA_PLAIN>());
 }
 
 /** Calls body(padded head size), a constant, of one that is at most SEBP_MMA_MAX_HEAD. */
@@ -289,12 +335,13 @@ sebp_status sebp_mma_forward(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16
                              int64_t items);
 
 enum {
-    SEBP_MMA_DQ_ROWS = 64,    /* of an item of queries of the backward */
     SEBP_MMA_DKV_ROWS = 128,  /* of keys */
     SEBP_MMA_WHOLE_ROWS = 64, /* of keys of a whole text */
     SEBP_MMA_WHOLE_HEAD = 64  /* columns that there are registers for */
 };
 
+/** Rows of an item of queries of the backward. */
+int64_t sebp_mma_dq_rows(const sebp_attention *attention);
 /** delta, and dq where it is wanted. */
 sebp_status sebp_mma_dq(sebp_cuda *cuda, const sebp_attention_job<sebp_bf16> &job, int64_t items);
 /** dk and dv where they are wanted, from delta. */
