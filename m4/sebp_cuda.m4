@@ -17,6 +17,7 @@ AC_ARG_WITH([cuda-arch],
     [compute capabilities to compile for, "80 90"; PTX of the last one is added])],
   [], [with_cuda_arch="80 90"])
 AC_ARG_VAR([NVCC], [the CUDA compiler])
+AC_ARG_VAR([NVCCFLAGS], [options for it, as -lineinfo for profilers and sanitizers])
 sebp_have_cuda=no
 sebp_have_cublas=no
 sebp_have_emulated_cuda=no
@@ -99,7 +100,7 @@ AS_IF([$NVCC -std=c++20 $sebp_cuda_gencode -c conftest.cu -o conftest.o >&AS_MES
   [AC_MSG_RESULT([no])
   AC_MSG_ERROR([$NVCC cannot compile C++20 for the compute capabilities $with_cuda_arch; config.log says why])])
 rm -f conftest.cu conftest.o
-CUDA_COMPILE="\$(SHELL) \$(top_srcdir)/lib/cuda/nvcc.sh \$(NVCC) -std=c++20 -O3 -lineinfo \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS)"
+CUDA_COMPILE="\$(SHELL) \$(top_srcdir)/lib/cuda/nvcc.sh \$(NVCC) -std=c++20 -O3 -Xfatbin=-compress-all \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(NVCCFLAGS)"
 CUDA_GENCODE=$sebp_cuda_gencode
 AC_SUBST([CUDA_GENCODE])
 CUDA_LIBS="-L$sebp_cuda_lib -lcudart_static -lrt -ldl -lstdc++"

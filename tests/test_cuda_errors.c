@@ -18,6 +18,17 @@
 #include "lib/cuda/cuda.h"
 #include "lib/internal.h"
 
+/* As it is at first: without forks all tests have one GPU. */
+static void mend_gpu(void)
+{
+    fake_cuda_break_at(0, cudaSuccess);
+    fake_cuda_fail_at(0, cudaSuccess);
+    fake_cuda_have(1);
+    fake_cuda_capability(8, 0);
+    fake_cuda_room(-1);
+    cudaSetDevice(0);
+}
+
 /* ---- making contexts ---- */
 
 static sebp_status make(int gpu, sebp_cuda **cuda, char why[SEBP_WHY_BYTES])
@@ -59,8 +70,7 @@ START_TEST(gpus_that_will_not_do)
     fake_cuda_capability(7, 5);
     refused(0, SEBP_ERROR_UNSUPPORTED, "7.5");
     refused(2, SEBP_ERROR_UNSUPPORTED, "8.0 or later");
-    fake_cuda_capability(8, 0);
-    fake_cuda_have(1);
+    mend_gpu();
     sebp_context_destroy(gpu_context());
     ck_assert_int_eq(fake_cuda_live(), 0);
 }
@@ -85,8 +95,8 @@ START_TEST(making_a_context_fails)
             else
                 fake_cuda_fail_at(failed + 1, error);
             status = make(2, &cuda, why);
-            fake_cuda_break_at(0, cudaSuccess);
-            fake_cuda_fail_at(0, cudaSuccess);
+            mend_gpu();
+            fake_cuda_have(2);
             if (status == SEBP_SUCCESS) {
                 sebp_cuda_backend.destroy(cuda);
                 break;
@@ -278,6 +288,7 @@ static Suite *make_suite(void)
     TCase *tests = tcase_create("the emulated GPU");
     tcase_set_timeout(tests, 300);
 #ifdef SEBP_EMULATED_CUDA
+    tcase_add_checked_fixture(tests, mend_gpu, mend_gpu);
     tcase_add_test(tests, gpus_that_will_not_do);
     tcase_add_test(tests, making_a_context_fails);
     tcase_add_test(tests, errors_of_the_program);
