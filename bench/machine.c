@@ -10,6 +10,10 @@
 #include <emmintrin.h>
 #endif
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "machine.h"
 
 void *allocate(size_t bytes)
@@ -45,6 +49,7 @@ static sebp_context *make_context(const options *o, sebp_gemm gemm)
     char message[256] = "";
     sebp_context_options wanted = SEBP_CONTEXT_OPTIONS_INIT;
     sebp_context *context = NULL;
+    wanted.device = o->on_gpu ? SEBP_DEVICE_CUDA : SEBP_DEVICE_CPU;
     wanted.threads = o->threads;
     wanted.gemm = gemm;
     wanted.precision = (sebp_precision)(SEBP_PRECISION_HIGHEST + o->precision);
@@ -52,7 +57,7 @@ static sebp_context *make_context(const options *o, sebp_gemm gemm)
     wanted.message_bytes = sizeof message;
     sebp_status status = sebp_context_create(&wanted, &context);
     if (status != SEBP_SUCCESS) {
-        die(status == SEBP_ERROR_MEMORY ? FAILED : USAGE, "%s",
+        die(status == SEBP_ERROR_MEMORY || status == SEBP_ERROR_BACKEND ? FAILED : USAGE, "%s",
             message[0] ? message : sebp_status_string(status));
     }
     return context;
@@ -68,6 +73,7 @@ void open_machine(machine *m, const options *o)
     sebp_status status = sebp_info_get(context, &m->info);
     if (status != SEBP_SUCCESS)
         die(FAILED, "sebp_info_get: %s", sebp_status_string(status));
+    m->on_gpu = o->on_gpu;
     m->gemm = m->info.gemm;
     m->contexts[m->gemm] = context;
     m->threads = sebp_context_threads(context);
@@ -78,11 +84,11 @@ void open_machine(machine *m, const options *o)
         m->contexts[SEBP_GEMM_AUTO] = make_context(o, SEBP_GEMM_AUTO);
     if (m->contexts[SEBP_GEMM_NATIVE] == NULL)
         m->contexts[SEBP_GEMM_NATIVE] = make_context(o, SEBP_GEMM_NATIVE);
-    if (m->info.onednn[0] != '\0' && m->contexts[SEBP_GEMM_ONEDNN] == NULL)
+    if (!m->on_gpu && m->info.onednn[0] != '\0' && m->contexts[SEBP_GEMM_ONEDNN] == NULL)
         m->contexts[SEBP_GEMM_ONEDNN] = make_context(o, SEBP_GEMM_ONEDNN);
 
 #ifdef _OPENMP
-    m->memory_threads = m->threads;
+    m->memory_threads = m->on_gpu ? omp_get_max_threads() : m->threads;
 #else
     m->memory_threads = 1;
 #endif
@@ -164,6 +170,11 @@ double available_memory(void)
 
 void print_machine_line(const machine *m)
 {
+    if (m->on_gpu) {
+        printf("sebp-bench %s: %s, CUDA %s, gemm %s, precision %s\n", sebp_version(), m->info.gpu,
+               m->info.cuda, gemm_names[m->gemm], precision_names[m->precision]);
+        return;
+    }
     printf("sebp-bench %s: %s, %d thread%s, %s kernels, gemm %s", sebp_version(), m->cpu,
            m->threads, m->threads == 1 ? "" : "s", sebp_isa(), gemm_names[m->gemm]);
     if (m->precision != HIGHEST)

@@ -24,7 +24,8 @@ typedef struct machine {
     sebp_gemm gemm;   /* the one that is measured */
     int precision;
     int threads;
-    int memory_threads; /* that measure bandwidth */
+    int on_gpu;         /* contexts work there */
+    int memory_threads; /* that measure bandwidth, and fill the host's memory */
     void *flush;        /* larger than the caches */
     size_t flush_bytes;
 } machine;

@@ -48,6 +48,9 @@ static const char usage[] =
     "      --attention           time attention at texts of several lengths instead\n"
     "      --layer               time row-wise layers instead\n"
     "      --choices             time the choice of the matrix product instead, beside all\n"
+    "      --device WHICH        cpu or cuda, a GPU: calls are timed by the clock, many in a row, "
+    "from\n"
+    "                            the first until the GPU has done the last (cpu)\n"
     "      --method LIST         compare training methods: full, lora, meprop, sparsegrad\n"
     "      --kept SHARE          of a weight's elements, that they train (0.0119)\n"
     "      --basis-rank R        leading vectors of SparseGrad's bases (all)\n"
@@ -223,6 +226,7 @@ static void add_shapes(options *o, const char *name)
 
 static void set_option(options *o, const char *name, const char *value)
 {
+    static const char *const devices[] = {"cpu", "cuda"};
     if (strcmp(name, "shapes") == 0)
         add_shapes(o, value);
     else if (strcmp(name, "shape") == 0)
@@ -241,6 +245,8 @@ static void set_option(options *o, const char *name, const char *value)
         o->sources = either(name, value, "given", "found");
     else if (strcmp(name, "dtype") == 0)
         o->dtypes = either(name, value, "f32", "bf16");
+    else if (strcmp(name, "device") == 0)
+        o->on_gpu = word(name, value, devices, 2);
     else if (strcmp(name, "gemm") == 0)
         o->gemm = (sebp_gemm)word(name, value, gemm_names, 3);
     else if (strcmp(name, "precision") == 0)
@@ -269,6 +275,7 @@ static void parse_arguments(options *o, int argc, char **argv)
         {"basis-rank", required_argument, NULL, 0},
         {"pattern", required_argument, NULL, 0},
         {"rows", required_argument, NULL, 0},
+        {"device", required_argument, NULL, 0},
         {"dtype", required_argument, NULL, 0},
         {"gemm", required_argument, NULL, 0},
         {"precision", required_argument, NULL, 0},
@@ -336,6 +343,11 @@ static void parse_arguments(options *o, int argc, char **argv)
     }
     if (o->packed && (o->methods != 0 || o->attention || o->layer || o->choices))
         die(USAGE, "--packed goes with neither --method, --attention, --layer nor --choices");
+    if (o->on_gpu && (o->methods != 0 || o->attention || o->layer || o->choices || o->packed ||
+                      o->caches != 0 || o->threads != 0)) {
+        die(USAGE, "--device cuda goes with neither --method, --attention, --layer, --choices, "
+                   "--packed, --warm, --cold nor --threads");
+    }
     if (o->methods == 0 && (o->kept > 0 || o->basis_rank > 0 || o->fixed_support))
         die(USAGE, "--kept, --basis-rank and --fixed-support need --method");
 }

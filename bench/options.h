@@ -36,6 +36,7 @@ typedef struct options {
     sebp_gemm gemm;
     int precision;      /* of products of f32 */
     int methods;        /* a bit each; 0: the layer alone */
+    int on_gpu;         /* the layer alone */
     double kept;        /* share of elements that train */
     int64_t basis_rank; /* 0: all vectors */
     int fixed_support;  /* SparseGrad chooses its elements once */

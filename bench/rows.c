@@ -101,10 +101,12 @@ static void add_runs(group *g, const machine *m)
         r->dense = 1;
         r->gemm = (sebp_gemm)gemm;
     }
-    if (o->sources & SECOND)
+    if ((o->sources & SECOND) && !m->on_gpu)
         add_run(g, READ);
-    add_run(g, FILL);
-    add_run(g, FILL_STREAMING);
+    if (!m->on_gpu) {
+        add_run(g, FILL);
+        add_run(g, FILL_STREAMING);
+    }
     for (int scattered = 0; scattered < 2; scattered++) {
         for (int found = 0; found < 2; found++) {
             for (int i = 0; i < o->activity_count; i++) {
@@ -160,6 +162,10 @@ static void measure(const machine *m, const group *g, run *r, const layer *l)
 {
     if (r->kind == CALL)
         prepare_run(r, l, m->memory_threads);
+    if (m->on_gpu) {
+        measure_on_gpu(m, g, r);
+        return;
+    }
     if (g->cold)
         read_memory(m->flush, m->flush_bytes, m->memory_threads);
     else
@@ -270,6 +276,8 @@ static void run_group(const machine *m, group *g)
     }
     make_rows(g);
     pack_weights(g, m);
+    if (m->on_gpu)
+        put_layer_on_gpu(m, g);
     for (int i = 0; i < g->run_count; i++) {
         if (g->runs[i].kind == CALL)
             verify_run(m, g, &g->runs[i]);
@@ -280,6 +288,8 @@ static void run_group(const machine *m, group *g)
         measure_all(m, g);
         print_rows_results(m, g);
     }
+    if (m->on_gpu)
+        free_layer_on_gpu(m, g);
     for (int i = 0; i < g->run_count; i++)
         sebp_rows_destroy(g->runs[i].rows);
     for (int i = 0; i < g->layer_count; i++) {

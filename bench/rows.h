@@ -13,7 +13,8 @@
  *
  * The bytes that must move are the inactive rows of the result, filled with zeros, and where rows
  * are found the inactive rows of dY, all of which must be read to know them. Whatever can be done
- * in more than one way (dense product, zero fill) counts by its fastest.
+ * in more than one way (dense product, zero fill) counts by its fastest. On a GPU the limit is
+ * activity x dense alone.
  */
 #ifndef SEBP_BENCH_ROWS_H
 #define SEBP_BENCH_ROWS_H
@@ -41,6 +42,7 @@ typedef struct run {
     double activity; /* as asked for */
     int64_t active;  /* m, rounded from it */
     sebp_rows *rows;
+    int calls; /* in a row, that a GPU is given each time */
     int count;
     double ms[MAX_ROUNDS];
 } run;
@@ -51,6 +53,7 @@ typedef struct group {
     sebp_dtype dtype;
     int cold;
     layer layers[2];               /* cold calls take them in turn */
+    layer on_gpu;                  /* a copy of the first, where a GPU is measured */
     sebp_packed_weight *packed[2]; /* their W; NULL where no run has a use for it */
     int layer_count;
     run *runs;
@@ -80,6 +83,16 @@ void perform_run(const machine *m, const group *g, const run *r, const layer *l)
 
 /** Performs a run and ends the program where the result is wrong. */
 void verify_run(const machine *m, const group *g, const run *r);
+
+/* A layer in a GPU's memory (gpu_layer.c). Programs end where there is no memory. */
+
+void put_layer_on_gpu(const machine *m, group *g);
+void free_layer_on_gpu(const machine *m, group *g);
+/** Copies one of its matrices from the host's layer, or there. */
+void copy_to_gpu(const machine *m, const group *g, int which);
+void copy_from_gpu(const machine *m, const group *g, int which);
+/** One repetition: calls in a row, from the first until the GPU has done the last. */
+void measure_on_gpu(const machine *m, const group *g, run *r);
 
 void print_rows_heading(const machine *m, const options *o);
 void print_rows_unmeasured(const machine *m, const group *g, const char *status);

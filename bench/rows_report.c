@@ -22,9 +22,12 @@ void print_rows_heading(const machine *m, const options *o)
         return;
     }
     print_machine_line(m);
-    if (m->memory_threads != m->threads)
+    if (!m->on_gpu && m->memory_threads != m->threads)
         puts("Built without OpenMP: bandwidth is that of 1 thread.");
-    if (!o->verify_only) {
+    if (!o->verify_only && m->on_gpu) {
+        puts("Times are medians, a call's of many in a row, until the GPU has done the last.\n"
+             "efficiency = limit / compact; limit = activity x dense");
+    } else if (!o->verify_only) {
         puts("Times are medians, bandwidths the best seen. efficiency = limit / compact;\n"
              "limit = activity x dense + bytes that must move / bandwidth");
     }
@@ -38,8 +41,8 @@ static void print_csv_case(const machine *m, const group *g, const run *r)
            ",%d,%s,%s,%s,",
            s->name, s->m, s->k, s->n, s->sequence, forward_names[g->asked->forward],
            sebp_dtype_name(g->dtype), cold_names[g->cold], scattered_names[r->scattered],
-           found_names[r->found], r->activity, r->active, m->threads, sebp_isa(),
-           gemm_names[m->gemm], packed_names[r->packed]);
+           found_names[r->found], r->activity, r->active, m->threads,
+           m->on_gpu ? "cuda" : sebp_isa(), gemm_names[m->gemm], packed_names[r->packed]);
 }
 
 void print_rows_unmeasured(const machine *m, const group *g, const char *status)
@@ -72,14 +75,17 @@ void print_rows_results(const machine *m, const group *g)
     double row_gflop = (o->forward ? 2e-9 : 4e-9) * (double)g->sizes->k * (double)g->sizes->n;
     double dense_ms = median(dense);
     double dense_gflops = row_gflop * (double)g->sizes->m / dense_ms * 1e3;
-    double read_ms = read == NULL ? 0 : read->ms[0], fill_ms = fill->ms[0];
+    double read_ms = read == NULL ? 0 : read->ms[0], fill_ms = fill == NULL ? 0 : fill->ms[0];
     double read_gbs =
         read == NULL ? 0 : (double)matrix_bytes(&g->layers[0].at[DY]) / read_ms * 1e-6;
-    double fill_gbs = (double)matrix_bytes(&g->layers[0].at[o->forward ? Y : DX]) / fill_ms * 1e-6;
+    double fill_bytes = (double)matrix_bytes(&g->layers[0].at[o->forward ? Y : DX]);
+    double fill_gbs = fill == NULL ? 0 : fill_bytes / fill_ms * 1e-6;
 
     if (!o->csv) {
-        printf("dense %.2f ms, %.1f Gflop/s (%s); zero fill %.1f GB/s", dense_ms, dense_gflops,
-               gemm_names[dense->gemm], fill_gbs);
+        printf("dense %.*f ms, %.1f Gflop/s (%s)", m->on_gpu ? 4 : 2, dense_ms, dense_gflops,
+               gemm_names[dense->gemm]);
+        if (fill != NULL)
+            printf("; zero fill %.1f GB/s", fill_gbs);
         if (read != NULL)
             printf(", read %.1f GB/s", read_gbs);
         printf("\n%-*s %8s %6s %10s %10s %8s %10s %10s %9s\n", o->packed ? 23 : 16, "rows",
@@ -103,8 +109,10 @@ void print_rows_results(const machine *m, const group *g)
             printf("%-9s %-6s ", scattered_names[r->scattered], found_names[r->found]);
             if (o->packed)
                 printf("%-6s ", packed_names[r->packed]);
-            printf("%8g %6" PRId64 " %10.2f %10.2f %8.2f %10.2f %10.2f %9.1f\n", r->activity,
-                   r->active, dense_ms, ms, dense_ms / ms, limit_ms, limit_ms / ms, gflops);
+            const int digits = m->on_gpu ? 4 : 2;
+            printf("%8g %6" PRId64 " %10.*f %10.*f %8.2f %10.*f %10.2f %9.1f\n", r->activity,
+                   r->active, digits, dense_ms, digits, ms, dense_ms / ms, digits, limit_ms,
+                   limit_ms / ms, gflops);
         }
     }
 }

@@ -111,13 +111,20 @@ void verify_run(const machine *m, const group *g, const run *r)
     } outputs[] = {{Y, "Y"}, {DX, "dX"}, {DW, "dW"}, {DB, "db"}};
     const layer *l = &g->layers[0];
     for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
-        if (is_needed(g->asked, outputs[i].which)) /* all NaN */
-            memset(l->at[outputs[i].which].data, 0xff, matrix_bytes(&l->at[outputs[i].which]));
+        if (!is_needed(g->asked, outputs[i].which))
+            continue;
+        memset(l->at[outputs[i].which].data, 0xff, matrix_bytes(&l->at[outputs[i].which]));
+        if (m->on_gpu) /* all NaN */
+            copy_to_gpu(m, g, outputs[i].which);
     }
     prepare_run(r, l, m->memory_threads);
-    perform_run(m, g, r, l);
+    if (m->on_gpu && r->found)
+        copy_to_gpu(m, g, FOUND);
+    perform_run(m, g, r, m->on_gpu ? &g->on_gpu : l);
     for (size_t i = 0; i < sizeof outputs / sizeof *outputs; i++) {
         if (is_needed(g->asked, outputs[i].which)) {
+            if (m->on_gpu)
+                copy_from_gpu(m, g, outputs[i].which);
             verify_sample(g, r, l, outputs[i].which, outputs[i].name);
             verify_whole(g, r, l, outputs[i].which, outputs[i].name);
         }

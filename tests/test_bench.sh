@@ -204,6 +204,33 @@ refuses '--basis-rank: ' "$bench" --quick --method sparsegrad --basis-rank 0
 succeeds "$bench" --quick --method sparsegrad --basis-rank 5
 prints '^skipped: 5 x 5 vectors'
 
+# On a GPU: the emulated one.
+emulated=${top_builddir:-.}/tests/emulated_bench
+if [ -x "$emulated" ]; then
+    succeeds "$emulated" --device cuda --verify-only --shape 65x17:33 --shape 40x16:24 \
+        --pattern both --rows both --dtype both --activity 1,.3
+    prints '^verified$'
+    succeeds "$emulated" --device cuda --verify-only --shape 9x17:33 --forward --dtype both
+    succeeds "$emulated" --device cuda --shape 12x8:8 --activity .5 --rows both --repetitions 2 \
+        --seconds 0
+    prints '^sebp-bench .*: emulated GPU, CUDA 13.0, '
+    prints '^tail +given +0.5 +6 '
+    prints '^tail +found +0.5 +6 '
+    succeeds "$emulated" --device cuda --csv --shape 12x8:8 --activity .5 --rows given \
+        --repetitions 1 --seconds 0 --gemm native
+    prints ',1,cuda,native,plain,1,.*,ok$'
+    refuses 'this build has no CUDA' "$bench" --quick --device cuda
+else
+    skipped=$((skipped + 1))
+    echo "skipped: --device cuda: this build has no emulated GPU"
+fi
+refuses '--device: ' "$bench" --quick --device tpu
+for option in --packed --attention --layer --choices --cold --warm '--method full' '--threads 2'; do
+    # Options are meant to be split.
+    # shellcheck disable=SC2086
+    refuses '--device cuda goes' "$bench" --quick --device cuda $option
+done
+
 # More than any memory: skipped, with the reason.
 succeeds "$bench" --csv --shape 1000000000x1000000000:1000000000 --activity 1,.5 --rows given
 csv 2

@@ -12,6 +12,16 @@
 
 #include "fake_inside.h"
 
+/* AddressSanitizer is told which stack comes next, and where it came from. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#define LEAVE(keeps, stack, bytes) __sanitizer_start_switch_fiber(keeps, stack, bytes)
+#define ARRIVE(kept, stack, bytes) __sanitizer_finish_switch_fiber(kept, stack, bytes)
+#else
+#define LEAVE(keeps, stack, bytes) ((void)(keeps), (void)(stack), (void)(bytes))
+#define ARRIVE(kept, stack, bytes) ((void)(kept), (void)(stack), (void)(bytes))
+#endif
+
 namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;
@@ -22,6 +32,7 @@ struct fiber {
     dim3 thread;
     bool has_started, is_done;
     std::unique_ptr<char[]> stack;
+    void *kept; /* the sanitizer's */
 };
 
 /* Threads that wait for each other. Two rooms in turn, so that one wait does for an exchange: nobody is
@@ -40,6 +51,9 @@ struct block_run {
     const std::function<void()> *body;
     size_t running;
     jmp_buf scheduler;
+    const void *scheduler_stack;
+    size_t scheduler_bytes;
+    void *scheduler_kept;
     int64_t progress; /* waits that are over, and threads that have returned */
 };
 
@@ -58,8 +72,11 @@ void close_round(meeting *at)
 
 void yield()
 {
-    if (_setjmp(run->fibers[run->running].at) == 0)
+    fiber &mine = run->fibers[run->running];
+    LEAVE(&mine.kept, run->scheduler_stack, run->scheduler_bytes);
+    if (_setjmp(mine.at) == 0)
         _longjmp(run->scheduler, 1);
+    ARRIVE(run->fibers[run->running].kept, &run->scheduler_stack, &run->scheduler_bytes);
     threadIdx = run->fibers[run->running].thread;
 }
 
@@ -77,6 +94,7 @@ int meet(meeting *at, int value)
 
 void run_thread()
 {
+    ARRIVE(nullptr, &run->scheduler_stack, &run->scheduler_bytes);
     (*run->body)();
     run->fibers[run->running].is_done = true;
     run->progress++;
@@ -85,6 +103,7 @@ void run_thread()
     warp->members--;
     close_round(&run->block);
     close_round(warp);
+    LEAVE(nullptr, run->scheduler_stack, run->scheduler_bytes);
     _longjmp(run->scheduler, 1);
 }
 
@@ -93,8 +112,11 @@ void resume(size_t which)
     run->running = which;
     fiber &next = run->fibers[which];
     threadIdx = next.thread;
-    if (_setjmp(run->scheduler) != 0)
+    LEAVE(&run->scheduler_kept, next.stack.get(), STACK_BYTES);
+    if (_setjmp(run->scheduler) != 0) {
+        ARRIVE(run->scheduler_kept, nullptr, nullptr);
         return;
+    }
     if (next.has_started)
         _longjmp(next.at, 1);
     next.has_started = true;

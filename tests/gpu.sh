@@ -1,0 +1,147 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# usage: gpu.sh SOURCES [CONFIGURE-ARGUMENT...]
+#
+# What takes an NVIDIA GPU: builds the library with its CUDA backend in gpu-build/, compares every
+# operation with the CPU's, lets compute-sanitizer look for accesses outside of memory and for races
+# where that tool is there, measures, and ends with a table of what was measured and the line
+# "N passed, N failed, N skipped". It takes less than eight minutes on 8 cores: what is left of them
+# bounds each step.
+#
+# SOURCES have a configure (./bootstrap --no-configure makes one) and are not configured themselves.
+# PYTHON names the interpreter whose PyTorch is measured beside the library.
+
+set -u
+
+# shellcheck source=tests/checks.sh
+. "$(dirname "$0")/checks.sh"
+
+if [ $# -lt 1 ]; then
+    echo "usage: $0 SOURCES [CONFIGURE-ARGUMENT...]" >&2
+    exit 2
+fi
+sources=$(cd "$1" && pwd) || exit 2
+shift
+end=$(($(date +%s) + 460))
+
+# limited SECONDS COMMAND...: cut off after so many, or when no time is left.
+limited()
+{
+    seconds=$1
+    shift
+    left=$((end - $(date +%s)))
+    [ "$left" -lt "$seconds" ] && seconds=$left
+    if [ "$seconds" -lt 1 ]; then
+        echo "no time is left for $*"
+        return 124
+    fi
+    timeout -k 5 "$seconds" "$@"
+}
+
+# step NAME SECONDS COMMAND...: what it says is shown where it fails, and is in out.
+step()
+{
+    name=$1
+    shift
+    start=$(date +%s)
+    limited "$@" >"$work/out" 2>&1
+    status=$?
+    if [ $status -eq 0 ]; then
+        pass
+        grep -E '^skipped: ' "$work/out"
+        echo "$name: $(tail -n 1 "$work/out"), $(($(date +%s) - start)) s"
+    elif [ $status -eq 77 ]; then
+        skip "$name: $(grep -E '^skipped: ' "$work/out")"
+    else
+        fail "$name, exit status $status"
+        tail -n 60 "$work/out"
+    fi
+    return $status
+}
+
+# ---- the build ----
+
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 |
+    tr -d '. ')
+if [ -z "$capability" ]; then
+    echo "skipped: nvidia-smi knows of no GPU"
+    echo "0 passed, 0 failed, 1 skipped"
+    exit 77
+fi
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+nvidia-smi --query-gpu=clocks.max.sm,clocks.max.memory,power.limit --format=csv,noheader
+
+tests='test_backend test_backend_sparse test_backend_layers test_backend_loss'
+tests="$tests test_backend_attention test_cuda"
+targets='libsebp.la bench/sebp-bench'
+mkdir -p gpu-build
+cd gpu-build || exit 1
+step configure 100 "$sources/configure" --enable-werror --disable-static --with-cuda \
+    --with-cuda-arch="$capability" NVCCFLAGS=-lineinfo "$@" || finish || exit
+if grep -q '^    unit tests  *yes' "$work/out"; then
+    for test in $tests test_methods; do
+        targets="$targets tests/$test"
+    done
+else
+    skip "the unit tests: Check is not installed"
+    tests=
+fi
+# Names of targets are meant to be split.
+# shellcheck disable=SC2086
+step make 300 make -j"$(nproc)" $targets || finish || exit
+
+# ---- tests ----
+
+unset SEBP_GEMM SEBP_PRECISION SEBP_NUM_THREADS SEBP_VERBOSE
+export SEBP_TEST_DEVICE=cuda
+for test in $tests ${tests:+test_methods}; do
+    step "$test" 60 "./tests/$test"
+done
+
+sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
+if [ -z "$sanitizer" ]; then
+    skip "compute-sanitizer is not installed"
+else
+    for tool in memcheck racecheck; do
+        for test in $tests; do
+            step "$tool of $test" 40 env CK_FORK=no SEBP_TEST_ROUNDS=3 "$sanitizer" --tool $tool \
+                --error-exitcode 99 "./tests/$test"
+        done
+    done
+fi
+
+# ---- measurements ----
+
+# bench ACTIVITIES DTYPE SHAPE: verified, then measured; lines for the table.
+bench()
+{
+    step "sebp-bench $3 $2" 60 ./bench/sebp-bench --device cuda --csv --rows given \
+        --pattern scattered --activity "$1" --dtype "$2" --shape "$3" --seconds 0.5 &&
+        awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
+        { printf "%-18s %-5s %8s %10.1f %10.1f %8.2f %9.1f\n", $at["shape"], $at["dtype"],
+            $at["activity"], 1e3 * $at["dense_ms"], 1e3 * $at["compact_ms"], $at["speedup"],
+            $at["gflops"] / 1e3 }' "$work/out" >>"$work/table"
+}
+: >"$work/table"
+bench .1,1 f32 4096x768:3072
+bench .1,1 bf16 4096x768:3072
+bench .1,.25,1 bf16 2048x3072:8192
+bench .1 bf16 16384x3072:8192
+
+python=${PYTHON:-python3}
+pytorch=$("$python" -c 'import torch; print("yes" if torch.cuda.is_available() else "no")' 2>&1)
+if [ "$pytorch" = yes ]; then
+    step "beside PyTorch" 150 env SEBP_LIBRARY="$PWD/.libs/libsebp.so" \
+        PYTHONPATH="$sources/python" PYTHONDONTWRITEBYTECODE=1 \
+        "$python" "$sources/python/benchmarks/gpu.py"
+    cp "$work/out" "$work/pytorch"
+else
+    skip "PyTorch with CUDA is not installed"
+fi
+
+printf '\nThe backward of a linear layer, rows given; dense: by the faster product on all rows\n'
+printf '%-18s %-5s %8s %10s %10s %8s %9s\n' shape dtype activity 'dense us' 'sparse us' speedup \
+    Tflop/s
+cat "$work/table"
+[ ! -e "$work/pytorch" ] || cat "$work/pytorch"
+finish
