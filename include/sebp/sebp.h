@@ -16,10 +16,10 @@
  *   overflow); values of options; the row set against M; shapes against each other; aliasing; last,
  *   indices, labels and positions. The status of the first check that fails is returned.
  * - **On a device with a memory of its own** (context.h) every function may also return
- *   SEBP_ERROR_MEMORY and SEBP_ERROR_BACKEND. Indices, labels and positions lie in its memory as
- *   matrices do; a function that must look at them waits for a copy. One that keeps state (basis.h's
- *   sums, the moments of kept elements) has it in the host's memory, and returns
- *   SEBP_ERROR_UNSUPPORTED there.
+ *   SEBP_ERROR_MEMORY and SEBP_ERROR_BACKEND. Matrices, kept elements, indices, labels and positions
+ *   lie in its memory; one that does not is SEBP_ERROR_VALUE. A function that must look at indices,
+ *   labels or positions waits for a copy. One that keeps state (basis.h's sums, the moments of kept
+ *   elements) has it in the host's memory, and returns SEBP_ERROR_UNSUPPORTED there.
  * - **Structs that begin with size_bytes can grow.** A program sets the size that its own header
  *   has. Sizes from that of version 0.1.0 up to 4096 are accepted, any other is SEBP_ERROR_SIZE. A
  *   shorter struct of options has defaults for the fields it lacks. A longer one is refused, with
