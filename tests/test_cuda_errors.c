@@ -210,10 +210,10 @@ START_TEST(a_products_memory_is_gone)
     plan.product.a = (sebp_operand){a_on, a.stride, NULL, false, SEBP_F32};
     plan.product.b = (sebp_operand){b_on, b.stride, NULL, false, SEBP_F32};
     ck_assert_int_eq(sebp_cuda_backend.plan_product(cuda, &plan), SEBP_SUCCESS);
-    ck_assert_int_gt(cuda->scratch_bytes, 0);
+    ck_assert_int_gt(cuda->scratch.bytes, 0);
     fake_cuda_room(0);
     sebp_status status;
-    ck_assert_ptr_null(sebp_cuda_scratch(cuda, cuda->scratch_bytes + 1, &status));
+    ck_assert_ptr_null(sebp_cuda_scratch(cuda, cuda->scratch.bytes + 1, &status));
     ck_assert_int_eq(status, SEBP_ERROR_MEMORY);
     fake_cuda_room(0);
     ck_assert_int_eq(sebp_cuda_backend.run_product(cuda, &plan), SEBP_SUCCESS);
@@ -233,6 +233,41 @@ START_TEST(a_products_memory_is_gone)
     testing_release(&a);
     testing_release(&b);
     testing_release(&c);
+    sebp_context_destroy(on.context);
+    ck_assert_int_eq(fake_cuda_live(), 0);
+}
+END_TEST
+
+/* ---- graphs ---- */
+
+/* What is uploaded cannot be part of a graph; scratch memory that is stays where it is. */
+START_TEST(a_graph_is_recorded)
+{
+    char why[SEBP_WHY_BYTES];
+    int64_t number = 5;
+    void *there;
+    sebp_cuda *cuda;
+    ck_assert_int_eq(make(1, &cuda, why), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_context_make(&sebp_cuda_backend, cuda, false, &on.context), SEBP_SUCCESS);
+    testing_succeed(sebp_device_alloc(on.context, sizeof number, &there), on.context);
+    fake_cuda_record(true);
+    testing_refuse(sebp_device_upload(on.context, there, &number, sizeof number),
+                   SEBP_ERROR_BACKEND, "a graph is being recorded", on.context);
+    sebp_status status;
+    char *recorded = sebp_cuda_scratch(cuda, 1000, &status);
+    ck_assert_int_eq(sebp_cuda_backend.reserve_scratch(cuda, 1000), SEBP_SUCCESS);
+    char *of_method = sebp_cuda_backend.scratch(cuda);
+    fake_cuda_record(false);
+    testing_succeed(sebp_device_upload(on.context, there, &number, sizeof number), on.context);
+    const int64_t live = fake_cuda_live();
+    ck_assert_ptr_ne(sebp_cuda_scratch(cuda, 100000, &status), recorded);
+    ck_assert_int_eq(sebp_cuda_backend.reserve_scratch(cuda, 100000), SEBP_SUCCESS);
+    ck_assert_ptr_ne(sebp_cuda_backend.scratch(cuda), of_method);
+    ck_assert_int_eq(fake_cuda_live(), live + 2);
+    /* What no graph knows is freed. */
+    ck_assert_ptr_nonnull(sebp_cuda_scratch(cuda, 200000, &status));
+    ck_assert_int_eq(fake_cuda_live(), live + 2);
+    sebp_device_free(on.context, there);
     sebp_context_destroy(on.context);
     ck_assert_int_eq(fake_cuda_live(), 0);
 }
@@ -295,6 +330,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, errors_that_stay);
     tcase_add_test(tests, little_memory);
     tcase_add_loop_test(tests, a_products_memory_is_gone, 0, 2);
+    tcase_add_test(tests, a_graph_is_recorded);
     tcase_add_test(tests, another_gpus_memory);
 #else
     tcase_add_test(tests, without_an_emulated_gpu);

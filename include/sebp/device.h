@@ -8,6 +8,11 @@
  * A program may hand over memory that it has from elsewhere: on GPUs that of cudaMalloc(), or a
  * PyTorch tensor's.
  *
+ * Calls can be recorded in a CUDA graph, where they have nothing to copy from the host: a row set has to
+ * have been used on the context before, and attention and losses cannot be recorded. The context and the
+ * row sets have to live as long as the graph, which is replayed on the context's stream. What cannot be
+ * recorded is SEBP_ERROR_BACKEND.
+ *
  * Calls on a GPU return before it has finished, but for those that have a result for the host: row
  * sets that are found, losses, norms, the checks of indices. What a context is asked for happens in
  * the order of the calls, on its stream. An error that comes to light later is the status of a later

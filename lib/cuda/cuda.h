@@ -16,6 +16,13 @@ SEBP_BEGIN_DECLS
 /** Whether operations may be at work at once, and whether one of them has begun. */
 typedef enum sebp_overlap { SEBP_OVERLAP_NONE, SEBP_OVERLAP_FIRST, SEBP_OVERLAP_MORE } sebp_overlap;
 
+/** Scratch memory; is_recorded: a graph that was recorded knows its address. */
+typedef struct sebp_cuda_buffer {
+    void *memory;
+    int64_t bytes;
+    bool is_recorded;
+} sebp_cuda_buffer;
+
 typedef struct sebp_cuda {
     int index;                  /* of the GPU, as the CUDA runtime counts them */
     cudaStream_t stream;        /* everything happens there, in the order of the calls */
@@ -27,11 +34,10 @@ typedef struct sebp_cuda {
     struct sebp_cublas *cublas; /* NULL: not in this build, or not wanted */
     int64_t
         workspace_bytes; /* the bound of the scratch memory, method's and operations' together */
-    void *method_scratch;
-    int64_t method_bytes; /* what is there */
-    void *scratch;        /* an operation's own */
-    int64_t scratch_bytes;
-    int64_t scratch_max; /* the most that both have been together */
+    sebp_cuda_buffer method_scratch;
+    sebp_cuda_buffer scratch;    /* an operation's own */
+    struct sebp_cuda_kept *kept; /* scratch memory of before, which graphs know */
+    int64_t scratch_max;         /* the most that both have been together */
     sebp_overlap overlap;
     void *results;            /* RESULT_BYTES of the host's memory that the GPU can write */
     char why[SEBP_WHY_BYTES]; /* the CUDA error behind the last SEBP_ERROR_BACKEND */

@@ -60,6 +60,8 @@ sebp_status sebp_cuda_check_current(sebp_cuda *cuda)
     return status;
 }
 
+static void free_kept(sebp_cuda *cuda);
+
 /* ---- making and unmaking ---- */
 
 static int attribute(sebp_cuda *cuda, enum cudaDeviceAttr which, sebp_status *status)
@@ -161,8 +163,9 @@ void sebp_cuda_destroy(void *device)
      * calls fail too, and there is nothing left to give back. */
     forget_error(cudaStreamSynchronize(cuda->stream));
     sebp_cublas_end(cuda);
-    forget_error(cudaFree(cuda->scratch));
-    forget_error(cudaFree(cuda->method_scratch));
+    forget_error(cudaFree(cuda->scratch.memory));
+    forget_error(cudaFree(cuda->method_scratch.memory));
+    free_kept(cuda);
     forget_error(cudaFreeHost(cuda->results));
     if (cuda->pool != NULL)
         forget_error(cudaMemPoolDestroy(cuda->pool));
@@ -191,12 +194,37 @@ void sebp_cuda_free(void *device, void *memory)
         forget_error(cudaFreeAsync(memory, cuda->stream));
 }
 
+static sebp_status is_recorded(sebp_cuda *cuda, bool *recorded)
+{
+    enum cudaStreamCaptureStatus found = cudaStreamCaptureStatusNone;
+    sebp_status status = sebp_cuda_check(cuda, cudaStreamIsCapturing(cuda->stream, &found));
+    *recorded = found != cudaStreamCaptureStatusNone;
+    return status;
+}
+
+/* A graph that is recorded would read the host's memory when it is replayed, and what a call uploads is
+ * gone by then. */
+static sebp_status check_not_recorded(sebp_cuda *cuda)
+{
+    bool recorded = false;
+    sebp_status status = is_recorded(cuda, &recorded);
+    if (status == SEBP_SUCCESS && recorded) {
+        snprintf(cuda->why, sizeof cuda->why,
+                 "a graph is being recorded, and this call copies from the host's memory");
+        return SEBP_ERROR_BACKEND;
+    }
+    return status;
+}
+
 sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t bytes)
 {
     sebp_cuda *cuda = device;
     if (bytes == 0)
         return SEBP_SUCCESS;
     sebp_status status = sebp_cuda_check_current(cuda);
+    if (status != SEBP_SUCCESS)
+        return status;
+    status = check_not_recorded(cuda);
     if (status != SEBP_SUCCESS)
         return status;
     status = sebp_cuda_check(
@@ -270,30 +298,63 @@ const char *sebp_cuda_why(const void *device)
 
 /* ---- scratch memory ---- */
 
-/* Makes room for `bytes` where there is less. Memory that is at work is freed when it is done with. */
-static sebp_status grow(sebp_cuda *cuda, void **memory, int64_t *had, int64_t bytes)
+/* Memory that a recorded graph works in, which is kept until the context ends. */
+struct sebp_cuda_kept {
+    struct sebp_cuda_kept *next;
+    void *memory;
+};
+
+/* Frees it, when it is done with; or keeps it for the graphs that know its address. */
+static sebp_status give_up(sebp_cuda *cuda, sebp_cuda_buffer *buffer)
 {
-    if (*memory != NULL && bytes <= *had)
-        return SEBP_SUCCESS;
-    bytes = sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT);
-    forget_error(cudaFree(*memory));
-    *memory = NULL;
-    *had = 0;
-    void *made = NULL;
+    if (buffer->memory != NULL && buffer->is_recorded) {
+        struct sebp_cuda_kept *kept = malloc(sizeof *kept);
+        if (kept == NULL)
+            return SEBP_ERROR_MEMORY;
+        *kept = (struct sebp_cuda_kept){cuda->kept, buffer->memory};
+        cuda->kept = kept;
+    } else {
+        forget_error(cudaFree(buffer->memory));
+    }
+    *buffer = (sebp_cuda_buffer){NULL, 0, false};
+    return SEBP_SUCCESS;
+}
+
+static void free_kept(sebp_cuda *cuda)
+{
+    while (cuda->kept != NULL) {
+        struct sebp_cuda_kept *next = cuda->kept->next;
+        forget_error(cudaFree(cuda->kept->memory));
+        free(cuda->kept);
+        cuda->kept = next;
+    }
+}
+
+/* Makes room for `bytes` where there is less. */
+static sebp_status grow(sebp_cuda *cuda, sebp_cuda_buffer *buffer, int64_t bytes)
+{
+    bool recorded = false;
     sebp_status status = sebp_cuda_check_current(cuda);
     if (status == SEBP_SUCCESS)
-        status = check_memory(cuda, cudaMalloc(&made, (size_t)bytes));
-    if (status == SEBP_SUCCESS) {
-        *memory = made;
-        *had = bytes;
+        status = is_recorded(cuda, &recorded);
+    if (status == SEBP_SUCCESS && (buffer->memory == NULL || bytes > buffer->bytes)) {
+        void *made = NULL;
+        bytes = sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT);
+        status = give_up(cuda, buffer);
+        if (status == SEBP_SUCCESS)
+            status = check_memory(cuda, cudaMalloc(&made, (size_t)bytes));
+        if (status == SEBP_SUCCESS)
+            *buffer = (sebp_cuda_buffer){made, bytes, false};
+        cuda->scratch_max =
+            sebp_max(cuda->scratch_max, cuda->method_scratch.bytes + cuda->scratch.bytes);
     }
-    cuda->scratch_max = sebp_max(cuda->scratch_max, cuda->method_bytes + cuda->scratch_bytes);
+    buffer->is_recorded = buffer->is_recorded || recorded;
     return status;
 }
 
 int64_t sebp_cuda_workspace(const sebp_cuda *cuda)
 {
-    return (cuda->workspace_bytes - cuda->method_bytes) / ALIGNMENT * ALIGNMENT;
+    return (cuda->workspace_bytes - cuda->method_scratch.bytes) / ALIGNMENT * ALIGNMENT;
 }
 
 void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes, sebp_status *status)
@@ -303,8 +364,8 @@ void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes, sebp_status *status)
         return NULL;
     if (cuda->overlap == SEBP_OVERLAP_MORE)
         cuda->overlap = SEBP_OVERLAP_FIRST; /* another operation may be at work there */
-    *status = grow(cuda, &cuda->scratch, &cuda->scratch_bytes, bytes);
-    return *status == SEBP_SUCCESS ? cuda->scratch : NULL;
+    *status = grow(cuda, &cuda->scratch, bytes);
+    return *status == SEBP_SUCCESS ? cuda->scratch.memory : NULL;
 }
 
 int64_t sebp_cuda_max_scratch(const void *device)
@@ -313,13 +374,10 @@ int64_t sebp_cuda_max_scratch(const void *device)
 }
 
 /* Takes from the operations' memory what is too much together. */
-static void shrink_scratch(sebp_cuda *cuda, int64_t method_bytes)
+static sebp_status shrink_scratch(sebp_cuda *cuda, int64_t method_bytes)
 {
-    if (cuda->scratch_bytes > cuda->workspace_bytes - method_bytes) {
-        forget_error(cudaFree(cuda->scratch));
-        cuda->scratch = NULL;
-        cuda->scratch_bytes = 0;
-    }
+    bool is_too_much = cuda->scratch.bytes > cuda->workspace_bytes - method_bytes;
+    return is_too_much ? give_up(cuda, &cuda->scratch) : SEBP_SUCCESS;
 }
 
 sebp_status sebp_cuda_reserve_scratch(void *device, int64_t bytes)
@@ -329,13 +387,13 @@ sebp_status sebp_cuda_reserve_scratch(void *device, int64_t bytes)
         return SEBP_ERROR_MEMORY;
     if (bytes == 0)
         return SEBP_SUCCESS; /* kept for the next time */
-    shrink_scratch(cuda, sebp_round_up(bytes, ALIGNMENT));
-    return grow(cuda, &cuda->method_scratch, &cuda->method_bytes, bytes);
+    sebp_status status = shrink_scratch(cuda, sebp_round_up(bytes, ALIGNMENT));
+    return status == SEBP_SUCCESS ? grow(cuda, &cuda->method_scratch, bytes) : status;
 }
 
 void *sebp_cuda_method_scratch(const void *device)
 {
-    return ((const sebp_cuda *)device)->method_scratch;
+    return ((const sebp_cuda *)device)->method_scratch.memory;
 }
 
 int64_t sebp_cuda_scratch_bytes(const void *device)

@@ -29,6 +29,8 @@ void fake_cuda_break_at(int64_t n, cudaError_t error);
 int64_t fake_cuda_calls(void);
 /** Pieces of memory that are allocated, of the GPU's and of pinned, and pools. */
 int64_t fake_cuda_live(void);
+/** Whether a graph is being recorded. */
+void fake_cuda_record(bool recorded);
 /** How many GPUs there are; 1 at first. */
 void fake_cuda_have(int gpus);
 /** Their compute capability; 8.0 at first. */

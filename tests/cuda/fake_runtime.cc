@@ -19,6 +19,7 @@ namespace {
 int64_t calls, failing_call, breaking_call;
 cudaError_t failure, breakage, last_error;
 int gpus = 1, current_gpu;
+bool is_recorded;
 int capability[2] = {8, 0};
 
 bool is_broken()
@@ -336,6 +337,13 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
     return cudaSuccess;
 }
 
+cudaError_t cudaStreamIsCapturing(cudaStream_t, enum cudaStreamCaptureStatus *status)
+{
+    MAY_FAIL();
+    *status = is_recorded ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
     MAY_FAIL();
@@ -372,6 +380,11 @@ int64_t fake_cuda_calls(void)
 int64_t fake_cuda_live(void)
 {
     return (int64_t)pieces.size() + pools;
+}
+
+void fake_cuda_record(bool recorded)
+{
+    is_recorded = recorded;
 }
 
 void fake_cuda_have(int count)
