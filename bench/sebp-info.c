@@ -90,6 +90,7 @@ static void print_machine(const sebp_info *info)
         printf("OpenMP         %d\n", info->openmp);
     else
         puts("OpenMP         built without");
+    printf("CUDA           %s\n", info->cuda[0] != '\0' ? info->cuda : "built without");
     printf("CPU            %s\n", cpu[0] != '\0' ? cpu : "unknown");
     printf("cores          %d physical, %d logical, %d NUMA node%s, %d kind%s\n", info->cores,
            info->logical_cpus, info->numa_nodes, info->numa_nodes == 1 ? "" : "s", info->core_kinds,
@@ -119,6 +120,23 @@ static void print_context(const sebp_context *context, const sebp_info *info)
         printf("               threads are not bound: %s is set\n", info->placement_refused);
 }
 
+/* The GPU that a context would work on, in a build with CUDA. */
+static void print_gpu(void)
+{
+    char message[256] = "";
+    sebp_info info = {.size_bytes = sizeof info};
+    sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    sebp_context *context = NULL;
+    options.device = SEBP_DEVICE_CUDA;
+    options.message = message;
+    options.message_bytes = sizeof message;
+    if (sebp_context_create(&options, &context) != SEBP_SUCCESS)
+        printf("GPU            none: %s\n", message);
+    else if (sebp_info_get(context, &info) == SEBP_SUCCESS)
+        printf("GPU            %s\n", info.gpu);
+    sebp_context_destroy(context);
+}
+
 /* 0, or 1 where this environment allows no context. */
 static int print_all(void)
 {
@@ -136,6 +154,8 @@ static int print_all(void)
         return 1;
     }
     print_machine(&info);
+    if (info.cuda[0] != '\0')
+        print_gpu();
     if (made == SEBP_SUCCESS) {
         print_context(context, &info);
     } else {
