@@ -72,7 +72,7 @@ static void add_activations(struct pool *pool, struct bert *m)
 
 static void add_batch(struct pool *pool, struct bert *m)
 {
-    const int64_t B = m->shape.batch, M = B * m->shape.length;
+    const int64_t B = m->shape.batch, M = B * m->shape.length, H = m->shape.hidden;
     struct bert_batch *batch = &m->batch;
     batch->ids = allocate(pool, M, sizeof *batch->ids);
     batch->positions = allocate(pool, M, sizeof *batch->positions);
@@ -81,10 +81,30 @@ static void add_batch(struct pool *pool, struct bert *m)
     batch->labels = allocate(pool, B, sizeof *batch->labels);
     batch->query_lengths = allocate(pool, 2 * B, sizeof *batch->query_lengths);
     batch->key_lengths = allocate(pool, 2 * B, sizeof *batch->key_lengths);
+    batch->texts_of = allocate(pool, M, sizeof *batch->texts_of);
+    batch->words = allocate(pool, m->shape.vocabulary, sizeof *batch->words);
+    m->pooled_values = floats(pool, B * H);
+    m->dpooled_values = floats(pool, B * H);
+    m->logits_values = floats(pool, B * m->shape.classes);
 }
 
-int bert_create(struct pool *pool, struct pool *activations, sebp_context *context,
-                const struct bert_shape *shape, struct bert *m)
+/** What a batch and the clearing of rows have on the device. */
+static void add_lists(struct pool *memory, struct bert *m)
+{
+    const int64_t B = m->shape.batch, M = B * m->shape.length, V = m->shape.vocabulary;
+    struct bert_batch *batch = &m->batch;
+    const size_t bytes = sizeof(int64_t);
+    batch->on_device.ids = allocate(memory, M, bytes);
+    batch->on_device.positions = allocate(memory, M, bytes);
+    batch->on_device.starts = allocate(memory, B, bytes);
+    batch->on_device.labels = allocate(memory, B, bytes);
+    batch->on_device.texts_of = allocate(memory, M, bytes);
+    m->zero_row = floats(memory, 3 * m->shape.hidden);
+    m->zero_indices = allocate(memory, M > V ? M : V, bytes);
+}
+
+int bert_create(struct pool *pool, struct pool *memory, struct pool *activations,
+                sebp_context *context, const struct bert_shape *shape, struct bert *m)
 {
     enum { TENSORS_OUTSIDE_BLOCKS = 8, TENSORS_IN_BLOCK = 12 };
     *m = (struct bert){.shape = *shape};
@@ -96,16 +116,19 @@ int bert_create(struct pool *pool, struct pool *activations, sebp_context *conte
         return status;
     }
     add_parameters(m);
-    parameters_lay_out(pool, &m->parameters);
+    parameters_lay_out(memory, &m->parameters);
     add_activations(activations, m);
     add_batch(pool, m);
-    return pool->failed || activations->failed ? complain(FAILED, "out of memory for the model")
-                                               : OK;
+    add_lists(memory, m);
+    return pool->failed || memory->failed || activations->failed
+               ? complain(FAILED, "out of memory for the model")
+               : OK;
 }
 
 void bert_initialise(struct bert *m, uint64_t seed, float deviation)
 {
-    parameters_initialise(&m->parameters, seed, deviation);
+    keep_status(&m->engine,
+                parameters_initialise(m->engine.context, &m->parameters, seed, deviation));
     m->engine.backward_flops = 0.0;
     m->seed = seed;
     m->batches = 0;
@@ -157,6 +180,7 @@ void bert_batch_add(struct bert *m, const int32_t *ids, int64_t length, int labe
     for (int64_t l = 0; l < room; l++) {
         batch->ids[start + l] = l < length ? ids[l] : m->shape.pad;
         batch->positions[start + l] = l;
+        batch->texts_of[start + l] = s;
     }
     batch->rows += room;
     batch->starts[s + 1] = batch->rows;
@@ -175,6 +199,18 @@ struct bert_region bert_region(const struct bert *m, int64_t layer, bool skip)
         region.keys = batch->classifying_keys != NULL ? batch->classifying_keys : batch->sequences;
     }
     return region;
+}
+
+void bert_zero_rows(struct bert *m, const sebp_rows *rows, int64_t M, int64_t H, float *y)
+{
+    take_rows(&m->engine, rows, m->zero_row, 1, m->zero_indices, M, H, y);
+}
+
+const float *bert_logits(struct bert *m)
+{
+    const int64_t bytes = m->batch.count * m->shape.classes * (int64_t)sizeof(float);
+    download(&m->engine, m->logits_values, m->logits, bytes);
+    return m->logits_values;
 }
 
 struct dropout bert_dropout(const struct bert *m, int64_t layer, enum bert_place place)

@@ -78,6 +78,13 @@ struct bert_batch {
     int64_t *starts;    /* B + 1: the first row of each, that of [CLS] */
     int64_t *lengths;   /* B: tokens that are not padding */
     int64_t *labels;    /* B */
+    int64_t *texts_of;  /* M: the text that a row is of */
+    uint8_t *words;     /* V: whether it is in the batch */
+
+    /* The same in the memory of the context's device. */
+    struct {
+        int64_t *ids, *positions, *starts, *labels, *texts_of;
+    } on_device;
 
     sebp_rows *all;         /* every row */
     sebp_rows *tokens;      /* those that are not padding */
@@ -108,8 +115,8 @@ struct bert {
     float *embedding_sum;        /* M x H: before the norm; after it: the first block's input */
     float *embedding_statistics; /* M x 2 */
     float *first;                /* B x H: the last block's rows of [CLS] */
-    float *pooled;               /* B x H: after tanh */
-    float *features;             /* B x H: after dropout */
+    float *pooled;               /* B x H: before tanh */
+    float *features;             /* B x H: after tanh and dropout */
     float *logits;               /* B x C */
     float *dlogits;              /* B x C */
     float *dpooled;              /* B x H */
@@ -119,14 +126,22 @@ struct bert {
     float *dcontext;             /* M x H */
     float *dqkv;                 /* M x 3H */
     float *dactivated;           /* M x F */
+
+    float *zero_row;       /* 3H zeros, on the device, */
+    int64_t *zero_indices; /* and the larger of M and V: rows of a table of that row alone */
+
+    /* On the host. */
+    float *pooled_values, *dpooled_values; /* B x H: after tanh; the gradient there */
+    float *logits_values;                  /* B x C: see bert_logits() */
 };
 
 /**
- * Makes a model with room for batches of the shape. What each step writes before it reads comes
- * from a pool of its own, which may be the same.
+ * Makes a model with room for batches of the shape. Tensors come from `memory`, which is of the context's
+ * device, and what each step writes before it reads from a pool of its own, which may be the same. On
+ * CPUs all three may be one.
  */
-int bert_create(struct pool *pool, struct pool *activations, sebp_context *context,
-                const struct bert_shape *shape, struct bert *m);
+int bert_create(struct pool *pool, struct pool *memory, struct pool *activations,
+                sebp_context *context, const struct bert_shape *shape, struct bert *m);
 
 /** Parameters, gradients and moments as they are before the first step. The seed is also that of
  * dropout. */
@@ -147,6 +162,9 @@ void bert_batch_add(struct bert *m, const int32_t *ids, int64_t length, int labe
 /** The loss: mean cross-entropy of the batch. Leaves dlogits behind; NaN after a failure. */
 double bert_forward(struct bert *m);
 
+/** The logits that bert_forward() left, B x C on the host. */
+const float *bert_logits(struct bert *m);
+
 /** Every gradient of the batch's loss, from the dlogits that bert_forward() left. */
 void bert_backward(struct bert *m);
 
@@ -166,6 +184,9 @@ struct bert_region {
 };
 
 struct bert_region bert_region(const struct bert *m, int64_t layer, bool skip);
+
+/** Zeroes listed rows of y, M x H with H <= 3 hidden. rows = NULL: all. */
+void bert_zero_rows(struct bert *m, const sebp_rows *rows, int64_t M, int64_t H, float *y);
 
 /** Where a block drops. Outside the blocks, which count as one more: the embedding and the pooled
  * rows. */

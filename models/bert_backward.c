@@ -22,14 +22,11 @@ static struct attention backward_attention(struct bert *m, int64_t layer,
     if (m->mode == BERT_SKIP_BACKWARD && attention.dropout.probability > 0.0) {
         /* Elements are numbered by the longest text of queries, and the forward had them all. */
         attention.queries = attention.keys = batch->sequences;
-        memset(m->dcontext, 0, (size_t)(batch->rows * H) * sizeof(float));
+        bert_zero_rows(m, NULL, batch->rows, H, m->dcontext);
         return attention;
     }
-    for (int64_t s = 0; s < batch->count; s++) { /* the others are no queries, but dq is read */
-        for (int64_t i = 1; i < batch->lengths[s]; i++) {
-            memset(m->dqkv + (batch->starts[s] + i) * 3 * H, 0, (size_t)H * sizeof(float));
-        }
-    }
+    /* The others are no queries, but dq is read. */
+    bert_zero_rows(m, batch->tokens, batch->rows, 3 * H, m->dqkv);
     return attention;
 }
 
@@ -64,9 +61,12 @@ static void head_backward(struct bert *m)
     linear_backward(e, m->batch.texts, m->dlogits, m->features, B, &m->classifier, m->dpooled,
                     SEBP_OVERWRITE);
     drop(e, NULL, bert_dropout(m, m->shape.layers, BERT_POOLED), B, H, m->dpooled);
-    for (int64_t i = 0; i < B * H; i++) {
-        m->dpooled[i] *= 1.0f - m->pooled[i] * m->pooled[i];
+    const int64_t bytes = B * H * (int64_t)sizeof(float);
+    download(e, m->dpooled_values, m->dpooled, bytes);
+    for (int64_t i = 0; i < B * H && !has_failed(e); i++) {
+        m->dpooled_values[i] *= 1.0f - m->pooled_values[i] * m->pooled_values[i];
     }
+    upload(e, m->dpooled, m->dpooled_values, bytes);
     linear_backward(e, m->batch.texts, m->dpooled, m->first, B, &m->pooler, m->dfirst,
                     SEBP_OVERWRITE);
 }
@@ -81,12 +81,10 @@ void bert_backward(struct bert *m)
         return;
     }
     head_backward(m);
-    for (int64_t s = 0; s < batch->count; s++) { /* the gradient of all rows but [CLS] is zero */
-        const int64_t room = skip ? batch->lengths[s] : batch->starts[s + 1] - batch->starts[s];
-        float *d = m->d + batch->starts[s] * H;
-        memcpy(d, m->dfirst + s * H, (size_t)H * sizeof(float));
-        memset(d + H, 0, (size_t)((room - 1) * H) * sizeof(float));
-    }
+    /* The gradient of all rows but [CLS] is zero. */
+    bert_zero_rows(m, skip ? batch->tokens : batch->all, M, H, m->d);
+    take_rows(e, batch->classifying, m->dfirst, batch->count, batch->on_device.texts_of, M, H,
+              m->d);
     for (int64_t i = m->shape.layers - 1; i >= 0; i--) {
         block_backward(m, i, skip);
     }
@@ -94,15 +92,22 @@ void bert_backward(struct bert *m)
     drop(e, rows, bert_dropout(m, m->shape.layers, BERT_EMBEDDING), M, H, m->d);
     norm_backward(e, rows, m->embedding_sum, m->embedding_statistics, M, &m->after_embedding,
                   (struct dropout){0}, m->d, NULL);
-    embedding_backward(e, rows, batch->ids, batch->positions, M, m->token, m->position, m->d);
+    embedding_backward(e, rows, batch->on_device.ids, batch->on_device.positions, M, m->token,
+                       m->position, m->d);
 }
 
 void bert_clear(struct bert *m)
 {
-    const int64_t H = m->shape.hidden;
+    struct engine *e = &m->engine;
+    const int64_t V = m->shape.vocabulary;
+    sebp_rows *words = NULL;
+    memset(m->batch.words, 0, (size_t)V);
     for (int64_t i = 0; i < m->batch.rows; i++) {
-        memset(m->token->gradient + m->batch.ids[i] * H, 0, (size_t)H * sizeof(float));
+        m->batch.words[m->batch.ids[i]] = 1;
     }
+    keep_status(e, sebp_rows_from_mask(m->batch.words, V, &words));
+    bert_zero_rows(m, words, V, m->shape.hidden, m->token->gradient);
+    sebp_rows_destroy(words);
 }
 
 void bert_step(struct bert *m, double rate, int64_t step)

@@ -4,7 +4,6 @@
  * From token ids to the loss.
  */
 #include <math.h>
-#include <string.h>
 
 #include "models/bert.h"
 
@@ -23,6 +22,20 @@ static void make_rows(struct bert *m)
     if (!has_failed(e)) {
         keep_status(e, sebp_sequences_rows(batch->sequences, &batch->tokens));
     }
+}
+
+/** The batch's lists for the device. */
+static void upload_lists(struct bert *m)
+{
+    struct engine *e = &m->engine;
+    const struct bert_batch *batch = &m->batch;
+    const int64_t of_texts = batch->count * (int64_t)sizeof(int64_t);
+    const int64_t of_rows = batch->rows * (int64_t)sizeof(int64_t);
+    upload(e, batch->on_device.ids, batch->ids, of_rows);
+    upload(e, batch->on_device.positions, batch->positions, of_rows);
+    upload(e, batch->on_device.texts_of, batch->texts_of, of_rows);
+    upload(e, batch->on_device.starts, batch->starts, of_texts);
+    upload(e, batch->on_device.labels, batch->labels, of_texts);
 }
 
 /** [CLS] as the only query of its text. */
@@ -80,18 +93,20 @@ static double head_forward(struct bert *m)
     struct engine *e = &m->engine;
     const int64_t B = m->batch.count, H = m->shape.hidden, C = m->shape.classes;
     double loss = (double)NAN;
+    const int64_t bytes = B * H * (int64_t)sizeof(float);
     linear_forward(e, NULL, m->first, B, &m->pooler, m->pooled);
-    for (int64_t i = 0; i < B * H; i++) {
-        m->pooled[i] = tanhf(m->pooled[i]);
+    download(e, m->pooled_values, m->pooled, bytes);
+    for (int64_t i = 0; i < B * H && !has_failed(e); i++) { /* the library has no tanh */
+        m->pooled_values[i] = tanhf(m->pooled_values[i]);
     }
-    memcpy(m->features, m->pooled, (size_t)(B * H) * sizeof(float));
+    upload(e, m->features, m->pooled_values, bytes);
     drop(e, NULL, bert_dropout(m, m->shape.layers, BERT_POOLED), B, H, m->features);
     linear_forward(e, NULL, m->features, B, &m->classifier, m->logits);
     if (!has_failed(e)) {
         sebp_matrix logits = sebp_matrix_f32(m->logits, B, C);
         sebp_matrix dlogits = sebp_matrix_f32(m->dlogits, B, C);
-        keep_status(
-            e, sebp_cross_entropy(e->context, &logits, m->batch.labels, NULL, &loss, &dlogits));
+        keep_status(e, sebp_cross_entropy(e->context, &logits, m->batch.on_device.labels, NULL,
+                                          &loss, &dlogits));
     }
     return has_failed(e) ? (double)NAN : loss;
 }
@@ -104,13 +119,14 @@ double bert_forward(struct bert *m)
     if (m->batch.texts == NULL && !has_failed(e)) { /* else the same batch again */
         make_rows(m);
         make_classifying(m);
+        upload_lists(m);
     }
     if (has_failed(e)) {
         return (double)NAN;
     }
     const sebp_rows *rows = bert_region(m, 0, skip).input;
-    embedding_forward(e, rows, m->batch.ids, m->batch.positions, M, m->token, m->position,
-                      m->embedding_sum);
+    embedding_forward(e, rows, m->batch.on_device.ids, m->batch.on_device.positions, M, m->token,
+                      m->position, m->embedding_sum);
     norm_forward(e, rows, m->embedding_sum, NULL, M, &m->after_embedding, (struct dropout){0},
                  m->blocks[0].input, m->embedding_statistics);
     drop(e, rows, bert_dropout(m, m->shape.layers, BERT_EMBEDDING), M, H, m->blocks[0].input);
@@ -118,8 +134,6 @@ double bert_forward(struct bert *m)
         block_forward(m, i, skip);
     }
     const float *output = m->blocks[m->shape.layers - 1].output;
-    for (int64_t s = 0; s < B; s++) {
-        memcpy(m->first + s * H, output + m->batch.starts[s] * H, (size_t)H * sizeof(float));
-    }
+    take_rows(e, NULL, output, M, m->batch.on_device.starts, B, H, m->first);
     return head_forward(m);
 }

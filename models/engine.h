@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file engine.h
- * What the layers of a model compute with.
+ * What the layers of a model compute with. A model's tensors lie in the memory of the context's device.
  */
 #ifndef SEBP_MODELS_ENGINE_H
 #define SEBP_MODELS_ENGINE_H
@@ -21,6 +21,21 @@ static inline void keep_status(struct engine *e, sebp_status status)
 {
     if (e->status == SEBP_SUCCESS) {
         e->status = status;
+    }
+}
+
+/** Copies to the memory of the context's device, or from there: on CPUs it is the host's. */
+static inline void upload(struct engine *e, void *to, const void *from, int64_t bytes)
+{
+    if (e->status == SEBP_SUCCESS) {
+        keep_status(e, sebp_device_upload(e->context, to, from, bytes));
+    }
+}
+
+static inline void download(struct engine *e, void *to, const void *from, int64_t bytes)
+{
+    if (e->status == SEBP_SUCCESS) {
+        keep_status(e, sebp_device_download(e->context, to, from, bytes));
     }
 }
 

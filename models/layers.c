@@ -171,6 +171,19 @@ void drop(struct engine *e, const sebp_rows *rows, struct dropout dropout, int64
     keep_status(e, sebp_dropout_apply(e->context, &view, rows, &options, &view));
 }
 
+void take_rows(struct engine *e, const sebp_rows *rows, const float *table, int64_t T,
+               const int64_t *indices, int64_t M, int64_t H, float *y)
+{
+    if (has_failed(e)) {
+        return;
+    }
+    const sebp_embedding from = {sebp_matrix_f32(table, T, H), indices};
+    sebp_embedding_options options = SEBP_EMBEDDING_OPTIONS_INIT;
+    options.inactive = SEBP_INACTIVE_LEAVE;
+    sebp_matrix view = sebp_matrix_f32(y, M, H);
+    keep_status(e, sebp_embedding_forward(e->context, &from, 1, rows, &options, &view));
+}
+
 void embedding_forward(struct engine *e, const sebp_rows *rows, const int64_t *ids,
                        const int64_t *positions, int64_t M, const struct tensor *token,
                        const struct tensor *position, float *sum)

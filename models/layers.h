@@ -2,7 +2,8 @@
 /**
  * @file layers.h
  * The library's layers as models call them: with a model's tensors, forward and backward, on listed
- * rows among M. Rows that are not listed are neither read nor written.
+ * rows among M. Rows that are not listed are neither read nor written. Tensors and lists lie in the memory
+ * of the context's device.
  */
 #ifndef SEBP_MODELS_LAYERS_H
 #define SEBP_MODELS_LAYERS_H
@@ -77,6 +78,10 @@ const float *norm_backward(struct engine *e, const sebp_rows *rows, const float 
 /** Dropout of x in place. Its backward is the same of dx. x: M x H. */
 void drop(struct engine *e, const sebp_rows *rows, struct dropout dropout, int64_t M, int64_t H,
           float *x);
+
+/** Row i of y becomes row indices[i] of the table. indices: M; table: T x H; y: M x H. */
+void take_rows(struct engine *e, const sebp_rows *rows, const float *table, int64_t T,
+               const int64_t *indices, int64_t M, int64_t H, float *y);
 
 /** sum = token + position of each row. ids, positions: M each. */
 void embedding_forward(struct engine *e, const sebp_rows *rows, const int64_t *ids,

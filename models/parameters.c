@@ -71,22 +71,35 @@ void parameters_lay_out(struct pool *pool, struct parameters *p)
     }
 }
 
-void parameters_initialise(struct parameters *p, uint64_t seed, float deviation)
+/** One tensor, by way of `room` on the host. */
+static sebp_status initialise(sebp_context *context, const struct tensor *tensor, uint64_t *state,
+                              float deviation, float *room)
 {
-    uint64_t state = seed;
-    for (int64_t i = 0; i < p->tensor_count; i++) {
-        struct tensor *tensor = &p->tensors[i];
-        int64_t count = tensor->rows * tensor->cols;
-        for (int64_t j = 0; j < count; j++) {
-            tensor->value[j] =
-                isnan(tensor->fill) ? deviation * random_normal(&state) : tensor->fill;
-        }
-        if (tensor->gradient != NULL) {
-            memset(tensor->gradient, 0, (size_t)count * sizeof(float));
-            memset(tensor->moment1, 0, (size_t)count * sizeof(float));
-            memset(tensor->moment2, 0, (size_t)count * sizeof(float));
-        }
+    const int64_t count = tensor->rows * tensor->cols, bytes = count * (int64_t)sizeof(float);
+    float *const zeroed[] = {tensor->gradient, tensor->moment1, tensor->moment2};
+    for (int64_t j = 0; j < count; j++) {
+        room[j] = isnan(tensor->fill) ? deviation * random_normal(state) : tensor->fill;
     }
+    sebp_status status = sebp_device_upload(context, tensor->value, room, bytes);
+    memset(room, 0, (size_t)bytes);
+    for (int i = 0; i < 3 && tensor->gradient != NULL && status == SEBP_SUCCESS; i++) {
+        status = sebp_device_upload(context, zeroed[i], room, bytes);
+    }
+    return status;
+}
+
+sebp_status parameters_initialise(sebp_context *context, struct parameters *p, uint64_t seed,
+                                  float deviation)
+{
+    struct pool pool = {0};
+    uint64_t state = seed;
+    float *room = floats(&pool, p->count);
+    sebp_status status = pool.failed ? SEBP_ERROR_MEMORY : SEBP_SUCCESS;
+    for (int64_t i = 0; i < p->tensor_count && status == SEBP_SUCCESS; i++) {
+        status = initialise(context, &p->tensors[i], &state, deviation, room);
+    }
+    pool_free(&pool);
+    return status;
 }
 
 /* ---- views ---- */

@@ -18,7 +18,7 @@ struct tensor {
     const char *name, *part; /* "qkv", "weight" */
     int64_t block;           /* 0 for what stands outside the blocks */
     int64_t rows, cols;
-    float *value, *gradient, *moment1, *moment2; /* rows x cols each */
+    float *value, *gradient, *moment1, *moment2; /* rows x cols each, on the context's device */
     float fill;                                  /* initial value; NaN: random */
     bool decays;                                 /* biases and norms do not */
     bool bare;                                   /* gradient and moments are not the model's */
@@ -59,7 +59,8 @@ struct norm add_norm(struct parameters *p, const char *name, int64_t block, int6
 void parameters_lay_out(struct pool *pool, struct parameters *p);
 
 /** Values as they are before the first step; gradients and moments of zero. */
-void parameters_initialise(struct parameters *p, uint64_t seed, float deviation);
+sebp_status parameters_initialise(sebp_context *context, struct parameters *p, uint64_t seed,
+                                  float deviation);
 
 /* ---- views ---- */
 

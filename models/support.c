@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <sebp/device.h>
+
 #include "models/support.h"
 
 int complain(int status, const char *format, ...)
@@ -26,14 +28,44 @@ int complain(int status, const char *format, ...)
 struct chunk {
     struct chunk *next;
     size_t bytes;
+    void *data;
 };
 
 enum { LINE = 64 }; /* bytes in a cache line */
 
-/** Where the memory of a chunk begins: at the first cache line after its head. */
-static void *chunk_data(struct chunk *chunk)
+/** Fills a chunk with bytes of one value. */
+static bool fill_chunk(const struct pool *pool, const struct chunk *chunk, int value)
 {
-    return (void *)(((uintptr_t)(chunk + 1) + LINE - 1) / LINE * LINE);
+    if (pool->context == NULL) {
+        memset(chunk->data, value, chunk->bytes);
+        return true;
+    }
+    void *bytes = malloc(chunk->bytes + 1);
+    if (bytes == NULL) {
+        return false;
+    }
+    memset(bytes, value, chunk->bytes);
+    sebp_status status =
+        sebp_device_upload(pool->context, chunk->data, bytes, (int64_t)chunk->bytes);
+    free(bytes);
+    return status == SEBP_SUCCESS;
+}
+
+/** A chunk's memory: the host's begins at the first cache line after its head. NULL: there is none. */
+static struct chunk *make_chunk(const struct pool *pool, size_t bytes)
+{
+    struct chunk *chunk = malloc(sizeof *chunk + (pool->context == NULL ? bytes + 2 * LINE : 0));
+    if (chunk == NULL) {
+        return NULL;
+    }
+    *chunk = (struct chunk){.next = pool->chunks, .bytes = bytes};
+    if (pool->context == NULL) {
+        chunk->data = (void *)(((uintptr_t)(chunk + 1) + LINE - 1) / LINE * LINE);
+    } else if (sebp_device_alloc(pool->context, (int64_t)bytes, &chunk->data) != SEBP_SUCCESS) {
+        free(chunk);
+        return NULL;
+    }
+    return chunk;
 }
 
 void *allocate(struct pool *pool, int64_t count, size_t size)
@@ -42,20 +74,20 @@ void *allocate(struct pool *pool, int64_t count, size_t size)
         pool->failed = true;
         return NULL;
     }
-    struct chunk *chunk = calloc(1, (size_t)count * size + 2 * LINE);
+    struct chunk *chunk = make_chunk(pool, (size_t)count * size);
     if (chunk == NULL) {
         pool->failed = true;
         return NULL;
     }
-    *chunk = (struct chunk){pool->chunks, (size_t)count * size};
     pool->chunks = chunk;
-    return chunk_data(chunk);
+    pool->failed = !fill_chunk(pool, chunk, 0);
+    return chunk->data;
 }
 
 void pool_poison(struct pool *pool)
 {
     for (struct chunk *chunk = pool->chunks; chunk != NULL; chunk = chunk->next) {
-        memset(chunk_data(chunk), 0xff, chunk->bytes);
+        pool->failed = !fill_chunk(pool, chunk, 0xff) || pool->failed;
     }
 }
 
@@ -64,6 +96,9 @@ void pool_free(struct pool *pool)
     while (pool->chunks != NULL) {
         struct chunk *chunk = pool->chunks;
         pool->chunks = chunk->next;
+        if (pool->context != NULL) {
+            sebp_device_free(pool->context, chunk->data);
+        }
         free(chunk);
     }
     pool->failed = false;

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <sebp/context.h>
+
 /* What functions here and main() return: all went well, something failed while running, input was
  * refused. */
 enum { OK = 0, FAILED = 1, REFUSED = 2 };
@@ -29,7 +31,8 @@ int complain(int status, const char *format, ...)
 /** All memory comes from a pool and is freed with it. */
 struct pool {
     struct chunk *chunks;
-    bool failed; /* an allocation failed: the pool's pointers may be NULL */
+    bool failed;           /* an allocation failed: the pool's pointers may be NULL */
+    sebp_context *context; /* memory of its device, which outlives the pool; NULL: the host's */
 };
 
 /** `count` zeroed elements of `size` bytes, aligned to a cache line; NULL sets pool->failed. */

@@ -15,7 +15,7 @@
 struct options {
     struct model_options model;
     double learning_rate;
-    const char *train, *dev, *vocab, *mode, *plot, *csv, *dump;
+    const char *device, *train, *dev, *vocab, *mode, *plot, *csv, *dump;
     bool check_gradients, help;
     bool wanted[BERT_MODES]; /* what `mode` says */
 };

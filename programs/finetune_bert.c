@@ -62,6 +62,8 @@ static int parse_options(int argc, char **argv, struct options *o)
          0, 0, 0},
         {"vocab", "FILE", "WordPiece vocabulary; else built from the training data", 0, 0,
          &o->vocab, 0, 0, 0},
+        {"device", "DEVICE", "cpu, or cuda: the model lies in the memory of a GPU", 0, 0,
+         &o->device, 0, 0, 0},
         {"mode", "MODE,...", "of dense, sebp, skipped, packed; or all", 0, 0, &o->mode, 0, 0, 0},
         {"plot", "FILE", "SVG with loss curves and times", 0, 0, &o->plot, 0, 0, 0},
         {"csv", "FILE", "the loss of every step in each mode", 0, 0, &o->csv, 0, 0, 0},
@@ -80,6 +82,9 @@ static int parse_options(int argc, char **argv, struct options *o)
     }
     if (status == OK) {
         status = check_model_options(&o->model);
+    }
+    if (status == OK && strcmp(o->device, "cpu") != 0 && strcmp(o->device, "cuda") != 0) {
+        status = complain(REFUSED, "--device: '%s' is neither cpu nor cuda", o->device);
     }
     return status == OK ? parse_names("mode", "mode", o->mode, mode_names, BERT_MODES, o->wanted)
                         : status;
@@ -242,10 +247,16 @@ static int run_mode(struct bert *m, enum bert_mode mode, struct pool *pool, cons
 static void print_setting(const struct report *r, const struct data *data, const struct bert *m)
 {
     const struct model_options *o = &r->options->model;
+    sebp_info info = {.size_bytes = sizeof info};
     printf("%" PRId64 " layers, hidden %" PRId64 ", %" PRId64 " heads, %" PRId64
-           " words, %.1f million parameters; %d threads\n",
+           " words, %.1f million parameters; ",
            o->layers, o->hidden, o->heads, data->vocabulary.count,
-           1e-6 * (double)m->parameters.count, sebp_context_threads(m->engine.context));
+           1e-6 * (double)m->parameters.count);
+    if (sebp_info_get(m->engine.context, &info) == SEBP_SUCCESS && info.gpu[0] != '\0') {
+        printf("%s\n", info.gpu);
+    } else {
+        printf("%d threads\n", sebp_context_threads(m->engine.context));
+    }
     printf("%" PRId64 " sentences, %" PRId64 " held out, padded to %" PRId64 " tokens (%" PRId64
            " longer ones are cut); %" PRId64 " steps of %" PRId64 "\n\n",
            data->train.count, data->held_out.count, o->max_length,
@@ -264,7 +275,7 @@ static int check_files(const struct options *o)
 }
 
 /** Trains in each mode asked for and reports. */
-static int experiment(struct pool *pool, sebp_context *context, const struct options *o)
+static int experiment(struct pool *pool, struct pool *memory, const struct options *o)
 {
     struct data data = {0};
     struct bert m = {0};
@@ -288,7 +299,7 @@ static int experiment(struct pool *pool, sebp_context *context, const struct opt
                                      .dropout = model->dropout};
     struct report report = {.options = o, .majority = data.majority};
     report.steps = step_count(&data.train, model->batch, model->epochs, model->steps);
-    status = bert_create(pool, pool, context, &shape, &m);
+    status = bert_create(pool, memory, memory, memory->context, &shape, &m);
     if (status != OK) {
         return status;
     }
@@ -327,22 +338,24 @@ int main(int argc, char **argv)
                   .seed = 1},
         .learning_rate = 5e-4,
         .train = DEFAULT_TRAIN,
+        .device = "cpu",
         .mode = "all",
         .plot = "finetune_bert.svg",
     };
-    struct pool pool = {0};
-    sebp_context *context = NULL;
+    struct pool pool = {0}, memory = {0};
     int status = parse_options(argc, argv, &options);
     if (status != OK || options.help) {
         return status;
     }
-    status = make_context(options.model.threads, &context);
+    status = make_context(strcmp(options.device, "cuda") == 0 ? SEBP_DEVICE_CUDA : SEBP_DEVICE_CPU,
+                          options.model.threads, &memory.context);
     if (status == OK) {
-        status = options.check_gradients ? check_gradients(context, options.model.seed)
-                                         : experiment(&pool, context, &options);
+        status = options.check_gradients ? check_gradients(memory.context, options.model.seed)
+                                         : experiment(&pool, &memory, &options);
     }
     pool_free(&pool);
-    sebp_context_destroy(context);
+    pool_free(&memory);
+    sebp_context_destroy(memory.context);
     if (fflush(stdout) != 0 && status == OK) {
         status = complain(FAILED, "standard output: cannot be written");
     }

@@ -25,18 +25,32 @@ static double norm_of(const float *values, int64_t count)
     return sqrt(squares);
 }
 
+static int64_t bytes_of(const struct tensor *tensor)
+{
+    return elements(tensor) * (int64_t)sizeof(float);
+}
+
+/** What a check has on the host, each with room for all parameters. */
+struct check_room {
+    float *values, *changed; /* of one tensor */
+    float *gradients;        /* of all tensors, laid out as the model's */
+    float *dense;            /* the same of the dense mode */
+};
+
 /**
  * Compares the gradient of one tensor with central differences of the loss, (f(+h) - f(-h)) / 2h in
  * double precision: along the gradient itself, where the slope is its norm, and along a random
- * direction. `scratch` has room for the tensor.
+ * direction.
  *
  * @return the larger of the two differences, over the gradient's norm; NaN for a gradient of zeros.
  */
-static double check_tensor(struct bert *m, const struct tensor *t, uint64_t *state, float *scratch)
+static double check_tensor(struct bert *m, const struct tensor *t, const float *gradient,
+                           uint64_t *state, const struct check_room *room)
 {
-    const double h = 2.5e-3, norm = norm_of(t->gradient, elements(t));
+    const double h = 2.5e-3, norm = norm_of(gradient, elements(t));
+    struct engine *e = &m->engine;
     double worst = 0.0;
-    memcpy(scratch, t->value, (size_t)elements(t) * sizeof(float));
+    download(e, room->values, t->value, bytes_of(t));
     for (int direction = 0; direction < 2; direction++) {
         double loss[2], slope = 0.0;
         uint64_t signs = *state;
@@ -44,16 +58,17 @@ static double check_tensor(struct bert *m, const struct tensor *t, uint64_t *sta
             *state = signs; /* the same direction on both sides */
             slope = 0.0;
             for (int64_t j = 0; j < elements(t); j++) {
-                double along = (double)t->gradient[j] / norm;
+                double along = (double)gradient[j] / norm;
                 if (direction == 1 && (random_next(state) & 1) != 0) {
                     along = -along;
                 }
-                slope += along * (double)t->gradient[j];
-                t->value[j] = scratch[j] + (float)(side == 0 ? h * along : -h * along);
+                slope += along * (double)gradient[j];
+                room->changed[j] = room->values[j] + (float)(side == 0 ? h * along : -h * along);
             }
+            upload(e, t->value, room->changed, bytes_of(t));
             loss[side] = bert_forward(m);
-            memcpy(t->value, scratch, (size_t)elements(t) * sizeof(float));
         }
+        upload(e, t->value, room->values, bytes_of(t));
         double error = fabs((loss[0] - loss[1]) / (2 * h) - slope) / norm;
         worst = error <= worst ? worst : error; /* a NaN stays */
     }
@@ -87,9 +102,9 @@ static void fill(struct bert *m, uint64_t *state)
     }
 }
 
-/** One mode; dense comes first and leaves its gradients in `dense`, laid out as the model's. */
+/** One mode; dense comes first and leaves its gradients in the room. */
 static int check_mode(struct bert *m, enum bert_mode mode, int64_t seed, struct pool *activations,
-                      float *dense, float *scratch)
+                      const struct check_room *room)
 {
     /* Over 200 seeds the largest error of the slopes was 1.7e-3, from the rounding of the f32
      * forward, and the largest distance from the dense gradient 3.4e-6. */
@@ -110,14 +125,15 @@ static int check_mode(struct bert *m, enum bert_mode mode, int64_t seed, struct 
     }
     int status = bert_status(m);
     const struct tensor *tensors = m->parameters.tensors;
-    if (mode == BERT_DENSE) {
-        memcpy(dense, tensors[0].gradient, (size_t)m->parameters.count * sizeof(float));
-    }
+    download(&m->engine, mode == BERT_DENSE ? room->dense : room->gradients, tensors[0].gradient,
+             m->parameters.count * (int64_t)sizeof(float));
+    const float *gradients = mode == BERT_DENSE ? room->dense : room->gradients;
     for (int64_t i = 0; i < m->parameters.tensor_count && status == OK; i++) {
         const struct tensor *t = &tensors[i];
-        const float *same = like_dense ? dense + (t->gradient - tensors[0].gradient) : t->gradient;
-        double other = apart(t->gradient, same, elements(t));
-        double error = check_tensor(m, t, &state, scratch);
+        const float *gradient = gradients + (t->gradient - tensors[0].gradient);
+        const float *same = like_dense ? room->dense + (gradient - gradients) : gradient;
+        double other = apart(gradient, same, elements(t));
+        double error = check_tensor(m, t, gradient, &state, room);
         bool right = error <= tolerance && other <= dense_tolerance;
         agree += right;
         worst = error <= worst ? worst : error;
@@ -152,18 +168,21 @@ static int check_modes(sebp_context *context, int64_t seed, double dropout)
                                      .vocabulary = 24,
                                      .classes = 3,
                                      .dropout = dropout};
-    struct pool pool = {0}, activations = {0};
+    struct pool pool = {0}, memory = {.context = context}, activations = {.context = context};
     struct bert m;
-    int status = bert_create(&pool, &activations, context, &shape, &m);
-    float *scratch = floats(&pool, m.parameters.count), *dense = floats(&pool, m.parameters.count);
+    int status = bert_create(&pool, &memory, &activations, context, &shape, &m);
+    const int64_t count = m.parameters.count;
+    const struct check_room room = {floats(&pool, count), floats(&pool, count),
+                                    floats(&pool, count), floats(&pool, count)};
     if (status == OK && pool.failed) {
         status = complain(FAILED, "out of memory for the model");
     }
     for (int mode = 0; mode < BERT_MODES && status == OK; mode++) {
-        status = check_mode(&m, (enum bert_mode)mode, seed, &activations, dense, scratch);
+        status = check_mode(&m, (enum bert_mode)mode, seed, &activations, &room);
     }
     bert_destroy(&m);
     pool_free(&activations);
+    pool_free(&memory);
     pool_free(&pool);
     return status;
 }
@@ -218,11 +237,20 @@ int dump_parameters(const struct bert *m, const struct options *o, int64_t steps
     int status = dump_settings(m, o, steps);
     FILE *tensors = dump_open(o, "tensors.txt", "w");
     FILE *values = dump_open(o, "parameters.f32", "wb");
-    for (int64_t i = 0; i < m->parameters.tensor_count && tensors != NULL && values != NULL; i++) {
+    for (int64_t i = 0;
+         i < m->parameters.tensor_count && tensors != NULL && values != NULL && status == OK; i++) {
         const struct tensor *t = &m->parameters.tensors[i];
         fprintf(tensors, "%s.%" PRId64 ".%s %" PRId64 " %" PRId64 "\n", t->name, t->block, t->part,
                 t->rows, t->cols);
-        fwrite(t->value, sizeof(float), (size_t)elements(t), values);
+        struct pool pool = {0};
+        float *value = floats(&pool, elements(t));
+        if (pool.failed ||
+            sebp_device_download(m->engine.context, value, t->value, bytes_of(t)) != SEBP_SUCCESS) {
+            status = complain(FAILED, "%s: the parameters cannot be read", o->dump);
+        } else {
+            fwrite(value, sizeof(float), (size_t)elements(t), values);
+        }
+        pool_free(&pool);
     }
     int closed[] = {dump_close(o, tensors), dump_close(o, values)};
     return status != OK ? status : closed[0] != OK ? closed[0] : closed[1];

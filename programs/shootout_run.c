@@ -149,7 +149,7 @@ static int run_alone(const struct shared *shared, const struct task *task, struc
 {
     const struct options *o = shared->options;
     sebp_context *context = NULL;
-    int status = make_context(o->model.threads, &context);
+    int status = make_context(SEBP_DEVICE_CPU, o->model.threads, &context);
     if (status != OK) {
         return status;
     }
@@ -172,7 +172,7 @@ static int run_alone(const struct shared *shared, const struct task *task, struc
     struct pool pool = {0};
     struct bert m;
     struct trainer trainer = {0};
-    status = bert_create(&pool, &pool, context, &shape, &m);
+    status = bert_create(&pool, &pool, &pool, context, &shape, &m);
     if (status == OK) {
         m.mode = BERT_SKIP;
         begin_with(&m, shared, task->classes);

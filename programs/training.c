@@ -9,10 +9,11 @@
 #include "programs/report.h"
 #include "programs/training.h"
 
-int make_context(int64_t threads, sebp_context **context)
+int make_context(sebp_device_kind device, int64_t threads, sebp_context **context)
 {
     char message[200] = "";
     sebp_context_options options = SEBP_CONTEXT_OPTIONS_INIT;
+    options.device = device;
     options.threads = (int)threads;
     options.message = message;
     options.message_bytes = sizeof message;
@@ -43,9 +44,11 @@ static int take_step(struct bert *m, const struct training *training, int64_t st
     }
     double after_forward = seconds();
     bert_backward(m);
+    keep_status(&m->engine, sebp_device_synchronize(m->engine.context)); /* for the clock alone */
     double after_backward = seconds();
     int status =
         training->optimize(training->with, rate_at(training->rate, step, training->steps), step);
+    keep_status(&m->engine, sebp_device_synchronize(m->engine.context));
     if (status != OK || training->after == NULL) {
         return status;
     }
@@ -120,8 +123,9 @@ struct score judge(struct bert *m, const struct dataset *data)
     for (int64_t from = 0; from < data->count; from += m->shape.batch) {
         fill_batch(m, data, NULL, from, min_int64(m->shape.batch, data->count - from));
         loss += bert_forward(m) * (double)m->batch.count;
+        const float *all_logits = bert_logits(m);
         for (int64_t s = 0; s < m->batch.count && m->engine.status == SEBP_SUCCESS; s++) {
-            const float *logits = m->logits + s * C;
+            const float *logits = all_logits + s * C;
             int best = 0;
             for (int c = 1; c < C; c++) {
                 best = logits[c] > logits[best] ? c : best;

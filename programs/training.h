@@ -37,7 +37,7 @@ struct training {
 };
 
 /** Makes a context with so many threads, 0 for all; a message says why there is none. */
-int make_context(int64_t threads, sebp_context **context);
+int make_context(sebp_device_kind device, int64_t threads, sebp_context **context);
 
 /** All steps. losses: of each step. DIVERGED after a message where one is not finite. */
 int train(struct bert *m, struct pool *pool, const struct training *training, double *losses);

@@ -67,7 +67,7 @@ forbids 'simd/ uses simd/ alone' '(\.\./|sebp/|lib/|cpu/)' simd/*.[ch]
 for file in lib/*.[ch]; do
     case $file in
     lib/context.c | lib/convert.c | lib/info.c) ;; # which device there is, and what needs no context
-    *) forbids "$file uses the backend table, not a device" '(cpu/|simd/)' "$file" ;;
+    *) forbids "$file uses the backend table, not a device" '(cpu/|cuda/|simd/)' "$file" ;;
     esac
 done
 forbids 'programs use the public headers' "$inside" bench/*.[ch] models/*.[ch] programs/*.[ch] \

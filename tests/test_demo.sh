@@ -164,6 +164,28 @@ check "dropout: losses agree where the same is dropped, and there alone" awk -F,
     END { exit bad || FNR != 7 || others != 6 || packed != 6 }' "$work/kept.csv" "$work/dropped.csv"
 dropped "dropout again" --mode all --dropout 0.2
 check "the same seed drops the same" cmp "$work/dropped.csv" "$work/dropped-once.csv"
+
+# On a GPU, the emulated one: the same losses in all modes, and gradients that agree.
+emulated=$builddir/tests/emulated_finetune
+if [ -x "$emulated" ]; then
+    for device in cpu cuda; do
+        check "training on $device" "$emulated" --device $device --layers 1 --hidden 16 --heads 2 \
+            --batch 3 --steps 3 --max-length 12 --train "$sentences" --dropout .1 \
+            --csv "$work/$device.csv" --plot "$work/plot.svg"
+    done
+    check "losses on cpu and cuda" awk -F, '
+        function apart(a, b) { return a > b ? a - b : b - a }
+        NR == FNR { for (i = 2; i <= NF; i++) first[FNR, i] = $i; next }
+        FNR > 1 { for (i = 2; i <= NF; i++) bad += !(apart($i, first[FNR, i]) < 1e-4 * $i) }
+        END { exit bad || FNR != 4 || NF != 5 }' "$work/cpu.csv" "$work/cuda.csv"
+    check "gradients on a GPU" "$emulated" --device cuda --check-gradients
+    refused "CUDA, which there is not" 1 "$(printf '%s: %s' \
+        'this build or this machine lacks what was asked for' \
+        'sebp_context_create: this build has no CUDA (configure --with-cuda)')" --device cuda
+else
+    skip "the demo on a GPU: this build has no emulated one"
+fi
+refused "a device" 2 "--device: 'tpu' is neither cpu nor cuda" --device tpu
 refused "dropout of all" 2 "--dropout: 1 is not in [0, 0.9]" --dropout 1
 trains "one thread" --threads 1 --max-length 24
 trains "three threads" --threads 3 --max-length 24
