@@ -53,6 +53,10 @@ AC_CACHE_CHECK([for $CXX option to compile C++20], [sebp_cv_cxx20],
   done
   CXXFLAGS=$sebp_saved_cxxflags])
 AC_LANG_POP([C++])
+# Where there is no cross compiler for C++, autoconf takes the native one.
+sebp_cc_machine=`$CC -dumpmachine 2>/dev/null | sed 's/-.*//'`
+sebp_cxx_machine=`$CXX -dumpmachine 2>/dev/null | sed 's/-.*//'`
+AS_IF([test "$sebp_cc_machine" != "$sebp_cxx_machine"], [sebp_cv_cxx20=no])
 AS_IF([test "$sebp_cv_cxx20" = no],
   [sebp_cuda_summary="no (--with-cuda); its kernels are not tested, as no compiler of C++20 was found"],
   [sebp_have_emulated_cuda=yes
