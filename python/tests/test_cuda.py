@@ -532,7 +532,7 @@ def test_a_step_with_dropout_and_autocast():
 
 
 def test_attention_of_flattened_texts():
-    pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("transformers", minversion="5.24")  # 5.17 adds a mask of its own
     from models import make_batch, make_model
 
     plain = make_model("llama").cuda()
