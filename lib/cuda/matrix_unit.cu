@@ -214,11 +214,14 @@ sebp_status run(sebp_cuda *cuda, const sebp_product *product, shape how)
 
 /* ---- which ---- */
 
-/* x lies there as rows of `width` elements. */
+/* x lies there as rows of `width` elements. Listed rows are counted in 32 bits: with rows this far apart
+ * more of them would take 512 GiB. */
 bool lies_in_chunks(const sebp_operand &x, int64_t width)
 {
-    return x.dtype == SEBP_BF16 && (uintptr_t)x.data % 16 == 0 && x.stride % CHUNK == 0 &&
-           x.stride <= INT32_MAX && width % CHUNK == 0;
+    const int64_t min_listed_stride = 64;
+    return (x.rows == nullptr || x.stride >= min_listed_stride) && x.dtype == SEBP_BF16 &&
+           (uintptr_t)x.data % 16 == 0 && x.stride % CHUNK == 0 && x.stride <= INT32_MAX &&
+           width % CHUNK == 0;
 }
 
 bool fits(int64_t size)
