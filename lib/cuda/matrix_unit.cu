@@ -241,13 +241,7 @@ extern "C" bool sebp_cuda_takes_matrix_unit(const sebp_cuda *cuda, const sebp_pr
            lies_in_chunks(product->b, product->b.transposed ? product->k : product->n);
 }
 
-extern "C" int64_t sebp_cuda_matrix_unit_bytes(const sebp_cuda *, const sebp_product *)
-{
-    return 0; /* a cluster's sums stay in its shared memory */
-}
-
-extern "C" sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *cuda, const sebp_product *product,
-                                                 void *)
+extern "C" sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *cuda, const sebp_product *product)
 {
     using namespace matrix_unit;
     if (cuda->clusters_at_once[1] == 0) {
@@ -265,12 +259,7 @@ extern "C" bool sebp_cuda_takes_matrix_unit(const sebp_cuda *, const sebp_produc
     return false;
 }
 
-extern "C" int64_t sebp_cuda_matrix_unit_bytes(const sebp_cuda *, const sebp_product *)
-{
-    return 0;
-}
-
-extern "C" sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *, const sebp_product *, void *)
+extern "C" sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *, const sebp_product *)
 {
     return SEBP_ERROR_UNSUPPORTED;
 }

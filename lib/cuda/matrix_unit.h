@@ -12,14 +12,12 @@
 SEBP_BEGIN_DECLS
 
 /** Whether it can do the product: both factors bf16, rows that begin at 16 bytes and are a multiple of
- * 16 bytes long, and nothing but C to add or to make. False in a build without it. */
+ * 16 bytes long, listed rows at least 128 bytes apart. False in a build without it. */
 bool sebp_cuda_takes_matrix_unit(const sebp_cuda *cuda, const sebp_product *product);
 
-/** The scratch memory that a run needs. */
-int64_t sebp_cuda_matrix_unit_bytes(const sebp_cuda *cuda, const sebp_product *product);
-
-/** Runs a product that it takes. */
-sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *cuda, const sebp_product *product, void *scratch);
+/** Runs a product that it takes. It needs no scratch memory: the blocks that share a tile add up in their
+ * shared memory. */
+sebp_status sebp_cuda_run_matrix_unit(sebp_cuda *cuda, const sebp_product *product);
 
 SEBP_END_DECLS
 

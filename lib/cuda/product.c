@@ -174,7 +174,7 @@ sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
     if (status == SEBP_SUCCESS && settled.way == WAY_CUBLAS)
         status = sebp_cublas_run_product(cuda, &plan->product, &settled.cublas, scratch);
     else if (status == SEBP_SUCCESS && settled.way == WAY_MATRIX_UNIT)
-        status = sebp_cuda_run_matrix_unit(cuda, &plan->product, NULL);
+        status = sebp_cuda_run_matrix_unit(cuda, &plan->product);
     else if (status == SEBP_SUCCESS && settled.way == WAY_TENSOR)
         status = sebp_cuda_run_tensor(cuda, &plan->product, &settled.cut, scratch);
     else if (status == SEBP_SUCCESS && settled.way == WAY_PLAIN)
