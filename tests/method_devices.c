@@ -140,6 +140,7 @@ static int64_t live_on_gpu(void)
 /* Its scratch memory stays, the method's and the operations', beside the copies. */
 const method_device gpu_device = {
     .name = "cuda",
+    .rounds_attention = true,
     .bound = 1e-5,
     .may_keep = 5,
     .make = make_gpu,

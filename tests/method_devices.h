@@ -12,6 +12,7 @@
 /** One at a time. What is put, got and freed is not counted and never fails. */
 typedef struct method_device {
     const char *name;
+    bool rounds_attention; /**< the probabilities, where the matrices are bf16 */
     double bound;          /**< of results, beside the CPU's; 0: the same bits */
     bool keeps_copies;     /**< of packed weights */
     int may_keep;          /**< pieces of memory that a call may leave until the context goes */
