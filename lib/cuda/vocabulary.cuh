@@ -21,6 +21,21 @@
 
 enum { SEBP_WARP = 32 };
 
+#ifdef __CUDACC__
+/** Whether the kernels of this build see to the order that sebp_overlapping promises, on a GPU of a
+ * compute capability: those that are compiled for 9.0 or later. A GPU may run what is compiled for an
+ * earlier one. */
+inline bool sebp_may_overlap(int capability)
+{
+    constexpr int compiled[] = {__CUDA_ARCH_LIST__};
+    for (int arch : compiled) {
+        if (arch >= 900 && arch <= 10 * capability)
+            return true;
+    }
+    return false;
+}
+#endif
+
 /** sebp_launch() and sebp_launch_overlapping(). */
 template <class... Parameters, class... Arguments>
 sebp_status sebp_launch_kernel(sebp_cuda *cuda, bool begins_early, void (*kernel)(Parameters...),
@@ -45,7 +60,7 @@ sebp_status sebp_launch_kernel(sebp_cuda *cuda, bool begins_early, void (*kernel
     how.dynamicSmemBytes = (size_t)shared_bytes;
     how.stream = cuda->stream;
     how.attrs = &early;
-    how.numAttrs = begins_early ? 1 : 0;
+    how.numAttrs = begins_early && sebp_may_overlap(cuda->capability) ? 1 : 0;
     return sebp_cuda_check(cuda,
                            cudaLaunchKernelEx(&how, kernel, static_cast<Parameters>(arguments)...));
 #else
