@@ -77,6 +77,46 @@ START_TEST(lists_of_the_host_are_refused)
 }
 END_TEST
 
+/* ---- sums ---- */
+
+/* However many blocks, or kernels, have parts of a sum: 256 + 1 - 256, of which bf16 does not hold 257. */
+START_TEST(sums_for_bf16_are_of_f32)
+{
+    if (is_left_out("sums_for_bf16_are_of_f32"))
+        return;
+    enum { DEPTH = 4096, ROWS = 8 };
+    on.context = gpu_context();
+    sebp_matrix x = testing_matrix(ROWS, DEPTH, DEPTH, SEBP_BF16);
+    sebp_matrix w = testing_matrix(ROWS, DEPTH, DEPTH, SEBP_BF16);
+    sebp_matrix y = testing_matrix(ROWS, ROWS, ROWS, SEBP_BF16);
+    for (int i = 0; i < ROWS; i++) {
+        for (int k = 0; k < DEPTH; k++) {
+            testing_set(&x, i, k, 1);
+            testing_set(&w, i, k, k == 0 ? 256 : k == 1 ? 1 : k == DEPTH - 1 ? -256 : 0);
+        }
+    }
+    sebp_matrix x_on = x, w_on = w, y_on = y;
+    x_on.data = gpu_put(x.data, ROWS * DEPTH * 2);
+    w_on.data = gpu_put(w.data, ROWS * DEPTH * 2);
+    y_on.data = gpu_put(y.data, ROWS * ROWS * 2);
+    testing_succeed(sebp_linear_forward(on.context, &x_on, &w_on, NULL, NULL, NULL, &y_on),
+                    on.context);
+    testing_succeed(sebp_device_download(on.context, y.data, y_on.data, ROWS * ROWS * 2),
+                    on.context);
+    for (int i = 0; i < ROWS; i++) {
+        for (int j = 0; j < ROWS; j++)
+            ck_assert(testing_get(&y, i, j) == 1);
+    }
+    sebp_device_free(on.context, x_on.data);
+    sebp_device_free(on.context, w_on.data);
+    sebp_device_free(on.context, y_on.data);
+    testing_release(&x);
+    testing_release(&w);
+    testing_release(&y);
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
 /* ---- the device's memory ---- */
 
 static sebp_context *make_context(int which)
@@ -158,6 +198,7 @@ static Suite *make_suite(void)
     tcase_set_timeout(tests, 300);
     tcase_add_loop_test(tests, host_memory_is_refused, 0, GPU_CALLS);
     tcase_add_test(tests, lists_of_the_host_are_refused);
+    tcase_add_test(tests, sums_for_bf16_are_of_f32);
     tcase_add_loop_test(tests, memory_comes_and_goes, 0, 2);
     tcase_add_loop_test(tests, bad_memory_is_refused, 0, 2);
     suite_add_tcase(suite, tests);

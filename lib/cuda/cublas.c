@@ -133,8 +133,12 @@ static cublasStatus_t make_request(const sebp_product *product, int64_t scratch_
 {
     const cublasOperation_t kept = CUBLAS_OP_N, turned = CUBLAS_OP_T;
     const uint64_t scratch = (uint64_t)scratch_bytes;
-    const uint32_t aligned[3] = {alignment_of(product->b.data), alignment_of(product->a.data),
-                                 alignment_of(product->c)};
+    /* Parts of a sum are added in f32, where C is bf16, too. */
+    const uint32_t reductions = product->c_dtype == SEBP_F32
+                                    ? CUBLASLT_REDUCTION_SCHEME_MASK
+                                    : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const uint32_t aligned[4] = {alignment_of(product->b.data), alignment_of(product->a.data),
+                                 alignment_of(product->c), alignment_of(product->c)};
     *made = (request){NULL, NULL, NULL, NULL, NULL};
     cublasStatus_t status =
         cublasLtMatmulDescCreate(&made->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
@@ -160,10 +164,16 @@ static cublasStatus_t make_request(const sebp_product *product, int64_t scratch_
         status = cublasLtMatmulPreferenceSetAttribute(
             made->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &scratch, sizeof scratch);
     }
-    static const cublasLtMatmulPreferenceAttributes_t alignments[3] = {
+    if (status == CUBLAS_STATUS_SUCCESS) {
+        status = cublasLtMatmulPreferenceSetAttribute(made->preference,
+                                                      CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                                      &reductions, sizeof reductions);
+    }
+    /* C is read and written. */
+    static const cublasLtMatmulPreferenceAttributes_t alignments[4] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES};
-    for (int i = 0; i < 3 && status == CUBLAS_STATUS_SUCCESS; i++) {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    for (int i = 0; i < 4 && status == CUBLAS_STATUS_SUCCESS; i++) {
         status = cublasLtMatmulPreferenceSetAttribute(made->preference, alignments[i], &aligned[i],
                                                       sizeof aligned[i]);
     }
@@ -249,5 +259,6 @@ sebp_status sebp_cublas_run_product(sebp_cuda *cuda, const sebp_product *product
                            asked.c, &algorithm, scratch, (size_t)plan->scratch_bytes, cuda->stream);
     }
     end_request(&asked);
-    return check(cuda, status);
+    /* Products before this one may have been written, which SEBP_ERROR_MEMORY denies. */
+    return check(cuda, status) == SEBP_SUCCESS ? SEBP_SUCCESS : SEBP_ERROR_BACKEND;
 }

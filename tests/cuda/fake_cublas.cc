@@ -2,7 +2,8 @@
 /**
  * @file fake_cublas.cc
  * cuBLASLt for the emulated GPU: products by three loops, in a kernel of one thread. Some products it
- * says it cannot do, and some need workspace, which it then fills.
+ * says it cannot do, and some need workspace, which it then fills. Where it is let, it adds up parts of a
+ * sum in C's type, and wants matrices to be aligned as it was told they are.
  */
 #include <cublasLt.h>
 #include <cuda_runtime.h>
@@ -24,11 +25,25 @@ struct fake_cublas_matrix {
 
 struct fake_cublas_preference {
     uint64_t workspace;
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
+    uint32_t aligned[4] = {256, 256, 256, 256}; /* A, B, C, D */
 };
 
 namespace {
 
 constexpr size_t WORKSPACE = 512;
+constexpr uint64_t PART = 16; /* of a sum */
+
+/* What an algorithm's data hold; behind them how A, B, C and D are aligned. */
+enum { DEPTH, ADDS_IN_OUTPUT, ALIGNED };
+
+float round_as(cudaDataType_t type, float x)
+{
+    unsigned bits = __float_as_uint(x);
+    if (type == CUDA_R_32F || x != x)
+        return x;
+    return __uint_as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000U);
+}
 
 float element(const void *data, const fake_cublas_matrix &matrix, bool turned, uint64_t row,
               uint64_t col)
@@ -53,7 +68,8 @@ void put(void *data, const fake_cublas_matrix &matrix, uint64_t row, uint64_t co
 
 void multiply(fake_cublas_product product, const void *a_data, fake_cublas_matrix a,
               const void *b_data, fake_cublas_matrix b, float beta, void *d_data,
-              fake_cublas_matrix d, uint64_t depth, char *workspace, size_t workspace_bytes)
+              fake_cublas_matrix d, uint64_t depth, bool adds_in_output, char *workspace,
+              size_t workspace_bytes)
 {
     for (size_t i = 0; i < workspace_bytes; i++)
         workspace[i] = (char)0xFF;
@@ -63,6 +79,8 @@ void multiply(fake_cublas_product product, const void *a_data, fake_cublas_matri
             for (uint64_t k = 0; k < depth; k++) {
                 sum += element(a_data, a, product.turns_a, row, k) *
                        element(b_data, b, product.turns_b, k, col);
+                if (adds_in_output && k % PART == PART - 1)
+                    sum = round_as(d.type, sum);
             }
             if (beta != 0)
                 sum += beta * element(d_data, d, false, row, col);
@@ -138,6 +156,11 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
 {
     if (which == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
         preference->workspace = *(const uint64_t *)value;
+    else if (which == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK)
+        preference->reductions = *(const uint32_t *)value;
+    else
+        preference->aligned[which - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES] =
+            *(const uint32_t *)value;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -154,20 +177,29 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     *count = fits && depth % 7 != 3;
     if (*count == 0)
         return fits ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_EXECUTION_FAILED;
-    results->algo = cublasLtMatmulAlgo_t{{depth}};
+    const bool in_output = (preference->reductions & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE) != 0;
+    results->algo = cublasLtMatmulAlgo_t{{depth, in_output}};
+    for (int i = 0; i < 4; i++)
+        results->algo.data[ALIGNED + i] = preference->aligned[i];
     results->workspaceSize = depth % 2 != 0 && preference->workspace >= WORKSPACE ? WORKSPACE : 0;
     return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, const void *,
                               const void *a_data, cublasLtMatrixLayout_t a, const void *b_data,
-                              cublasLtMatrixLayout_t b, const void *beta, const void *,
+                              cublasLtMatrixLayout_t b, const void *beta, const void *c_data,
                               cublasLtMatrixLayout_t, void *d_data, cublasLtMatrixLayout_t d,
                               const cublasLtMatmulAlgo_t *algorithm, void *workspace,
                               size_t workspace_bytes, cudaStream_t)
 {
-    cudaError_t error = sebp_emulate(multiply, dim3(1), dim3(1), 0, *product, a_data, *a, b_data,
-                                     *b, *(const float *)beta, d_data, *d, algorithm->data[0],
-                                     (char *)workspace, workspace_bytes);
+    const void *const matrices[4] = {a_data, b_data, c_data, d_data};
+    for (int i = 0; i < 4; i++) {
+        if ((uintptr_t)matrices[i] % algorithm->data[ALIGNED + i] != 0)
+            return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    cudaError_t error =
+        sebp_emulate(multiply, dim3(1), dim3(1), 0, *product, a_data, *a, b_data, *b,
+                     *(const float *)beta, d_data, *d, algorithm->data[DEPTH],
+                     algorithm->data[ADDS_IN_OUTPUT] != 0, (char *)workspace, workspace_bytes);
     return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
