@@ -119,7 +119,7 @@ static void check_view(sebp_call *call, const char *name, const sebp_matrix *vie
     sebp_status status = sebp_matrix_check(view);
     switch (status) {
     case SEBP_SUCCESS:
-        if (view->data != NULL && !call->backend->owns(call->device, view->data)) {
+        if (view->rows > 0 && view->cols > 0 && !call->backend->owns(call->device, view->data)) {
             sebp_call_fail(call, SEBP_ERROR_VALUE,
                            "the data of %s is not in the memory of the context's device, %s", name,
                            call->backend->name);

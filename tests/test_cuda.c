@@ -46,6 +46,25 @@ START_TEST(host_memory_is_refused)
 }
 END_TEST
 
+/* What has no elements may be anywhere, as on CPUs. */
+START_TEST(empty_matrices_of_the_host_are_taken)
+{
+    if (is_left_out("empty_matrices_of_the_host_are_taken"))
+        return;
+    on.context = gpu_context();
+    gpu_fill();
+    sebp_matrix x = on.host[X], y = on.host[Y], w = on.host[W], nothing = on.host[X];
+    x.rows = y.rows = 0;
+    testing_succeed(sebp_linear_forward(on.context, &x, &on.gpu[W], NULL, NULL, NULL, &y),
+                    on.context);
+    w.cols = nothing.cols = 0;
+    testing_succeed(sebp_linear_forward(on.context, &nothing, &w, NULL, NULL, NULL, &on.gpu[Y]),
+                    on.context);
+    gpu_empty();
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
 START_TEST(lists_of_the_host_are_refused)
 {
     if (is_left_out("lists_of_the_host_are_refused"))
@@ -198,6 +217,7 @@ static Suite *make_suite(void)
     tcase_set_timeout(tests, 300);
     tcase_add_loop_test(tests, host_memory_is_refused, 0, GPU_CALLS);
     tcase_add_test(tests, lists_of_the_host_are_refused);
+    tcase_add_test(tests, empty_matrices_of_the_host_are_taken);
     tcase_add_test(tests, sums_for_bf16_are_of_f32);
     tcase_add_loop_test(tests, memory_comes_and_goes, 0, 2);
     tcase_add_loop_test(tests, bad_memory_is_refused, 0, 2);
