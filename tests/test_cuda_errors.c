@@ -238,6 +238,45 @@ START_TEST(a_products_memory_is_gone)
 }
 END_TEST
 
+/* A sum of many rows takes a second pass, which has memory. By then a backward has written its products,
+ * so it must not end for want of it. */
+START_TEST(sums_without_memory)
+{
+    enum { ROWS = 5000, COLS = 3 };
+    char why[SEBP_WHY_BYTES];
+    sebp_cuda *cuda;
+    ck_assert_int_eq(make(1, &cuda, why), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_context_make(&sebp_cuda_backend, cuda, false, &on.context), SEBP_SUCCESS);
+    sebp_matrix dy = testing_random_matrix(ROWS, COLS, SEBP_F32, TESTING_INTEGER);
+    float db[COLS];
+    sebp_matrix on_gpu = dy, sums = sebp_matrix_f32(NULL, 1, COLS);
+    on_gpu.data = gpu_put(dy.data, ((ROWS - 1) * dy.stride + COLS) * (int64_t)sizeof(float));
+    for (int has_memory = 0; has_memory < 2; has_memory++) {
+        for (int j = 0; j < COLS; j++)
+            db[j] = 7;
+        sums.data = gpu_put(db, sizeof db);
+        const int64_t live = fake_cuda_live();
+        fake_cuda_room(has_memory ? -1 : 0);
+        ck_assert_int_eq(sebp_cuda_backend.sum_rows(cuda, &on_gpu, NULL, ROWS, &sums, true),
+                         SEBP_SUCCESS);
+        fake_cuda_room(-1);
+        ck_assert_int_eq(fake_cuda_live(), live + has_memory); /* it wants some */
+        testing_succeed(sebp_device_download(on.context, db, sums.data, sizeof db), on.context);
+        for (int j = 0; j < COLS; j++) {
+            double sum = 7;
+            for (int64_t i = 0; i < ROWS; i++)
+                sum += testing_get(&dy, i, j);
+            ck_assert(db[j] == sum);
+        }
+        sebp_device_free(on.context, sums.data);
+    }
+    sebp_device_free(on.context, on_gpu.data);
+    testing_release(&dy);
+    sebp_context_destroy(on.context);
+    ck_assert_int_eq(fake_cuda_live(), 0);
+}
+END_TEST
+
 /* ---- graphs ---- */
 
 /* What is uploaded cannot be part of a graph; scratch memory that is stays where it is. */
@@ -330,6 +369,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, errors_that_stay);
     tcase_add_test(tests, little_memory);
     tcase_add_loop_test(tests, a_products_memory_is_gone, 0, 2);
+    tcase_add_test(tests, sums_without_memory);
     tcase_add_test(tests, a_graph_is_recorded);
     tcase_add_test(tests, another_gpus_memory);
 #else

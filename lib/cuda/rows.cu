@@ -393,6 +393,12 @@ sebp_status sum_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *ro
     sebp_status status;
     float *room =
         (float *)sebp_cuda_scratch(cuda, plan.parts * to->cols * (int64_t)sizeof(float), &status);
+    if (status == SEBP_ERROR_MEMORY) {
+        /* One pass needs none. The products of a backward have been written by now. */
+        plan.parts = 1;
+        plan.part_rows = count;
+        return launch_sum<T, To>(cuda, plan, true, from, rows, count, to, accumulate);
+    }
     if (status != SEBP_SUCCESS)
         return status;
     sebp_matrix parts = sebp_matrix_f32(room, plan.parts, to->cols);
