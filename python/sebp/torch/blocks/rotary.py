@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..._structs import RotaryOptions
-from ..context import context_of
+from ..context import context_of, stream_of
 from ..direct import has_numbers, is_plain
 from ..tensors import DTYPES, matrix_of, new_like
 from .code import same_code
@@ -181,7 +181,7 @@ _UNUSED = (0, 0, 10000.0, 1.0, 1.0, 4.0, 8192.0)
 class _OfThread(threading.local):
     """The last cosines and sines, which all layers of a model share, and their table."""
 
-    angles: tuple[Tensor, Tensor, int, int] | None = None
+    angles: tuple[Tensor, Tensor, int, int, int] | None = None
     table: Tensor | None = None
 
 
@@ -190,14 +190,17 @@ _of_thread = _OfThread()
 
 def _table_of(cos: Tensor, sin: Tensor) -> Tensor | None:
     """Return the library's table, (1 or B) L x R, or None where the halves are not alike."""
-    here, versions = _of_thread, (cos._version, sin._version)
+    here = _of_thread
+    # On another stream of a GPU the table may not be there yet, and its memory is not held for it.
+    stream = 0 if cos.is_cpu else stream_of(cos.get_device())
+    now = (cos._version, sin._version, stream)
     last = here.angles
     # They are held, so that nothing else can be at their place.
-    if last is None or last[0] is not cos or last[1] is not sin or last[2:] != versions:
+    if last is None or last[0] is not cos or last[1] is not sin or last[2:] != now:
         half = cos.shape[2] // 2
         alike = all(torch.equal(one[..., :half], one[..., half:]) for one in (cos, sin))
         table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).float().flatten(0, 1)
-        here.angles, here.table = (cos, sin, *versions), table if alike else None
+        here.angles, here.table = (cos, sin, *now), table if alike else None
     return here.table
 
 
