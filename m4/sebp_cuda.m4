@@ -29,6 +29,7 @@ AC_SUBST([CUDA_CPPFLAGS])
 AC_SUBST([CUDA_COMPILE])
 AC_SUBST([CUDA_HOPPER])
 AC_SUBST([CUDA_LIBS])
+AC_SUBST([CUDA_PRIVATE_LIBS])
 AM_CONDITIONAL([CUDA], [test "$sebp_have_cuda" = yes])
 AM_CONDITIONAL([CUBLAS], [test "$sebp_have_cublas" = yes])
 AM_CONDITIONAL([CUDA_EMULATED], [test "$sebp_have_emulated_cuda" = yes])])
@@ -116,6 +117,7 @@ AS_IF([test "$with_cublas" != no], [_SEBP_CUBLAS])
 AS_IF([test "$with_cublas" != no && test "$with_cublas" != check && test $sebp_have_cublas = no],
   [AC_MSG_ERROR([--with-cublas was given, but cublasLt.h or libcublasLt was not found])])
 sebp_have_cuda=yes
+CUDA_PRIVATE_LIBS=$CUDA_LIBS # of the library; the emulated GPU is of its tests alone
 AC_DEFINE([SEBP_HAVE_CUDA], [1], [Define if the backend for NVIDIA GPUs is built.])
 sebp_cuda_summary="yes, $sebp_cuda_top, for $with_cuda_arch, cuBLASLt: $sebp_have_cublas"])
 
