@@ -31,7 +31,7 @@ AC_SUBST([CUDA_HOPPER])
 AC_SUBST([CUDA_LIBS])
 AC_SUBST([CUDA_PRIVATE_LIBS])
 AM_CONDITIONAL([CUDA], [test "$sebp_have_cuda" = yes])
-AM_CONDITIONAL([CUBLAS], [test "$sebp_have_cublas" = yes])
+AM_CONDITIONAL([CUBLAS], [test "$sebp_have_cublas" = yes || test "$sebp_have_emulated_cuda" = yes])
 AM_CONDITIONAL([CUDA_EMULATED], [test "$sebp_have_emulated_cuda" = yes])])
 
 # Warnings of the host's compiler that are errors for C are so for kernels on the emulated GPU. Kernels
@@ -105,7 +105,7 @@ AS_IF([$NVCC -std=c++20 $sebp_cuda_gencode -c conftest.cu -o conftest.o >&AS_MES
   [AC_MSG_RESULT([no])
   AC_MSG_ERROR([$NVCC cannot compile C++20 for the compute capabilities $with_cuda_arch; config.log says why])])
 rm -f conftest.cu conftest.o
-CUDA_COMPILE="\$(SHELL) \$(top_srcdir)/lib/cuda/nvcc.sh \$(NVCC) -std=c++20 -O3 -Xfatbin=-compress-all \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(NVCCFLAGS)"
+CUDA_COMPILE="\$(SHELL) \$(top_srcdir)/lib/cuda/nvcc.sh \$(NVCC) -std=c++20 -O3 -Xfatbin=-compress-all -Xcompiler -fno-exceptions \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(NVCCFLAGS)"
 CUDA_GENCODE=$sebp_cuda_gencode
 AC_SUBST([CUDA_GENCODE])
 CUDA_LIBS="-L$sebp_cuda_lib -lcudart_static -lrt -ldl -lstdc++"
