@@ -78,10 +78,15 @@ static void take_loss(sebp_call *call, const sebp_cross_entropy_work *work, doub
         *loss = found;
 }
 
-static void no_memory(sebp_call *call, int64_t rows)
+/* Scratch memory for the loss of so many rows; bytes < 0: more than there can be. */
+static void reserve(sebp_call *call, int64_t bytes, int64_t rows)
 {
-    sebp_call_fail(call, SEBP_ERROR_MEMORY, "no scratch memory for the loss of %" PRId64 " rows",
-                   rows);
+    sebp_status status =
+        bytes < 0 ? SEBP_ERROR_MEMORY : call->backend->reserve_scratch(call->device, bytes);
+    if (status == SEBP_ERROR_MEMORY) {
+        sebp_call_fail(call, status, "no scratch memory for the loss of %" PRId64 " rows", rows);
+    }
+    sebp_call_keep(call, status, "reserving scratch memory");
 }
 
 /* ---- logits ---- */
@@ -114,11 +119,10 @@ sebp_status sebp_cross_entropy(sebp_context *context, const sebp_matrix *logits,
     if (!sebp_call_goes_on(&call))
         return sebp_call_end(&call);
     const int64_t state_bytes = (int64_t)sizeof(sebp_softmax_state);
-    if (logits->rows > INT64_MAX / state_bytes ||
-        backend->reserve_scratch(call.device, logits->rows * state_bytes) != SEBP_SUCCESS) {
-        no_memory(&call, logits->rows);
+    reserve(&call, logits->rows > INT64_MAX / state_bytes ? -1 : logits->rows * state_bytes,
+            logits->rows);
+    if (!sebp_call_goes_on(&call))
         return sebp_call_end(&call);
-    }
     const sebp_cross_entropy_work work = {.list = {NULL, logits->rows},
                                           .labels = labels,
                                           .ignore_label = options.ignore_label,
@@ -271,11 +275,9 @@ static void lay_out(loss_head *head)
     const int64_t logits_bytes = sebp_round_up(m * head->chunk * (int64_t)sizeof(float), ALIGNMENT);
     const int64_t gradient_bytes = apart ? m * head->chunk * (int64_t)sizeof(uint16_t) : 0;
     const int64_t bytes = state_bytes + logits_bytes + gradient_bytes;
-    if (chunk < sebp_min(MIN_CHUNK, head->classes) ||
-        backend->reserve_scratch(call->device, bytes) != SEBP_SUCCESS) {
-        no_memory(call, m);
+    reserve(call, chunk < sebp_min(MIN_CHUNK, head->classes) ? -1 : bytes, m);
+    if (!sebp_call_goes_on(call))
         return;
-    }
     head->logits = (sebp_matrix){NULL, m, head->chunk, head->chunk, SEBP_F32};
     head->gradient = head->logits;
     head->gradient.dtype = head->hidden->dtype;
@@ -331,7 +333,8 @@ static void find_labelled(sebp_call *call, const int64_t *labels, int64_t rows,
     }
     if (indices == NULL ||
         sebp_rows_from_indices(indices, found, rows, &call->found) != SEBP_SUCCESS) {
-        no_memory(call, rows);
+        sebp_call_fail(call, SEBP_ERROR_MEMORY,
+                       "no memory for the list of labelled ones of %" PRId64 " rows", rows);
     }
     free(indices);
     if (sebp_call_goes_on(call))

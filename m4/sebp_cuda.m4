@@ -105,7 +105,7 @@ AS_IF([$NVCC -std=c++20 $sebp_cuda_gencode -c conftest.cu -o conftest.o >&AS_MES
   [AC_MSG_RESULT([no])
   AC_MSG_ERROR([$NVCC cannot compile C++20 for the compute capabilities $with_cuda_arch; config.log says why])])
 rm -f conftest.cu conftest.o
-CUDA_COMPILE="\$(SHELL) \$(top_srcdir)/lib/cuda/nvcc.sh \$(NVCC) -std=c++20 -O3 -Xfatbin=-compress-all -Xcompiler -fno-exceptions \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(NVCCFLAGS)"
+CUDA_COMPILE="\$(SHELL) \$(top_srcdir)/lib/cuda/nvcc.sh \$(NVCC) -std=c++20 -O3 -Xfatbin=-compress-all -fno-exceptions \$(DEFAULT_INCLUDES) \$(AM_CPPFLAGS) \$(NVCCFLAGS)"
 CUDA_GENCODE=$sebp_cuda_gencode
 AC_SUBST([CUDA_GENCODE])
 CUDA_LIBS="-L$sebp_cuda_lib -lcudart_static -lrt -ldl -lstdc++"
@@ -140,6 +140,7 @@ done
 AS_IF([test -n "$sebp_cublas"],
   [sebp_have_cublas=yes
   CUDA_CPPFLAGS="$CUDA_CPPFLAGS -I$sebp_cublas_include"
-  CUDA_LIBS="-Wl,$sebp_cublas $CUDA_LIBS"
+  # It is found there when the library runs, too.
+  CUDA_LIBS="-Wl,$sebp_cublas -Wl,-rpath,`dirname "$sebp_cublas"` $CUDA_LIBS"
   AC_DEFINE([SEBP_HAVE_CUBLAS], [1], [Define if large products on GPUs are cuBLASLt's.])])
 AC_MSG_RESULT([${sebp_cublas:-no}])])

@@ -186,8 +186,8 @@ typedef struct sebp_context_options {
  * **On a GPU** (SEBP_DEVICE_CUDA) the options for threads mean nothing, and placement and oneDNN are
  * refused. All that calls read and write lies in the GPU's memory (device.h), but for what a
  * function says is the host's. Making a context makes its GPU the calling thread's current one; a call
- * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. A context does not survive a
- * fork().
+ * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. The stream has to outlive the
+ * context, and the row sets and bases that were used on it. A context does not survive a fork().
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in

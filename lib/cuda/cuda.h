@@ -29,6 +29,7 @@ typedef struct sebp_cuda {
     cudaMemPool_t pool;         /* what alloc() gives comes from it */
     int multiprocessors;        /* SMs */
     int capability;             /* 90: compute capability 9.0 */
+    bool reads_host;            /* the GPU reads pageable memory of the host by itself */
     int64_t shared_bytes;       /* the most shared memory that a block may have */
     sebp_gemm gemm;             /* NATIVE: no cuBLASLt */
     struct sebp_cublas *cublas; /* NULL: not in this build, or not wanted */

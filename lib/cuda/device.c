@@ -96,6 +96,7 @@ static sebp_status look_at_gpu(sebp_cuda *cuda)
     int minor = attribute(cuda, cudaDevAttrComputeCapabilityMinor, &status);
     cuda->capability = 10 * major + minor;
     cuda->multiprocessors = attribute(cuda, cudaDevAttrMultiProcessorCount, &status);
+    cuda->reads_host = attribute(cuda, cudaDevAttrPageableMemoryAccess, &status) != 0;
     cuda->shared_bytes = attribute(cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin, &status);
     if (status == SEBP_SUCCESS && major < 8) {
         snprintf(cuda->why, sizeof cuda->why,
@@ -232,8 +233,9 @@ sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t b
     struct cudaPointerAttributes source;
     if (status == SEBP_SUCCESS)
         status = sebp_cuda_check(cuda, cudaPointerGetAttributes(&source, from));
-    /* Pageable memory has been read when the copy returns. Pinned memory has not. */
-    if (status == SEBP_SUCCESS && source.type != cudaMemoryTypeUnregistered)
+    /* Pageable memory has been read when the copy returns, where the driver reads it. Pinned memory has
+     * not. */
+    if (status == SEBP_SUCCESS && (source.type != cudaMemoryTypeUnregistered || cuda->reads_host))
         status = sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
     return status;
 }
@@ -413,6 +415,7 @@ void sebp_cuda_info(const void *device, sebp_info *info)
     }
     if (cuda == NULL)
         return;
+    info->gemm = cuda->gemm;
     cudaError_t error = cudaGetDeviceProperties(&properties, cuda->index);
     forget_error(error);
     if (error == cudaSuccess)

@@ -10,7 +10,7 @@ shift
 for argument; do
     shift
     case $argument in
-    -fPIC | -fpic | -fvisibility=* | -Wall | -Wextra | -Werror | -fsanitize=*)
+    -fPIC | -fpic | -fno-exceptions | -fvisibility=* | -Wall | -Wextra | -Werror | -fsanitize=*)
         set -- "$@" -Xcompiler "$argument" ;;
     -g | -O[0-9]) ;;
     *) set -- "$@" "$argument" ;;

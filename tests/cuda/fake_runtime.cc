@@ -213,6 +213,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int)
     case cudaDevAttrComputeCapabilityMinor:
         *value = capability[1];
         break;
+    case cudaDevAttrPageableMemoryAccess:
+        *value = 0;
+        break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *value = 163 << 10;
         break;
