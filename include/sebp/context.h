@@ -184,7 +184,8 @@ typedef struct sebp_context_options {
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
  * **On a GPU** (SEBP_DEVICE_CUDA) the options for threads mean nothing, and placement and oneDNN are
- * refused. All that calls read and write lies in the GPU's memory (device.h), but for what a
+ * refused. SEBP_GEMM_AUTO lets cuBLASLt multiply whole matrices where the build has it, NATIVE never;
+ * f32 is multiplied by f32 multiply-adds at every precision. All that calls read and write lies in the GPU's memory (device.h), but for what a
  * function says is the host's. Making a context makes its GPU the calling thread's current one; a call
  * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. The stream has to outlive the
  * context, and the row sets and bases that were used on it. A context does not survive a fork().

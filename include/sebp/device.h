@@ -8,10 +8,10 @@
  * A program may hand over memory that it has from elsewhere: on GPUs that of cudaMalloc(), or a
  * PyTorch tensor's.
  *
- * Calls can be recorded in a CUDA graph, where they have nothing to copy from the host: a row set has to
- * have been used on the context before, and attention and losses cannot be recorded. The context and the
- * row sets have to live as long as the graph, which is replayed on the context's stream. What cannot be
- * recorded is SEBP_ERROR_BACKEND.
+ * A CUDA graph can record a call that copies nothing between the host and the GPU. So a row set has to
+ * have been used on the context before, and attention and losses cannot be recorded: they return
+ * SEBP_ERROR_BACKEND. The context and the row sets have to live as long as the graph. The graph is
+ * replayed on the context's stream.
  *
  * Calls on a GPU return before it has finished, but for those that have a result for the host: row
  * sets that are found, losses, norms, the checks of indices. What a context is asked for happens in

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file sebp.h
- * libsebp: fine-tuning on CPUs without computing rows that cannot matter.
+ * libsebp: fine-tuning on CPUs and GPUs without computing rows that cannot matter.
  *
  * Conventions that hold in every header:
  *

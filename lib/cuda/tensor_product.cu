@@ -215,8 +215,8 @@ sebp_status sebp_cuda_run_tensor(sebp_cuda *cuda, const sebp_product *product,
     return sebp_with_bool(takes_large(cuda, product), [&](auto large) {
         return sebp_with_bool(!product->a.transposed, [&](auto a_rows) {
             return sebp_with_bool(product->b.transposed, [&](auto b_rows) {
-                return launch < large ? LARGE : SMALL, a_rows,
-                       b_rows > (cuda, product, cut, counters, partial);
+                constexpr int side = large ? LARGE : SMALL;
+                return launch<side, a_rows, b_rows>(cuda, product, cut, counters, partial);
             });
         });
     });
