@@ -55,11 +55,16 @@ cudaError_t allocate(void **memory, size_t bytes, bool is_host)
         mmap(nullptr, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED)
         return fake_finish(cudaErrorMemoryAllocation);
+    /* The last page is of another kind, which the kernel does not join with the others each time that they
+     * are closed. */
     char *end = (char *)pages + page_bytes - PAGE;
+    if (mmap(end, PAGE, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) {
+        munmap(pages, page_bytes);
+        return fake_finish(cudaErrorMemoryAllocation);
+    }
     std::memset(pages, 0xFF, page_bytes - PAGE);
-    mprotect(end, PAGE, PROT_NONE);
     if (!is_host)
-        mprotect(pages, page_bytes, PROT_NONE);
+        mprotect(pages, page_bytes - PAGE, PROT_NONE);
     pieces.push_back({(char *)pages, page_bytes, end - rounded, bytes, is_host, current_gpu});
     memory_in_use += is_host ? 0 : (int64_t)bytes;
     *memory = end - rounded;
@@ -115,22 +120,22 @@ cudaError_t fake_next_error()
     return is_broken() ? breakage : calls == failing_call ? failure : cudaSuccess;
 }
 
-static void protect(int how)
+static void protect(const piece *at, int how)
 {
-    for (const piece &at : pieces) {
-        if (!at.is_host)
-            mprotect(at.pages, at.page_bytes - PAGE, how);
-    }
+    if (at != nullptr && !at->is_host)
+        mprotect(at->pages, at->page_bytes - PAGE, how);
 }
 
 fake_opened::fake_opened()
 {
-    protect(PROT_READ | PROT_WRITE);
+    for (const piece &at : pieces)
+        protect(&at, PROT_READ | PROT_WRITE);
 }
 
 fake_opened::~fake_opened()
 {
-    protect(PROT_NONE);
+    for (const piece &at : pieces)
+        protect(&at, PROT_NONE);
 }
 
 /* ---- the runtime's interface ---- */
@@ -299,8 +304,12 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     bool from_gpu = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (to_gpu != is_on_gpu(to, bytes) || from_gpu != is_on_gpu(from, bytes))
         return fake_finish(cudaErrorInvalidValue);
-    fake_opened memory;
+    const piece *ends[2] = {find_piece(to), find_piece(from)};
+    for (const piece *at : ends)
+        protect(at, PROT_READ | PROT_WRITE);
     std::memmove(to, from, bytes);
+    for (const piece *at : ends)
+        protect(at, PROT_NONE);
     return cudaSuccess;
 }
 
@@ -309,8 +318,10 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t)
     MAY_FAIL();
     if (!is_on_gpu(memory, bytes))
         return fake_finish(cudaErrorInvalidValue);
-    fake_opened all;
+    const piece *at = find_piece(memory);
+    protect(at, PROT_READ | PROT_WRITE);
     std::memset(memory, value, bytes);
+    protect(at, PROT_NONE);
     return cudaSuccess;
 }
 
@@ -322,9 +333,11 @@ cudaError_t cudaMemset2DAsync(void *memory, size_t pitch, int value, size_t widt
         return cudaSuccess;
     if (!is_on_gpu(memory, pitch * (height - 1) + width))
         return fake_finish(cudaErrorInvalidValue);
-    fake_opened all;
+    const piece *at = find_piece(memory);
+    protect(at, PROT_READ | PROT_WRITE);
     for (size_t i = 0; i < height; i++)
         std::memset((char *)memory + i * pitch, value, width);
+    protect(at, PROT_NONE);
     return cudaSuccess;
 }
 

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /** @file fake_threads.cc The threads of a GPU that is not there: fibers, block after block. */
-#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -22,17 +21,36 @@
 #define ARRIVE(kept, stack, bytes) ((void)(kept), (void)(stack), (void)(bytes))
 #endif
 
+/* A place to go on from. The compiler's own jumps: setcontext() asks the kernel each time, and the sanitizer
+ * takes longjmp() for the end of all frames and cleans the whole stack. The compiler may conclude nothing
+ * from what a function with such jumps seems to do: to memory, or to registers. */
+#ifdef __x86_64__
+#define STAY(place) (__builtin_setjmp(place) == 0)
+#define JUMP(place) __builtin_longjmp(place, 1)
+typedef void *place[5];
+#else
+#include <csetjmp>
+#define STAY(place) (_setjmp(place) == 0)
+#define JUMP(place) _longjmp(place, 1)
+typedef jmp_buf place;
+#endif
+#ifdef __clang__
+#define JUMPS __attribute__((noinline, no_sanitize("address")))
+#else
+#define JUMPS __attribute__((noipa, no_sanitize("address")))
+#endif
+
 namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;
 
+/* Runs one thread of a block after another, for as long as the program does. */
 struct fiber {
-    ucontext_t context;
-    jmp_buf at;
+    place at;
     dim3 thread;
-    bool has_started, is_done;
-    std::unique_ptr<char[]> stack;
-    void *kept; /* the sanitizer's */
+    bool is_done;
+    std::unique_ptr<char[]> stack; /* null: it has never run */
+    void *kept;                    /* the sanitizer's */
 };
 
 /* Threads that wait for each other. Two rooms in turn, so that one wait does for an exchange: nobody is
@@ -45,18 +63,19 @@ struct meeting {
 };
 
 struct block_run {
-    std::vector<fiber> fibers;
+    size_t threads;
     meeting block;
     std::vector<meeting> warps;
     const std::function<void()> *body;
     size_t running;
-    jmp_buf scheduler;
+    place scheduler;
     const void *scheduler_stack;
     size_t scheduler_bytes;
     void *scheduler_kept;
     int64_t progress; /* waits that are over, and threads that have returned */
 };
 
+std::vector<fiber> fibers;
 block_run *run;
 std::vector<char> shared;
 
@@ -70,14 +89,25 @@ void close_round(meeting *at)
     }
 }
 
+/* A function of its own: these jumps may not be where their place is. */
+JUMPS void go(place *to)
+{
+    __asm__ volatile("" ::: "memory");
+    JUMP(*to);
+}
+
+JUMPS void jump_to_scheduler()
+{
+    if (STAY(fibers[run->running].at))
+        go(&run->scheduler);
+}
+
 void yield()
 {
-    fiber &mine = run->fibers[run->running];
-    LEAVE(&mine.kept, run->scheduler_stack, run->scheduler_bytes);
-    if (_setjmp(mine.at) == 0)
-        _longjmp(run->scheduler, 1);
-    ARRIVE(run->fibers[run->running].kept, &run->scheduler_stack, &run->scheduler_bytes);
-    threadIdx = run->fibers[run->running].thread;
+    LEAVE(&fibers[run->running].kept, run->scheduler_stack, run->scheduler_bytes);
+    jump_to_scheduler();
+    ARRIVE(fibers[run->running].kept, &run->scheduler_stack, &run->scheduler_bytes);
+    threadIdx = fibers[run->running].thread;
 }
 
 /* Waits for the others; which of the two rooms it was. */
@@ -92,68 +122,78 @@ int meet(meeting *at, int value)
     return (int)(round % 2);
 }
 
-void run_thread()
+void run_threads()
 {
     ARRIVE(nullptr, &run->scheduler_stack, &run->scheduler_bytes);
-    (*run->body)();
-    run->fibers[run->running].is_done = true;
-    run->progress++;
-    meeting *warp = &run->warps[run->running / 32];
-    run->block.members--;
-    warp->members--;
-    close_round(&run->block);
-    close_round(warp);
-    LEAVE(nullptr, run->scheduler_stack, run->scheduler_bytes);
-    _longjmp(run->scheduler, 1);
+    for (;;) {
+        (*run->body)();
+        fibers[run->running].is_done = true;
+        run->progress++;
+        meeting *warp = &run->warps[run->running / 32];
+        run->block.members--;
+        warp->members--;
+        close_round(&run->block);
+        close_round(warp);
+        yield();
+    }
+}
+
+/* On the fiber's stack, for the first time. This frame is never returned to: nothing of it is watched. */
+JUMPS void start(fiber *which)
+{
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = which->stack.get();
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, run_threads, 0);
+    setcontext(&context);
+}
+
+JUMPS void jump_to_fiber(fiber *which, bool is_new)
+{
+    if (STAY(run->scheduler)) {
+        if (is_new)
+            start(which);
+        go(&which->at);
+    }
 }
 
 void resume(size_t which)
 {
     run->running = which;
-    fiber &next = run->fibers[which];
-    threadIdx = next.thread;
-    LEAVE(&run->scheduler_kept, next.stack.get(), STACK_BYTES);
-    if (_setjmp(run->scheduler) != 0) {
-        ARRIVE(run->scheduler_kept, nullptr, nullptr);
-        return;
-    }
-    if (next.has_started)
-        _longjmp(next.at, 1);
-    next.has_started = true;
-    setcontext(&next.context);
+    fiber *next = &fibers[which];
+    bool is_new = next->stack == nullptr;
+    if (is_new)
+        next->stack = std::unique_ptr<char[]>(new char[STACK_BYTES]);
+    threadIdx = next->thread;
+    LEAVE(&run->scheduler_kept, next->stack.get(), STACK_BYTES);
+    jump_to_fiber(next, is_new);
+    ARRIVE(run->scheduler_kept, nullptr, nullptr);
 }
 
-void run_block(block_run *made)
+void run_block()
 {
-    run = made;
-    size_t count = made->fibers.size();
-    made->block = meeting{(int)count, 0, 0, {0, 0}, 0, {}, {0, 0}};
-    made->warps.assign((count + 31) / 32, meeting{});
+    size_t count = run->threads;
+    run->block = meeting{(int)count, 0, 0, {0, 0}, 0, {}, {0, 0}};
+    run->warps.assign((count + 31) / 32, meeting{});
     for (size_t i = 0; i < count; i++) {
-        fiber &at = made->fibers[i];
-        made->warps[i / 32].members++;
-        at.has_started = at.is_done = false;
-        at.thread = dim3((unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y),
-                         (unsigned)(i / blockDim.x / blockDim.y));
-        getcontext(&at.context);
-        if (at.stack == nullptr)
-            at.stack = std::unique_ptr<char[]>(new char[STACK_BYTES]);
-        at.context.uc_stack.ss_sp = at.stack.get();
-        at.context.uc_stack.ss_size = STACK_BYTES;
-        at.context.uc_link = nullptr;
-        makecontext(&at.context, run_thread, 0);
+        run->warps[i / 32].members++;
+        fibers[i].is_done = false;
+        fibers[i].thread = dim3((unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y),
+                                (unsigned)(i / blockDim.x / blockDim.y));
     }
     bool goes_on = true;
     while (goes_on) {
-        int64_t before = made->progress;
+        int64_t before = run->progress;
         goes_on = false;
         for (size_t i = 0; i < count; i++) {
-            if (!made->fibers[i].is_done) {
+            if (!fibers[i].is_done) {
                 goes_on = true;
                 resume(i);
             }
         }
-        if (goes_on && made->progress == before) {
+        if (goes_on && run->progress == before) {
             std::fprintf(stderr, "emulated GPU: threads of a block wait for each other for ever\n");
             std::abort();
         }
@@ -170,8 +210,11 @@ cudaError_t sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
     MAY_FAIL();
     fake_opened memory;
     block_run made{};
-    made.fibers = std::vector<fiber>((size_t)block.x * block.y * block.z);
+    made.threads = (size_t)block.x * block.y * block.z;
     made.body = &body;
+    run = &made;
+    if (fibers.size() < made.threads)
+        fibers.resize(made.threads);
     gridDim = grid;
     blockDim = block;
     for (unsigned z = 0; z < grid.z; z++) {
@@ -179,7 +222,7 @@ cudaError_t sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
             for (unsigned x = 0; x < grid.x; x++) {
                 blockIdx = dim3(x, y, z);
                 shared.assign(shared_bytes + 128, (char)0xFF);
-                run_block(&made);
+                run_block();
             }
         }
     }
