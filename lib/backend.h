@@ -51,8 +51,9 @@ typedef struct sebp_packed sebp_packed;
  * gives what is added, or zero.
  *
  * A and B are of either dtype. Where one is f32, `precision` says how exact the product must be, and a
- * device takes what is fastest of those that are; SEBP_PRECISION_DEFAULT: HIGHEST. `c_rows` scatters: row i of the product goes to row c_rows[i] of C. The
- * residual, `activated` and `before` have C's shape, dtype and rows.
+ * device takes what is fastest of those that are; SEBP_PRECISION_DEFAULT: HIGHEST. `c_rows`
+ * scatters: row i of the product goes to row c_rows[i] of C. The residual, `activated` and `before` have
+ * C's shape, dtype and rows.
  *
  * Then activated = f(C), or C becomes C f'(before), both of C as it is stored: the same bits as the
  * operation activation() gives of it.

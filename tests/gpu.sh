@@ -9,7 +9,8 @@
 # bounds each step.
 #
 # SOURCES have a configure (./bootstrap --no-configure makes one) and are not configured themselves.
-# PYTHON names the interpreter whose PyTorch is measured beside the library.
+# PYTHON names the interpreter whose PyTorch is measured beside the library, SANITIZER the
+# compute-sanitizer; "no" leaves it out.
 
 set -u
 
@@ -98,9 +99,12 @@ for test in $tests ${tests:+test_methods}; do
     step "$test" 60 "./tests/$test"
 done
 
-sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
+sanitizer=${SANITIZER:-$(command -v compute-sanitizer ||
+    command -v /usr/local/cuda/bin/compute-sanitizer)}
 if [ -z "$sanitizer" ]; then
     skip "compute-sanitizer is not installed"
+elif [ "$sanitizer" = no ]; then
+    skip "compute-sanitizer: SANITIZER=no"
 else
     for tool in memcheck racecheck; do
         for test in $tests; do

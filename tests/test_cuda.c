@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file test_cuda.c
- * Contexts on GPUs, a real one or the emulated one: memory of the wrong kind, and memory of the device's.
+ * Contexts on GPUs, a real one or the emulated one: memory of the wrong kind, memory of the device's, and
+ * products of TF32.
  */
 #include "config.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "gpu_calls.h"
@@ -136,6 +138,166 @@ START_TEST(sums_for_bf16_are_of_f32)
 }
 END_TEST
 
+/* ---- TF32 ---- */
+
+enum { TF32_ROWS = 150, TF32_ACTIVE = 70, TF32_IN = 132, TF32_OUT = 72 };
+
+/* A layer whose active rows are every other one, on the host and on the GPU. */
+typedef struct tf32_layer {
+    sebp_matrix x, w, dy, host[3], gpu[3]; /* Y, dX, dW */
+    sebp_rows *rows;
+} tf32_layer;
+
+static sebp_matrix on_gpu(const sebp_matrix *host)
+{
+    sebp_matrix made = *host;
+    made.data = gpu_put(host->data, host->rows * host->stride * (int64_t)sizeof(float));
+    return made;
+}
+
+static void run_tf32_layer(tf32_layer *l, sebp_precision precision)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.precision = precision;
+    sebp_matrix x = on_gpu(&l->x), w = on_gpu(&l->w), dy = on_gpu(&l->dy);
+    testing_succeed(sebp_linear_forward(on.context, &x, &w, NULL, l->rows, &options, &l->gpu[0]),
+                    on.context);
+    testing_succeed(sebp_linear_backward(on.context, &dy, &x, &w, l->rows, &options, &l->gpu[1],
+                                         &l->gpu[2], NULL),
+                    on.context);
+    for (int i = 0; i < 3; i++) {
+        sebp_matrix *to = &l->host[i];
+        testing_succeed(sebp_device_download(on.context, to->data, l->gpu[i].data,
+                                             to->rows * to->stride * (int64_t)sizeof(float)),
+                        on.context);
+    }
+    sebp_device_free(on.context, x.data);
+    sebp_device_free(on.context, w.data);
+    sebp_device_free(on.context, dy.data);
+}
+
+/* Element (i, j) of Y, dX or dW, and the sum of magnitudes that make it. */
+static double exact_element(const tf32_layer *l, int which, int i, int j, double *magnitude)
+{
+    const int depth = which == 0 ? TF32_IN : which == 1 ? TF32_OUT : TF32_ACTIVE;
+    double sum = 0;
+    *magnitude = 0;
+    for (int k = 0; k < depth; k++) {
+        const double product = which == 0 ? testing_get(&l->x, 2 * i, k) * testing_get(&l->w, j, k)
+                               : which == 1
+                                   ? testing_get(&l->dy, 2 * i, k) * testing_get(&l->w, k, j)
+                                   : testing_get(&l->dy, 2 * k, i) * testing_get(&l->x, 2 * k, j);
+        sum += product;
+        *magnitude += fabs(product);
+    }
+    return sum;
+}
+
+/* The largest error of a result, over the sum of magnitudes. */
+static double error_of(const tf32_layer *l, int which)
+{
+    const int rows = which == 2 ? TF32_OUT : TF32_ACTIVE, cols = which == 0 ? TF32_OUT : TF32_IN;
+    double largest = 0;
+    for (int i = 0; i < rows; i++) {
+        for (int j = 0; j < cols; j++) {
+            double magnitude, want = exact_element(l, which, i, j, &magnitude);
+            double got = testing_get(&l->host[which], which == 2 ? i : 2 * i, j);
+            ck_assert_msg(isfinite(got), "%d (%d, %d) is %g, not %g", which, i, j, got, want);
+            largest = fmax(largest, fabs(got - want) / magnitude);
+        }
+    }
+    return largest;
+}
+
+static void make_tf32_layer(tf32_layer *l, testing_values values)
+{
+    int64_t listed[TF32_ACTIVE];
+    for (int i = 0; i < TF32_ACTIVE; i++)
+        listed[i] = 2 * i;
+    ck_assert_int_eq(sebp_rows_from_indices(listed, TF32_ACTIVE, TF32_ROWS, &l->rows), 0);
+    l->x = testing_matrix(TF32_ROWS, TF32_IN, TF32_IN + 4, SEBP_F32);
+    l->w = testing_matrix(TF32_OUT, TF32_IN, TF32_IN, SEBP_F32);
+    l->dy = testing_matrix(TF32_ROWS, TF32_OUT, TF32_OUT, SEBP_F32);
+    testing_fill(&l->x, values);
+    testing_fill(&l->w, values);
+    testing_fill(&l->dy, values);
+    l->host[0] = testing_matrix(TF32_ROWS, TF32_OUT, TF32_OUT, SEBP_F32);
+    l->host[1] = testing_matrix(TF32_ROWS, TF32_IN, TF32_IN, SEBP_F32);
+    l->host[2] = testing_matrix(TF32_OUT, TF32_IN, TF32_IN, SEBP_F32);
+    for (int i = 0; i < 3; i++) {
+        testing_poison(&l->host[i]);
+        l->gpu[i] = on_gpu(&l->host[i]);
+    }
+}
+
+static void drop_tf32_layer(tf32_layer *l)
+{
+    sebp_matrix *host[] = {&l->x, &l->w, &l->dy, &l->host[0], &l->host[1], &l->host[2]};
+    for (int i = 0; i < 3; i++)
+        sebp_device_free(on.context, l->gpu[i].data);
+    for (int i = 0; i < 6; i++)
+        testing_release(host[i]);
+    sebp_rows_destroy(l->rows);
+}
+
+/* As exact as context.h says; and TF32 is what HIGH and MEDIUM take, which f32 would be too exact for. _i:
+ * the precision. */
+START_TEST(tf32_is_taken_where_it_is_allowed)
+{
+    if (is_left_out("tf32_is_taken_where_it_is_allowed"))
+        return;
+    const bool is_tf32 = _i == SEBP_PRECISION_HIGH || _i == SEBP_PRECISION_MEDIUM;
+    tf32_layer l;
+    on.context = gpu_context();
+    make_tf32_layer(&l, TESTING_REAL);
+    run_tf32_layer(&l, (sebp_precision)_i);
+    for (int which = 0; which < 3; which++) {
+        double error = error_of(&l, which);
+        ck_assert_msg(error < (is_tf32 ? 0x1p-9 : 150 * 0x1p-24) + 150 * 0x1p-22, "%d: %g", which,
+                      error);
+        ck_assert_msg(!is_tf32 || error > 0x1p-14, "%d: %g", which, error);
+    }
+    drop_tf32_layer(&l);
+    make_tf32_layer(&l, TESTING_INTEGER);
+    run_tf32_layer(&l, (sebp_precision)_i);
+    for (int which = 0; which < 3; which++)
+        ck_assert_msg(error_of(&l, which) <= 0, "%d", which);
+    drop_tf32_layer(&l);
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
+/* NaN whose last bits alone are set, or all, Inf, and large and tiny numbers. _i: the precision. */
+START_TEST(tf32_keeps_what_is_not_finite)
+{
+    if (is_left_out("tf32_keeps_what_is_not_finite"))
+        return;
+    static const uint32_t bits[] = {0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0xFF800FFF,
+                                    0x7F800000, 0xFF800000, 0x7F000123, 0x00801234};
+    tf32_layer l;
+    on.context = gpu_context();
+    for (size_t i = 0; i < sizeof bits / sizeof *bits; i++) {
+        make_tf32_layer(&l, TESTING_INTEGER);
+        for (int64_t k = 0; k < TF32_IN; k++)
+            testing_set(&l.x, 6, k, k == 40 ? 1 : 0);
+        for (int64_t j = 0; j < TF32_OUT; j++)
+            testing_set(&l.w, j, 40, 1);
+        memcpy((float *)l.x.data + 6 * l.x.stride + 40, &bits[i], sizeof bits[i]);
+        const double put = testing_get(&l.x, 6, 40);
+        run_tf32_layer(&l, (sebp_precision)_i);
+        for (int64_t j = 0; j < TF32_OUT; j++) {
+            const double got = testing_get(&l.host[0], 6, j);
+            if (isfinite(put))
+                ck_assert_msg(fabs(got - put) <= 0x1p-9 * fabs(put), "%g, not %g", got, put);
+            else
+                ck_assert_msg(isnan(put) ? isnan(got) : got == put, "%g, not %g", got, put);
+        }
+        drop_tf32_layer(&l);
+    }
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
 /* ---- the device's memory ---- */
 
 static sebp_context *make_context(int which)
@@ -219,6 +381,10 @@ static Suite *make_suite(void)
     tcase_add_test(tests, lists_of_the_host_are_refused);
     tcase_add_test(tests, empty_matrices_of_the_host_are_taken);
     tcase_add_test(tests, sums_for_bf16_are_of_f32);
+    tcase_add_loop_test(tests, tf32_is_taken_where_it_is_allowed, SEBP_PRECISION_HIGHEST,
+                        SEBP_PRECISION_MEDIUM + 1);
+    tcase_add_loop_test(tests, tf32_keeps_what_is_not_finite, SEBP_PRECISION_HIGHEST,
+                        SEBP_PRECISION_MEDIUM + 1);
     tcase_add_loop_test(tests, memory_comes_and_goes, 0, 2);
     tcase_add_loop_test(tests, bad_memory_is_refused, 0, 2);
     suite_add_tcase(suite, tests);

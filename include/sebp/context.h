@@ -85,6 +85,11 @@ typedef enum sebp_placement {
  * too, and the f32 one is as the level says. Sums of bases (basis.h) and merges of LoRA take f32's own
  * product, whatever is asked for.
  *
+ * On a GPU, HIGH and MEDIUM allow TF32, f32 with 10 bits behind the first one, as they do in PyTorch:
+ * the error is at most 2^-9 and K 2^-22. Numbers within 2^-11 of the largest f32 may become Inf, and those
+ * below 2^-126 zero. HIGHEST and SPLIT are f32 multiply-adds there, as is an f32 matrix at the side of one of
+ * bf16, or one whose rows do not begin at multiples of 16 bytes.
+ *
  * Which is faster is measured when the first context of a process is made, and holds for all of its
  * contexts. It also depends on the sizes of a product: below HIGHEST a row may be rounded otherwise alone
  * than among others. Where both are about as fast, another process may choose otherwise.
@@ -184,9 +189,9 @@ typedef struct sebp_context_options {
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
  * **On a GPU** (SEBP_DEVICE_CUDA) the options for threads mean nothing, and placement and oneDNN are
- * refused. SEBP_GEMM_AUTO lets cuBLASLt multiply whole matrices where the build has it, NATIVE never;
- * f32 is multiplied by f32 multiply-adds at every precision. All that calls read and write lies in the GPU's memory (device.h), but for what a
- * function says is the host's. Making a context makes its GPU the calling thread's current one; a call
+ * refused. SEBP_GEMM_AUTO lets cuBLASLt multiply whole matrices where the build has it, NATIVE never.
+ * All that calls read and write lies in the GPU's memory (device.h), but for what a function says is the
+ * host's. Making a context makes its GPU the calling thread's current one; a call
  * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. The stream has to outlive the
  * context, and the row sets and bases that were used on it. A context does not survive a fork().
  *

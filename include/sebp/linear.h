@@ -24,8 +24,9 @@
  * A product is written as "native:auto" or "onednn:asked": which GEMM computed it, and why.
  * "native:medium", "native:high" and "native:split" are products of bf16 that the precision allowed.
  * "native:packed" and "-packed" at the end say that the product read a copy of W that a packed weight keeps,
- * or made one. On a GPU it is "cuda:wgmma", "cuda:tensor" and "cuda:plain" for the library's own kernels (the
- * matrix units of Hopper, tensor cores, f32 multiply-adds), or "cuda:cublaslt". The two products of a backward
+ * or made one. On a GPU it is "cuda:wgmma", "cuda:tensor", "cuda:tf32" and "cuda:plain" for the library's
+ * own kernels (the matrix units of Hopper, tensor cores, these with f32 as TF32, f32 multiply-adds), or
+ * "cuda:cublaslt". The two products of a backward
  * are joined by "+", dW's first. The rows are "all rows", "one run",
  * "scattered rows" or "no rows", followed by " found" where the call found them.
  */

@@ -14,9 +14,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* It declares a function without parameters as "()". */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wstrict-prototypes"
 #include <cublasLt.h>
+#pragma GCC diagnostic pop
 
 #include "cublas.h"
+#include "product.h"
 
 enum { REMEMBERED = 256 };
 
@@ -26,6 +31,7 @@ static const int64_t MAX_SCRATCH = INT64_C(32) << 20; /* what cuBLAS itself take
 typedef struct kind {
     int64_t m, n, k, a_stride, b_stride, c_stride;
     uint32_t dtypes; /* of A and B, and of C */
+    uint32_t compute;
     uint32_t layout; /* transpositions; how A, B and C are aligned */
     int64_t scratch_bytes;
 } kind;
@@ -86,6 +92,11 @@ typedef struct request {
     cublasLtMatmulPreference_t preference;
 } request;
 
+static cublasComputeType_t compute_of(const sebp_product *product)
+{
+    return sebp_cuda_takes_tf32(product) ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+}
+
 static cudaDataType_t type_of(sebp_dtype dtype)
 {
     return dtype == SEBP_BF16 ? CUDA_R_16BF : CUDA_R_32F;
@@ -141,7 +152,7 @@ static cublasStatus_t make_request(const sebp_product *product, int64_t scratch_
                                  alignment_of(product->c), alignment_of(product->c)};
     *made = (request){NULL, NULL, NULL, NULL, NULL};
     cublasStatus_t status =
-        cublasLtMatmulDescCreate(&made->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+        cublasLtMatmulDescCreate(&made->product, compute_of(product), CUDA_R_32F);
     if (status == CUBLAS_STATUS_SUCCESS) {
         status =
             cublasLtMatmulDescSetAttribute(made->product, CUBLASLT_MATMUL_DESC_TRANSA,
@@ -193,6 +204,7 @@ static kind kind_of(const sebp_product *product, int64_t scratch_bytes)
     made.b_stride = product->b.stride;
     made.c_stride = product->c_stride;
     made.dtypes = (uint32_t)product->a.dtype * 2 + (uint32_t)product->c_dtype;
+    made.compute = (uint32_t)compute_of(product);
     made.layout = product->a.transposed + 2U * product->b.transposed +
                   4U * alignment_of(product->a.data) + 4096U * alignment_of(product->b.data) +
                   4194304U * alignment_of(product->c);

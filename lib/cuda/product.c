@@ -102,7 +102,7 @@ static void settle_native(const sebp_cuda *cuda, const sebp_product *product, no
         settled->way = WAY_TENSOR;
         settled->cut = sebp_cuda_cut_tensor(cuda, product);
         settled->scratch_bytes = sebp_cuda_tensor_bytes(&settled->cut);
-        *path = "cuda:tensor";
+        *path = product->a.dtype == SEBP_BF16 ? "cuda:tensor" : "cuda:tf32";
     } else {
         settled->way = WAY_PLAIN;
         settled->plain = sebp_cuda_cut_plain(cuda, product);

@@ -2,7 +2,7 @@
 /**
  * @file product.h
  * The kernels behind a product: one on the cores that all arithmetic has, for every dtype and
- * alignment, and one on the tensor cores, for bf16. Both gather listed rows as they load, and
+ * alignment, and one on the tensor cores, for bf16 and TF32. Both gather listed rows as they load, and
  * scatter as they store.
  *
  * Where there are fewer tiles of C than blocks that the GPU can run at once, the depth is split:
@@ -54,7 +54,15 @@ void sebp_cuda_plain_whole(sebp_plain_cut *cut);
 sebp_status sebp_cuda_run_plain(sebp_cuda *cuda, const sebp_product *product,
                                 const sebp_plain_cut *cut, void *scratch);
 
-/* tensor_product.cu: bf16 of which rows begin at multiples of 16 bytes */
+/** Whether a product of f32 matrices may be one of TF32: see sebp_precision. */
+static inline bool sebp_cuda_takes_tf32(const sebp_product *product)
+{
+    return product->a.dtype == SEBP_F32 && product->b.dtype == SEBP_F32 &&
+           (product->precision == SEBP_PRECISION_HIGH ||
+            product->precision == SEBP_PRECISION_MEDIUM);
+}
+
+/* tensor_product.cu: bf16, or f32 as TF32, of which rows begin at multiples of 16 bytes */
 
 bool sebp_cuda_takes_tensor(const sebp_product *product);
 sebp_cuda_cut sebp_cuda_cut_tensor(const sebp_cuda *cuda, const sebp_product *product);

@@ -11,7 +11,8 @@
  *     a[0]: (g, p..)    a[1]: (g + 8, p..)    a[2]: (g, p + 8..)    a[3]: (g + 8, p + 8..)
  *     b[0]: (p.., g)    b[1]: (p + 8.., g)
  *
- * where p.. are the two elements p and p + 1, the first one in the lower half.
+ * where p.. are the two elements p and p + 1, the first one in the lower half. D is the same where A and B
+ * are TF32.
  */
 #ifndef SEBP_CUDA_TENSOR_CORE_CUH
 #define SEBP_CUDA_TENSOR_CORE_CUH
@@ -72,6 +73,57 @@ __device__ __forceinline__ void sebp_mma_bf16(float d[4], const uint32_t a[4], c
         d[i] += sum;
     }
 #endif
+}
+
+/**
+ * An f32 as the tensor cores take it: as TF32, which has 10 bits behind the first one and ignores those
+ * that follow. What they cut off would make all products smaller, so that two thirds of half the last
+ * bit that stays, on average half of it, are added. Numbers of no more than 11 bits stay as they are. The
+ * error is below 2^-10.5 of the number; NaN stays NaN, which cut off might become Inf.
+ */
+__device__ __forceinline__ uint32_t sebp_to_tf32(uint32_t x)
+{
+    constexpr float added = 0x1.555p-12F; /* 2/3 2^-11 */
+    return __float_as_uint(fmaf(__uint_as_float(x), added, __uint_as_float(x)));
+}
+
+/** d += a b with TF32, A: 16 x 8 and B: 8 x 8: a[0]: (g, t % 4), a[1]: 8 rows below, a[2], a[3]: 4 columns
+ * right of these; b[0]: (t % 4, g), b[1]: 4 rows below. */
+__device__ __forceinline__ void sebp_mma_tf32(float d[4], const uint32_t a[4], const uint32_t b[2])
+{
+#ifdef __CUDACC__
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    struct fragments {
+        uint32_t a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[SEBP_WARP];
+    sebp_emulated_exchange(&mine, sizeof mine, all);
+    constexpr uint32_t kept = 0xFFFFE000U;
+    int lane = sebp_emulated_lane(), g = lane / 4, p = 2 * (lane % 4);
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, col = p + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 8; k++) {
+            uint32_t from_a = all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2];
+            uint32_t from_b = all[col * 4 + k % 4].b[k / 4];
+            sum += __uint_as_float(from_a & kept) * __uint_as_float(from_b & kept);
+        }
+        d[i] += sum;
+    }
+#endif
+}
+
+/** Of elements T: sebp_bf16, or float as TF32. */
+template <class T>
+__device__ __forceinline__ void sebp_mma(float d[4], const uint32_t a[4], const uint32_t b[2])
+{
+    if constexpr (sizeof(T) == 2)
+        sebp_mma_bf16(d, a, b);
+    else
+        sebp_mma_tf32(d, a, b);
 }
 
 /**

@@ -1,48 +1,55 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file tensor_product.cu
- * Products of bf16 by tensor cores.
+ * Products by tensor cores: of bf16, and of f32 as TF32 where the precision allows it.
  *
  * A block has a tile of C, each of its warps a part of it. Slices of A and B, a few ahead of those
- * that are multiplied, are copied to shared memory as they lie: ldmatrix transposes what has to be.
+ * that are multiplied, are copied to shared memory as they lie. What has to be transposed is on its way to the registers, bf16 by
+ * ldmatrix.
  */
 #include "product.cuh"
 #include "tensor_core.cuh"
 
 namespace {
 
-constexpr int STEP = 32, STAGES = 4;
+constexpr int STAGES = 4;
 constexpr int WARPS_DOWN = 2, WARPS_ACROSS = 4, THREADS = WARPS_DOWN * WARPS_ACROSS * SEBP_WARP;
-constexpr int CHUNK = 8;   /* elements in 16 bytes */
-constexpr int PAD = CHUNK; /* so that 8 rows of a matrix do not meet in the same banks */
+
+/* Of elements T, sebp_bf16 or float. */
+template <class T> constexpr int CHUNK = 16 / sizeof(T);          /* in 16 bytes */
+template <class T> constexpr int STEP = 64 / sizeof(T);           /* of the depth, in a stage */
+template <class T> constexpr int FRAGMENT_DEPTH = 32 / sizeof(T); /* of a tensor core's product */
 
 /** A factor, seen as lanes x depth: lanes are rows of A or columns of B. */
-struct factor {
-    const sebp_bf16 *data;
+template <class T> struct factor {
+    const T *data;
     int64_t stride;
     const int64_t *rows;
     int64_t lanes, depth;
 };
 
-factor factor_of(const sebp_operand &operand, int64_t lanes, int64_t depth)
+template <class T> factor<T> factor_of(const sebp_operand &operand, int64_t lanes, int64_t depth)
 {
-    return {(const sebp_bf16 *)operand.data, operand.stride, operand.rows, lanes, depth};
+    return {(const T *)operand.data, operand.stride, operand.rows, lanes, depth};
 }
 
 /**
  * How `width` lanes of a factor lie in shared memory.
  * @tparam lanes_are_rows  a memory row is a lane, and goes along the depth.
  */
-template <int width, bool lanes_are_rows> struct slice {
-    static constexpr int rows = lanes_are_rows ? width : STEP;
-    static constexpr int cols = lanes_are_rows ? STEP : width;
-    static constexpr int pitch = cols + PAD;
+template <class T, int width, bool lanes_are_rows> struct slice {
+    static constexpr int chunk_elements = CHUNK<T>;
+    static constexpr int rows = lanes_are_rows ? width : STEP<T>;
+    static constexpr int cols = lanes_are_rows ? STEP<T> : width;
+    /* So that what a warp reads at once is in other banks: 8 rows of 16 bytes, or 4 rows of 8 floats. */
+    static constexpr int pad = sizeof(T) == 4 && !lanes_are_rows ? 8 : chunk_elements;
+    static constexpr int pitch = cols + pad;
     static constexpr int elements = rows * pitch;
-    static constexpr int chunks = rows * cols / CHUNK;
+    static constexpr int chunks = rows * cols / chunk_elements;
     static_assert(chunks % THREADS == 0);
 
     /** Starts to copy lanes from `lane` on and depths from `at` on; zero from `end` on. */
-    static __device__ __forceinline__ void copy(sebp_bf16 *to, const factor &from, int64_t lane,
+    static __device__ __forceinline__ void copy(T *to, const factor<T> &from, int64_t lane,
                                                 int64_t at, int64_t end)
     {
         const int64_t first_row = lanes_are_rows ? lane : at;
@@ -52,10 +59,11 @@ template <int width, bool lanes_are_rows> struct slice {
 #pragma unroll
         for (int i = 0; i < chunks / THREADS; i++) {
             const int chunk = (int)threadIdx.x + i * THREADS;
-            const int row = chunk / (cols / CHUNK), col = chunk % (cols / CHUNK) * CHUNK;
+            const int row = chunk / (cols / chunk_elements);
+            const int col = chunk % (cols / chunk_elements) * chunk_elements;
             const int64_t left = end_col - first_col - col;
-            int bytes = left >= CHUNK ? 16 : left > 0 ? 2 * (int)left : 0;
-            const sebp_bf16 *source = from.data;
+            int bytes = left >= chunk_elements ? 16 : left > 0 ? (int)sizeof(T) * (int)left : 0;
+            const T *source = from.data;
             if (first_row + row < end_row && bytes > 0)
                 source += sebp_row_at(from.rows, first_row + row) * from.stride + first_col + col;
             else
@@ -64,42 +72,48 @@ template <int width, bool lanes_are_rows> struct slice {
         }
     }
 
-    /** A's fragment of 16 lanes from `lane` on and 16 depths from `at` on. */
-    static __device__ __forceinline__ void load_a(uint32_t got[4], const sebp_bf16 *from, int lane,
-                                                  int at)
+    /**
+     * Fragments of 16 lanes from `lane` on and FRAGMENT_DEPTH depths from `at` on: one of A, or two of B,
+     * one behind the other. Each is of pieces of 8 lanes and a chunk of the depth.
+     */
+    template <bool is_b>
+    static __device__ __forceinline__ void load(uint32_t got[4], const T *from, int lane, int at)
     {
-        const int thread = (int)threadIdx.x % SEBP_WARP;
-        const int low = thread % 8, second = thread / 8 % 2 * 8, third = thread / 16 * 8;
-        if constexpr (lanes_are_rows)
-            sebp_load_matrices<false>(got, from + (lane + second + low) * pitch + at + third);
-        else
-            sebp_load_matrices<true>(got, from + (at + third + low) * pitch + lane + second);
-    }
-
-    /** B's two fragments of 8 lanes each, from `lane` on. */
-    static __device__ __forceinline__ void load_b(uint32_t got[4], const sebp_bf16 *from, int lane,
-                                                  int at)
-    {
-        const int thread = (int)threadIdx.x % SEBP_WARP;
-        const int low = thread % 8, second = thread / 8 % 2 * 8, third = thread / 16 * 8;
-        if constexpr (lanes_are_rows)
-            sebp_load_matrices<false>(got, from + (lane + third + low) * pitch + at + second);
-        else
-            sebp_load_matrices<true>(got, from + (at + second + low) * pitch + lane + third);
+        const int thread = (int)threadIdx.x % SEBP_WARP, low = thread % 8;
+        auto lane_of = [](int piece) { return (is_b ? piece / 2 : piece % 2) * 8; };
+        auto depth_of = [](int piece) { return (is_b ? piece % 2 : piece / 2) * chunk_elements; };
+        if constexpr (lanes_are_rows) {
+            const T *row = from + (lane + lane_of(thread / 8) + low) * pitch;
+            sebp_load_matrices<false>(got, (const sebp_bf16 *)(row + at + depth_of(thread / 8)));
+        } else if constexpr (sizeof(T) == 2) {
+            const T *row = from + (at + depth_of(thread / 8) + low) * pitch;
+            sebp_load_matrices<true>(got, row + lane + lane_of(thread / 8));
+        } else {
+            const T *mine = from + (at + thread % 4) * pitch + lane + thread / 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                got[i] = __float_as_uint(mine[depth_of(i) * pitch + lane_of(i)]);
+        }
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                got[i] = sebp_to_tf32(got[i]);
+        }
     }
 };
 
-template <int TILE_ROWS, int TILE_COLS, bool a_lanes_are_rows, bool b_lanes_are_rows>
+template <class T, int TILE_ROWS, int TILE_COLS, bool a_lanes_are_rows, bool b_lanes_are_rows>
 __global__ void __launch_bounds__(THREADS, 2)
-    multiply(factor a, factor b, sebp_cuda_cut cut, sebp_cuda_epilogue epilogue, unsigned *counters,
-             float *partial)
+    multiply(factor<T> a, factor<T> b, sebp_cuda_cut cut, sebp_cuda_epilogue epilogue,
+             unsigned *counters, float *partial)
 {
     const sebp_overlapping overlapping;
-    using a_slice = slice<TILE_ROWS, a_lanes_are_rows>;
-    using b_slice = slice<TILE_COLS, b_lanes_are_rows>;
+    using a_slice = slice<T, TILE_ROWS, a_lanes_are_rows>;
+    using b_slice = slice<T, TILE_COLS, b_lanes_are_rows>;
+    constexpr int step = STEP<T>;
     constexpr int down = TILE_ROWS / WARPS_DOWN / 16, across = TILE_COLS / WARPS_ACROSS / 8;
     constexpr int stage_elements = a_slice::elements + b_slice::elements;
-    sebp_bf16 *stages = sebp_shared<sebp_bf16>();
+    T *stages = sebp_shared<T>();
     const sebp_cuda_share share = sebp_cuda_share_of(cut, a.depth, TILE_ROWS, TILE_COLS);
     const int warp = (int)threadIdx.x / SEBP_WARP, thread = (int)threadIdx.x % SEBP_WARP;
     const int warp_row = warp / WARPS_ACROSS * (TILE_ROWS / WARPS_DOWN);
@@ -108,33 +122,33 @@ __global__ void __launch_bounds__(THREADS, 2)
 
     auto copy_stage = [&](int64_t at) {
         if (at < share.end) {
-            sebp_bf16 *to = stages + (at - share.begin) / STEP % STAGES * stage_elements;
+            T *to = stages + (at - share.begin) / step % STAGES * stage_elements;
             a_slice::copy(to, a, share.row, at, share.end);
             b_slice::copy(to + a_slice::elements, b, share.col, at, share.end);
         }
         sebp_copies_end_group();
     };
     for (int i = 0; i < STAGES - 1; i++)
-        copy_stage(share.begin + i * STEP);
-    for (int64_t at = share.begin; at < share.end; at += STEP) {
+        copy_stage(share.begin + i * step);
+    for (int64_t at = share.begin; at < share.end; at += step) {
         sebp_copies_wait<STAGES - 2>();
         __syncthreads(); /* this stage is there, and the one before it is read */
-        copy_stage(at + (STAGES - 1) * STEP);
-        const sebp_bf16 *from = stages + (at - share.begin) / STEP % STAGES * stage_elements;
+        copy_stage(at + (STAGES - 1) * step);
+        const T *from = stages + (at - share.begin) / step % STAGES * stage_elements;
 #pragma unroll
-        for (int k = 0; k < STEP; k += 16) {
+        for (int k = 0; k < step; k += FRAGMENT_DEPTH<T>) {
             uint32_t x[down][4], y[across / 2][4];
 #pragma unroll
             for (int i = 0; i < down; i++)
-                a_slice::load_a(x[i], from, warp_row + 16 * i, k);
+                a_slice::template load<false>(x[i], from, warp_row + 16 * i, k);
 #pragma unroll
             for (int j = 0; j < across / 2; j++)
-                b_slice::load_b(y[j], from + a_slice::elements, warp_col + 16 * j, k);
+                b_slice::template load<true>(y[j], from + a_slice::elements, warp_col + 16 * j, k);
 #pragma unroll
             for (int i = 0; i < down; i++) {
 #pragma unroll
                 for (int j = 0; j < across; j++)
-                    sebp_mma_bf16(&sums[(i * across + j) * 4], x[i], &y[j / 2][j % 2 * 2]);
+                    sebp_mma<T>(&sums[(i * across + j) * 4], x[i], &y[j / 2][j % 2 * 2]);
             }
         }
     }
@@ -171,19 +185,21 @@ bool takes_large(const sebp_cuda *cuda, const sebp_product *product)
 
 bool sebp_cuda_takes_tensor(const sebp_product *product)
 {
+    const sebp_dtype dtype = product->a.dtype;
     const sebp_operand *operands[] = {&product->a, &product->b};
     for (const sebp_operand *operand : operands) {
-        if (operand->dtype != SEBP_BF16 || (uintptr_t)operand->data % 16 != 0 ||
-            operand->stride % CHUNK != 0)
+        if (operand->dtype != dtype || (uintptr_t)operand->data % 16 != 0 ||
+            operand->stride * (int64_t)sebp_dtype_bytes(dtype) % 16 != 0)
             return false;
     }
-    return true;
+    return dtype == SEBP_BF16 || sebp_cuda_takes_tf32(product);
 }
 
 sebp_cuda_cut sebp_cuda_cut_tensor(const sebp_cuda *cuda, const sebp_product *product)
 {
     const int side = takes_large(cuda, product) ? LARGE : SMALL;
-    return sebp_cuda_cut_product(product, side, side, STEP, 2 * cuda->multiprocessors, 256);
+    const int step = product->a.dtype == SEBP_BF16 ? STEP<sebp_bf16> : STEP<float>;
+    return sebp_cuda_cut_product(product, side, side, step, 2 * cuda->multiprocessors, 8 * step);
 }
 
 int64_t sebp_cuda_tensor_bytes(const sebp_cuda_cut *cut)
@@ -191,17 +207,31 @@ int64_t sebp_cuda_tensor_bytes(const sebp_cuda_cut *cut)
     return sebp_cuda_cut_bytes(cut, LARGE * LARGE);
 }
 
-template <int side, bool a_rows, bool b_rows>
+template <class T, int side, bool a_rows, bool b_rows>
 static sebp_status launch(sebp_cuda *cuda, const sebp_product *product, const sebp_cuda_cut *cut,
                           unsigned *counters, float *partial)
 {
-    const int64_t elements = slice<side, a_rows>::elements + slice<side, b_rows>::elements;
+    const int64_t elements = slice<T, side, a_rows>::elements + slice<T, side, b_rows>::elements;
     const dim3 grid((unsigned)(cut->tiles_down * cut->tiles_across * cut->shares));
-    return sebp_launch_overlapping(cuda, multiply<side, side, a_rows, b_rows>, grid, dim3(THREADS),
-                                   STAGES * elements * (int64_t)sizeof(sebp_bf16),
-                                   factor_of(product->a, product->m, product->k),
-                                   factor_of(product->b, product->n, product->k), *cut,
+    return sebp_launch_overlapping(cuda, multiply<T, side, side, a_rows, b_rows>, grid,
+                                   dim3(THREADS), STAGES * elements * (int64_t)sizeof(T),
+                                   factor_of<T>(product->a, product->m, product->k),
+                                   factor_of<T>(product->b, product->n, product->k), *cut,
                                    sebp_cuda_epilogue_of(product), counters, partial);
+}
+
+template <class T>
+static sebp_status run(sebp_cuda *cuda, const sebp_product *product, const sebp_cuda_cut *cut,
+                       unsigned *counters, float *partial)
+{
+    return sebp_with_bool(takes_large(cuda, product), [&](auto large) {
+        return sebp_with_bool(!product->a.transposed, [&](auto a_rows) {
+            return sebp_with_bool(product->b.transposed, [&](auto b_rows) {
+                constexpr int side = large ? LARGE : SMALL;
+                return launch<T, side, a_rows, b_rows>(cuda, product, cut, counters, partial);
+            });
+        });
+    });
 }
 
 sebp_status sebp_cuda_run_tensor(sebp_cuda *cuda, const sebp_product *product,
@@ -212,12 +242,6 @@ sebp_status sebp_cuda_run_tensor(sebp_cuda *cuda, const sebp_product *product,
     sebp_status status = sebp_cuda_clear_counters(cuda, cut, scratch);
     if (status != SEBP_SUCCESS)
         return status;
-    return sebp_with_bool(takes_large(cuda, product), [&](auto large) {
-        return sebp_with_bool(!product->a.transposed, [&](auto a_rows) {
-            return sebp_with_bool(product->b.transposed, [&](auto b_rows) {
-                constexpr int side = large ? LARGE : SMALL;
-                return launch<side, a_rows, b_rows>(cuda, product, cut, counters, partial);
-            });
-        });
-    });
+    return product->a.dtype == SEBP_BF16 ? run<sebp_bf16>(cuda, product, cut, counters, partial)
+                                         : run<float>(cuda, product, cut, counters, partial);
 }

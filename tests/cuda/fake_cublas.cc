@@ -3,7 +3,8 @@
  * @file fake_cublas.cc
  * cuBLASLt for the emulated GPU: products by three loops, in a kernel of one thread. Some products it
  * says it cannot do, and some need workspace, which it then fills. Where it is let, it adds up parts of a
- * sum in C's type, and wants matrices to be aligned as it was told they are.
+ * sum in C's type, and wants matrices to be aligned as it was told they are. TF32 is what is left of f32
+ * without its last 13 bits.
  */
 #include <cublasLt.h>
 #include <cuda_runtime.h>
@@ -14,6 +15,7 @@ struct fake_cublas_handle {
 
 struct fake_cublas_product {
     bool turns_a, turns_b;
+    cublasComputeType_t compute;
 };
 
 /* Columns that lie `stride` elements apart. */
@@ -43,6 +45,11 @@ float round_as(cudaDataType_t type, float x)
     if (type == CUDA_R_32F || x != x)
         return x;
     return __uint_as_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000U);
+}
+
+float as_tf32(float x)
+{
+    return __uint_as_float(__float_as_uint(x) & (x != x ? 0xFFFFFFFFU : 0xFFFFE000U));
 }
 
 float element(const void *data, const fake_cublas_matrix &matrix, bool turned, uint64_t row,
@@ -77,8 +84,9 @@ void multiply(fake_cublas_product product, const void *a_data, fake_cublas_matri
         for (uint64_t row = 0; row < d.rows; row++) {
             float sum = 0;
             for (uint64_t k = 0; k < depth; k++) {
-                sum += element(a_data, a, product.turns_a, row, k) *
-                       element(b_data, b, product.turns_b, k, col);
+                float x = element(a_data, a, product.turns_a, row, k);
+                float y = element(b_data, b, product.turns_b, k, col);
+                sum += product.compute == CUBLAS_COMPUTE_32F ? x * y : as_tf32(x) * as_tf32(y);
                 if (adds_in_output && k % PART == PART - 1)
                     sum = round_as(d.type, sum);
             }
@@ -103,10 +111,10 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle)
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *product, cublasComputeType_t,
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *product, cublasComputeType_t compute,
                                         cudaDataType_t)
 {
-    *product = new fake_cublas_product{};
+    *product = new fake_cublas_product{false, false, compute};
     return CUBLAS_STATUS_SUCCESS;
 }
 
