@@ -5,7 +5,7 @@ dnl SPDX-License-Identifier: Apache-2.0
 # The backend for NVIDIA GPUs, which is built where it is asked for. Else the same sources are compiled
 # for a GPU that is emulated (tests/cuda), so that make check tests them; that needs a compiler of C++20.
 #
-# CUDA_CPPFLAGS, CUDA_LIBS; CUDA_COMPILE, which compiles a .cu file; SEBP_HAVE_CUDA and SEBP_HAVE_CUBLAS
+# CUDA_CPPFLAGS, CUDA_LIBS, CUBLAS_LIBS; CUDA_COMPILE, which compiles a .cu file; SEBP_HAVE_CUDA and SEBP_HAVE_CUBLAS
 # for C; conditionals CUDA, CUBLAS and CUDA_EMULATED; sebp_cuda_summary.
 AC_DEFUN([SEBP_CUDA],
 [AC_ARG_WITH([cuda],
@@ -29,6 +29,7 @@ AC_SUBST([CUDA_CPPFLAGS])
 AC_SUBST([CUDA_COMPILE])
 AC_SUBST([CUDA_HOPPER])
 AC_SUBST([CUDA_LIBS])
+AC_SUBST([CUBLAS_LIBS])
 AC_SUBST([CUDA_PRIVATE_LIBS])
 AM_CONDITIONAL([CUDA], [test "$sebp_have_cuda" = yes])
 AM_CONDITIONAL([CUBLAS], [test "$sebp_have_cublas" = yes || test "$sebp_have_emulated_cuda" = yes])
@@ -117,7 +118,7 @@ AS_IF([test "$with_cublas" != no], [_SEBP_CUBLAS])
 AS_IF([test "$with_cublas" != no && test "$with_cublas" != check && test $sebp_have_cublas = no],
   [AC_MSG_ERROR([--with-cublas was given, but cublasLt.h or libcublasLt was not found])])
 sebp_have_cuda=yes
-CUDA_PRIVATE_LIBS=$CUDA_LIBS # of the library; the emulated GPU is of its tests alone
+CUDA_PRIVATE_LIBS="$CUBLAS_LIBS $CUDA_LIBS" # of the library; the emulated GPU is of its tests alone
 AC_DEFINE([SEBP_HAVE_CUDA], [1], [Define if the backend for NVIDIA GPUs is built.])
 sebp_cuda_summary="yes, $sebp_cuda_top, for $with_cuda_arch, cuBLASLt: $sebp_have_cublas"])
 
@@ -125,6 +126,7 @@ sebp_cuda_summary="yes, $sebp_cuda_top, for $with_cuda_arch, cuBLASLt: $sebp_hav
 AC_DEFUN([_SEBP_CUBLAS],
 [AC_MSG_CHECKING([for cuBLASLt])
 sebp_cublas=
+CUBLAS_LIBS=
 AS_CASE([$with_cublas], [/*], [sebp_places=$with_cublas],
   [sebp_places="$sebp_cuda_top $sebp_cuda_top/targets/x86_64-linux $sebp_cuda_top/targets/sbsa-linux"])
 for sebp_folder in $sebp_places; do
@@ -141,6 +143,7 @@ AS_IF([test -n "$sebp_cublas"],
   [sebp_have_cublas=yes
   CUDA_CPPFLAGS="$CUDA_CPPFLAGS -I$sebp_cublas_include"
   # It is found there when the library runs, too.
-  CUDA_LIBS="-Wl,$sebp_cublas -Wl,-rpath,`dirname "$sebp_cublas"` $CUDA_LIBS"
+  # libtool moves this to the front, where a compiler that asks for --as-needed drops it.
+  CUBLAS_LIBS="-Wl,--push-state,--no-as-needed,$sebp_cublas,--pop-state -Wl,-rpath,`dirname "$sebp_cublas"`"
   AC_DEFINE([SEBP_HAVE_CUBLAS], [1], [Define if large products on GPUs are cuBLASLt's.])])
 AC_MSG_RESULT([${sebp_cublas:-no}])])

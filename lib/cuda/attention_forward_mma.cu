@@ -231,7 +231,8 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
                 job.lse.row(row + i)[head] = sum == 0 ? -INFINITY : max + logf(sum);
             }
         }
-        /* Nobody but this warp reads or writes its rows of Q. */
+        /* Nobody but this warp reads or writes its rows of Q, and it has read all of them. */
+        __syncwarp();
         sebp_mma_put<D>(q, sebp_mma_query<products>(m, 0), sebp_mma_query<products>(m, 1), out[m],
                         part[0], part[1]);
     }
