@@ -9,9 +9,10 @@
  * PyTorch tensor's.
  *
  * A CUDA graph can record a call that copies nothing between the host and the GPU. So a row set has to
- * have been used on the context before, and attention and losses cannot be recorded: they return
- * SEBP_ERROR_BACKEND. The context and the row sets have to live as long as the graph. The graph is
- * replayed on the context's stream.
+ * have been used on the context before. Attention has to have been called before with texts of the same
+ * lengths and places and with heads of the same size; of such lists the GPU keeps the last four, of up to
+ * 256 KiB. Losses cannot be recorded. Else a call returns SEBP_ERROR_BACKEND. The context and the row sets
+ * have to live as long as the graph. The graph is replayed on the context's stream.
  *
  * Calls on a GPU return before it has finished, but for those that have a result for the host: row
  * sets that are found, losses, norms, the checks of indices. What a context is asked for happens in

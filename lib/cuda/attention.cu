@@ -131,14 +131,11 @@ sebp_status run_tiles(sebp_cuda *cuda, const sebp_attention_job<T> &job, int64_t
 template <class T>
 sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_attention_list *list)
 {
-    sebp_status status;
-    char *scratch = (char *)sebp_cuda_scratch(cuda, list->bytes, &status);
-    if (status == SEBP_SUCCESS)
-        status = sebp_cuda_upload(cuda, scratch, list->memory, list->bytes);
+    sebp_attention_job<T> job = sebp_attention_job_of<T>(attention);
+    void *scratch;
+    sebp_status status = sebp_attention_list_put(cuda, list, 0, &job.texts, &scratch);
     if (status != SEBP_SUCCESS)
         return status;
-    sebp_attention_job<T> job = sebp_attention_job_of<T>(attention);
-    job.texts = (const sebp_attention_text *)scratch;
     job.items = (const sebp_attention_item *)(job.texts + list->texts);
     if constexpr (sizeof(T) == sizeof(sebp_bf16)) {
         if (sebp_mma_takes(cuda, attention))

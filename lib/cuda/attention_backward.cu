@@ -277,15 +277,12 @@ sebp_status run(sebp_cuda *cuda, const sebp_attention *attention, const sebp_att
     sebp_attention_job<T> job = sebp_attention_job_of<T>(attention);
     const sebp_sequences *of_q = attention->q_sequences;
     const int64_t delta_bytes = of_q->offsets[of_q->count] * job.heads * (int64_t)sizeof *job.delta;
-    sebp_status status;
-    char *scratch = (char *)sebp_cuda_scratch(cuda, list->bytes + delta_bytes, &status);
-    if (status == SEBP_SUCCESS)
-        status = sebp_cuda_upload(cuda, scratch, list->memory, list->bytes);
+    void *scratch;
+    sebp_status status = sebp_attention_list_put(cuda, list, delta_bytes, &job.texts, &scratch);
     if (status != SEBP_SUCCESS)
         return status;
-    job.texts = (const sebp_attention_text *)scratch;
     job.items = (const sebp_attention_item *)(job.texts + list->texts);
-    job.delta = (float *)(scratch + list->bytes);
+    job.delta = (float *)scratch;
     if constexpr (sizeof(T) == sizeof(sebp_bf16)) {
         if (sebp_mma_takes(cuda, attention))
             return run_mma(cuda, attention, job, list);

@@ -8,6 +8,7 @@
 
 #include "../text_list.h"
 #include "attention_list.h"
+#include "operations.h"
 
 enum { ZEROED_ROWS = 64 };
 
@@ -137,6 +138,25 @@ sebp_status sebp_attention_list_make_whole(const sebp_attention *attention, int6
     sebp_status status = make(attention, 0, counted.count, list, &made.items);
     if (status == SEBP_SUCCESS)
         add_whole(&made, attention, key_rows);
+    return status;
+}
+
+sebp_status sebp_attention_list_put(sebp_cuda *cuda, const sebp_attention_list *list,
+                                    int64_t scratch_bytes, const sebp_attention_text **texts,
+                                    void **scratch)
+{
+    const bool is_kept = list->bytes > 0 && list->bytes <= SEBP_CUDA_ARRAY_BYTES;
+    const int64_t own_bytes = is_kept ? 0 : list->bytes; /* a multiple of 16 */
+    sebp_status status;
+    char *memory = sebp_cuda_scratch(cuda, own_bytes + scratch_bytes, &status);
+    if (status != SEBP_SUCCESS)
+        return status;
+    *scratch = memory + own_bytes;
+    *texts = (const sebp_attention_text *)(const void *)memory;
+    if (is_kept)
+        *texts = sebp_cuda_keep(cuda, list->memory, list->bytes, &status);
+    else
+        status = sebp_cuda_upload(cuda, memory, list->memory, list->bytes);
     return status;
 }
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file attention_list.h
- * What attention's blocks of threads have to do: a list made on the host for each call, and copied.
+ * What attention's blocks of threads have to do: a list made on the host for each call, and copied, unless
+ * an earlier call had the same one.
  */
 #ifndef SEBP_CUDA_ATTENTION_LIST_H
 #define SEBP_CUDA_ATTENTION_LIST_H
@@ -40,6 +41,10 @@ sebp_status sebp_attention_list_make(const sebp_attention *attention, int64_t qu
  * sides, the rows outside. They count as those of the keys. */
 sebp_status sebp_attention_list_make_whole(const sebp_attention *attention, int64_t key_rows,
                                            sebp_attention_list *list);
+/** The list in the GPU's memory, and scratch memory beside it. SEBP_ERROR_MEMORY, SEBP_ERROR_BACKEND. */
+sebp_status sebp_attention_list_put(sebp_cuda *cuda, const sebp_attention_list *list,
+                                    int64_t scratch_bytes, const sebp_attention_text **texts,
+                                    void **scratch);
 void sebp_attention_list_free(sebp_attention_list *list);
 
 SEBP_END_DECLS

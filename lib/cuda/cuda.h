@@ -23,6 +23,16 @@ typedef struct sebp_cuda_buffer {
     bool is_recorded;
 } sebp_cuda_buffer;
 
+/** Copies of the host's arrays that stay on the GPU, so that a call that is made again finds its own. */
+enum { SEBP_CUDA_ARRAYS = 4, SEBP_CUDA_ARRAY_BYTES = 256 << 10 };
+
+typedef struct sebp_cuda_array {
+    void *array;   /* as it was: what it is known by */
+    int64_t bytes; /* 0: nothing */
+    sebp_cuda_buffer copy;
+    int64_t last_use;
+} sebp_cuda_array;
+
 typedef struct sebp_cuda {
     int index;                  /* of the GPU, as the CUDA runtime counts them */
     cudaStream_t stream;        /* everything happens there, in the order of the calls */
@@ -39,6 +49,8 @@ typedef struct sebp_cuda {
     sebp_cuda_buffer scratch;    /* an operation's own */
     struct sebp_cuda_kept *kept; /* scratch memory of before, which graphs know */
     int64_t scratch_max;         /* the most that both have been together */
+    sebp_cuda_array arrays[SEBP_CUDA_ARRAYS];
+    int64_t array_uses;
     sebp_overlap overlap;
     void *results;            /* RESULT_BYTES of the host's memory that the GPU can write */
     char why[SEBP_WHY_BYTES]; /* the CUDA error behind the last SEBP_ERROR_BACKEND */
@@ -57,6 +69,19 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **cu
 /** SEBP_ERROR_BACKEND for an error of the runtime's, whose text is kept in cuda->why. That a launch
  * finds no memory is such an error too, as launches before it may have written. */
 sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error);
+
+/** The same of a call that allocates: SEBP_ERROR_MEMORY where there is none. */
+sebp_status sebp_cuda_check_memory(sebp_cuda *cuda, cudaError_t error);
+
+/** The runtime keeps an error until somebody asks for the last one. The program must not find ours there
+ * when it looks for its own. */
+void sebp_cuda_forget(cudaError_t error);
+
+/** Whether the stream is recorded as a graph. */
+sebp_status sebp_cuda_is_recorded(sebp_cuda *cuda, bool *recorded);
+/** SEBP_ERROR_BACKEND where it is: the graph would read the host's memory when it is replayed, and what
+ * a call uploads is gone by then. */
+sebp_status sebp_cuda_check_not_recorded(sebp_cuda *cuda);
 
 /**
  * Whether an operation's first kernel may begin before the kernel that was launched before it is done:
@@ -77,6 +102,15 @@ void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes, sebp_status *status);
 
 /** How much an operation may ask for: the bound less what is reserved for a method. */
 int64_t sebp_cuda_workspace(const sebp_cuda *cuda);
+
+/** A copy of 1 to SEBP_CUDA_ARRAY_BYTES on the GPU: that which an earlier call has left there, if the array
+ * then had the same bytes, or a new one, in the place of that whose last use is the longest ago. Graphs
+ * may read it: then it stays until the context ends. NULL, and the status: SEBP_ERROR_MEMORY;
+ * SEBP_ERROR_BACKEND, also where a new one is needed while a graph is recorded. */
+const void *sebp_cuda_keep(sebp_cuda *cuda, const void *array, int64_t bytes, sebp_status *status);
+
+/** Frees scratch memory and copies. */
+void sebp_cuda_free_scratch(sebp_cuda *cuda);
 
 /** Copies to the host, at most SEBP_CUDA_RESULT_BYTES by way of cuda->results, and waits for it. */
 sebp_status sebp_cuda_fetch(sebp_cuda *cuda, void *to, const void *from, int64_t bytes);

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file device.c
- * An NVIDIA GPU as a device: made and unmade, its memory, scratch memory, and what there is to know
- * of it.
+ * An NVIDIA GPU as a device: made and unmade, its memory, and what there is to know of it.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -15,16 +14,12 @@
 #include "cublas.h"
 #include "operations.h"
 
-enum { ALIGNMENT = 256 };
-
 static const uint64_t KEPT_BYTES = UINT64_C(256)
                                    << 20; /* of memory given back, for the next alloc() */
 
 /* ---- errors ---- */
 
-/* The runtime keeps an error until somebody asks for the last one. The program must not find ours there
- * when it looks for its own. */
-static void forget_error(cudaError_t error)
+void sebp_cuda_forget(cudaError_t error)
 {
     if (error != cudaSuccess)
         cudaGetLastError();
@@ -36,12 +31,11 @@ sebp_status sebp_cuda_check(sebp_cuda *cuda, cudaError_t error)
         return SEBP_SUCCESS;
     snprintf(cuda->why, sizeof cuda->why, "CUDA: %s (%s)", cudaGetErrorString(error),
              cudaGetErrorName(error));
-    forget_error(error);
+    sebp_cuda_forget(error);
     return SEBP_ERROR_BACKEND;
 }
 
-/* Of a call that allocates. */
-static sebp_status check_memory(sebp_cuda *cuda, cudaError_t error)
+sebp_status sebp_cuda_check_memory(sebp_cuda *cuda, cudaError_t error)
 {
     sebp_status status = sebp_cuda_check(cuda, error);
     return error == cudaErrorMemoryAllocation ? SEBP_ERROR_MEMORY : status;
@@ -59,8 +53,6 @@ sebp_status sebp_cuda_check_current(sebp_cuda *cuda)
     }
     return status;
 }
-
-static void free_kept(sebp_cuda *cuda);
 
 /* ---- making and unmaking ---- */
 
@@ -80,7 +72,7 @@ static sebp_status make_pool(sebp_cuda *cuda)
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location.type = cudaMemLocationTypeDevice;
     properties.location.id = cuda->index;
-    sebp_status status = check_memory(cuda, cudaMemPoolCreate(&cuda->pool, &properties));
+    sebp_status status = sebp_cuda_check_memory(cuda, cudaMemPoolCreate(&cuda->pool, &properties));
     uint64_t kept = KEPT_BYTES;
     if (status == SEBP_SUCCESS) {
         status = sebp_cuda_check(
@@ -142,7 +134,8 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **ma
     if (status == SEBP_SUCCESS)
         status = make_pool(cuda);
     if (status == SEBP_SUCCESS)
-        status = check_memory(cuda, cudaMallocHost(&cuda->results, SEBP_CUDA_RESULT_BYTES));
+        status =
+            sebp_cuda_check_memory(cuda, cudaMallocHost(&cuda->results, SEBP_CUDA_RESULT_BYTES));
     if (status == SEBP_SUCCESS && cuda->gemm != SEBP_GEMM_NATIVE)
         status = sebp_cublas_make(cuda);
     if (status == SEBP_SUCCESS) {
@@ -153,7 +146,7 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **ma
     const int index = cuda->index;
     sebp_cuda_destroy(cuda);
     if (current >= 0 && current != index)
-        forget_error(cudaSetDevice(current));
+        sebp_cuda_forget(cudaSetDevice(current));
     return status;
 }
 
@@ -162,14 +155,12 @@ void sebp_cuda_destroy(void *device)
     sebp_cuda *cuda = device;
     /* What is still at work uses this memory. After an error that has ended the GPU's context these
      * calls fail too, and there is nothing left to give back. */
-    forget_error(cudaStreamSynchronize(cuda->stream));
+    sebp_cuda_forget(cudaStreamSynchronize(cuda->stream));
     sebp_cublas_end(cuda);
-    forget_error(cudaFree(cuda->scratch.memory));
-    forget_error(cudaFree(cuda->method_scratch.memory));
-    free_kept(cuda);
-    forget_error(cudaFreeHost(cuda->results));
+    sebp_cuda_free_scratch(cuda);
+    sebp_cuda_forget(cudaFreeHost(cuda->results));
     if (cuda->pool != NULL)
-        forget_error(cudaMemPoolDestroy(cuda->pool));
+        sebp_cuda_forget(cudaMemPoolDestroy(cuda->pool));
     free(cuda);
 }
 
@@ -181,8 +172,9 @@ sebp_status sebp_cuda_alloc(void *device, int64_t bytes, void **memory)
     void *made = NULL;
     sebp_status status = sebp_cuda_check_current(cuda);
     if (status == SEBP_SUCCESS)
-        status = check_memory(cuda, cudaMallocFromPoolAsync(&made, (size_t)sebp_max(bytes, 1),
-                                                            cuda->pool, cuda->stream));
+        status =
+            sebp_cuda_check_memory(cuda, cudaMallocFromPoolAsync(&made, (size_t)sebp_max(bytes, 1),
+                                                                 cuda->pool, cuda->stream));
     if (status == SEBP_SUCCESS)
         *memory = made;
     return status;
@@ -192,10 +184,10 @@ void sebp_cuda_free(void *device, void *memory)
 {
     sebp_cuda *cuda = device;
     if (memory != NULL)
-        forget_error(cudaFreeAsync(memory, cuda->stream));
+        sebp_cuda_forget(cudaFreeAsync(memory, cuda->stream));
 }
 
-static sebp_status is_recorded(sebp_cuda *cuda, bool *recorded)
+sebp_status sebp_cuda_is_recorded(sebp_cuda *cuda, bool *recorded)
 {
     enum cudaStreamCaptureStatus found = cudaStreamCaptureStatusNone;
     sebp_status status = sebp_cuda_check(cuda, cudaStreamIsCapturing(cuda->stream, &found));
@@ -203,12 +195,10 @@ static sebp_status is_recorded(sebp_cuda *cuda, bool *recorded)
     return status;
 }
 
-/* A graph that is recorded would read the host's memory when it is replayed, and what a call uploads is
- * gone by then. */
-static sebp_status check_not_recorded(sebp_cuda *cuda)
+sebp_status sebp_cuda_check_not_recorded(sebp_cuda *cuda)
 {
     bool recorded = false;
-    sebp_status status = is_recorded(cuda, &recorded);
+    sebp_status status = sebp_cuda_is_recorded(cuda, &recorded);
     if (status == SEBP_SUCCESS && recorded) {
         snprintf(cuda->why, sizeof cuda->why,
                  "a graph is being recorded, and this call copies from the host's memory");
@@ -225,7 +215,7 @@ sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t b
     sebp_status status = sebp_cuda_check_current(cuda);
     if (status != SEBP_SUCCESS)
         return status;
-    status = check_not_recorded(cuda);
+    status = sebp_cuda_check_not_recorded(cuda);
     if (status != SEBP_SUCCESS)
         return status;
     status = sebp_cuda_check(
@@ -298,111 +288,6 @@ const char *sebp_cuda_why(const void *device)
     return ((const sebp_cuda *)device)->why;
 }
 
-/* ---- scratch memory ---- */
-
-/* Memory that a recorded graph works in, which is kept until the context ends. */
-struct sebp_cuda_kept {
-    struct sebp_cuda_kept *next;
-    void *memory;
-};
-
-/* Frees it, when it is done with; or keeps it for the graphs that know its address. */
-static sebp_status give_up(sebp_cuda *cuda, sebp_cuda_buffer *buffer)
-{
-    if (buffer->memory != NULL && buffer->is_recorded) {
-        struct sebp_cuda_kept *kept = malloc(sizeof *kept);
-        if (kept == NULL)
-            return SEBP_ERROR_MEMORY;
-        *kept = (struct sebp_cuda_kept){cuda->kept, buffer->memory};
-        cuda->kept = kept;
-    } else {
-        forget_error(cudaFree(buffer->memory));
-    }
-    *buffer = (sebp_cuda_buffer){NULL, 0, false};
-    return SEBP_SUCCESS;
-}
-
-static void free_kept(sebp_cuda *cuda)
-{
-    while (cuda->kept != NULL) {
-        struct sebp_cuda_kept *next = cuda->kept->next;
-        forget_error(cudaFree(cuda->kept->memory));
-        free(cuda->kept);
-        cuda->kept = next;
-    }
-}
-
-/* Makes room for `bytes` where there is less. */
-static sebp_status grow(sebp_cuda *cuda, sebp_cuda_buffer *buffer, int64_t bytes)
-{
-    bool recorded = false;
-    sebp_status status = sebp_cuda_check_current(cuda);
-    if (status == SEBP_SUCCESS)
-        status = is_recorded(cuda, &recorded);
-    if (status == SEBP_SUCCESS && (buffer->memory == NULL || bytes > buffer->bytes)) {
-        void *made = NULL;
-        bytes = sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT);
-        status = give_up(cuda, buffer);
-        if (status == SEBP_SUCCESS)
-            status = check_memory(cuda, cudaMalloc(&made, (size_t)bytes));
-        if (status == SEBP_SUCCESS)
-            *buffer = (sebp_cuda_buffer){made, bytes, false};
-        cuda->scratch_max =
-            sebp_max(cuda->scratch_max, cuda->method_scratch.bytes + cuda->scratch.bytes);
-    }
-    buffer->is_recorded = buffer->is_recorded || recorded;
-    return status;
-}
-
-int64_t sebp_cuda_workspace(const sebp_cuda *cuda)
-{
-    return (cuda->workspace_bytes - cuda->method_scratch.bytes) / ALIGNMENT * ALIGNMENT;
-}
-
-void *sebp_cuda_scratch(sebp_cuda *cuda, int64_t bytes, sebp_status *status)
-{
-    *status = SEBP_ERROR_MEMORY;
-    if (bytes > sebp_cuda_workspace(cuda))
-        return NULL;
-    if (cuda->overlap == SEBP_OVERLAP_MORE)
-        cuda->overlap = SEBP_OVERLAP_FIRST; /* another operation may be at work there */
-    *status = grow(cuda, &cuda->scratch, bytes);
-    return *status == SEBP_SUCCESS ? cuda->scratch.memory : NULL;
-}
-
-int64_t sebp_cuda_max_scratch(const void *device)
-{
-    return ((const sebp_cuda *)device)->workspace_bytes / 2 / ALIGNMENT * ALIGNMENT;
-}
-
-/* Takes from the operations' memory what is too much together. */
-static sebp_status shrink_scratch(sebp_cuda *cuda, int64_t method_bytes)
-{
-    bool is_too_much = cuda->scratch.bytes > cuda->workspace_bytes - method_bytes;
-    return is_too_much ? give_up(cuda, &cuda->scratch) : SEBP_SUCCESS;
-}
-
-sebp_status sebp_cuda_reserve_scratch(void *device, int64_t bytes)
-{
-    sebp_cuda *cuda = device;
-    if (bytes > sebp_cuda_max_scratch(device))
-        return SEBP_ERROR_MEMORY;
-    if (bytes == 0)
-        return SEBP_SUCCESS; /* kept for the next time */
-    sebp_status status = shrink_scratch(cuda, sebp_round_up(bytes, ALIGNMENT));
-    return status == SEBP_SUCCESS ? grow(cuda, &cuda->method_scratch, bytes) : status;
-}
-
-void *sebp_cuda_method_scratch(const void *device)
-{
-    return ((const sebp_cuda *)device)->method_scratch.memory;
-}
-
-int64_t sebp_cuda_scratch_bytes(const void *device)
-{
-    return ((const sebp_cuda *)device)->scratch_max;
-}
-
 /* ---- what there is to know ---- */
 
 void sebp_cuda_info(const void *device, sebp_info *info)
@@ -417,7 +302,7 @@ void sebp_cuda_info(const void *device, sebp_info *info)
         return;
     info->gemm = cuda->gemm;
     cudaError_t error = cudaGetDeviceProperties(&properties, cuda->index);
-    forget_error(error);
+    sebp_cuda_forget(error);
     if (error == cudaSuccess)
         memcpy(info->gpu, properties.name, sizeof info->gpu - 1);
 }
