@@ -33,8 +33,8 @@ from sebp._rules import Rule
 from sebp.attention import AttentionOptions
 from sebp.core import Rows
 from sebp.torch.attention_products import attention_backward, attention_forward
+from sebp.torch.common.tensors import matrix_of
 from sebp.torch.products import library_backward, linear_backward
-from sebp.torch.tensors import matrix_of
 from sebp.torch.texts import Texts
 
 Mode = Callable[[int], object]  # of the number of a set of inputs

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from sebp.torch.blocks.logits import head_forward
-from sebp.torch.forward import put_in
+from sebp.torch.common.forward import put_in
 
 
 def leaves(*shapes, dtype=torch.float32):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from sebp.attention import Sequences
 from sebp.core import SebpError
 from sebp.torch.attend import Pattern, attend
-from sebp.torch.tensors import by_rows
+from sebp.torch.common.tensors import by_rows
 from sebp.torch.texts import Side, Texts
 
 FULL, CAUSAL = Pattern(False), Pattern(True)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sebp
 from sebp.torch.blocks.put import give_blocks, take_blocks
-from sebp.torch.forward import Forward, as_it_is
+from sebp.torch.common.forward import Forward, as_it_is
 
 # How many norms the library computes in a forward of these models.
 NORMS = {"bert": 4, "roberta": 4, "distilbert": 0, "gpt2": 0, "llama": 5, "mistral": 5, "qwen2": 5}

@@ -20,7 +20,7 @@ from test_prepare import insides, same_insides  # noqa: E402
 from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch.forward import put_in, take_out  # noqa: E402
+from sebp.torch.common.forward import put_in, take_out  # noqa: E402
 from sebp.torch.parts import parts_of  # noqa: E402
 
 # Tiny models gain no time, or as much as the machine's other work leaves.

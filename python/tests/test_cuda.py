@@ -26,13 +26,13 @@ from sebp.torch.blocks.activation import Activation, activate  # noqa: E402
 from sebp.torch.blocks.dropout import drop  # noqa: E402
 from sebp.torch.blocks.norm import Norm, normalize  # noqa: E402
 from sebp.torch.blocks.rotary import rotate, rotate_whole_heads  # noqa: E402
-from sebp.torch.context import context_of  # noqa: E402
-from sebp.torch.devices import cuda_version  # noqa: E402
+from sebp.torch.common.context import context_of  # noqa: E402
+from sebp.torch.common.devices import cuda_version  # noqa: E402
+from sebp.torch.common.rows import find_rows  # noqa: E402
+from sebp.torch.common.tensors import matrix_of  # noqa: E402
+from sebp.torch.common.work import work_done  # noqa: E402
 from sebp.torch.products import library_backward  # noqa: E402
-from sebp.torch.rows import find_rows  # noqa: E402
-from sebp.torch.tensors import matrix_of  # noqa: E402
 from sebp.torch.texts import Texts  # noqa: E402
-from sebp.torch.work import work_done  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),

@@ -15,10 +15,10 @@ from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
 from sebp.core import Context, SebpError  # noqa: E402
-from sebp.torch import context  # noqa: E402
-from sebp.torch.context import context_of, thread_context  # noqa: E402
-from sebp.torch.devices import are_together, cuda_version, reason_against  # noqa: E402
-from sebp.torch.work import work_done  # noqa: E402
+from sebp.torch.common import context  # noqa: E402
+from sebp.torch.common.context import context_of, thread_context  # noqa: E402
+from sebp.torch.common.devices import are_together, cuda_version, reason_against  # noqa: E402
+from sebp.torch.common.work import work_done  # noqa: E402
 
 
 def tensor_on(gpu):

@@ -100,9 +100,9 @@ def work(rank, folder):
         if rank == 0:
             # Which the other process does not notice.
             sebp.profile(parallel, make_batch(case["name"], 0))
-        before = sum(done.active for done in sebp.torch.work.work_done().values())
+        before = sum(done.active for done in sebp.torch.common.work.work_done().values())
         gradients = train(parallel, case["name"], case.get("idle"), part, PROCESSES)
-        after = sum(done.active for done in sebp.torch.work.work_done().values())
+        after = sum(done.active for done in sebp.torch.common.work.work_done().values())
         results[key] = {
             "gradients": gradients,
             "parameters": [p.detach() for p in model.parameters()],

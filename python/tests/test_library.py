@@ -282,7 +282,7 @@ torch.nn.functional.gelu(t).sum()
 alone = threads()
 y = torch.ops.sebp.linear(t, w)
 y.backward(torch.ones_like(y))
-assert sebp.torch.context.thread_context().threads == 3
+assert sebp.torch.common.context.thread_context().threads == 3
 assert len(sebp.openmp_runtimes()) == 1, sebp.openmp_runtimes()
 assert threads() == alone, (alone, threads())
 """

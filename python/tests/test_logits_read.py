@@ -181,7 +181,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_on_the_head(name):
-    from sebp.torch.forward import as_it_is
+    from sebp.torch.common.forward import as_it_is
 
     head, hidden, _, _ = head_and_logits()
     HOOKS[name](head)

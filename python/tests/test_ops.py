@@ -450,7 +450,7 @@ def test_work_is_counted():
     """Rows, active rows and time of each kind of layer, whichever threads compute it."""
     import threading
 
-    from sebp.torch.work import LayerKind, Work, work_done
+    from sebp.torch.common.work import LayerKind, Work, work_done
 
     kind = LayerKind(7, 11, torch.float32, True, True)
     kinds = {kind, kind._replace(need_dx=False)}

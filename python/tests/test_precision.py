@@ -9,8 +9,8 @@ from torch import nn  # noqa: E402
 import sebp  # noqa: E402
 from sebp.sparse import meprop_gradient  # noqa: E402
 from sebp.torch import linear  # noqa: E402
-from sebp.torch.context import thread_context  # noqa: E402
-from sebp.torch.tensors import matrix_of  # noqa: E402
+from sebp.torch.common.context import thread_context  # noqa: E402
+from sebp.torch.common.tensors import matrix_of  # noqa: E402
 
 LEVELS = ["highest", "high", "medium"]
 # What errors may be, in multiples of the sum of |a||b| (sebp/context.h).

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from sebp import SebpError, sparse  # noqa: E402
 from sebp._structs import F32  # noqa: E402
-from sebp.torch.tensors import matrix_of  # noqa: E402
+from sebp.torch.common.tensors import matrix_of  # noqa: E402
 
 # Layouts of 6 x 5 elements or of more dimensions, and the stride between rows; None: a copy.
 LAYOUTS = {

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E4
 
 import sebp  # noqa: E402
 from sebp.torch import savings as ours  # noqa: E402
-from sebp.torch.work import LayerKind, Work, work_done  # noqa: E402
+from sebp.torch.common.work import LayerKind, Work, work_done  # noqa: E402
 
 KEYS = {"sebp_activity", "sebp_seconds_saved"}
 SAMPLES = 16

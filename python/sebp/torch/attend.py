@@ -14,9 +14,9 @@ from ..attention import AttentionOptions
 from . import attention_ops  # noqa: F401, registers sebp::attention
 from .attention_products import attention_backward, attention_forward
 from .blocks.dropout import draw_seed
-from .devices import reason_against
+from .common.devices import reason_against
+from .common.tensors import DTYPES, by_rows
 from .direct import is_direct
-from .tensors import DTYPES, by_rows
 from .texts import Texts
 
 

@@ -2,7 +2,7 @@
 """Attention within each text of a packed batch.
 
 It replaces "sdpa" in transformers' table of attention functions, so that every model which uses
-that table has it. Calls whose mask is not a :class:`~sebp.torch.packing.Packing`'s go on to
+that table has it. Calls whose mask is not a :class:`~sebp.torch.common.packing.Packing`'s go on to
 transformers' own. Configurations are not changed.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .attend import Pattern, attend
-from .devices import autocast_dtype
-from .packing import Unfit, current_packing, lengths_of
-from .tensors import DTYPES
+from .common.devices import autocast_dtype
+from .common.packing import Unfit, current_packing, lengths_of
+from .common.tensors import DTYPES
 from .texts import Texts
 
 SDPA = "sdpa"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .attend import attend, attend_told
 from .attention import attend_packed, check_packed
-from .devices import autocast_dtype, reason_against
-from .forward import is_traced
+from .common.devices import autocast_dtype, reason_against
+from .common.forward import is_traced
+from .common.packing import Unfit, lengths_of
 from .mask_codes import decode, decode_row, sebp_mask
-from .packing import Unfit, lengths_of
 from .read_texts import Told, attends_to_itself, read_texts
 
 NAME = "sebp"

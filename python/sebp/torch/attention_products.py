@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._structs import Matrix
 from ..attention import AttentionOptions
-from .context import context_of
-from .step_times import add_attention
-from .tensors import matrix_of, new_like
+from .common.context import context_of
+from .common.step_times import add_attention
+from .common.tensors import matrix_of, new_like
 from .texts import Side, Texts
 
 

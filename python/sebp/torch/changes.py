@@ -10,7 +10,9 @@ from .. import _library
 from .._rules import Rule
 from .apply import PREPARED, Report, give_rules
 from .blocks.put import give_blocks, give_heads, take_blocks, take_heads
-from .devices import reason_against
+from .common.devices import reason_against
+from .common.step import unwrap
+from .common.tensors import DTYPES
 from .layers import take_rule
 from .padding_free import (
     PaddingFreeReport,
@@ -19,8 +21,6 @@ from .padding_free import (
     proofs_of,
     put_padding_back,
 )
-from .step import unwrap
-from .tensors import DTYPES
 
 _Self = TypeVar("_Self", bound="Changes")
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .changes import Changes
-from .forward import as_it_is
+from .common.forward import as_it_is
+from .common.step import Batch, Loss, Step, parameters_for, unwrap
+from .common.step_times import forget_times, times_done
+from .common.work import Work, all_work_done, forget_work, work_done
 from .padding_free import proofs_of
 from .parts import Parts, parts_of
-from .step import Batch, Loss, Step, parameters_for, unwrap
-from .step_times import forget_times, times_done
 from .trace import State, WithoutDropout
-from .work import Work, all_work_done, forget_work, work_done
 
 # What the order of sums may change, as a share of a gradient's largest element: in float32 some
 # thousand roundings of 6e-8. In shorter formats one rounding is 4e-3, and where the terms of a sum

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._rules import Rule
 from .autograd import dtypes_of, only_wanted, wanted_dtypes
-from .devices import has_gpu
-from .forward import is_transformed
+from .common.devices import has_gpu
+from .common.forward import is_transformed
 from .products import linear_backward, linear_forward
 
 PLAIN = (Tensor, nn.Parameter)  # of these classes, not of one derived from them

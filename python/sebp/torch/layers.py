@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from .._rules import RowRule, Rule, parse_rule
 from . import ops  # noqa: F401, registers sebp::linear
-from .devices import autocast_dtype, is_reachable
+from .common.devices import autocast_dtype, is_reachable
+from .common.forward import Forward, is_traced, is_transformed, put_in, take_out
+from .common.packing import current_packing
+from .common.tensors import DTYPES
 from .direct import PLAIN, direct_linear, is_direct
-from .forward import Forward, is_traced, is_transformed, put_in, take_out
-from .packing import current_packing
-from .tensors import DTYPES
 
 
 def _refused_kind(tensors: tuple[Tensor, ...]) -> str:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .._rules import Rule
 from ..sparse import lora_merge
 from .apply import Layers
-from .context import thread_context
-from .devices import autocast_dtype
+from .common.context import thread_context
+from .common.devices import autocast_dtype
+from .common.tensors import DTYPES, matrix_of
 from .feed_forward import choose_layers, refusal
 from .layers import sparse_linear
-from .tensors import DTYPES, matrix_of
 
 _ATTRIBUTES = ("lora_a", "lora_b", "lora_scale", "lora_hook", "lora_weight_trains")
 _NARROW = (torch.bfloat16, torch.float16)

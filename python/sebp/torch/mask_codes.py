@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .attend import Pattern
-from .forward import is_traced
+from .common.forward import is_traced
 
 _FIELD = 2**20 - 1
 _UNTOLD = _FIELD

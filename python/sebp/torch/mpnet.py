@@ -6,8 +6,8 @@ import math
 from torch import Tensor, nn
 
 from .attention import attend_packed
-from .forward import Forward, put_in, take_out
-from .packing import current_packing, lengths_of
+from .common.forward import Forward, put_in, take_out
+from .common.packing import current_packing, lengths_of
 
 
 def is_mpnet(module: nn.Module) -> bool:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, mpnet
-from .forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
+from .common.forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
+from .common.packing import Packing, current_packing, packed
 from .layers import linear_classes
-from .packing import Packing, current_packing, packed
 from .proof import Call, Proofs, current_call
 from .refusals import PACKED, foreign_part, refusal, signature_of
 

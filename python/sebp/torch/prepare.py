@@ -7,11 +7,11 @@ from dataclasses import replace
 from torch import nn
 
 from .changes import Changes
+from .common.devices import reason_against
+from .common.step import Batch, Loss
+from .common.step_times import stop_timing, time_steps
 from .compare import compare
-from .devices import reason_against
 from .run_report import Run, RunReport
-from .step import Batch, Loss
-from .step_times import stop_timing, time_steps
 
 _EXPECT_REAL_TOKENS = """\
 expect   a step whose time grows with the real tokens, not with the padded length

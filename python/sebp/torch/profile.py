@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .._rules import RowRule, Rule, parse_rule
 from .apply import linear_layers
+from .common.rows import find_rows
+from .common.step import Batch, Step, generators_kept, stand_ins, unwrap
+from .common.tensors import DTYPES, matrix_of
 from .heat_map import draw
 from .padding_free import runs_padding_free
-from .rows import find_rows
-from .step import Batch, Step, generators_kept, stand_ins, unwrap
 from .svg import Drawing
-from .tensors import DTYPES, matrix_of
 
 
 @dataclass(frozen=True, eq=False)

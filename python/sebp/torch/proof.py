@@ -8,7 +8,7 @@ A :class:`Call` is one call of the outermost model that :func:`~sebp.padding_fre
   of this kind run with padding.
 - If no backward can follow, padded tokens hold NaN, and the result must not hold any.
 - If a backward can follow, padded tokens hold numbers larger than any real one, and each must have
-  a gradient of zero, which :meth:`~sebp.torch.packing.Packing.pad` checks. Where that backward may
+  a gradient of zero, which :meth:`~.Packing.pad` checks. Where that backward may
   not happen (in evaluation, or where a part ran without gradients) the model runs again with NaN.
 
 Where the result is not proved, the model runs with padding, from the state at the beginning.
@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .devices import is_autocast
-from .packing import Packing, Unfit
+from .common.devices import is_autocast
+from .common.packing import Packing, Unfit
 from .trace import Once, State, WithoutDropout, copy_containers, leaves, put_containers_back
 
 Kind = tuple[object, ...]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, mpnet
-from .devices import are_together
+from .common.devices import are_together
 from .proof import CACHES, Call
 
 # What has a row for each token.

@@ -5,13 +5,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .bars import Bar, draw_bars
+from .common.step_times import Times, times_done
+from .common.work import LayerKind, Work, all_work_done
 from .compare import Comparison
 from .padding_free import PaddingFreeReport
 from .parts import Parts
 from .savings import Savings, work_between
-from .step_times import Times, times_done
 from .svg import Drawing
-from .work import LayerKind, Work, all_work_done
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ from ..sparse import (
     top_elements,
     weight_decay,
 )
-from .context import thread_context
+from .common.context import thread_context
+from .common.rows import find_rows
+from .common.tensors import DTYPES, matrix_of
 from .products import library_backward
-from .rows import find_rows
 from .sparse_settings import Settings
-from .tensors import DTYPES, matrix_of
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 

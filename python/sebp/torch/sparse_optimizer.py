@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core import SebpError
 from ..sparse import NONFINITE, BasisSums, SparseAdamW
-from .context import thread_context
+from .common.context import thread_context
+from .common.tensors import matrix_of
 from .feed_forward import refusal
 from .sparse_base import (
     StepGuard,
@@ -33,7 +34,6 @@ from .sparse_settings import (
     check_lapack,
     check_pair,
 )
-from .tensors import matrix_of
 
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
 _MOST_ENERGY = LARGEST_FLOAT / 4

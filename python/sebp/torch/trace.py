@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from .attend import attend
 from .blocks.dropout import drop
 from .blocks.norm import normalize
-from .devices import gpus_of
+from .common.devices import gpus_of
+from .common.packing import Unfit
 from .direct import Watcher
-from .packing import Unfit
 
 _PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
 

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ActivationOptions
-from ..context import context_of
+from ..common.context import context_of
+from ..common.tensors import matrix_of, new_like
 from ..direct import has_numbers
-from ..tensors import matrix_of, new_like
 
 
 class Activation(IntEnum):

@@ -9,9 +9,9 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._structs import DropoutOptions
-from ..context import context_of
+from ..common.context import context_of
+from ..common.tensors import matrix_of, new_like
 from ..direct import has_numbers
-from ..tensors import matrix_of, new_like
 
 
 def draw_seed() -> Tensor:

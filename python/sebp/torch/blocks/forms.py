@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..common.forward import Forward, has_own_forward, is_replaced
+from ..common.tensors import DTYPES
 from ..direct import is_plain
-from ..forward import Forward, has_own_forward, is_replaced
-from ..tensors import DTYPES
 from .activation import Activation, activate
 from .code import same_code
 from .dropout import drop
@@ -36,7 +36,7 @@ class Form(NamedTuple):
     fits : callable
         Returns whether a module is one.
     forward : callable
-        Its forward by the library, for :func:`~sebp.torch.forward.put_in`.
+        Its forward by the library, for :func:`~sebp.torch.common.forward.put_in`.
     """
 
     name: str

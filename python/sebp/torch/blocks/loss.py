@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..._structs import PRECISION_MEDIUM, CrossEntropyOptions
-from ..context import context_of
-from ..devices import autocast_dtype
+from ..common.context import context_of
+from ..common.devices import autocast_dtype
+from ..common.tensors import matrix_of
 from ..direct import has_numbers
-from ..tensors import matrix_of
 
 
 def linear_cross_entropy(

@@ -5,9 +5,9 @@ import sys
 
 from torch import nn
 
-from ..devices import is_reachable
-from ..forward import has, is_replaced, put_in, take_out
-from ..tensors import DTYPES
+from ..common.devices import is_reachable
+from ..common.forward import has, is_replaced, put_in, take_out
+from ..common.tensors import DTYPES
 from .forms import FORMS
 from .logits import head_forward
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..._structs import RotaryOptions
-from ..context import context_of, stream_of
+from ..common.context import context_of, stream_of
+from ..common.tensors import DTYPES, matrix_of, new_like
 from ..direct import has_numbers, is_plain
-from ..tensors import DTYPES, matrix_of, new_like
 from .code import same_code
 
 NAME = "apply_rotary_pos_emb"

@@ -10,8 +10,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .._library import load
-from .._structs import Info
+from ..._library import load
+from ..._structs import Info
 
 _MIN_CAPABILITY = (8, 0)
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._structs import BF16, F32, Matrix
+from ..._structs import BF16, F32, Matrix
 from .devices import are_together, cuda_version, is_reachable
 
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}

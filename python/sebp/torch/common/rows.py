@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The active rows of gradients."""
 
-from .._rules import Rule
-from .._structs import Matrix
-from ..core import Rows
+from ..._rules import Rule
+from ..._structs import Matrix
+from ...core import Rows
 from .context import context_of
 
 

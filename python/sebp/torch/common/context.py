@@ -7,8 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
-from .._library import load
-from ..core import Context
+from ..._library import load
+from ...core import Context
 from .devices import reason_against
 
 
