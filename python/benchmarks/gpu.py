@@ -32,10 +32,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from sebp._rules import Rule
 from sebp.attention import AttentionOptions
 from sebp.core import Rows
-from sebp.torch.attention_products import attention_backward, attention_forward
+from sebp.torch.attention.products import attention_backward, attention_forward
+from sebp.torch.attention.texts import Texts
 from sebp.torch.common.tensors import matrix_of
-from sebp.torch.products import library_backward, linear_backward
-from sebp.torch.texts import Texts
+from sebp.torch.linear_layers.products import library_backward, linear_backward
 
 Mode = Callable[[int], object]  # of the number of a set of inputs
 

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sebp.attention import Sequences
 from sebp.core import SebpError
-from sebp.torch.attend import Pattern, attend
+from sebp.torch.attention.attend import Pattern, attend
+from sebp.torch.attention.texts import Side, Texts
 from sebp.torch.common.tensors import by_rows
-from sebp.torch.texts import Side, Texts
 
 FULL, CAUSAL = Pattern(False), Pattern(True)
 

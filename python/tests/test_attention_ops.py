@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sebp.torch.attend import Pattern, attend, attend_told
-from sebp.torch.texts import Side, Texts
+from sebp.torch.attention.attend import Pattern, attend, attend_told
+from sebp.torch.attention.texts import Side, Texts
 
 PATTERNS = [FULL, CAUSAL, Pattern(True, 2), Pattern(False, 1)]
 

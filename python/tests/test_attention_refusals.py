@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import sebp
-from sebp.torch.mask_codes import sebp_mask
+from sebp.torch.attention.mask_codes import sebp_mask
 
 transformers = pytest.importorskip("transformers", minversion="5")
 from attention_models import (  # noqa: E402

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import sebp  # noqa: E402
 from sebp._rules import Rule  # noqa: E402
-from sebp.torch import linear, products  # noqa: E402
-from sebp.torch.layers import sparse_linear  # noqa: E402
+from sebp.torch import linear  # noqa: E402
+from sebp.torch.linear_layers import products  # noqa: E402
+from sebp.torch.linear_layers.linear import sparse_linear  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 OPERATOR = torch.ops.sebp.linear.default

@@ -21,7 +21,8 @@ import sebp  # noqa: E402
 from sebp._rules import parse_rule  # noqa: E402
 from sebp.core import Context, Rows, SebpError  # noqa: E402
 from sebp.torch import linear_cross_entropy  # noqa: E402
-from sebp.torch.attend import Pattern, attend  # noqa: E402
+from sebp.torch.attention.attend import Pattern, attend  # noqa: E402
+from sebp.torch.attention.texts import Texts  # noqa: E402
 from sebp.torch.blocks.activation import Activation, activate  # noqa: E402
 from sebp.torch.blocks.dropout import drop  # noqa: E402
 from sebp.torch.blocks.norm import Norm, normalize  # noqa: E402
@@ -31,8 +32,7 @@ from sebp.torch.common.devices import cuda_version  # noqa: E402
 from sebp.torch.common.rows import find_rows  # noqa: E402
 from sebp.torch.common.tensors import matrix_of  # noqa: E402
 from sebp.torch.common.work import work_done  # noqa: E402
-from sebp.torch.products import library_backward  # noqa: E402
-from sebp.torch.texts import Texts  # noqa: E402
+from sebp.torch.linear_layers.products import library_backward  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import sebp  # noqa: E402
 from sebp._rules import parse_rule  # noqa: E402
-from sebp.torch import linear, ops  # noqa: E402
-from sebp.torch.direct import is_direct  # noqa: E402
-from sebp.torch.layers import sparse_linear  # noqa: E402
+from sebp.torch import linear  # noqa: E402
+from sebp.torch.linear_layers import ops  # noqa: E402
+from sebp.torch.linear_layers.direct import is_direct  # noqa: E402
+from sebp.torch.linear_layers.linear import sparse_linear  # noqa: E402
 
 OPERATOR = torch.ops.sebp.linear.default
 

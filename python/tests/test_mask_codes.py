@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sebp.torch.attend import Pattern
-from sebp.torch.mask_codes import Mask, decode, decode_row, restarts, sebp_mask
+from sebp.torch.attention.attend import Pattern
+from sebp.torch.attention.mask_codes import Mask, decode, decode_row, restarts, sebp_mask
 
 pytest.importorskip("transformers", minversion="5")
 from transformers import masking_utils as m  # noqa: E402

@@ -142,7 +142,7 @@ def test_mask_is_used_and_released():
 @pytest.mark.parametrize("name", NAMES + MORE_NAMES)
 def test_rows_are_sparse(name, capfd, monkeypatch):
     """The layers do see the padding: in all of them fewer rows than there are tokens."""
-    import sebp.torch.products as products
+    import sebp.torch.linear_layers.products as products
 
     counts = []
     find = products.find_rows

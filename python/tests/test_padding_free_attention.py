@@ -11,9 +11,9 @@ pytest.importorskip("transformers", minversion="5.0")
 from models import make_batch, make_model  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch import attention  # noqa: E402
-from sebp.torch.attend import Pattern, attend  # noqa: E402
-from sebp.torch.texts import Texts  # noqa: E402
+from sebp.torch.attention import packed_texts  # noqa: E402
+from sebp.torch.attention.attend import Pattern, attend  # noqa: E402
+from sebp.torch.attention.texts import Texts  # noqa: E402
 from sebp.torch.trace import WithoutDropout  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def calls(monkeypatch):
         dtypes.append(query.dtype)
         return attend(query, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "attend", noted)
+    monkeypatch.setattr(packed_texts, "attend", noted)
     return dtypes
 
 
@@ -112,7 +112,7 @@ def test_a_bias_of_texts():
     lengths, heads = [3, 0, 5, 2], 2
     q, k, v = (torch.randn(1, heads, 10, 8, requires_grad=True) for _ in range(3))
     bias = torch.randn(1, heads, 6, 7, requires_grad=True)
-    got = attention.attend_packed(q, k, v, lengths, False, bias=bias)
+    got = packed_texts.attend_packed(q, k, v, lengths, False, bias=bias)
     want, at = [], 0
     for length in lengths:
         part = [x[:, :, at : at + length] for x in (q, k, v)]
@@ -128,9 +128,9 @@ def test_a_bias_of_texts():
     for mine, right in zip(ours, torch.autograd.grad(want, inputs, dy), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="the bias is"):
-        attention.attend_packed(q, k, v, lengths, False, bias=bias[:, :, :4])
+        packed_texts.attend_packed(q, k, v, lengths, False, bias=bias[:, :, :4])
 
 
 def test_no_tokens():
     q = torch.randn(1, 2, 0, 8)
-    assert attention.attend_packed(q, q, q, [], True, window=4).shape == (1, 0, 2, 8)
+    assert packed_texts.attend_packed(q, q, q, [], True, window=4).shape == (1, 0, 2, 8)

@@ -63,7 +63,7 @@ def test_ten_steps_with_both(name):
 
 def test_rows_of_the_last_block(monkeypatch):
     """Of the real tokens only [CLS] is active in the last block's feed-forward layers."""
-    import sebp.torch.products as products
+    import sebp.torch.linear_layers.products as products
 
     counts = []
     find = products.find_rows

@@ -15,10 +15,10 @@ from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch.attend import Pattern, attend  # noqa: E402
+from sebp.torch.attention.attend import Pattern, attend  # noqa: E402
+from sebp.torch.attention.texts import Texts  # noqa: E402
 from sebp.torch.common.step_times import Times, times_done  # noqa: E402
 from sebp.torch.common.work import all_work_done  # noqa: E402
-from sebp.torch.texts import Texts  # noqa: E402
 
 PAUSE = 0.03
 

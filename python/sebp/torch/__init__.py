@@ -5,10 +5,10 @@ They lie on the CPU or, where the library was built with CUDA, on a GPU.
 """
 
 from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
-from .attention_interface import register_attention
+from .attention.interface import register_attention
 from .blocks.loss import linear_cross_entropy
 from .compare import Comparison, compare
-from .layers import linear
+from .linear_layers.linear import linear
 from .lora import apply_lora_to_model, merge_lora
 from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare

@@ -13,7 +13,7 @@ from .blocks.put import give_blocks, give_heads, take_blocks, take_heads
 from .common.devices import reason_against
 from .common.step import unwrap
 from .common.tensors import DTYPES
-from .layers import take_rule
+from .linear_layers.linear import take_rule
 from .padding_free import (
     PaddingFreeReport,
     has_asked,

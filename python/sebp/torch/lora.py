@@ -15,7 +15,7 @@ from .common.context import thread_context
 from .common.devices import autocast_dtype
 from .common.tensors import DTYPES, matrix_of
 from .feed_forward import choose_layers, refusal
-from .layers import sparse_linear
+from .linear_layers.linear import sparse_linear
 
 _ATTRIBUTES = ("lora_a", "lora_b", "lora_scale", "lora_hook", "lora_weight_trains")
 _NARROW = (torch.bfloat16, torch.float16)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import attention, mpnet
+from .attention import mpnet, packed_texts
 from .common.forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
 from .common.packing import Packing, current_packing, packed
-from .layers import linear_classes
+from .linear_layers.linear import linear_classes
 from .proof import Call, Proofs, current_call
 from .refusals import PACKED, foreign_part, refusal, signature_of
 
@@ -211,7 +211,7 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     if call.is_unexpected(kind):
         return forward.original(*args, **kwargs)
     call.begin(kind, packing)
-    attention.register()  # where the model has been unpickled, nobody has yet
+    packed_texts.register()  # where the model has been unpickled, nobody has yet
     with packed(packing):
         output = forward.original(**_pack(module, given, packing))
     return _pad_first(output, packing, call) if _exit_of(module) is module else output
@@ -294,7 +294,7 @@ def _reason_against(module: nn.Module) -> str:
         return "its attention is not one of transformers' table of attentions"
     if "position_ids" not in signature_of(kind.forward).parameters:
         return "it cannot be told positions"
-    if module.config._attn_implementation not in attention.NAMES and not mpnet.is_mpnet(module):
+    if module.config._attn_implementation not in packed_texts.NAMES and not mpnet.is_mpnet(module):
         return f'its attention is "{module.config._attn_implementation}", not "sdpa" or "sebp"'
     return ""
 
@@ -398,7 +398,7 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
 
 def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
     """Make one base model run without padding."""
-    attention.register()
+    packed_texts.register()
     if mpnet.is_mpnet(module):
         mpnet.prepare(module)
     outer = vars(module).get("_sebp_outer_proofs", [])

@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from . import attention, mpnet
+from .attention import mpnet, packed_texts
 from .common.devices import are_together
 from .proof import CACHES, Call
 
@@ -56,7 +56,7 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     config, mask = module.config, given.get("attention_mask")
     if given.get("use_cache") or any(given.get(name) is not None for name in CACHES):
         return "a cache"
-    if config._attn_implementation not in attention.NAMES and not mpnet.is_mpnet(module):
+    if config._attn_implementation not in packed_texts.NAMES and not mpnet.is_mpnet(module):
         return f"the attention has been set to {config._attn_implementation}"
     if mask is None:
         return "no padding: texts lie end to end" if _is_packed(given) else "no attention_mask"

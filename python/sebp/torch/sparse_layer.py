@@ -41,7 +41,7 @@ from ..sparse import (
 from .common.context import thread_context
 from .common.rows import find_rows
 from .common.tensors import DTYPES, matrix_of
-from .products import library_backward
+from .linear_layers.products import library_backward
 from .sparse_settings import Settings
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .._rules import RowRule, parse_rule
 from .apply import OWNER, Layers, Report, apply_sebp_to_model
 from .common.work import LayerKind, Work, work_done
-from .layers import take_rule
+from .linear_layers.linear import take_rule
 from .padding_free import has_asked, put_padding_back
 from .savings import Savings
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..._structs import ActivationOptions
 from ..common.context import context_of
 from ..common.tensors import matrix_of, new_like
-from ..direct import has_numbers
+from ..linear_layers.direct import has_numbers
 
 
 class Activation(IntEnum):

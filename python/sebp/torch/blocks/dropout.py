@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from ..._structs import DropoutOptions
 from ..common.context import context_of
 from ..common.tensors import matrix_of, new_like
-from ..direct import has_numbers
+from ..linear_layers.direct import has_numbers
 
 
 def draw_seed() -> Tensor:

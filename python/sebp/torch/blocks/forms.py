@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..common.forward import Forward, has_own_forward, is_replaced
 from ..common.tensors import DTYPES
-from ..direct import is_plain
+from ..linear_layers.direct import is_plain
 from .activation import Activation, activate
 from .code import same_code
 from .dropout import drop

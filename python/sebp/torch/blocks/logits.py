@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from ..._rules import Rule
 from ...core import SebpError
-from ..autograd import dtypes_of, only_wanted, wanted_dtypes
 from ..common.devices import autocast_dtype
 from ..common.forward import Forward
 from ..common.tensors import DTYPES
-from ..direct import is_plain
+from ..linear_layers.autograd import dtypes_of, only_wanted, wanted_dtypes
+from ..linear_layers.direct import is_plain
 from .loss import linear_cross_entropy
 
 Step = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ from ..._structs import PRECISION_MEDIUM, CrossEntropyOptions
 from ..common.context import context_of
 from ..common.devices import autocast_dtype
 from ..common.tensors import matrix_of
-from ..direct import has_numbers
+from ..linear_layers.direct import has_numbers
 
 
 def linear_cross_entropy(

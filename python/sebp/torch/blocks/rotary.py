@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from ..._structs import RotaryOptions
 from ..common.context import context_of, stream_of
 from ..common.tensors import DTYPES, matrix_of, new_like
-from ..direct import has_numbers, is_plain
+from ..linear_layers.direct import has_numbers, is_plain
 from .code import same_code
 
 NAME = "apply_rotary_pos_emb"

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
-from ..attention import AttentionOptions
-from .attention_products import attention_backward, attention_forward
+from ...attention import AttentionOptions
 from .flops import attention_backward_flop, attention_flop
+from .products import attention_backward, attention_forward
 from .texts import Texts
 
 NO_SECOND = "sebp's attention has no second derivatives; attn_implementation='eager' has them"

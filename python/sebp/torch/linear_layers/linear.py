@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._rules import RowRule, Rule, parse_rule
+from ..._rules import RowRule, Rule, parse_rule
+from ..common.devices import autocast_dtype, is_reachable
+from ..common.forward import Forward, is_traced, is_transformed, put_in, take_out
+from ..common.packing import current_packing
+from ..common.tensors import DTYPES
 from . import ops  # noqa: F401, registers sebp::linear
-from .common.devices import autocast_dtype, is_reachable
-from .common.forward import Forward, is_traced, is_transformed, put_in, take_out
-from .common.packing import current_packing
-from .common.tensors import DTYPES
 from .direct import PLAIN, direct_linear, is_direct
 
 

@@ -5,9 +5,9 @@ import math
 
 from torch import Tensor, nn
 
-from .attention import attend_packed
-from .common.forward import Forward, put_in, take_out
-from .common.packing import current_packing, lengths_of
+from ..common.forward import Forward, put_in, take_out
+from ..common.packing import current_packing, lengths_of
+from .packed_texts import attend_packed
 
 
 def is_mpnet(module: nn.Module) -> bool:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._rules import Rule
-from .._structs import RULE_NONZERO
+from ..._rules import Rule
+from ..._structs import RULE_NONZERO
+from ..common.rows import find_rows
+from ..common.tensors import is_ours, matrix_of
 from .autograd import backward, double_backward, save_for_backward, save_for_double_backward
-from .common.rows import find_rows
-from .common.tensors import is_ours, matrix_of
 from .flops import linear_backward_flop, linear_flop
 from .products import linear_backward, linear_forward, sizes
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._rules import Rule
-from .._structs import ACCUMULATE, BF16, PRECISION_MEDIUM, LinearOptions, Matrix
-from ..core import Rows
-from .common.context import context_of, is_fast_in_bfloat16
-from .common.rows import find_rows
-from .common.tensors import DTYPES, is_ours, matrix_of, matrix_of_size
-from .common.work import LayerKind, count_work, counts_forwards, device_of
+from ..._rules import Rule
+from ..._structs import ACCUMULATE, BF16, PRECISION_MEDIUM, LinearOptions, Matrix
+from ...core import Rows
+from ..common.context import context_of, is_fast_in_bfloat16
+from ..common.rows import find_rows
+from ..common.tensors import DTYPES, is_ours, matrix_of, matrix_of_size
+from ..common.work import LayerKind, count_work, counts_forwards, device_of
 
 _KNOWN = frozenset((None, *DTYPES))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .._structs import RULE_NONZERO
+from ..._structs import RULE_NONZERO
 from .products import sizes
 
 Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..attention import Sequences
+from ...attention import Sequences
 
 Booleans = NDArray[np.bool_]
 Integers = NDArray[np.int64]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._rules import Rule
+from ..._rules import Rule
+from ..common.devices import has_gpu
+from ..common.forward import is_transformed
 from .autograd import dtypes_of, only_wanted, wanted_dtypes
-from .common.devices import has_gpu
-from .common.forward import is_transformed
 from .products import linear_backward, linear_forward
 
 PLAIN = (Tensor, nn.Parameter)  # of these classes, not of one derived from them

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..common.devices import autocast_dtype
+from ..common.packing import Unfit, current_packing, lengths_of
+from ..common.tensors import DTYPES
 from .attend import Pattern, attend
-from .common.devices import autocast_dtype
-from .common.packing import Unfit, current_packing, lengths_of
-from .common.tensors import DTYPES
 from .texts import Texts
 
 SDPA = "sdpa"

@@ -6,11 +6,11 @@ import time
 import torch
 from torch import Tensor
 
-from .._structs import Matrix
-from ..attention import AttentionOptions
-from .common.context import context_of
-from .common.step_times import add_attention
-from .common.tensors import matrix_of, new_like
+from ..._structs import Matrix
+from ...attention import AttentionOptions
+from ..common.context import context_of
+from ..common.step_times import add_attention
+from ..common.tensors import matrix_of, new_like
 from .texts import Side, Texts
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..common.devices import autocast_dtype, reason_against
+from ..common.forward import is_traced
+from ..common.packing import Unfit, lengths_of
 from .attend import attend, attend_told
-from .attention import attend_packed, check_packed
-from .common.devices import autocast_dtype, reason_against
-from .common.forward import is_traced
-from .common.packing import Unfit, lengths_of
 from .mask_codes import decode, decode_row, sebp_mask
+from .packed_texts import attend_packed, check_packed
 from .read_texts import Told, attends_to_itself, read_texts
 
 NAME = "sebp"
@@ -70,7 +70,7 @@ def register_attention() -> str:
     import transformers
     import transformers.masking_utils
 
-    from .. import _library
+    from ... import _library
 
     mask_function = transformers.masking_utils.sdpa_mask
     if "q_length" not in inspect.signature(mask_function).parameters:

@@ -10,13 +10,13 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..attention import AttentionOptions
-from . import attention_ops  # noqa: F401, registers sebp::attention
-from .attention_products import attention_backward, attention_forward
-from .blocks.dropout import draw_seed
-from .common.devices import reason_against
-from .common.tensors import DTYPES, by_rows
-from .direct import is_direct
+from ...attention import AttentionOptions
+from ..blocks.dropout import draw_seed
+from ..common.devices import reason_against
+from ..common.tensors import DTYPES, by_rows
+from ..linear_layers.direct import is_direct
+from . import ops  # noqa: F401, registers sebp::attention
+from .products import attention_backward, attention_forward
 from .texts import Texts
 
 
@@ -235,7 +235,7 @@ def _check_shapes(
 
 
 class _How(NamedTuple):
-    """Options, the seed for the operator, and whether that is called directly (:mod:`.direct`)."""
+    """Options, the operator's seed, and whether that is called directly (:func:`is_direct`)."""
 
     options: AttentionOptions
     seed: Tensor | None

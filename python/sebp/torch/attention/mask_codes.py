@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ..common.forward import is_traced
 from .attend import Pattern
-from .common.forward import is_traced
 
 _FIELD = 2**20 - 1
 _UNTOLD = _FIELD
