@@ -18,7 +18,7 @@ from padding_free_models import DECODERS, ENCODERS, SIDES, pair, same, watch_row
 from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch.padding_free import proofs_of  # noqa: E402
+from sebp.torch.padding.models import proofs_of  # noqa: E402
 
 
 def spy(capfd, monkeypatch):
@@ -309,7 +309,7 @@ def test_in_another_process(tmp_path):
         "import sys, torch\n"
         "model, batch, loss = torch.load(sys.argv[1], weights_only=False)\n"
         "torch.testing.assert_close(model(**batch).loss.detach(), loss)\n"
-        "from sebp.torch.padding_free import proofs_of\n"
+        "from sebp.torch.padding.models import proofs_of\n"
         "assert proofs_of(model).calls[''] == 1, proofs_of(model)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]

@@ -14,7 +14,7 @@ import sebp  # noqa: E402
 from sebp.torch.attention import packed_texts  # noqa: E402
 from sebp.torch.attention.attend import Pattern, attend  # noqa: E402
 from sebp.torch.attention.texts import Texts  # noqa: E402
-from sebp.torch.trace import WithoutDropout  # noqa: E402
+from sebp.torch.padding.trace import WithoutDropout  # noqa: E402
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from .blocks.loss import linear_cross_entropy
 from .compare import Comparison, compare
 from .linear_layers.linear import linear
 from .lora import apply_lora_to_model, merge_lora
-from .padding_free import PaddingFreeReport, padding_free, remove_padding_free
+from .padding.models import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare
 from .profile import LayerProfile, Profile, profile
 from .run_report import RunReport

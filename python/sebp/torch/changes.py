@@ -14,7 +14,7 @@ from .common.devices import reason_against
 from .common.step import unwrap
 from .common.tensors import DTYPES
 from .linear_layers.linear import take_rule
-from .padding_free import (
+from .padding.models import (
     PaddingFreeReport,
     has_asked,
     leave_padding_out,

@@ -19,9 +19,9 @@ from .common.forward import as_it_is
 from .common.step import Batch, Loss, Step, parameters_for, unwrap
 from .common.step_times import forget_times, times_done
 from .common.work import Work, all_work_done, forget_work, work_done
-from .padding_free import proofs_of
+from .padding.models import proofs_of
+from .padding.trace import State, WithoutDropout
 from .parts import Parts, parts_of
-from .trace import State, WithoutDropout
 
 # What the order of sums may change, as a share of a gradient's largest element: in float32 some
 # thousand roundings of 6e-8. In shorter formats one rounding is 4e-3, and where the terms of a sum

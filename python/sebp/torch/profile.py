@@ -18,7 +18,7 @@ from .common.rows import find_rows
 from .common.step import Batch, Step, generators_kept, stand_ins, unwrap
 from .common.tensors import DTYPES, matrix_of
 from .heat_map import draw
-from .padding_free import runs_padding_free
+from .padding.models import runs_padding_free
 from .svg import Drawing
 
 

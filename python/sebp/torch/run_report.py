@@ -8,7 +8,7 @@ from .bars import Bar, draw_bars
 from .common.step_times import Times, times_done
 from .common.work import LayerKind, Work, all_work_done
 from .compare import Comparison
-from .padding_free import PaddingFreeReport
+from .padding.models import PaddingFreeReport
 from .parts import Parts
 from .savings import Savings, work_between
 from .svg import Drawing

@@ -9,7 +9,7 @@ from .._rules import RowRule, parse_rule
 from .apply import OWNER, Layers, Report, apply_sebp_to_model
 from .common.work import LayerKind, Work, work_done
 from .linear_layers.linear import take_rule
-from .padding_free import has_asked, put_padding_back
+from .padding.models import has_asked, put_padding_back
 from .savings import Savings
 
 

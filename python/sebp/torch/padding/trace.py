@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .attention.attend import attend
-from .blocks.dropout import drop
-from .blocks.norm import normalize
-from .common.devices import gpus_of
-from .common.packing import Unfit
-from .linear_layers.direct import Watcher
+from ..attention.attend import attend
+from ..blocks.dropout import drop
+from ..blocks.norm import normalize
+from ..common.devices import gpus_of
+from ..common.packing import Unfit
+from ..linear_layers.direct import Watcher
 
 _PLAIN_VALUES = (bool, int, float, str, type(None), Tensor)
 

@@ -7,8 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from .attention import mpnet, packed_texts
-from .common.devices import are_together
+from ..attention import mpnet, packed_texts
+from ..common.devices import are_together
 from .proof import CACHES, Call
 
 # What has a row for each token.

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import mpnet, packed_texts
-from .common.forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
-from .common.packing import Packing, current_packing, packed
-from .linear_layers.linear import linear_classes
+from ..attention import mpnet, packed_texts
+from ..common.forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
+from ..common.packing import Packing, current_packing, packed
+from ..linear_layers.linear import linear_classes
 from .proof import Call, Proofs, current_call
 from .refusals import PACKED, foreign_part, refusal, signature_of
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .common.devices import is_autocast
-from .common.packing import Packing, Unfit
+from ..common.devices import is_autocast
+from ..common.packing import Packing, Unfit
 from .trace import Once, State, WithoutDropout, copy_containers, leaves, put_containers_back
 
 Kind = tuple[object, ...]
