@@ -24,7 +24,7 @@ from texts import make_batch, read_texts
 from torch import nn
 
 from sebp.sparse import Basis, BasisSums, Sums
-from sebp.torch.feed_forward import choose_layers, place_of
+from sebp.torch.apply.feed_forward import choose_layers, place_of
 
 _RATE = 1e-5
 _PHASES = {

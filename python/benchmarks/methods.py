@@ -25,7 +25,7 @@ from torch import nn
 import sebp
 from sebp.sparse import Basis
 from sebp.torch import SparseOptimizer
-from sebp.torch.feed_forward import choose_layers
+from sebp.torch.apply.feed_forward import choose_layers
 
 
 @dataclass(frozen=True)

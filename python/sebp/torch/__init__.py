@@ -4,12 +4,12 @@
 They lie on the CPU or, where the library was built with CUDA, on a GPU.
 """
 
-from .apply import Report, apply_sebp_to_model, remove_sebp_from_model
+from .apply.layers import Report, apply_sebp_to_model, remove_sebp_from_model
+from .apply.lora import apply_lora_to_model, merge_lora
 from .attention.interface import register_attention
 from .blocks.loss import linear_cross_entropy
 from .compare import Comparison, compare
 from .linear_layers.linear import linear
-from .lora import apply_lora_to_model, merge_lora
 from .padding.models import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare
 from .profile import LayerProfile, Profile, profile

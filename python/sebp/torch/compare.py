@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from .changes import Changes
+from .apply.changes import Changes
 from .common.forward import as_it_is
 from .common.step import Batch, Loss, Step, parameters_for, unwrap
 from .common.step_times import forget_times, times_done

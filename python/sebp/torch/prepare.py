@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from .changes import Changes
+from .apply.changes import Changes
 from .common.devices import reason_against
 from .common.step import Batch, Loss
 from .common.step_times import stop_timing, time_steps
@@ -28,7 +28,7 @@ class Prepared(Changes):
     """What :func:`prepare` did to a model; ``str()`` reports it.
 
     As a context manager it undoes it at the end. It has the attributes of
-    :class:`~sebp.torch.changes.Changes`: `model`, `layers`, `padding` and `is_in`.
+    :class:`~sebp.torch.apply.changes.Changes`: `model`, `layers`, `padding` and `is_in`.
     """
 
     def __init__(self, model: nn.Module, check: bool = True, defer_logits: bool = False) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._rules import RowRule, Rule, parse_rule
-from .apply import linear_layers
+from .apply.layers import linear_layers
 from .common.rows import find_rows
 from .common.step import Batch, Step, generators_kept, stand_ins, unwrap
 from .common.tensors import DTYPES, matrix_of

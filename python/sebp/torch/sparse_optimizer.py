@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..core import SebpError
 from ..sparse import NONFINITE, BasisSums, SparseAdamW
+from .apply.feed_forward import refusal
 from .common.context import thread_context
 from .common.tensors import matrix_of
-from .feed_forward import refusal
 from .sparse_base import (
     StepGuard,
     drop_state,

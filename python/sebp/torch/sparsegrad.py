@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ..sparse import Basis
-from .apply import Layers
-from .feed_forward import choose_layers, place_of
+from .apply.feed_forward import choose_layers, place_of
+from .apply.layers import Layers
 from .sparse_base import check_base, numbers_of_steps, refuse_processes
 from .sparse_layer import SparseLayer
 from .sparse_optimizer import SparseOptimizer

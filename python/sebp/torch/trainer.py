@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._rules import RowRule, parse_rule
-from .apply import OWNER, Layers, Report, apply_sebp_to_model
+from .apply.layers import OWNER, Layers, Report, apply_sebp_to_model
 from .common.work import LayerKind, Work, work_done
 from .linear_layers.linear import take_rule
 from .padding.models import has_asked, put_padding_back

@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .. import _library
-from .._rules import RowRule, Rule, parse_rule
-from .blocks.put import take_blocks, take_heads
-from .common.forward import has_own_forward, is_replaced
-from .common.step_times import stop_timing
-from .linear_layers.linear import give_rule, has_rule, linear_classes, take_rule
-from .padding.models import PaddingFreeReport, leave_padding_out, put_padding_back
+from ... import _library
+from ..._rules import RowRule, Rule, parse_rule
+from ..blocks.put import take_blocks, take_heads
+from ..common.forward import has_own_forward, is_replaced
+from ..common.step_times import stop_timing
+from ..linear_layers.linear import give_rule, has_rule, linear_classes, take_rule
+from ..padding.models import PaddingFreeReport, leave_padding_out, put_padding_back
 
 OWNER = "apply_sebp_to_model"  # for leave_padding_out()
 PREPARED = "prepare"  # likewise, of sebp.prepare

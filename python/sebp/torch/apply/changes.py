@@ -6,21 +6,21 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from .. import _library
-from .._rules import Rule
-from .apply import PREPARED, Report, give_rules
-from .blocks.put import give_blocks, give_heads, take_blocks, take_heads
-from .common.devices import reason_against
-from .common.step import unwrap
-from .common.tensors import DTYPES
-from .linear_layers.linear import take_rule
-from .padding.models import (
+from ... import _library
+from ..._rules import Rule
+from ..blocks.put import give_blocks, give_heads, take_blocks, take_heads
+from ..common.devices import reason_against
+from ..common.step import unwrap
+from ..common.tensors import DTYPES
+from ..linear_layers.linear import take_rule
+from ..padding.models import (
     PaddingFreeReport,
     has_asked,
     leave_padding_out,
     proofs_of,
     put_padding_back,
 )
+from .layers import PREPARED, Report, give_rules
 
 _Self = TypeVar("_Self", bound="Changes")
 

@@ -8,14 +8,14 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .._rules import Rule
-from ..sparse import lora_merge
-from .apply import Layers
-from .common.context import thread_context
-from .common.devices import autocast_dtype
-from .common.tensors import DTYPES, matrix_of
+from ..._rules import Rule
+from ...sparse import lora_merge
+from ..common.context import thread_context
+from ..common.devices import autocast_dtype
+from ..common.tensors import DTYPES, matrix_of
+from ..linear_layers.linear import sparse_linear
 from .feed_forward import choose_layers, refusal
-from .linear_layers.linear import sparse_linear
+from .layers import Layers
 
 _ATTRIBUTES = ("lora_a", "lora_b", "lora_scale", "lora_hook", "lora_weight_trains")
 _NARROW = (torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .apply import Layers, chooser, linear_layers
+from .layers import Layers, chooser, linear_layers
 
 # The two or three linear layers of a feed-forward block: BERT and RoBERTa, DistilBERT, and GPT-2,
 # Llama, Mistral and Qwen.
