@@ -92,7 +92,7 @@ class Share:
     elements : int
         That are trained.
     gradient, state, bases, scratch : int
-        Bytes, as :class:`sebp.torch.sparse_optimizer.SparseBytes` counts them.
+        Bytes, as :class:`sebp.torch.sparse.optimizer.SparseBytes` counts them.
     energy : list of (float, float)
         The shares of the gradients' energy in the two sides of each basis.
     """

@@ -1437,7 +1437,7 @@ def test_no_lapack(monkeypatch):
     net = make_net()
     with monkeypatch.context() as patch:
         # As if it had one, where there is none.
-        patch.setattr("sebp.torch.sparsegrad.check_lapack", lambda: None)
+        patch.setattr("sebp.torch.sparse.apply.check_lapack", lambda: None)
         optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, layers="*")
     saved = optimizer.state_dict()
     optimizer.release()

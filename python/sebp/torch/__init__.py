@@ -14,8 +14,8 @@ from .padding.models import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare
 from .profile import LayerProfile, Profile, profile
 from .run_report import RunReport
-from .sparse_optimizer import SparseOptimizer
-from .sparsegrad import apply_meprop_to_model, apply_sparsegrad_to_model
+from .sparse.apply import apply_meprop_to_model, apply_sparsegrad_to_model
+from .sparse.optimizer import SparseOptimizer
 
 __all__ = [
     "Comparison",

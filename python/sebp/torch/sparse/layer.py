@@ -3,7 +3,7 @@
 
 A layer's forward and its gradients of inputs and bias are not changed. Its weight requires no
 gradient. A hook on the forward makes the backward compute, from dY and X on the active rows, the k
-elements that are kept. :mod:`.sparse_optimizer` takes a step with them.
+elements that are kept. :mod:`.optimizer` takes a step with them.
 
 The kept elements are not the weight's ``grad``, which has the shape of the weight, but they are
 treated as the ``grad`` of others is. ``backward()`` computes them and ``torch.autograd.grad()``
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .._rules import Rule
-from .._structs import Matrix
-from ..core import Rows, SebpError
-from ..sparse import (
+from ..._rules import Rule
+from ..._structs import Matrix
+from ...core import Rows, SebpError
+from ...sparse import (
     NONFINITE,
     AdamW,
     Basis,
@@ -38,11 +38,11 @@ from ..sparse import (
     top_elements,
     weight_decay,
 )
-from .common.context import thread_context
-from .common.rows import find_rows
-from .common.tensors import DTYPES, matrix_of
-from .linear_layers.products import library_backward
-from .sparse_settings import Settings
+from ..common.context import thread_context
+from ..common.rows import find_rows
+from ..common.tensors import DTYPES, matrix_of
+from ..linear_layers.products import library_backward
+from .settings import Settings
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..sparse import Basis, BasisSums
+from ...sparse import Basis, BasisSums
 
 UNKNOWN_SHARES = (float("nan"), float("nan"))
 

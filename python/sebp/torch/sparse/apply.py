@@ -6,13 +6,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..sparse import Basis
-from .apply.feed_forward import choose_layers, place_of
-from .apply.layers import Layers
-from .sparse_base import check_base, numbers_of_steps, refuse_processes
-from .sparse_layer import SparseLayer
-from .sparse_optimizer import SparseOptimizer
-from .sparse_settings import (
+from ...sparse import Basis
+from ..apply.feed_forward import choose_layers, place_of
+from ..apply.layers import Layers
+from .base_optimizer import check_base, numbers_of_steps, refuse_processes
+from .layer import SparseLayer
+from .optimizer import SparseOptimizer
+from .settings import (
     Kind,
     Settings,
     as_integer,

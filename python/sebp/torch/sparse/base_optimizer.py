@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..core import SebpError
-from ..sparse import AdamW, check_adamw
-from .common.context import thread_context
+from ...core import SebpError
+from ...sparse import AdamW, check_adamw
+from ..common.context import thread_context
 
 # Options of a group that change an optimizer's step, those of schedule-free ones included, whose
 # warm-up is part of the step.

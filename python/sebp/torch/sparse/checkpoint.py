@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sparse import Basis, BasisSums, Moments, SparseAdamW, Sums
-from .sparse_settings import Kind, Settings, check_k, check_rank
+from ...sparse import Basis, BasisSums, Moments, SparseAdamW, Sums
+from .settings import Kind, Settings, check_k, check_rank
 
 
 def tensors_of(copy: tuple) -> dict[str, object]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of SparseGrad and MeProp.
 
-It takes steps with the elements that :mod:`.sparse_layer` collects, and leaves the other parameters
+It takes steps with the elements that :mod:`.layer` collects, and leaves the other parameters
 to the user's optimizer.
 """
 
@@ -11,21 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import SebpError
-from ..sparse import NONFINITE, BasisSums, SparseAdamW
-from .apply.feed_forward import refusal
-from .common.context import thread_context
-from .common.tensors import matrix_of
-from .sparse_base import (
+from ...core import SebpError
+from ...sparse import NONFINITE, BasisSums, SparseAdamW
+from ..apply.feed_forward import refusal
+from ..common.context import thread_context
+from ..common.tensors import matrix_of
+from .base_optimizer import (
     StepGuard,
     drop_state,
     numbers_of_steps,
     refuse_evaluation,
     refuse_processes,
 )
-from .sparse_checkpoint import load_basis, load_moments, load_sums, tensors_of
-from .sparse_layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer
-from .sparse_settings import (
+from .checkpoint import load_basis, load_moments, load_sums, tensors_of
+from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer
+from .settings import (
     UNKNOWN_SHARES,
     Kind,
     Settings,
