@@ -21,7 +21,7 @@ from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
 from sebp.torch.common.forward import put_in, take_out  # noqa: E402
-from sebp.torch.parts import parts_of  # noqa: E402
+from sebp.torch.report.parts import parts_of  # noqa: E402
 
 # Tiny models gain no time, or as much as the machine's other work leaves.
 pytestmark = pytest.mark.filterwarnings(

@@ -212,7 +212,7 @@ def test_heat_map_of_other_rows(monkeypatch):
         shares.update(zip(names, rows, strict=True))
         return ""
 
-    monkeypatch.setattr(sys.modules["sebp.torch.profile"], "draw", draw)
+    monkeypatch.setattr(sys.modules["sebp.torch.report.profile"], "draw", draw)
     profile.to_svg()
     assert shares["tokens"].shape == shares["flat"].shape == (4,)
     np.testing.assert_allclose(shares["table"], [1 / 24])

@@ -12,8 +12,8 @@ from models import make_batch, make_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch import savings  # noqa: E402
-from sebp.torch.bars import Bar, draw_bars  # noqa: E402
+from sebp.torch.report import savings  # noqa: E402
+from sebp.torch.report.bars import Bar, draw_bars  # noqa: E402
 
 SVG = "{http://www.w3.org/2000/svg}"
 

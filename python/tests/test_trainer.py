@@ -17,8 +17,8 @@ from models import make_batch, make_model  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 import sebp  # noqa: E402
-from sebp.torch import savings as ours  # noqa: E402
 from sebp.torch.common.work import LayerKind, Work, work_done  # noqa: E402
+from sebp.torch.report import savings as ours  # noqa: E402
 
 KEYS = {"sebp_activity", "sebp_seconds_saved"}
 SAMPLES = 16

@@ -8,12 +8,12 @@ from .apply.layers import Report, apply_sebp_to_model, remove_sebp_from_model
 from .apply.lora import apply_lora_to_model, merge_lora
 from .attention.interface import register_attention
 from .blocks.loss import linear_cross_entropy
-from .compare import Comparison, compare
 from .linear_layers.linear import linear
 from .padding.models import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare
-from .profile import LayerProfile, Profile, profile
-from .run_report import RunReport
+from .report.compare import Comparison, compare
+from .report.profile import LayerProfile, Profile, profile
+from .report.run import RunReport
 from .sparse.apply import apply_meprop_to_model, apply_sparsegrad_to_model
 from .sparse.optimizer import SparseOptimizer
 

@@ -10,8 +10,8 @@ from .apply.changes import Changes
 from .common.devices import reason_against
 from .common.step import Batch, Loss
 from .common.step_times import stop_timing, time_steps
-from .compare import compare
-from .run_report import Run, RunReport
+from .report.compare import compare
+from .report.run import Run, RunReport
 
 _EXPECT_REAL_TOKENS = """\
 expect   a step whose time grows with the real tokens, not with the padded length

@@ -10,7 +10,7 @@ from .apply.layers import OWNER, Layers, Report, apply_sebp_to_model
 from .common.work import LayerKind, Work, work_done
 from .linear_layers.linear import take_rule
 from .padding.models import has_asked, put_padding_back
-from .savings import Savings
+from .report.savings import Savings
 
 
 class SebpCallback(TrainerCallback):

@@ -14,13 +14,13 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from .apply.changes import Changes
-from .common.forward import as_it_is
-from .common.step import Batch, Loss, Step, parameters_for, unwrap
-from .common.step_times import forget_times, times_done
-from .common.work import Work, all_work_done, forget_work, work_done
-from .padding.models import proofs_of
-from .padding.trace import State, WithoutDropout
+from ..apply.changes import Changes
+from ..common.forward import as_it_is
+from ..common.step import Batch, Loss, Step, parameters_for, unwrap
+from ..common.step_times import forget_times, times_done
+from ..common.work import Work, all_work_done, forget_work, work_done
+from ..padding.models import proofs_of
+from ..padding.trace import State, WithoutDropout
 from .parts import Parts, parts_of
 
 # What the order of sums may change, as a share of a gradient's largest element: in float32 some

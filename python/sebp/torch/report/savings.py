@@ -6,7 +6,7 @@ import time
 import torch
 from torch.nn import functional
 
-from .common.work import LayerKind, Work, work_done
+from ..common.work import LayerKind, Work, work_done
 
 _MAX_ROWS = 512  # rows and outputs of the product that is timed
 

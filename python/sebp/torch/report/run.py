@@ -4,11 +4,11 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..common.step_times import Times, times_done
+from ..common.work import LayerKind, Work, all_work_done
+from ..padding.models import PaddingFreeReport
 from .bars import Bar, draw_bars
-from .common.step_times import Times, times_done
-from .common.work import LayerKind, Work, all_work_done
 from .compare import Comparison
-from .padding.models import PaddingFreeReport
 from .parts import Parts
 from .savings import Savings, work_between
 from .svg import Drawing

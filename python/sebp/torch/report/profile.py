@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .._rules import RowRule, Rule, parse_rule
-from .apply.layers import linear_layers
-from .common.rows import find_rows
-from .common.step import Batch, Step, generators_kept, stand_ins, unwrap
-from .common.tensors import DTYPES, matrix_of
+from ..._rules import RowRule, Rule, parse_rule
+from ..apply.layers import linear_layers
+from ..common.rows import find_rows
+from ..common.step import Batch, Step, generators_kept, stand_ins, unwrap
+from ..common.tensors import DTYPES, matrix_of
+from ..padding.models import runs_padding_free
 from .heat_map import draw
-from .padding.models import runs_padding_free
 from .svg import Drawing
 
 
