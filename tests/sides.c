@@ -19,6 +19,8 @@
 #include "lib/cuda/cuda.h"
 #endif
 
+side tested, scalar;
+
 /* ---- devices ---- */
 
 static side make_cpu(int threads, sebp_gemm gemm, int64_t workspace)
@@ -106,6 +108,16 @@ static side make_cuda(void)
 }
 #endif
 
+void let_gather(bool gathers)
+{
+#if defined SEBP_HAVE_CUDA || defined SEBP_EMULATED_CUDA
+    if (tested.backend == &sebp_cuda_backend)
+        ((sebp_cuda *)tested.device)->min_gathered_work = gathers ? 0 : INFINITY;
+#else
+    (void)gathers;
+#endif
+}
+
 static side make_counting(void)
 {
     return (side){&counting_backend, counting_make()};
@@ -126,7 +138,6 @@ static const struct {
     {"cuda", make_cuda},
 #endif
 };
-side tested, scalar;
 
 /* Whether there is a GPU; where not, that is said once. */
 static bool has_gpu(void)

@@ -25,6 +25,9 @@ void make_sides(int which);
 /** Fails the test where it has left memory on the device. */
 void destroy_sides(void);
 
+/** Lets a GPU gather listed rows for cuBLASLt, however few they are, or never. */
+void let_gather(bool gathers);
+
 void succeed(sebp_status status);
 
 void *put_bytes(side to, const void *from, int64_t bytes);

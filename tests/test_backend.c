@@ -245,6 +245,7 @@ static void one_product(void)
         on_tested.bias_dtype = on_scalar.bias_dtype = bias.dtype;
     }
     epilogue extra = add_epilogue(&on_tested, &on_scalar, total, values);
+    let_gather(testing_chance(0.5));
     run_product(tested, &on_tested);
     run_product(scalar, &on_scalar);
     if (on_tested.other_rows_are_free) { /* they may hold anything */

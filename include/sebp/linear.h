@@ -26,7 +26,7 @@
  * "native:packed" and "-packed" at the end say that the product read a copy of W that a packed weight keeps,
  * or made one. On a GPU it is "cuda:wgmma", "cuda:tensor", "cuda:tf32" and "cuda:plain" for the library's
  * own kernels (the matrix units of Hopper, tensor cores, these with f32 as TF32, f32 multiply-adds), or
- * "cuda:cublaslt". The two products of a backward
+ * "cuda:cublaslt", "cuda:gathered" where it has rows that were gathered first. The two products of a backward
  * are joined by "+", dW's first. The rows are "all rows", "one run",
  * "scattered rows" or "no rows", followed by " found" where the call found them.
  */

@@ -43,6 +43,9 @@ typedef struct sebp_cuda {
     int64_t shared_bytes;       /* the most shared memory that a block may have */
     sebp_gemm gemm;             /* NATIVE: no cuBLASLt */
     struct sebp_cublas *cublas; /* NULL: not in this build, or not wanted */
+    /* Multiply-adds of a product from which on listed rows of f32 are gathered for cuBLASLt. With fewer
+     * that takes as long as is gained. For TF32, where more is gained, a quarter is enough. */
+    double min_gathered_work;
     int64_t
         workspace_bytes; /* the bound of the scratch memory, method's and operations' together */
     sebp_cuda_buffer method_scratch;

@@ -127,6 +127,7 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **ma
     cuda->stream = options->stream;
     cuda->gemm = options->gemm;
     cuda->workspace_bytes = options->workspace_bytes;
+    cuda->min_gathered_work = 0x1p32;
     int current = -1;
     sebp_status status = find_gpu(cuda, options, &current);
     if (status == SEBP_SUCCESS)

@@ -4,7 +4,6 @@
 #include "config.h"
 #endif
 
-#include "cublas.h"
 #include "matrix_unit.h"
 #include "operations.h"
 #include "product.h"
@@ -77,7 +76,14 @@ sebp_status sebp_cuda_clear_counters(sebp_cuda *cuda, const sebp_cuda_cut *cut, 
 
 /* ---- the table's operations ---- */
 
-typedef enum way { WAY_NOTHING, WAY_PLAIN, WAY_TENSOR, WAY_MATRIX_UNIT, WAY_CUBLAS } way;
+typedef enum way {
+    WAY_NOTHING,
+    WAY_PLAIN,
+    WAY_TENSOR,
+    WAY_MATRIX_UNIT,
+    WAY_CUBLAS,
+    WAY_GATHERED
+} way;
 
 /* What a plan remembers. */
 typedef struct notes {
@@ -121,6 +127,10 @@ static void settle(sebp_cuda *cuda, const sebp_product *product, notes *settled,
         settled->way = WAY_CUBLAS;
         settled->scratch_bytes = settled->cublas.scratch_bytes;
         *path = "cuda:cublaslt";
+    } else if (cuda->gemm == SEBP_GEMM_AUTO &&
+               sebp_cuda_plan_gathered(cuda, product, &settled->cublas, &settled->scratch_bytes)) {
+        settled->way = WAY_GATHERED;
+        *path = "cuda:gathered";
     } else {
         settle_native(cuda, product, settled, path);
     }
@@ -173,6 +183,8 @@ sebp_status sebp_cuda_run_product(void *device, sebp_plan *plan)
     }
     if (status == SEBP_SUCCESS && settled.way == WAY_CUBLAS)
         status = sebp_cublas_run_product(cuda, &plan->product, &settled.cublas, scratch);
+    else if (status == SEBP_SUCCESS && settled.way == WAY_GATHERED)
+        status = sebp_cuda_run_gathered(cuda, &plan->product, &settled.cublas, scratch);
     else if (status == SEBP_SUCCESS && settled.way == WAY_MATRIX_UNIT)
         status = sebp_cuda_run_matrix_unit(cuda, &plan->product);
     else if (status == SEBP_SUCCESS && settled.way == WAY_TENSOR)

@@ -12,6 +12,7 @@
 #ifndef SEBP_CUDA_PRODUCT_H
 #define SEBP_CUDA_PRODUCT_H
 
+#include "cublas.h"
 #include "cuda.h"
 
 SEBP_BEGIN_DECLS
@@ -69,6 +70,14 @@ sebp_cuda_cut sebp_cuda_cut_tensor(const sebp_cuda *cuda, const sebp_product *pr
 int64_t sebp_cuda_tensor_bytes(const sebp_cuda_cut *cut);
 sebp_status sebp_cuda_run_tensor(sebp_cuda *cuda, const sebp_product *product,
                                  const sebp_cuda_cut *cut, void *scratch);
+
+/* gathered_product.c: f32 of listed rows, by cuBLASLt */
+
+/** False where it takes longer than the library's own kernels, or does not fit. */
+bool sebp_cuda_plan_gathered(sebp_cuda *cuda, const sebp_product *product, sebp_cublas_plan *plan,
+                             int64_t *scratch_bytes);
+sebp_status sebp_cuda_run_gathered(sebp_cuda *cuda, const sebp_product *product,
+                                   const sebp_cublas_plan *plan, void *scratch);
 
 SEBP_END_DECLS
 

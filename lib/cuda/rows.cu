@@ -482,3 +482,44 @@ sebp_status sebp_cuda_widen_rows(void *device, const sebp_matrix *from, const in
         return widen_rows<decltype(element)>((sebp_cuda *)device, from, rows, count, to);
     });
 }
+
+/* ---- rows put where they are listed ---- */
+
+namespace {
+
+/* A warp to a row, or to pieces of it. */
+__global__ void __launch_bounds__(THREADS)
+    put_kernel(sebp_view<const float> from, sebp_view<float> to, bool is_packed,
+               const int64_t *rows, int64_t count, int64_t cols, bool accumulate)
+{
+    constexpr int N = SEBP_PACKED<float>;
+    int64_t i = (int64_t)blockIdx.x * WARPS + warp_of_thread();
+    if (i >= count)
+        return;
+    const float *own = from.row(i);
+    float *row = to.row(rows[i]);
+    for (int64_t at = (blockIdx.y * SEBP_WARP + lane_of_thread()) * N; at < cols;
+         at += (int64_t)gridDim.y * SEBP_WARP * N) {
+        sebp_pack<float, N> pack = sebp_load_pack<N>(own, at, cols, is_packed);
+        if (accumulate) {
+            sebp_pack<float, N> had = sebp_load_pack<N>((const float *)row, at, cols, is_packed);
+            for (int j = 0; j < N; j++)
+                pack.at[j] += had.at[j];
+        }
+        sebp_store_pack<N>(row, at, cols, is_packed, pack);
+    }
+}
+
+} // namespace
+
+sebp_status sebp_cuda_put_rows(void *device, const sebp_matrix *from, const int64_t *rows,
+                               const sebp_matrix *to, bool accumulate)
+{
+    constexpr int64_t pieces = 4 * SEBP_WARP * SEBP_PACKED<float>; /* of a row, to a warp */
+    dim3 grid((unsigned)sebp_div_ceil(from->rows, WARPS),
+              (unsigned)sebp_min(sebp_div_ceil(from->cols, pieces), 65535));
+    return sebp_launch((sebp_cuda *)device, put_kernel, grid, THREADS, 0,
+                       sebp_view_of<const float>(from), sebp_view_of<float>(to),
+                       sebp_is_packed<float>(from) && sebp_is_packed<float>(to), rows, from->rows,
+                       from->cols, accumulate);
+}
