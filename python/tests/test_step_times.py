@@ -23,6 +23,28 @@ from sebp.torch.common.work import all_work_done  # noqa: E402
 PAUSE = 0.03
 
 
+class Clock(threading.local):
+    """A thread's time, which a pause moves by its length, and each look at it by a microsecond."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def read(self):
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """How long these tests take on a busy machine must not matter."""
+    made = Clock()
+    monkeypatch.setattr(time, "perf_counter", made.read)
+    monkeypatch.setattr(time, "sleep", made.sleep)
+
+
 class Slow(torch.autograd.Function):
     """Takes a known time in its backward."""
 
