@@ -208,7 +208,7 @@ static double bound_after(const sebp_product *product, double bound)
 static void one_product(void)
 {
     testing_values values = some_values();
-    int64_t max = testing_chance(0.2) ? 300 : 40;
+    int64_t max = testing_chance(0.2) ? 300 : testing_chance(0.3) ? 2 : 40;
     sebp_product on_tested = {.m = testing_between(0, max),
                               .n = testing_between(0, max),
                               .k = testing_between(0, max),

@@ -211,6 +211,10 @@ if [ -x "$emulated" ]; then
         --pattern both --rows both --dtype both --activity 1,.3
     prints '^verified$'
     succeeds "$emulated" --device cuda --verify-only --shape 9x17:33 --forward --dtype both
+    for precision in high medium; do
+        succeeds "$emulated" --device cuda --verify-only --shape 40x64:32 --activity 1,.5 \
+            --precision $precision
+    done
     succeeds "$emulated" --device cuda --shape 12x8:8 --activity .5 --rows both --repetitions 2 \
         --seconds 0
     prints '^sebp-bench .*: emulated GPU, CUDA 13.0, '

@@ -79,7 +79,7 @@ typedef enum sebp_placement {
  * datatype for higher-precision computations", ARITH 2019). The error of a sum of K products a b, in
  * multiples of the sum of |a||b|, is at most what is said below and another K 2^-24 for each product of
  * parts; parts below 2^-126 count as zero. NaN and Inf give what they give in f32, but for an Inf of
- * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN.
+ * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN. All this is so on CPUs.
  *
  * Matrices of bf16 are multiplied exactly at every level. With an f32 matrix at their side they are so
  * too, and the f32 one is as the level says. Sums of bases (basis.h) and merges of LoRA take f32's own
@@ -87,8 +87,10 @@ typedef enum sebp_placement {
  *
  * On a GPU, HIGH and MEDIUM allow TF32, f32 with 10 bits behind the first one, as they do in PyTorch:
  * the error is at most 2^-9 and K 2^-22. Numbers within 2^-11 of the largest f32 may become Inf, and those
- * below 2^-126 zero. HIGHEST and SPLIT are f32 multiply-adds there, as is an f32 matrix at the side of one of
- * bf16, or one whose rows do not begin at multiples of 16 bytes.
+ * below 2^-126 zero, with what follows of that: Inf times such a zero is NaN. A NaN of which the last 13 bits
+ * alone are set may become Inf. HIGHEST and SPLIT are f32 multiply-adds there, as is an f32 matrix at the
+ * side of one of bf16; and where the library's own kernels multiply, one whose rows do not begin at multiples
+ * of 16 bytes.
  *
  * Which is faster is measured when the first context of a process is made, and holds for all of its
  * contexts. It also depends on the sizes of a product: below HIGHEST a row may be rounded otherwise alone
@@ -189,7 +191,9 @@ typedef struct sebp_context_options {
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
  * **On a GPU** (SEBP_DEVICE_CUDA) the options for threads mean nothing, and placement and oneDNN are
- * refused. SEBP_GEMM_AUTO lets cuBLASLt multiply whole matrices where the build has it, NATIVE never.
+ * refused. SEBP_GEMM_AUTO lets cuBLASLt multiply whole matrices where the build has it, and large ones of listed f32
+ * rows, for which there is room in workspace_bytes; NATIVE never. Lists of texts that stay on the GPU, up to
+ * 2 MiB and more where graphs read them, are not counted in workspace_bytes.
  * All that calls read and write lies in the GPU's memory (device.h), but for what a function says is the
  * host's. Making a context makes its GPU the calling thread's current one; a call
  * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. The stream has to outlive the

@@ -9,10 +9,11 @@
  * PyTorch tensor's.
  *
  * A CUDA graph can record a call that copies nothing between the host and the GPU. So a row set has to
- * have been used on the context before. Attention has to have been called before with texts of the same
- * lengths and places and with heads of the same size; of such lists the GPU keeps the last four, of up to
- * 256 KiB. Losses cannot be recorded. Else a call returns SEBP_ERROR_BACKEND. The context and the row sets
- * have to live as long as the graph. The graph is replayed on the context's stream.
+ * have been used on the context before. Of attention, the same call has to have been made before, the forward
+ * and the backward each: with texts of the same lengths and places, the same dtype, heads, options and
+ * gradients. The GPU keeps the lists of texts of the last eight such calls, of up to 256 KiB each. Losses
+ * cannot be recorded. Else a call returns SEBP_ERROR_BACKEND. The context and the row sets have to live as
+ * long as the graph. The graph is replayed on the context's stream.
  *
  * Calls on a GPU return before it has finished, but for those that have a result for the host: row
  * sets that are found, losses, norms, the checks of indices. What a context is asked for happens in

@@ -24,7 +24,7 @@ typedef struct sebp_cuda_buffer {
 } sebp_cuda_buffer;
 
 /** Copies of the host's arrays that stay on the GPU, so that a call that is made again finds its own. */
-enum { SEBP_CUDA_ARRAYS = 4, SEBP_CUDA_ARRAY_BYTES = 256 << 10 };
+enum { SEBP_CUDA_ARRAYS = 8, SEBP_CUDA_ARRAY_BYTES = 256 << 10 };
 
 typedef struct sebp_cuda_array {
     void *array;   /* as it was: what it is known by */

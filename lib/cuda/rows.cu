@@ -430,6 +430,15 @@ sebp_status sebp_cuda_sum_rows(void *device, const sebp_matrix *from, const int6
 
 namespace {
 
+/* Whether any rows that a list picks out of a matrix begin at packs. One row alone says nothing of the
+ * stride, and a list of one row may pick any. */
+template <class T> bool listed_is_packed(sebp_matrix matrix, const int64_t *rows)
+{
+    if (rows != nullptr)
+        matrix.rows = sebp_max(matrix.rows, 2);
+    return sebp_is_packed<T>(&matrix);
+}
+
 constexpr int WIDEN_PACKS = 4; /* that a thread reads together */
 
 /* A warp to a row, or to pieces of it. */
@@ -469,8 +478,8 @@ sebp_status widen_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *
     int64_t pieces = sebp_div_ceil(to->cols, WIDEN_PACKS * SEBP_WARP * SEBP_PACKED<T>);
     dim3 grid((unsigned)sebp_div_ceil(count, WARPS), (unsigned)sebp_min(pieces, 65535));
     return sebp_launch(cuda, widen_kernel<T>, grid, THREADS, 0, sebp_view_of<const T>(from),
-                       sebp_is_packed<T>(from), rows, count, to->cols, sebp_view_of<float>(to),
-                       sebp_is_packed<float>(to));
+                       listed_is_packed<T>(*from, rows), rows, count, to->cols,
+                       sebp_view_of<float>(to), sebp_is_packed<float>(to));
 }
 
 } // namespace
@@ -520,6 +529,6 @@ sebp_status sebp_cuda_put_rows(void *device, const sebp_matrix *from, const int6
               (unsigned)sebp_min(sebp_div_ceil(from->cols, pieces), 65535));
     return sebp_launch((sebp_cuda *)device, put_kernel, grid, THREADS, 0,
                        sebp_view_of<const float>(from), sebp_view_of<float>(to),
-                       sebp_is_packed<float>(from) && sebp_is_packed<float>(to), rows, from->rows,
-                       from->cols, accumulate);
+                       sebp_is_packed<float>(from) && listed_is_packed<float>(*to, rows), rows,
+                       from->rows, from->cols, accumulate);
 }

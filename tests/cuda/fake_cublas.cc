@@ -49,7 +49,7 @@ float round_as(cudaDataType_t type, float x)
 
 float as_tf32(float x)
 {
-    return __uint_as_float(__float_as_uint(x) & (x != x ? 0xFFFFFFFFU : 0xFFFFE000U));
+    return __uint_as_float(__float_as_uint(x) & 0xFFFFE000U);
 }
 
 float element(const void *data, const fake_cublas_matrix &matrix, bool turned, uint64_t row,
