@@ -7,6 +7,8 @@
 #ifndef FAKE_CUBLASLT_H
 #define FAKE_CUBLASLT_H
 
+#include <stdint.h>
+
 #include <cuda_runtime_api.h>
 
 #ifdef __cplusplus
