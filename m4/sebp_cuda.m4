@@ -5,8 +5,8 @@ dnl SPDX-License-Identifier: Apache-2.0
 # The backend for NVIDIA GPUs, which is built where it is asked for. Else the same sources are compiled
 # for a GPU that is emulated (tests/cuda), so that make check tests them; that needs a compiler of C++20.
 #
-# CUDA_CPPFLAGS, CUDA_LIBS, CUBLAS_LIBS; CUDA_COMPILE, which compiles a .cu file; SEBP_HAVE_CUDA and SEBP_HAVE_CUBLAS
-# for C; conditionals CUDA, CUBLAS and CUDA_EMULATED; sebp_cuda_summary.
+# CUDA_CPPFLAGS, CUDA_LIBS, CUBLAS_LIBS; CUDA_COMPILE, which compiles a .cu file; SEBP_HAVE_CUDA and
+# SEBP_HAVE_CUBLAS for C; conditionals CUDA, CUBLAS and CUDA_EMULATED; sebp_cuda_summary.
 AC_DEFUN([SEBP_CUDA],
 [AC_ARG_WITH([cuda],
   [AS_HELP_STRING([--with-cuda@<:@=DIR@:>@],

@@ -263,18 +263,18 @@ START_TEST(tf32_is_taken_where_it_is_allowed)
     if (is_left_out("tf32_is_taken_where_it_is_allowed"))
         return;
     const bool is_tf32 = _i == SEBP_PRECISION_HIGH || _i == SEBP_PRECISION_MEDIUM;
+    const double bound = is_tf32 ? 0x1p-9 + TF32_IN * 0x1p-22 : TF32_IN * 0x1p-24;
     tf32_layer l;
     on.context = gpu_context();
     make_tf32_layer(&l, TESTING_REAL);
     run_tf32_layer(&l, (sebp_precision)_i);
     for (int which = 0; which < 3; which++) {
         double error = error_of(&l, which);
-        ck_assert_msg(error < (is_tf32 ? 0x1p-9 : 150 * 0x1p-24) + 150 * 0x1p-22, "%d: %g", which,
-                      error);
+        ck_assert_msg(error < bound, "%d: %g", which, error);
         ck_assert_msg(!is_tf32 || error > 0x1p-14, "%d: %g", which, error);
     }
     run_whole_forward(&l, (sebp_precision)_i);
-    ck_assert_double_lt(error_of(&l, 0), (is_tf32 ? 0x1p-9 : 150 * 0x1p-24) + 150 * 0x1p-22);
+    ck_assert_double_lt(error_of(&l, 0), bound);
     drop_tf32_layer(&l);
     make_tf32_layer(&l, TESTING_INTEGER);
     run_tf32_layer(&l, (sebp_precision)_i);

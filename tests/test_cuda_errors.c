@@ -302,26 +302,26 @@ START_TEST(copies_stay)
     ck_assert_int_eq(make(1, &cuda, why), SEBP_SUCCESS);
     ck_assert_int_eq(sebp_context_make(&sebp_cuda_backend, cuda, false, &on.context), SEBP_SUCCESS);
     memset(array, 1, sizeof array);
-    first = sebp_cuda_keep(cuda, array, sizeof array, &status);
+    first = sebp_cuda_copy_array(cuda, array, sizeof array, &status);
     ck_assert(first != NULL && holds(first, 1));
-    ck_assert_ptr_ne(sebp_cuda_keep(cuda, array, sizeof array - 1, &status), first);
+    ck_assert_ptr_ne(sebp_cuda_copy_array(cuda, array, sizeof array - 1, &status), first);
     for (int number = 2; number < 2 + SEBP_CUDA_ARRAYS; number++) {
         memset(array, 1, sizeof array);
-        ck_assert_ptr_eq(sebp_cuda_keep(cuda, array, sizeof array, &status), first);
+        ck_assert_ptr_eq(sebp_cuda_copy_array(cuda, array, sizeof array, &status), first);
         memset(array, number, sizeof array);
-        at = sebp_cuda_keep(cuda, array, sizeof array, &status);
+        at = sebp_cuda_copy_array(cuda, array, sizeof array, &status);
         ck_assert(at != NULL && at != first && holds(at, number) && holds(first, 1));
     }
     fake_cuda_record(true);
     memset(array, 1, sizeof array);
-    ck_assert_ptr_eq(sebp_cuda_keep(cuda, array, sizeof array, &status), first);
+    ck_assert_ptr_eq(sebp_cuda_copy_array(cuda, array, sizeof array, &status), first);
     memset(array, 99, sizeof array);
-    ck_assert_ptr_null(sebp_cuda_keep(cuda, array, sizeof array, &status));
+    ck_assert_ptr_null(sebp_cuda_copy_array(cuda, array, sizeof array, &status));
     ck_assert_int_eq(status, SEBP_ERROR_BACKEND);
     fake_cuda_record(false);
     for (int number = 100; number < 100 + 2 * SEBP_CUDA_ARRAYS; number++) {
         memset(array, number, sizeof array);
-        at = sebp_cuda_keep(cuda, array, sizeof array, &status);
+        at = sebp_cuda_copy_array(cuda, array, sizeof array, &status);
         ck_assert(at != NULL && at != first && holds(at, number));
     }
     ck_assert(holds(first, 1)); /* for the graph */

@@ -74,23 +74,23 @@ typedef enum sebp_placement {
  * times faster than f32. A level allows the library to use that; where it would not be faster, the
  * library multiplies f32.
  *
- * Each f32 is split into one, two or three bf16 whose sum is near to it, or equal to it; products of
+ * On a CPU, each f32 is split into one, two or three bf16 whose sum is near to it, or equal to it; products of
  * parts are added up in f32 (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial intelligence
  * datatype for higher-precision computations", ARITH 2019). The error of a sum of K products a b, in
  * multiples of the sum of |a||b|, is at most what is said below and another K 2^-24 for each product of
  * parts; parts below 2^-126 count as zero. NaN and Inf give what they give in f32, but for an Inf of
- * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN. All this is so on CPUs.
+ * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN.
  *
  * Matrices of bf16 are multiplied exactly at every level. With an f32 matrix at their side they are so
  * too, and the f32 one is as the level says. Sums of bases (basis.h) and merges of LoRA take f32's own
  * product, whatever is asked for.
  *
- * On a GPU, HIGH and MEDIUM allow TF32, f32 with 10 bits behind the first one, as they do in PyTorch:
- * the error is at most 2^-9 and K 2^-22. Numbers within 2^-11 of the largest f32 may become Inf, and those
- * below 2^-126 zero, with what follows of that: Inf times such a zero is NaN. A NaN of which the last 13 bits
- * alone are set may become Inf. HIGHEST and SPLIT are f32 multiply-adds there, as is an f32 matrix at the
- * side of one of bf16; and where the library's own kernels multiply, one whose rows do not begin at multiples
- * of 16 bytes.
+ * On a GPU, HIGH and MEDIUM allow TF32 where both matrices are f32, as they do in PyTorch. TF32 keeps 10 of
+ * the 23 bits of f32's mantissa. The error of a sum is at most 2^-9 + K 2^-22, in the same multiples. Numbers
+ * within 2^-11 of the largest f32 may count as Inf, and numbers below 2^-126 as zero, so that Inf times one of
+ * these is NaN. A NaN whose mantissa has none but the last 13 bits set may count as Inf. The other products with
+ * an f32 matrix are f32 multiply-adds: those at HIGHEST and SPLIT, those with a matrix of bf16, and those by
+ * the library's own kernels of rows that do not begin at multiples of 16 bytes.
  *
  * Which is faster is measured when the first context of a process is made, and holds for all of its
  * contexts. It also depends on the sizes of a product: below HIGHEST a row may be rounded otherwise alone
@@ -191,10 +191,10 @@ typedef struct sebp_context_options {
  * @param options  NULL for the defaults.
  * @param context  where the context is put; untouched on error.
  * **On a GPU** (SEBP_DEVICE_CUDA) the options for threads mean nothing, and placement and oneDNN are
- * refused. SEBP_GEMM_AUTO lets cuBLASLt multiply whole matrices where the build has it, and large ones of listed f32
- * rows, for which there is room in workspace_bytes; NATIVE never. Lists of texts that stay on the GPU, up to
- * 2 MiB and more where graphs read them, are not counted in workspace_bytes.
- * All that calls read and write lies in the GPU's memory (device.h), but for what a function says is the
+ * refused. With SEBP_GEMM_AUTO, in a build that has cuBLASLt, it multiplies whole matrices, and also
+ * listed rows of f32: in large products, if copies of the rows fit in workspace_bytes. With NATIVE it never
+ * does. Attention keeps up to 2 MiB of lists on the GPU, and more where graphs read them; workspace_bytes
+ * does not bound these. All that calls read and write lies in the GPU's memory (device.h), but for what a function says is the
  * host's. Making a context makes its GPU the calling thread's current one; a call
  * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. The stream has to outlive the
  * context, and the row sets and bases that were used on it. A context does not survive a fork().

@@ -9,11 +9,11 @@
  * PyTorch tensor's.
  *
  * A CUDA graph can record a call that copies nothing between the host and the GPU. So a row set has to
- * have been used on the context before. Of attention, the same call has to have been made before, the forward
- * and the backward each: with texts of the same lengths and places, the same dtype, heads, options and
- * gradients. The GPU keeps the lists of texts of the last eight such calls, of up to 256 KiB each. Losses
- * cannot be recorded. Else a call returns SEBP_ERROR_BACKEND. The context and the row sets have to live as
- * long as the graph. The graph is replayed on the context's stream.
+ * have been used on the context before. An attention can be recorded if the context has made the same call
+ * before: forward or backward, with the same dtype, heads, options and wanted gradients, and with texts of the
+ * same lengths at the same places. The GPU keeps what the last eight different calls needed, up to 256 KiB for
+ * each. A call that cannot be recorded, as that of a loss, returns SEBP_ERROR_BACKEND. The context and the row
+ * sets have to live as long as the graph. The graph is replayed on the context's stream.
  *
  * Calls on a GPU return before it has finished, but for those that have a result for the host: row
  * sets that are found, losses, norms, the checks of indices. What a context is asked for happens in

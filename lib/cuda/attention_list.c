@@ -145,16 +145,16 @@ sebp_status sebp_attention_list_put(sebp_cuda *cuda, const sebp_attention_list *
                                     int64_t scratch_bytes, const sebp_attention_text **texts,
                                     void **scratch)
 {
-    const bool is_kept = list->bytes > 0 && list->bytes <= SEBP_CUDA_ARRAY_BYTES;
-    const int64_t own_bytes = is_kept ? 0 : list->bytes; /* a multiple of 16 */
+    const bool stays = list->bytes > 0 && list->bytes <= SEBP_CUDA_ARRAY_BYTES;
+    const int64_t own_bytes = stays ? 0 : list->bytes; /* a multiple of 16 */
     sebp_status status;
     char *memory = sebp_cuda_scratch(cuda, own_bytes + scratch_bytes, &status);
     if (status != SEBP_SUCCESS)
         return status;
     *scratch = memory + own_bytes;
     *texts = (const sebp_attention_text *)(const void *)memory;
-    if (is_kept)
-        *texts = sebp_cuda_keep(cuda, list->memory, list->bytes, &status);
+    if (stays)
+        *texts = sebp_cuda_copy_array(cuda, list->memory, list->bytes, &status);
     else
         status = sebp_cuda_upload(cuda, memory, list->memory, list->bytes);
     return status;

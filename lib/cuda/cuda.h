@@ -110,7 +110,8 @@ int64_t sebp_cuda_workspace(const sebp_cuda *cuda);
  * then had the same bytes, or a new one, in the place of that whose last use is the longest ago. Graphs
  * may read it: then it stays until the context ends. NULL, and the status: SEBP_ERROR_MEMORY;
  * SEBP_ERROR_BACKEND, also where a new one is needed while a graph is recorded. */
-const void *sebp_cuda_keep(sebp_cuda *cuda, const void *array, int64_t bytes, sebp_status *status);
+const void *sebp_cuda_copy_array(sebp_cuda *cuda, const void *array, int64_t bytes,
+                                 sebp_status *status);
 
 /** Frees scratch memory and copies. */
 void sebp_cuda_free_scratch(sebp_cuda *cuda);

@@ -171,7 +171,8 @@ static sebp_status put_array(sebp_cuda *cuda, sebp_cuda_array *at, const void *a
     return status;
 }
 
-const void *sebp_cuda_keep(sebp_cuda *cuda, const void *array, int64_t bytes, sebp_status *status)
+const void *sebp_cuda_copy_array(sebp_cuda *cuda, const void *array, int64_t bytes,
+                                 sebp_status *status)
 {
     sebp_cuda_array *at = find_array(cuda, array, bytes);
     if (at != NULL) {

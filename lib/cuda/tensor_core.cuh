@@ -47,6 +47,32 @@ __device__ __forceinline__ float sebp_second_of(uint32_t pair)
     return __uint_as_float(pair & 0xFFFF0000U);
 }
 
+#ifndef __CUDACC__
+/** d += a b of fragments where A has `depth` columns, 16 or 8. A register holds depth / 8 elements, of which
+ * `element` gives one. */
+template <int depth, class Element>
+void sebp_emulate_mma(float d[4], const uint32_t a[4], const uint32_t b[2], Element element)
+{
+    constexpr int half = depth / 2, in_register = depth / 8;
+    struct fragments {
+        uint32_t a[4], b[2];
+    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[SEBP_WARP];
+    sebp_emulated_exchange(&mine, sizeof mine, all);
+    int lane = sebp_emulated_lane(), g = lane / 4, p = 2 * (lane % 4);
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, col = p + i % 2;
+        float sum = 0;
+        for (int k = 0; k < depth; k++) {
+            int owner = k % half / in_register;
+            uint32_t from_a = all[row % 8 * 4 + owner].a[row / 8 + k / half * 2];
+            uint32_t from_b = all[col * 4 + owner].b[k / half];
+            sum += element(from_a, k % in_register) * element(from_b, k % in_register);
+        }
+        d[i] += sum;
+    }
+}
+#endif
+
 /** d += a b, by all threads of a warp. */
 __device__ __forceinline__ void sebp_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])
 {
@@ -56,30 +82,17 @@ __device__ __forceinline__ void sebp_mma_bf16(float d[4], const uint32_t a[4], c
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    struct fragments {
-        uint32_t a[4], b[2];
-    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[SEBP_WARP];
-    sebp_emulated_exchange(&mine, sizeof mine, all);
-    int lane = sebp_emulated_lane(), g = lane / 4, p = 2 * (lane % 4);
-    for (int i = 0; i < 4; i++) {
-        int row = g + i / 2 * 8, col = p + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) {
-            uint32_t from_a = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-            uint32_t from_b = all[col * 4 + k % 8 / 2].b[k / 8];
-            sum += (k % 2 != 0 ? sebp_second_of(from_a) : sebp_first_of(from_a)) *
-                   (k % 2 != 0 ? sebp_second_of(from_b) : sebp_first_of(from_b));
-        }
-        d[i] += sum;
-    }
+    sebp_emulate_mma<16>(d, a, b, [](uint32_t pair, int which) {
+        return which == 0 ? sebp_first_of(pair) : sebp_second_of(pair);
+    });
 #endif
 }
 
 /**
- * An f32 as the tensor cores take it: as TF32, which has 10 bits behind the first one and ignores those
- * that follow. What they cut off would make all products smaller, so that two thirds of half the last
- * bit that stays, on average half of it, are added. Numbers of no more than 11 bits stay as they are. The
- * error is below 2^-10.5 of the number; NaN stays NaN, which cut off might become Inf.
+ * An f32, made ready for tensor cores. They read it as TF32: of its 23 bits of mantissa they ignore the last
+ * 13. That alone would make every number smaller. So x 2/3 2^-11 is added first, which is half a unit of the
+ * last bit that stays, on average. Numbers that TF32 holds stay as they are. The error is below 2^-10.5 of the
+ * number. NaN stays NaN: cut off, one might become Inf.
  */
 __device__ __forceinline__ uint32_t sebp_to_tf32(uint32_t x)
 {
@@ -97,22 +110,7 @@ __device__ __forceinline__ void sebp_mma_tf32(float d[4], const uint32_t a[4], c
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    struct fragments {
-        uint32_t a[4], b[2];
-    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, all[SEBP_WARP];
-    sebp_emulated_exchange(&mine, sizeof mine, all);
-    constexpr uint32_t kept = 0xFFFFE000U;
-    int lane = sebp_emulated_lane(), g = lane / 4, p = 2 * (lane % 4);
-    for (int i = 0; i < 4; i++) {
-        int row = g + i / 2 * 8, col = p + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 8; k++) {
-            uint32_t from_a = all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2];
-            uint32_t from_b = all[col * 4 + k % 4].b[k / 4];
-            sum += __uint_as_float(from_a & kept) * __uint_as_float(from_b & kept);
-        }
-        d[i] += sum;
-    }
+    sebp_emulate_mma<8>(d, a, b, [](uint32_t x, int) { return __uint_as_float(x & 0xFFFFE000U); });
 #endif
 }
 

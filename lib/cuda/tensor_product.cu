@@ -4,8 +4,8 @@
  * Products by tensor cores: of bf16, and of f32 as TF32 where the precision allows it.
  *
  * A block has a tile of C, each of its warps a part of it. Slices of A and B, a few ahead of those
- * that are multiplied, are copied to shared memory as they lie. What has to be transposed is on its way to the registers, bf16 by
- * ldmatrix.
+ * that are multiplied, are copied to shared memory as they lie. What has to be transposed is so on its way
+ * to the registers, bf16 by ldmatrix.
  */
 #include "product.cuh"
 #include "tensor_core.cuh"
