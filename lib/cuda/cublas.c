@@ -30,9 +30,9 @@ static const int64_t MAX_SCRATCH = INT64_C(32) << 20; /* what cuBLAS itself take
 /* What the choice of an algorithm depends on. */
 typedef struct kind {
     int64_t m, n, k, a_stride, b_stride, c_stride;
-    uint32_t dtypes; /* of A and B, and of C */
+    uint32_t dtypes;  /* of A and B, and of C */
     uint32_t compute; /* in f32, or TF32 */
-    uint32_t layout; /* transpositions; how A, B and C are aligned */
+    uint32_t layout;  /* transpositions; how A, B and C are aligned */
     int64_t scratch_bytes;
 } kind;
 
