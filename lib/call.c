@@ -228,23 +228,50 @@ static void *row_of(const sebp_matrix *view, int64_t row)
     return (char *)view->data + row * view->stride * (int64_t)sebp_dtype_bytes(view->dtype);
 }
 
+enum { SCANNED_ROWS = 2048 }; /* at a time */
+
+/* The first row of a chunk of at most SCANNED_ROWS that holds a NaN or an Inf; its number of rows: none. */
+static int64_t find_nonfinite(sebp_call *call, const sebp_matrix *chunk)
+{
+    double above[SCANNED_ROWS];
+    if (!sebp_call_goes_on(call))
+        return chunk->rows;
+    sebp_status status =
+        call->backend->scan_rows(call->device, chunk, SEBP_MEASURE_ABOVE, INFINITY, above);
+    sebp_call_keep(call, status, "looking for NaN and Inf");
+    int64_t row = 0;
+    while (row < chunk->rows && (!sebp_call_goes_on(call) || above[row] == 0))
+        row++;
+    return row;
+}
+
+/* The rows of a matrix without gaps, `count` of them seen as one: as many as that makes whole. */
+static sebp_matrix join_rows(const sebp_matrix *view, int64_t count)
+{
+    sebp_matrix joined = *view;
+    joined.rows = view->rows / count;
+    joined.cols = joined.stride = view->cols * count;
+    return joined;
+}
+
 void sebp_check_finite(sebp_call *call, const char *name, const sebp_matrix *view)
 {
-    enum { CHUNK_ROWS = 1024 };
-    double above[CHUNK_ROWS];
+    int64_t total = view->cols > 0 ? view->rows : 0, first = 0;
+    /* A device may have to be waited for after each scan. So where rows can be joined one scan has nearly
+     * all, and the loop below begins at what it has found, or at the rows that are left. */
+    if (view->stride == view->cols && total > SCANNED_ROWS) {
+        int64_t count = sebp_div_ceil(total, SCANNED_ROWS);
+        sebp_matrix joined = join_rows(view, count);
+        first = find_nonfinite(call, &joined) * count;
+    }
     sebp_matrix chunk = *view;
-    int64_t total = view->cols > 0 ? view->rows : 0;
-    for (int64_t first = 0; first < total && sebp_call_goes_on(call); first += CHUNK_ROWS) {
+    for (; first < total && sebp_call_goes_on(call); first += SCANNED_ROWS) {
         chunk.data = row_of(view, first);
-        chunk.rows = sebp_min(CHUNK_ROWS, total - first);
-        sebp_status status =
-            call->backend->scan_rows(call->device, &chunk, SEBP_MEASURE_ABOVE, INFINITY, above);
-        sebp_call_keep(call, status, "looking for NaN and Inf");
-        for (int64_t i = 0; i < chunk.rows && sebp_call_goes_on(call); i++) {
-            if (above[i] != 0) {
-                sebp_call_fail(call, SEBP_ERROR_NONFINITE,
-                               "row %" PRId64 " of %s holds a NaN or an Inf", first + i, name);
-            }
+        chunk.rows = sebp_min(SCANNED_ROWS, total - first);
+        int64_t found = find_nonfinite(call, &chunk);
+        if (found < chunk.rows) {
+            sebp_call_fail(call, SEBP_ERROR_NONFINITE,
+                           "row %" PRId64 " of %s holds a NaN or an Inf", first + found, name);
         }
     }
 }

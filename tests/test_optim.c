@@ -6,6 +6,7 @@
 #include <float.h>
 #include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include <sebp/sebp.h>
@@ -304,6 +305,39 @@ START_TEST(dense_step_refuses_bad_input)
 }
 END_TEST
 
+/* Many rows are looked at together where they lie without gaps. */
+START_TEST(dense_step_names_the_first_row_that_is_not_finite)
+{
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 2, 0);
+    for (int round = 0; round < testing_rounds(24); round++) {
+        int64_t rows = testing_between(1, 9000), cols = testing_between(1, 3);
+        int64_t stride = cols + (testing_chance(0.3) ? testing_between(1, 3) : 0);
+        sebp_dtype dtype = testing_dtype();
+        problem p = {testing_matrix(rows, cols, stride, dtype),
+                     testing_matrix(rows, cols, stride, dtype),
+                     testing_matrix(rows, cols, stride, SEBP_F32),
+                     testing_matrix(rows, cols, stride, SEBP_F32)};
+        testing_fill(&p.gradient, TESTING_REAL);
+        int64_t later = testing_between(0, rows - 1), first = testing_between(0, later);
+        if (testing_chance(0.3)) /* in the rows that are over where the others are put together */
+            first = later = rows - 1;
+        testing_set(&p.gradient, later, testing_between(0, cols - 1), INFINITY);
+        testing_set(&p.gradient, first, testing_between(0, cols - 1), NAN);
+        problem was = copy_problem(&p);
+        testing_expect(sebp_adamw_step(context, &p.gradient, 1, NULL, &p.w, &p.moment1, &p.moment2),
+                       SEBP_ERROR_NONFINITE, context);
+        char word[64];
+        snprintf(word, sizeof word, "row %" PRId64 " of gradient", first);
+        ck_assert_msg(strstr(sebp_context_message(context), word) != NULL, "%s, not %s",
+                      sebp_context_message(context), word);
+        ck_assert(same_problem(&p, &was));
+        free_problem(&p);
+        free_problem(&was);
+    }
+    sebp_context_destroy(context);
+}
+END_TEST
+
 START_TEST(decay_refuses_bad_input)
 {
     sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
@@ -378,6 +412,7 @@ static Suite *make_suite(void)
     suite_add_tcase(suite, dense);
     TCase *bad = tcase_create("bad input");
     tcase_add_test(bad, dense_step_refuses_bad_input);
+    tcase_add_test(bad, dense_step_names_the_first_row_that_is_not_finite);
     tcase_add_test(bad, decay_refuses_bad_input);
     tcase_add_test(bad, empty_steps_are_legal);
     suite_add_tcase(suite, bad);
