@@ -100,12 +100,36 @@ static void fill(const layer *l, int which, int threads)
         vectors[i] /= sqrtf((float)a->cols);
 }
 
+void fix_support(layer *l, int method)
+{
+    sebp_sparse *kept = &l->kept[method];
+    sebp_sparse_adamw_destroy(l->states[method]);
+    succeed(l, sebp_sparse_adamw_create(kept->rows, kept->cols, kept->indices, kept->count,
+                                        &l->states[method]));
+    free(kept->indices);
+    kept->indices = (int64_t *)(uintptr_t)sebp_sparse_adamw_support(l->states[method]);
+}
+
+/* A mask at random: of as many even pieces as there are elements to keep, one element each. */
+static void make_mask(layer *l)
+{
+    const sebp_sparse *kept = &l->kept[MASK];
+    int64_t total = kept->rows * kept->cols, piece = total / l->k, longer = total % l->k;
+    for (int64_t i = 0; i < l->k; i++) {
+        uint64_t within = (uint64_t)(piece + (i < longer));
+        int64_t start = i * piece + (i < longer ? i : longer);
+        kept->indices[i] =
+            start + (int64_t)(random_bits(l->asked->seed + 3000, (uint64_t)i) % within);
+    }
+    fix_support(l, MASK);
+}
+
 static void make_sparse(layer *l)
 {
     if (is_asked(l, SPARSEGRAD))
         succeed(l, sebp_basis_from_vectors(&l->at[U_OUT], &l->at[U_IN], &l->basis));
-    const int spaces[METHODS] = {[MEPROP] = W, [SPARSEGRAD] = R};
-    for (int method = MEPROP; method < METHODS; method++) {
+    const int spaces[METHODS] = {[MASK] = W, [MEPROP] = W, [SPARSEGRAD] = R};
+    for (int method = MASK; method < METHODS; method++) {
         const sebp_matrix *space = &l->at[spaces[method]];
         if (!is_asked(l, method))
             continue;
@@ -114,16 +138,8 @@ static void make_sparse(layer *l)
                           allocate((size_t)l->k * sizeof(float)), l->k, space->rows, space->cols};
         succeed(l, sebp_sparse_adamw_create(space->rows, space->cols, NULL, 0, &l->states[method]));
     }
-}
-
-void fix_support(layer *l)
-{
-    sebp_sparse *kept = &l->kept[SPARSEGRAD];
-    sebp_sparse_adamw_destroy(l->states[SPARSEGRAD]);
-    succeed(l, sebp_sparse_adamw_create(kept->rows, kept->cols, kept->indices, kept->count,
-                                        &l->states[SPARSEGRAD]));
-    free(kept->indices);
-    kept->indices = (int64_t *)(uintptr_t)sebp_sparse_adamw_support(l->states[SPARSEGRAD]);
+    if (is_asked(l, MASK))
+        make_mask(l);
 }
 
 static run *make_run(int phases)

@@ -65,7 +65,7 @@ typedef struct layer {
     int64_t steps;
     sebp_matrix at[MATRICES]; /* data is NULL where not needed */
     sebp_basis *basis;
-    sebp_sparse kept[METHODS]; /* by MeProp and SparseGrad, and their states */
+    sebp_sparse kept[METHODS]; /* from MASK on, and their states */
     sebp_sparse_adamw *states[METHODS];
     run *runs[METHODS], *orders[ORDERS]; /* NULL: not asked for, or not worth it */
 } layer;
@@ -85,7 +85,7 @@ void place_inputs(layer *l);
 int open_layer(layer *l, const machine *m, char *reason, size_t room);
 void close_layer(layer *l);
 
-/* From now on SparseGrad keeps the elements that it has just kept, listed once, in the state. */
-void fix_support(layer *l);
+/* From now on a method keeps the elements that it has listed, which are then listed once, in the state. */
+void fix_support(layer *l, int method);
 
 #endif

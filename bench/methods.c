@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * sebp-bench --method: what one training step costs on one layer, in time and memory, when all of
- * its weight trains (full), a product of two thin matrices beside it (LoRA), or the k elements of
- * its gradient that are largest as they are (MeProp) or in other bases (SparseGrad).
+ * its weight trains (full), a product of two thin matrices beside it (LoRA), k elements chosen once
+ * (mask), or the k elements of its gradient that are largest as they are (MeProp) or in other bases
+ * (SparseGrad).
  *
  * A step has phases: forward, backward (dX, the bias, and the gradient of the weight where that
  * comes out of the same call), gradient (choosing elements), step (optimizer, and what moves the
@@ -60,6 +61,10 @@ static void choose(layer *l, int method)
 {
     const sebp_matrix *at = l->at;
     sebp_sparse *kept = &l->kept[method];
+    if (method == MASK) {
+        succeed(l, sebp_sampled_product(l->context, &at[DY], &at[X], l->rows, NULL, kept));
+        return;
+    }
     if (method == MEPROP) {
         succeed(l, sebp_meprop_gradient(l->context, &at[DY], &at[X], l->rows, NULL, kept));
         return;
@@ -88,7 +93,7 @@ static void step(layer *l, int method)
     } else {
         const sebp_sparse *kept = &l->kept[method];
         succeed(l, sebp_sparse_adamw_step(l->context, l->states[method], &l->adamw, kept));
-        if (method == MEPROP)
+        if (method != SPARSEGRAD)
             succeed(l, sebp_sparse_add(l->context, kept, &l->at[W]));
         else
             succeed(l, sebp_sparsegrad_update(l->context, l->basis, kept, &l->at[W]));
@@ -224,6 +229,29 @@ static void verify_orders(layer *l)
     }
 }
 
+/* Of the elements that a mask keeps, some against double precision. */
+static void verify_mask(layer *l)
+{
+    const int64_t *active = sebp_rows_indices(l->rows);
+    sebp_sparse *kept = &l->kept[MASK];
+    choose(l, MASK);
+    for (int s = 0; s < SAMPLES; s++) {
+        int64_t i = (int64_t)(random_bits(l->asked->seed + 4000, (uint64_t)s) % (uint64_t)l->k);
+        int64_t row = kept->indices[i] / kept->cols, col = kept->indices[i] % kept->cols;
+        double sum = 0, magnitude = 0;
+        for (int64_t t = 0; t < l->active; t++) {
+            double term = element(&l->at[DY], active[t], row) * element(&l->at[X], active[t], col);
+            sum += term;
+            magnitude += fabs(term);
+        }
+        double bound = 16 * (double)FLT_EPSILON * sqrt((double)l->active) * magnitude;
+        if (!(fabs((double)kept->values[i] - sum) <= bound)) {
+            die(FAILED, "%s, mask: dW[%" PRId64 ",%" PRId64 "] is %.9g, should be %.9g",
+                l->sizes->name, row, col, (double)kept->values[i], sum);
+        }
+    }
+}
+
 static void verify(layer *l)
 {
     l->steps = 1;
@@ -231,6 +259,8 @@ static void verify(layer *l)
         if (is_asked(l, method))
             verify_method(l, method);
     }
+    if (is_asked(l, MASK))
+        verify_mask(l);
     if (is_asked(l, SPARSEGRAD))
         verify_orders(l);
 }
@@ -253,7 +283,7 @@ static void compare_on(const machine *m, layer *l)
     }
     verify(l);
     if (l->asked->fixed_support && is_asked(l, SPARSEGRAD))
-        fix_support(l);
+        fix_support(l, SPARSEGRAD);
     if (l->asked->verify_only) {
         print_unmeasured(m, l, "verified");
     } else {

@@ -17,7 +17,7 @@ enum { MAX_SIZE = 1000000000 };
 
 const char *const gemm_names[3] = {"auto", "native", "onednn"};
 const char *const precision_names[PRECISIONS] = {"highest", "split", "high", "medium"};
-const char *const method_names[METHODS] = {"full", "lora", "meprop", "sparsegrad"};
+const char *const method_names[METHODS] = {"full", "lora", "mask", "meprop", "sparsegrad"};
 
 _Noreturn void die(int status, const char *format, ...)
 {
@@ -51,7 +51,8 @@ static const char usage[] =
     "      --device WHICH        cpu or cuda, a GPU: calls are timed by the clock, many in a row, "
     "from\n"
     "                            the first until the GPU has done the last (cpu)\n"
-    "      --method LIST         compare training methods: full, lora, meprop, sparsegrad\n"
+    "      --method LIST         compare training methods: full, lora, mask, meprop,\n"
+    "                            sparsegrad\n"
     "      --kept SHARE          of a weight's elements, that they train (0.0119)\n"
     "      --basis-rank R        leading vectors of SparseGrad's bases (all)\n"
     "      --fixed-support       SparseGrad chooses its elements once, not in each step\n"
@@ -140,8 +141,9 @@ static void set_methods(options *o, const char *list)
             method++;
         }
         if (method == METHODS) {
-            die(USAGE, "--method: '%s' is not a list of %s, %s, %s and %s", list, method_names[0],
-                method_names[1], method_names[2], method_names[3]);
+            die(USAGE, "--method: '%s' is not a list of %s, %s, %s, %s and %s", list,
+                method_names[0], method_names[1], method_names[2], method_names[3],
+                method_names[4]);
         }
         o->methods |= 1 << method;
         at += length;

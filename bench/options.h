@@ -7,8 +7,8 @@
 
 #include <sebp/sebp.h>
 
-enum { FAILED = 1, USAGE = 2 };                   /* exit statuses */
-enum { FULL, LORA, MEPROP, SPARSEGRAD, METHODS }; /* of training */
+enum { FAILED = 1, USAGE = 2 };                         /* exit statuses */
+enum { FULL, LORA, MASK, MEPROP, SPARSEGRAD, METHODS }; /* of training */
 enum { HIGHEST, SPLIT, HIGH, MEDIUM, PRECISIONS };
 enum { MAX_ACTIVITIES = 32, MAX_ROUNDS = 1000 };
 

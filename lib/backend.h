@@ -93,6 +93,18 @@ typedef struct sebp_plan {
     alignas(max_align_t) unsigned char device[SEBP_PLAN_BYTES]; /* the device's own notes */
 } sebp_plan;
 
+/**
+ * A product of which few elements are wanted: sums[i] (+)= the sum over r < m of A[r][n] B[r][k], in
+ * f32, where (n, k) is the i-th element kept. A: m x N and B: m x K, as they lie, of one dtype.
+ */
+typedef struct sebp_sampled {
+    int64_t m;
+    sebp_operand a, b;       /* not transposed */
+    const sebp_sparse *kept; /* N x K; its values are neither read nor written */
+    float *sums;             /* NULL: nothing is computed, and there is memory for it from now on */
+    bool accumulate;
+} sebp_sampled;
+
 /** What a scan tells of each row. */
 typedef enum sebp_measure {
     SEBP_MEASURE_NONZERO,   /* 1 if any element is not +-0, else 0 */
@@ -223,6 +235,10 @@ typedef struct sebp_backend {
      * written, where one is NaN or Inf. */
     sebp_status (*top_finish)(void *device, const sebp_top *top, const sebp_sparse *to);
     void (*top_end)(void *device, sebp_top *top);
+
+    /** SEBP_ERROR_MEMORY. What was found to have memory has it while the scratch memory reserved for
+     * the method is as it was. */
+    sebp_status (*sampled_product)(void *device, const sebp_sampled *product);
 
     /* The update of SparseGrad. */
 

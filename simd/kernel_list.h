@@ -67,6 +67,17 @@ KERNEL(void, sum_scaled_rows,
        (float *sum, const float *from, int64_t stride, const int64_t *rows, const float *scale,
         int64_t count, int64_t cols))
 
+/* dots.c */
+
+/* to[j * to_stride + i] = row rows[i] of `from`, element j, as f32: the transpose of count x cols. */
+KERNEL(void, transpose_rows,
+       (float *to, int64_t to_stride, const void *from, bool is_bf16, int64_t stride,
+        const int64_t *rows, int64_t count, int64_t cols))
+/* sums[i] = the sum of a[i][u] * b[i][u] over u < n, in f32, in an order of the ISA's, which is the same
+ * for every i */
+KERNEL(void, dots,
+       (float *sums, const float *const *a, const float *const *b, int64_t pairs, int64_t n))
+
 /* step.c */
 
 KERNEL(void, adamw, (const sebp_adamw_work *work))

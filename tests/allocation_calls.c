@@ -70,6 +70,17 @@ static sebp_status call_meprop(sebp_context *context, void **result)
     return sebp_meprop_gradient(context, &on.dy, &on.x, on.rows, NULL, &on.kept);
 }
 
+static sebp_status call_sampled(sebp_context *context, void **result)
+{
+    (void)result;
+    sebp_sparse kept = on.kept; /* whose indices are an input here */
+    int64_t indices[ALLOCATION_KEPT];
+    for (int64_t i = 0; i < ALLOCATION_KEPT; i++)
+        indices[i] = 3 * i;
+    kept.indices = indices;
+    return sebp_sampled_product(context, &on.dy, &on.x, on.rows, NULL, &kept);
+}
+
 static sebp_status call_sparsegrad(sebp_context *context, sebp_rotation rotation)
 {
     return sebp_sparsegrad_gradient(context, on.basis, &on.dy, &on.x, on.rows, NULL, rotation,
@@ -439,6 +450,7 @@ const allocation_target allocation_targets[] = {
     {"lora_forward", call_lora_forward, NULL, 1},
     {"lora_backward", call_lora_backward, NULL, 1},
     {"meprop_gradient", call_meprop, NULL, 3},
+    {"sampled_product", call_sampled, NULL, 2},
     {"sparsegrad_gradient factors", call_sparsegrad_factors, NULL, 1},
     {"sparsegrad_gradient dy", call_sparsegrad_dy, NULL, 1},
     {"sparsegrad_gradient in-out", call_sparsegrad_in_out, NULL, 1},

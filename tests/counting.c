@@ -291,6 +291,19 @@ static void count_top_end(void *device, sebp_top *top)
     sebp_cpu_top_end(((counting *)device)->cpu, top);
 }
 
+static sebp_status count_sampled(void *device, const sebp_sampled *product)
+{
+    counting *self = device;
+    ENTER(device, product->sums == NULL ? SEBP_ERROR_MEMORY : SEBP_ERROR_BACKEND);
+    const sebp_sparse kept = counting_behind_sparse(self, product->kept);
+    sebp_sampled found = *product;
+    found.a = behind_operand(self, &product->a, product->m, kept.rows);
+    found.b = behind_operand(self, &product->b, product->m, kept.cols);
+    found.kept = &kept;
+    found.sums = counting_behind(self, product->sums, kept.count * (int64_t)sizeof(float));
+    return sebp_cpu_sampled_product(self->cpu, &found);
+}
+
 static sebp_status count_update(void *device, const sebp_sparse *s, const sebp_matrix *out,
                                 const sebp_matrix *in, const sebp_matrix *w)
 {
@@ -364,6 +377,7 @@ const sebp_backend counting_backend = {
     .top_feed = count_top_feed,
     .top_finish = count_top_finish,
     .top_end = count_top_end,
+    .sampled_product = count_sampled,
     .sparse_update = count_update,
     .attention_forward = counting_attention_forward,
     .attention_backward = counting_attention_backward,

@@ -149,6 +149,18 @@ static sebp_status meprop(method_world *w)
     return sebp_meprop_gradient(w->context, &w->at[DY], &w->at[X], w->given->rows, NULL, &w->in_w);
 }
 
+static sebp_status sampled(method_world *w)
+{
+    return sebp_sampled_product(w->context, &w->at[DY], &w->at[X], w->given->rows, NULL, &w->in_w);
+}
+
+static sebp_status sampled_adds(method_world *w)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.dw_write = SEBP_ACCUMULATE;
+    return sebp_sampled_product(w->context, &w->at[DY], &w->at[X], NULL, &options, &w->in_w);
+}
+
 static sebp_status sparse_top(method_world *w)
 {
     return sebp_sparse_top(w->context, &w->at[R], &w->in_r);
@@ -235,6 +247,8 @@ static const method methods[] = {
     {"lora_backward", lora_backward},
     {"lora_merge", lora_merge},
     {"meprop", meprop},
+    {"sampled", sampled},
+    {"sampled_adds", sampled_adds},
     {"sparse_top", sparse_top},
     {"sparse_take", sparse_take},
     {"sparse_add", sparse_add},

@@ -76,6 +76,7 @@ static void fail_each(const allocation_target *target, sebp_gemm gemm)
                 strncmp(target->name, "cross", 5) == 0 ||
                 strncmp(target->name, "embedding", 9) == 0 ||
                 strncmp(target->name, "lora", 4) == 0 || strncmp(target->name, "meprop", 6) == 0 ||
+                strncmp(target->name, "sampled", 7) == 0 ||
                 strncmp(target->name, "sparsegrad", 10) == 0 ||
                 strncmp(target->name, "sparse_top", 10) == 0;
             ck_assert(!is_on_context || *sebp_context_message(context) != '\0');

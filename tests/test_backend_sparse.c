@@ -150,6 +150,51 @@ START_TEST(top_k)
 }
 END_TEST
 
+/* The active rows of a factor, on a device. */
+static sebp_operand factor_on(const pair *factor, const row_choice *rows, int i)
+{
+    const sebp_matrix *matrix = on(factor, i);
+    return (sebp_operand){matrix->data, matrix->stride, rows->of[i], false, matrix->dtype};
+}
+
+START_TEST(sampled_products)
+{
+    make_sides(_i);
+    for (int round = 0; round < testing_rounds(60); round++) {
+        int64_t n = testing_between(1, 90), k = testing_between(1, 90);
+        int64_t m = testing_between(0, testing_chance(0.3) ? 600 : 40);
+        sebp_dtype dtype = testing_dtype();
+        row_choice rows_a = choose_list(m), rows_b = choose_list(m);
+        pair a = make_pair(m, n, dtype, TESTING_REAL), b = make_pair(m, k, dtype, TESTING_REAL);
+        int64_t used = rows_a.count < rows_b.count ? rows_a.count : rows_b.count;
+        sebp_sparse kept = random_sparse(testing_between(1, n * k), n, k);
+        sebp_matrix sums = testing_random_matrix(1, kept.count, SEBP_F32, TESTING_REAL);
+        sebp_sparse at[2] = {put_sparse(tested, &kept), put_sparse(scalar, &kept)};
+        pair sum = put_pair(&sums);
+        sebp_sampled work = {.m = used, .accumulate = testing_chance(0.5)};
+        for (int i = 0; i < 2; i++) {
+            work.a = factor_on(&a, &rows_a, i);
+            work.b = factor_on(&b, &rows_b, i);
+            work.kept = &at[i];
+            work.sums = NULL;
+            succeed(side_of(i).backend->sampled_product(side_of(i).device, &work));
+            work.sums = sum.of[i].data;
+            succeed(side_of(i).backend->sampled_product(side_of(i).device, &work));
+        }
+        compare_pair(&sum, FLT_EPSILON * (double)(used + 2) * (double)(used + 1));
+        compare_sparse(&at[0], &at[1]); /* indices and values are as they were */
+        drop_sparse(tested, &at[0]);
+        drop_sparse(scalar, &at[1]);
+        testing_free_sparse(&kept);
+        drop_pair(&a);
+        drop_pair(&b);
+        drop_choice(&rows_a);
+        drop_choice(&rows_b);
+    }
+    destroy_sides();
+}
+END_TEST
+
 START_TEST(sparse_updates)
 {
     make_sides(_i);
@@ -188,6 +233,7 @@ static Suite *make_suite(void)
     tcase_set_timeout(tests, 300);
     tcase_add_loop_test(tests, kept_elements, 0, count_devices());
     tcase_add_loop_test(tests, top_k, 0, count_devices());
+    tcase_add_loop_test(tests, sampled_products, 0, count_devices());
     tcase_add_loop_test(tests, sparse_updates, 0, count_devices());
     suite_add_tcase(suite, tests);
     return suite;

@@ -143,7 +143,7 @@ if awk -F, 'NF != 10 || (NR > 1 && !($8 > 0 && $9 > 0 && $10 > 0)) { exit 1 } EN
     "$work/out"; then pass; else fail "malformed csv"; fi
 
 # Training methods
-methods=full,lora,meprop,sparsegrad
+methods=full,lora,mask,meprop,sparsegrad
 succeeds "$bench" --quick --method $methods --verify-only --dtype both
 prints '^verified$'
 succeeds "$bench" --method $methods --verify-only --shape 9x5:3 --shape 65x17:33 --threads 3
@@ -175,6 +175,8 @@ methods_csv() {
             if ($at["method"] == "lora" &&
                 bytes != 12 * $at["lora_rank"] * ($at["N"] + $at["K"]))
                 { print "line " NR ": bytes of LoRA"; bad = 1 }
+            if ($at["method"] == "mask" && !(bytes < 20 * $at["kept"] + 200))
+                { print "line " NR ": bytes of a mask"; bad = 1 }
             if ($at["method"] == "sparsegrad" && fixed && !(bytes < 20 * $at["kept"] + 200))
                 { print "line " NR ": bytes of a fixed support"; bad = 1 }
         }
@@ -185,7 +187,7 @@ methods_csv() {
         }' fixed="${2:-0}" "$work/out"; then pass; else fail "malformed csv"; fi
 }
 succeeds "$bench" --csv --quick --method $methods --repetitions 2 --seconds 0 --dtype both
-methods_csv 8
+methods_csv 10
 succeeds "$bench" --csv --quick --method sparsegrad --repetitions 2 --seconds 0 --activity 1,.1 \
     --fixed-support --kept .05
 methods_csv 2 1

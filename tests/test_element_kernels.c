@@ -262,6 +262,88 @@ START_TEST(dropout_scales)
 }
 END_TEST
 
+START_TEST(transpose_rows)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "transpose_rows");
+    if (kernels == NULL) {
+        return;
+    }
+    int64_t moved = 0;
+    for (int round = testing_rounds(1000); round > 0; round--) {
+        int64_t count = testing_between(0, 70), cols = testing_between(0, 70);
+        int64_t total = testing_between(1, 90), stride = strided(cols), to_stride = strided(count);
+        int is_bf16 = round % 2, is_listed = testing_chance(0.7);
+        total = is_listed || total > count ? total : count;
+        buffer rows = any_rows(is_listed ? count : 0, total);
+        const int64_t *listed = is_listed ? (const int64_t *)(void *)rows.data : NULL;
+        buffer from = make(total > 0 ? (total - 1) * stride + cols : 0, bytes_of(is_bf16));
+        buffer to = make(cols > 0 ? (cols - 1) * to_stride + count : 0, sizeof(float));
+        for (int64_t i = 0; i < total * cols; i++) {
+            put(from.data, is_bf16, i / cols * stride + i % cols, testing_uniform());
+        }
+        float *twin = twin_of(&to);
+        for (int64_t i = 0; i < count * cols; i++) {
+            int64_t at = i / cols, col = i % cols, row = is_listed ? listed[at] : at;
+            put(twin, 0, col * to_stride + at, get(from.data, is_bf16, row * stride + col));
+        }
+        kernels->transpose_rows((void *)to.data, to_stride, from.data, is_bf16, stride, listed,
+                                count, cols);
+        moved += count * cols;
+        release(&rows);
+        release(&from);
+        release(&to);
+    }
+    ck_assert_int_gt(moved, 1000);
+}
+END_TEST
+
+START_TEST(dots)
+{
+    enum { VECTORS = 9, MAX_PAIRS = 70 };
+    const sebp_kernels *kernels = kernels_of(_i, "dots");
+    if (kernels == NULL) {
+        return;
+    }
+    for (int round = testing_rounds(500); round > 0; round--) {
+        int64_t n = length(), pairs = testing_between(0, MAX_PAIRS);
+        int integers = testing_chance(0.5);
+        buffer vectors[VECTORS], sums = make(pairs, sizeof(float));
+        for (int v = 0; v < VECTORS; v++) {
+            vectors[v] = make(n, sizeof(float));
+            for (int64_t i = 0; i < n; i++) {
+                put(vectors[v].data, 0, i, value_of(integers));
+            }
+        }
+        const float *a[MAX_PAIRS], *b[MAX_PAIRS];
+        float *got = (void *)sums.data, *twin = twin_of(&sums);
+        for (int64_t i = 0; i < pairs; i++) {
+            a[i] = (const float *)(void *)vectors[testing_between(0, VECTORS - 1)].data;
+            b[i] = (const float *)(void *)vectors[testing_between(0, VECTORS - 1)].data;
+        }
+        kernels->dots(got, a, b, pairs, n);
+        for (int64_t i = 0; i < pairs; i++) {
+            double want = 0, size = 0;
+            for (int64_t u = 0; u < n; u++) {
+                want += (double)a[i][u] * (double)b[i][u];
+                size += fabs((double)a[i][u] * (double)b[i][u]);
+            }
+            double bound = integers ? 0 : (double)n * (double)FLT_EPSILON * size;
+            check(fabs((double)got[i] - want) <= bound,
+                  "pair %" PRId64 " of %" PRId64 " is %a, not %a", i, pairs, (double)got[i], want);
+            float alone;
+            kernels->dots(&alone, a + i, b + i, 1, n);
+            check(memcmp(&alone, &got[i], sizeof alone) == 0, "%a alone, else %a", (double)alone,
+                  (double)got[i]);
+        }
+        memcpy(twin, got, (size_t)pairs * sizeof *got); /* all beside the sums is as it was */
+        release(&sums);
+        for (int v = 0; v < VECTORS; v++) {
+            release(&vectors[v]);
+        }
+    }
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("element kernels");
@@ -271,6 +353,8 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, scale, 0, TIERS);
     tcase_add_test(all, philox);
     tcase_add_loop_test(all, dropout_scales, 0, TIERS);
+    tcase_add_loop_test(all, transpose_rows, 0, TIERS);
+    tcase_add_loop_test(all, dots, 0, TIERS);
     suite_add_tcase(suite, all);
     return suite;
 }

@@ -153,6 +153,8 @@ START_TEST(others_refuse_it)
     options.packed_weight = packed;
     testing_refuse(sebp_meprop_gradient(context, &l.dy, &l.dy, NULL, &options, &kept),
                    SEBP_ERROR_VALUE, "packed_weight is not for this function", context);
+    testing_refuse(sebp_sampled_product(context, &l.dy, &l.dy, NULL, &options, &kept),
+                   SEBP_ERROR_VALUE, "packed_weight is not for this function", context);
     testing_refuse(sebp_sparsegrad_gradient(context, basis, &l.dy, &l.dy, NULL, &options,
                                             SEBP_ROTATE_AUTO, &r),
                    SEBP_ERROR_VALUE, "packed_weight is not for this function", context);

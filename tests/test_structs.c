@@ -330,6 +330,11 @@ static sebp_status call_meprop(problem *p, const sebp_linear_options *options)
     return sebp_meprop_gradient(p->context, &p->dy, &p->x, p->rows, options, &p->sparse);
 }
 
+static sebp_status call_sampled(problem *p, const sebp_linear_options *options)
+{
+    return sebp_sampled_product(p->context, &p->dy, &p->x, p->rows, options, &p->sparse);
+}
+
 static sebp_status call_sparsegrad(problem *p, const sebp_linear_options *options)
 {
     return sebp_sparsegrad_gradient(p->context, p->basis, &p->dy, &p->x, p->rows, options,
@@ -356,7 +361,8 @@ static sebp_status call_sparse_adamw(problem *p, const sebp_adamw_options *optio
 }
 
 static const with_linear linear_calls[] = {call_forward,       call_backward, call_lora_forward,
-                                           call_lora_backward, call_meprop,   call_sparsegrad};
+                                           call_lora_backward, call_meprop,   call_sampled,
+                                           call_sparsegrad};
 static const with_adamw adamw_calls[] = {call_adamw, call_decay, call_sparse_adamw};
 
 #define CALLS(list) ((int)(sizeof(list) / sizeof *(list)))

@@ -61,6 +61,7 @@
 #include <sebp/packed_weight.h>
 #include <sebp/random.h>
 #include <sebp/rows.h>
+#include <sebp/sampled.h>
 #include <sebp/sequences.h>
 #include <sebp/sparse.h>
 #include <sebp/sparsegrad.h>

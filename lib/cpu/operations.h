@@ -66,6 +66,10 @@ sebp_status sebp_cpu_top_feed(void *device, sebp_top *top, const sebp_matrix *pa
 sebp_status sebp_cpu_top_finish(void *device, const sebp_top *top, const sebp_sparse *to);
 void sebp_cpu_top_end(void *device, sebp_top *top);
 
+/* sampled.c */
+
+sebp_status sebp_cpu_sampled_product(void *device, const sebp_sampled *product);
+
 /* sparse_update.c */
 
 sebp_status sebp_cpu_sparse_update(void *device, const sebp_sparse *s, const sebp_matrix *out,

@@ -71,6 +71,10 @@ sebp_status sebp_cuda_top_feed(void *device, sebp_top *top, const sebp_matrix *p
 sebp_status sebp_cuda_top_finish(void *device, const sebp_top *top, const sebp_sparse *to);
 void sebp_cuda_top_end(void *device, sebp_top *top);
 
+/* sampled.cu */
+
+sebp_status sebp_cuda_sampled_product(void *device, const sebp_sampled *product);
+
 /* sparse_update.cu */
 
 sebp_status sebp_cuda_sparse_update(void *device, const sebp_sparse *s, const sebp_matrix *out,

@@ -218,6 +218,7 @@ _FUNCTIONS = {
     ),
     "sebp_sparsegrad_update": (c_int, [c_void_p, c_void_p, _kept, _view]),
     "sebp_meprop_gradient": (c_int, [c_void_p, _view, _view, c_void_p, _linear_options, _kept]),
+    "sebp_sampled_product": (c_int, [c_void_p, _view, _view, c_void_p, _linear_options, _kept]),
     "sebp_adamw_step": (
         c_int,
         [c_void_p, _view, c_int64, _adamw_options, _view, _view, _view],

@@ -64,6 +64,38 @@ def test_meprop():
     np.testing.assert_array_equal(w, 0.75 * (1 + dense(kept)))
 
 
+def test_sampled_product():
+    dy, x = (np.random.randint(-9, 10, (12, size)).astype(np.float32) for size in (5, 7))
+    dy[::3] = 0
+    dw = dy.T @ x
+    indices = np.array([0, 3, 4, 17, 34])
+    kept = sparse.sampled_product(dy, x, indices)
+    assert kept.indices is indices and kept.shape == (5, 7)
+    np.testing.assert_array_equal(kept.values, dw.flat[indices])
+    out, rows = np.ones(5, np.float32), sebp.Rows.find(dy)
+    again = sparse.sampled_product(
+        dy, x[rows.indices], indices, rows, x_is_compact=True, out=out, accumulate=True
+    )
+    assert again.values is out
+    np.testing.assert_array_equal(out, 1 + dw.flat[indices])
+    none = sparse.sampled_product(dy, x, np.empty(0, np.int64))
+    assert none.values.shape == (0,)
+    for bad in ([3, 2], [3, 3], [-1], [35], range(36)):
+        with pytest.raises(sebp.SebpError, match="kept"):
+            sparse.sampled_product(dy, x, np.array(bad))
+    with pytest.raises(sebp.SebpError, match="overlap"):
+        sparse.sampled_product(dy, x, indices, out=x[0, :5])
+    with pytest.raises(TypeError, match="float64"):
+        sparse.sampled_product(dy, x, indices, out=np.ones(5))
+    with pytest.raises(ValueError, match="but values"):
+        sparse.sampled_product(dy, x, indices, out=np.ones(4, np.float32))
+    dy[1, 0] = np.inf
+    with pytest.raises(sebp.SebpError) as error:
+        sparse.sampled_product(dy, x, indices, out=out)
+    assert error.value.status == sparse.NONFINITE
+    np.testing.assert_array_equal(out, 1 + dw.flat[indices])
+
+
 @pytest.mark.usefixtures("lapack")
 def test_basis_phase(tmp_path):
     """Gradients of planted bases: their energy lies in as many vectors as were planted."""

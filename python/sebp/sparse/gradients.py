@@ -121,3 +121,53 @@ def meprop_gradient(
     kept = room_for(k, (v_dy.cols, v_x.cols))
     context.call("sebp_meprop_gradient", v_dy, v_x, given, options, kept.struct())
     return kept
+
+
+def sampled_product(
+    dy: ArrayOrMatrix,
+    x: ArrayOrMatrix,
+    indices: NDArray[np.int64],
+    rows: Rows | RowRule = "nonzero",
+    *,
+    x_is_compact: bool = False,
+    out: NDArray[np.float32] | None = None,
+    accumulate: bool = False,
+    context: Context | None = None,
+) -> Sparse:
+    """Compute chosen elements of dW = dY^T X on the active rows, without the others.
+
+    Parameters
+    ----------
+    dy : array or Matrix, M x N
+    x : array or Matrix, M x K
+        m x K with `x_is_compact`. Of dY's dtype.
+    indices : int64 array, k
+        row * cols + col in dW, N x K, ascending, each once.
+    rows, x_is_compact, context
+        As for :func:`sparsegrad_gradient`.
+    out : float32 array, k, optional
+        Where the values are put.
+    accumulate : bool
+        Add to what `out` holds.
+
+    Returns
+    -------
+    Sparse, N x K
+        Of `indices`, and of `out` where it is given: no copies.
+
+    Raises
+    ------
+    SebpError
+        If shapes, dtypes or rows do not go together, indices are out of range, unsorted or
+        repeated, or one of the elements is, or becomes, a NaN or Inf. `out` is as it was then.
+    TypeError, ValueError
+        If the arrays are not as :meth:`Sparse.struct` takes them, to write to the values.
+    """
+    context = context or default_context()
+    v_dy, v_x = as_matrix(dy, "dy"), as_matrix(x, "x")
+    given, options = _options(rows, x_is_compact, accumulate)
+    values = np.zeros(indices.shape, np.float32) if out is None else out
+    kept = Sparse(indices, values, (v_dy.cols, v_x.cols))
+    written = kept.struct(is_written=True)
+    context.call("sebp_sampled_product", v_dy, v_x, given, options, written)
+    return kept
