@@ -19,7 +19,7 @@ from common import (
     take_step,
     write_csv,
 )
-from methods import METHODS, Training
+from methods import METHODS, SparseGrad, Training
 from texts import make_batch, read_texts
 from torch import nn
 
@@ -74,9 +74,7 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
     for name in options.methods:
         training = Training(name, make_model(), _RATE, sizes)
         mode = Mode(name, "full", batches)
-        # As many steps on few elements for all that take them.
-        warm_up = {"sparsegrad": sizes.basis_steps + sizes.fix_after, "meprop": sizes.fix_after}
-        for i in range(warm_up.get(METHODS[name].kind, 0) + 1):
+        for i in range(METHODS[name].warm_up(sizes) + 1):
             batch = batches[i % len(batches)]
             take_step(mode, training.model, training.optimizer, batch, Times())
         trainings[name], times[name] = (mode, training), Times()
@@ -94,7 +92,7 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
             quarters = statistics.quantiles(ratios, n=4, method="inclusive")
         kept = share.gradient + share.state
         rows.append([name, *medians, *quarters, share.elements, kept, share.bases, share.scratch])
-    whole = full_bytes(next(iter(trainings.values()))[1].model)
+    whole = full_bytes(make_model())
     print(
         f"activity {mode.activity:.3f}; step / {base} is the median of the rounds' ratios, and half"
         " of them lie in the range beside it\n"
@@ -137,8 +135,8 @@ def measure_memory(options: argparse.Namespace, make_model: Callable[[], nn.Modu
     else:
         steps = 4
         method = METHODS[name]
-        if options.given_bases and method.kind == "sparsegrad":
-            bases = random_bases(model, sizes.leading if method.leading else None)
+        if options.given_bases and isinstance(method, SparseGrad):
+            bases = random_bases(model, method.leading(sizes))
     training = Training(name, model, _RATE, sizes, bases)
     for batch in make_batches(options, steps):
         take_step(Mode(name, "full", []), model, training.optimizer, batch, Times())
@@ -151,7 +149,7 @@ def report_memory(options: argparse.Namespace) -> None:
     for name in options.methods:
         peak = float(run_again("--memory-of", name))
         given = peak
-        if METHODS[name].kind == "sparsegrad":
+        if isinstance(METHODS[name], SparseGrad):
             given = float(run_again("--memory-of", name, "--given-bases"))
         rows.append([name, peak, given])
     base = next((row for row in rows if row[0] == "full"), rows[0])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to train a model's feed-forward weights, at equal numbers of trained elements.
 
-All else, from embeddings to biases, trains alike in each: by AdamW without weight decay. The
-feed-forward weights, N x K:
+What else trains is a choice (:func:`choose_trained`) and trains alike in each: by AdamW without
+weight decay. The feed-forward weights, N x K:
 
 - full: all elements, by AdamW too;
 - lora: frozen, with a product of K x r and r x N that trains, r (K + N) elements, times 1;
@@ -11,9 +11,16 @@ feed-forward weights, N x K:
   elements train; all vectors of the bases, elements chosen anew in each step, as in the paper;
 - sparsegrad-leading-fixed: the leading vectors of the bases alone, and after some more steps the
   elements stay the same;
+- frozen: not at all. What the rest of the model learns alone;
+- full-then-frozen: all elements for as many steps as SparseGrad's basis phase has, then none. What
+  that phase does alone;
 - sparsegrad-leading: the leading vectors, elements chosen anew;
 - sparsegrad-fixed: all vectors, elements that stay the same;
 - pytorch: full, by PyTorch alone and with padding: how long a step takes as it is.
+
+To add a method: derive a class from :class:`Method` that overrides what differs, mostly `optimize`
+alone; from :class:`Sparse` where it has an optimizer like :class:`sebp.torch.SparseOptimizer`. Name
+it in :data:`METHODS`, and say above what it is.
 """
 
 from dataclasses import dataclass, field
@@ -24,41 +31,7 @@ from torch import nn
 
 import sebp
 from sebp.sparse import Basis
-from sebp.torch import SparseOptimizer
 from sebp.torch.apply.feed_forward import choose_layers
-
-
-@dataclass(frozen=True)
-class Method:
-    """One of the ways above.
-
-    Attributes
-    ----------
-    kind : {"full", "lora", "meprop", "sparsegrad"}
-    leading : bool
-        Leading vectors of the bases alone.
-    fixed : bool
-        Elements stay the same after a while.
-    plain : bool
-        PyTorch alone.
-    """
-
-    kind: str
-    leading: bool = False
-    fixed: bool = False
-    plain: bool = False
-
-
-METHODS = {
-    "full": Method("full"),
-    "lora": Method("lora"),
-    "meprop": Method("meprop"),
-    "sparsegrad": Method("sparsegrad"),
-    "sparsegrad-leading-fixed": Method("sparsegrad", leading=True, fixed=True),
-    "sparsegrad-leading": Method("sparsegrad", leading=True),
-    "sparsegrad-fixed": Method("sparsegrad", fixed=True),
-    "pytorch": Method("full", plain=True),
-}
 
 
 @dataclass(frozen=True)
@@ -75,12 +48,15 @@ class Sizes:
         From whose gradients bases are made.
     fix_after : int
         Steps in the bases' space after which elements stay the same.
+    train : str
+        What trains, as :func:`choose_trained` takes it.
     """
 
     rank: int
     leading: int
     basis_steps: int = 30
     fix_after: int = 100
+    train: str = "all"
 
 
 @dataclass
@@ -103,6 +79,269 @@ class Share:
     bases: int = 0
     scratch: int = 0
     energy: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a method makes its optimizer of.
+
+    Attributes
+    ----------
+    model : nn.Module
+        To be trained.
+    adamw : torch.optim.AdamW
+        Of all its parameters that train.
+    weights : list of nn.Parameter
+        Of the feed-forward layers.
+    k : int
+        How many elements of each of them train.
+    sizes : Sizes
+        How much is trained.
+    bases : dict of str to Basis or None
+        SparseGrad's, where they are given.
+    """
+
+    model: nn.Module
+    adamw: torch.optim.AdamW
+    weights: list[nn.Parameter]
+    k: int
+    sizes: Sizes
+    bases: dict[str, Basis] | None
+
+
+# --------------------------------------------------------------------------------------------------
+# The methods
+
+
+class Method:
+    """A way to train; this one is full training, and others override what differs.
+
+    Attributes
+    ----------
+    plain : bool
+        PyTorch alone, padding and all.
+    has_basis_phase : bool
+        Whether it begins with `Sizes.basis_steps` steps of full training, which may have a learning
+        rate of their own.
+    """
+
+    plain = False
+    has_basis_phase = False
+
+    def change(self, model: nn.Module, sizes: Sizes) -> None:
+        """Change the model, or which of its parameters train, before AdamW is made."""
+
+    def optimize(self, given: Given) -> torch.optim.Optimizer:
+        """Make the optimizer that takes the steps."""
+        return given.adamw
+
+    def warm_up(self, sizes: Sizes) -> int:
+        """Return after how many steps all others are alike."""
+        return 0
+
+    def share(self, given: Given, optimizer: torch.optim.Optimizer) -> Share:
+        """Count what the training of the feed-forward weights takes now."""
+        return share_of(given.weights, optimizer)
+
+    def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the trained model an ordinary one."""
+
+
+class PyTorch(Method):
+    """Full training by PyTorch alone."""
+
+    plain = True
+
+
+class Lora(Method):
+    """Frozen weights with products of low rank beside them."""
+
+    def change(self, model: nn.Module, sizes: Sizes) -> None:
+        """Freeze the weights and put the products beside them."""
+        sebp.apply_lora_to_model(model, sizes.rank)
+
+    def share(self, given: Given, optimizer: torch.optim.Optimizer) -> Share:
+        """Count the products' factors."""
+        names = (".lora_a", ".lora_b")
+        factors = [p for name, p in given.model.named_parameters() if name.endswith(names)]
+        return share_of(factors, optimizer)
+
+    def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Add the products to the weights."""
+        sebp.merge_lora(model)
+
+
+class Frozen(Method):
+    """Weights that do not train."""
+
+    def change(self, model: nn.Module, sizes: Sizes) -> None:
+        """Freeze them."""
+        for _, module in choose_layers(model, None):
+            module.weight.requires_grad_(False)
+
+
+class FullThenFrozen(Method):
+    """Weights that train in full for the steps of a basis phase, and no more."""
+
+    has_basis_phase = True
+
+    def optimize(self, given: Given) -> torch.optim.Optimizer:
+        """Let AdamW freeze the weights after its step of that number."""
+        steps = 0
+
+        def count(adamw: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == given.sizes.basis_steps:
+                for weight in given.weights:
+                    weight.requires_grad_(False)
+                    weight.grad = None
+                    adamw.state.pop(weight, None)
+
+        given.adamw.register_step_post_hook(count)
+        return given.adamw
+
+    def warm_up(self, sizes: Sizes) -> int:
+        """Return the steps of full training."""
+        return sizes.basis_steps
+
+
+class Sparse(Method):
+    """Few elements of each weight.
+
+    Parameters
+    ----------
+    leading : bool
+        Leading vectors of the bases alone.
+    fixed : bool
+        Elements stay the same after a while.
+    """
+
+    def __init__(self, leading: bool = False, fixed: bool = False) -> None:
+        self._leading, self._fixed = leading, fixed
+
+    def fix_after(self, sizes: Sizes) -> int | None:
+        """Return after how many steps on few elements these stay the same; None: never."""
+        return sizes.fix_after if self._fixed else None
+
+    def leading(self, sizes: Sizes) -> int | None:
+        """Return how many vectors each side of a basis has; None: all."""
+        return sizes.leading if self._leading else None
+
+    def warm_up(self, sizes: Sizes) -> int:
+        """Return the same for all: fixed elements or not, they are compared after as many steps."""
+        return sizes.fix_after
+
+    def share(self, given: Given, optimizer: torch.optim.Optimizer) -> Share:
+        """Count by the optimizer's own account."""
+        energy = [kind.shares for kind in optimizer.kinds]
+        return Share(given.k * len(given.weights), *optimizer.bytes(), energy)
+
+    def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restore the layers."""
+        optimizer.release()
+
+
+class MeProp(Sparse):
+    """The largest elements of each gradient."""
+
+    def optimize(self, given: Given) -> torch.optim.Optimizer:
+        """Put MeProp into the layers."""
+        fix_after = self.fix_after(given.sizes)
+        return sebp.apply_meprop_to_model(
+            given.model, given.adamw, given.k, fix_support_after=fix_after
+        )
+
+
+class SparseGrad(Sparse):
+    """The largest elements in bases of the gradients."""
+
+    has_basis_phase = True
+
+    def warm_up(self, sizes: Sizes) -> int:
+        """Return the steps of the basis phase and as many as MeProp has."""
+        return sizes.basis_steps + sizes.fix_after
+
+    def optimize(self, given: Given) -> torch.optim.Optimizer:
+        """Put SparseGrad into the layers."""
+        return sebp.apply_sparsegrad_to_model(
+            given.model,
+            given.adamw,
+            given.k,
+            given.sizes.basis_steps,
+            self.leading(given.sizes),
+            bases=given.bases,
+            fix_support_after=self.fix_after(given.sizes),
+        )
+
+
+METHODS = {
+    "full": Method(),
+    "lora": Lora(),
+    "meprop": MeProp(),
+    "sparsegrad": SparseGrad(),
+    "sparsegrad-leading-fixed": SparseGrad(leading=True, fixed=True),
+    "frozen": Frozen(),
+    "full-then-frozen": FullThenFrozen(),
+    "sparsegrad-leading": SparseGrad(leading=True),
+    "sparsegrad-fixed": SparseGrad(fixed=True),
+    "pytorch": PyTorch(),
+}
+DEFAULT = list(METHODS)[: list(METHODS).index("full-then-frozen") + 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def check_parts(parts: str) -> None:
+    """Raise ValueError unless these are parts that :func:`choose_trained` takes."""
+    chosen = set(parts.split(","))
+    if chosen != {"all"} and chosen not in ({"feed-forward"}, {"feed-forward", "head"}):
+        raise ValueError(f"{parts!r}: what trains is all, or feed-forward, or feed-forward,head")
+
+
+def choose_trained(model: nn.Module, parts: str) -> None:
+    """Freeze all parameters but those of some parts.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, with or without a head.
+    parts : str
+        "all"; or "feed-forward", the weights of these layers, and after a comma, if wanted, "head",
+        which is all that comes after the blocks: a pooling layer and what classifies.
+
+    Raises
+    ------
+    ValueError
+        For other parts, or if there is no head. No parameter has changed.
+    """
+    check_parts(parts)
+    chosen = parts.split(",")
+    if "all" in chosen:
+        return
+    trained = {id(module.weight) for _, module in choose_layers(model, None)}
+    if "head" in chosen:
+        body = {id(p) for p in model.base_model.parameters()}
+        pooler = getattr(model.base_model, "pooler", None)
+        body -= {id(p) for p in pooler.parameters()} if pooler is not None else set()
+        head = {id(p) for p in model.parameters()} - body
+        if not head:
+            raise ValueError(f"{type(model).__name__} has no head to train")
+        trained |= head
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def share_of(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Share:
+    """Count what the training of parameters takes that an optimizer of PyTorch trains."""
+    trained = [p for p in parameters if p.requires_grad]
+    return Share(
+        sum(p.numel() for p in trained),
+        sum(p.nbytes for p in trained),
+        sum(t.nbytes for p in trained for t in optimizer.state.get(p, {}).values()),
+    )
 
 
 def elements_of_layer(model: nn.Module, rank: int) -> int:
@@ -131,6 +370,7 @@ class Training:
         rate: float,
         sizes: Sizes,
         bases: dict[str, Basis] | None = None,
+        basis_rate: float | None = None,
     ) -> None:
         """Begin.
 
@@ -146,57 +386,46 @@ class Training:
             How much is trained.
         bases : dict of str to Basis, optional
             SparseGrad's; without, it begins with full training.
+        basis_rate : float, optional
+            The rate in the basis phase, of methods that have one; default: `rate`.
         """
-        method = METHODS[name]
         self.model = model
-        self._method = method
-        self._weights = [module.weight for _, module in choose_layers(model, None)]
-        self._k = k = elements_of_layer(model, sizes.rank)
-        if method.kind == "lora":
-            sebp.apply_lora_to_model(model, sizes.rank)
+        self._method = method = METHODS[name]
+        choose_trained(model, sizes.train)
+        weights = [module.weight for _, module in choose_layers(model, None)]
+        k = elements_of_layer(model, sizes.rank)
+        method.change(model, sizes)
         if not method.plain:
             take_padding_out(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-        self.optimizer: torch.optim.Optimizer = adamw
-        fix_after = sizes.fix_after if method.fixed else None
-        if method.kind == "meprop":
-            self.optimizer = sebp.apply_meprop_to_model(
-                model, adamw, k, fix_support_after=fix_after
-            )
-        elif method.kind == "sparsegrad":
-            self.optimizer = sebp.apply_sparsegrad_to_model(
-                model,
-                adamw,
-                k,
-                sizes.basis_steps,
-                sizes.leading if method.leading else None,
-                bases=bases,
-                fix_support_after=fix_after,
-            )
+        if basis_rate is not None and method.has_basis_phase and bases is None:
+            _begin_at(basis_rate, adamw, sizes.basis_steps)
+        self._given = Given(model, adamw, weights, k, sizes, bases)
+        self.optimizer = method.optimize(self._given)
 
     def share(self) -> Share:
         """Count what the training of the feed-forward weights takes now."""
-        if isinstance(self.optimizer, SparseOptimizer):
-            kinds = self.optimizer.kinds
-            elements = self._k * len(self._weights)
-            return Share(elements, *self.optimizer.bytes(), [kind.shares for kind in kinds])
-        if self._method.kind == "lora":
-            names = (".lora_a", ".lora_b")
-            trained = [p for name, p in self.model.named_parameters() if name.endswith(names)]
-        else:
-            trained = self._weights
-        state = self.optimizer.state
-        return Share(
-            sum(p.numel() for p in trained),
-            sum(p.nbytes for p in trained),
-            sum(t.nbytes for p in trained for t in state.get(p, {}).values()),
-        )
+        return self._method.share(self._given, self.optimizer)
 
     def finish(self) -> nn.Module:
         """Return the trained model as an ordinary one."""
-        if isinstance(self.optimizer, SparseOptimizer):
-            self.optimizer.release()
-        if self._method.kind == "lora":
-            sebp.merge_lora(self.model)
+        self._method.finish(self.model, self.optimizer)
         return self.model
+
+
+def _begin_at(rate: float, adamw: torch.optim.AdamW, steps: int) -> None:
+    """Give AdamW another learning rate for its first steps."""
+    later = [group["lr"] for group in adamw.param_groups]
+    for group in adamw.param_groups:
+        group["lr"] = rate
+    taken = 0
+
+    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == steps:
+            for group, lr in zip(optimizer.param_groups, later, strict=True):
+                group["lr"] = lr
+
+    adamw.register_step_post_hook(count)
