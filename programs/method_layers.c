@@ -39,12 +39,15 @@ static sebp_status lora_backward(struct adapter *adapter, sebp_context *context,
                               &da, &db);
 }
 
-/** The elements of the layer's gradient that are kept: of dW for MeProp, else of R. */
+/** The elements of the layer's gradient that are kept: of dW for a mask and MeProp, else of R. */
 static sebp_status keep_elements(const struct layer *layer, sebp_context *context,
                                  const sebp_rows *rows, const sebp_matrix *dy, const sebp_matrix *x)
 {
     const struct trainer *trainer = layer->trainer;
     const sebp_sparse *kept = &layer->gradient;
+    if (trainer->settings.method == MASK) {
+        return sebp_sampled_product(context, dy, x, rows, NULL, kept);
+    }
     if (trainer->settings.method == MEPROP) {
         return sebp_meprop_gradient(context, dy, x, rows, NULL, kept);
     }
@@ -99,11 +102,43 @@ void begin_lora(struct layer *layer, uint64_t *random)
     layer->adapter = (struct adapter){lora_forward, lora_backward};
 }
 
+static int64_t kept_count(const struct layer *layer)
+{
+    const struct tensor *w = layer->linear->weight;
+    return layer->trainer->settings.rank * (w->rows + w->cols);
+}
+
+int begin_mask(struct layer *layer, uint64_t *random)
+{
+    const struct tensor *w = layer->linear->weight;
+    const int64_t elements = w->rows * w->cols, k = kept_count(layer);
+    struct pool drawing = {0};
+    int64_t *indices = allocate(&drawing, k, sizeof *indices);
+    layer->gradient = (sebp_sparse){NULL, floats(&layer->trainer->pool, k), k, w->rows, w->cols};
+    int64_t drawn = 0;
+    for (int64_t i = 0; i < elements && indices != NULL;
+         i++) { /* each set is as likely as any other */
+        if (random_below(random, elements - i) < k - drawn) {
+            indices[drawn++] = i;
+        }
+    }
+    sebp_status status = SEBP_ERROR_MEMORY;
+    if (indices != NULL) {
+        status = sebp_sparse_adamw_create(w->rows, w->cols, indices, k, &layer->state);
+    }
+    pool_free(&drawing);
+    if (layer->trainer->pool.failed || status != SEBP_SUCCESS) {
+        return complain(FAILED, "out of memory for the elements that train");
+    }
+    layer->gradient.indices = (int64_t *)(uintptr_t)sebp_sparse_adamw_support(layer->state);
+    layer->adapter = (struct adapter){NULL, sparse_backward};
+    return OK;
+}
+
 int begin_sparse(struct layer *layer, int64_t rows, int64_t cols)
 {
     struct trainer *trainer = layer->trainer;
-    const struct tensor *w = layer->linear->weight;
-    const int64_t k = trainer->settings.rank * (w->rows + w->cols);
+    const int64_t k = kept_count(layer);
     layer->gradient = (sebp_sparse){allocate(&layer->indices, k, sizeof(int64_t)),
                                     floats(&trainer->pool, k), k, rows, cols};
     sebp_status status = sebp_sparse_adamw_create(rows, cols, NULL, 0, &layer->state);

@@ -30,6 +30,9 @@ static const double lora_scale = 1.0;
 /** A is random, with the variance of PyTorch's linear layers; B is zero. */
 void begin_lora(struct layer *layer, uint64_t *random);
 
+/** From here on k elements of the layer's gradient train, drawn at random. */
+int begin_mask(struct layer *layer, uint64_t *random);
+
 /** From here on k elements of a gradient of rows x cols are kept. */
 int begin_sparse(struct layer *layer, int64_t rows, int64_t cols);
 

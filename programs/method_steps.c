@@ -40,7 +40,17 @@ static int64_t vectors(const struct settings *settings, int64_t features)
     return settings->method == SPARSEGRAD ? features : min_int64(settings->basis_rank, features);
 }
 
-/** Makes the bases, and lets go of all that is N x K. */
+/** Lets go of all that is N x K but for the weights. */
+static void end_dense(struct trainer *trainer)
+{
+    pool_free(&trainer->dense);
+    for (int64_t i = 0; i < trainer->layer_count; i++) {
+        struct tensor *w = trainer->layers[i].linear->weight;
+        w->gradient = w->moment1 = w->moment2 = NULL;
+    }
+}
+
+/** Makes the bases. */
 static int begin_sparse_phase(struct trainer *trainer)
 {
     double started = seconds();
@@ -57,12 +67,10 @@ static int begin_sparse_phase(struct trainer *trainer)
         largest = out * in > largest ? out * in : largest;
     }
     destroy_sums(trainer);
-    pool_free(&trainer->dense);
     trainer->r = floats(&trainer->pool, largest);
     for (int64_t i = 0; i < trainer->layer_count; i++) {
         struct layer *layer = &trainer->layers[i];
-        struct tensor *w = layer->linear->weight;
-        w->gradient = w->moment1 = w->moment2 = NULL;
+        const struct tensor *w = layer->linear->weight;
         int status = begin_sparse(layer, vectors(&trainer->settings, w->rows),
                                   vectors(&trainer->settings, w->cols));
         if (status != OK) {
@@ -88,7 +96,7 @@ static sebp_status sparse_step(const struct trainer *trainer, struct layer *laye
     if (status != SEBP_SUCCESS) {
         return status;
     }
-    return trainer->settings.method == MEPROP
+    return trainer->settings.method == MEPROP || trainer->settings.method == MASK
                ? sebp_sparse_add(context, &layer->gradient, &w)
                : sebp_sparsegrad_update(context, trainer->bases[layer->kind], &layer->gradient, &w);
 }
@@ -150,8 +158,9 @@ int trainer_step(struct trainer *trainer, double rate, int64_t step)
     struct bert *m = trainer->model;
     sebp_context *context = m->engine.context;
     const struct settings *settings = &trainer->settings;
+    const bool all_train = in_basis_phase(settings, step - 1);
     sebp_status status = SEBP_SUCCESS;
-    if (in_basis_phase(settings, step - 1)) {
+    if (all_train && needs_bases(settings->method)) {
         int collected = collect(trainer, step);
         if (collected != OK) {
             return collected;
@@ -160,7 +169,8 @@ int trainer_step(struct trainer *trainer, double rate, int64_t step)
     for (int64_t i = 0; i < m->parameters.tensor_count; i++) {
         const struct tensor *t = &m->parameters.tensors[i];
         if (t->gradient != NULL && trains(trainer, t)) {
-            status = tensor_step(context, t, rate, step);
+            double factor = all_train && t->bare ? settings->basis_rate : 1.0;
+            status = tensor_step(context, t, factor * rate, step);
         }
         if (status != SEBP_SUCCESS) {
             return status == SEBP_ERROR_NONFINITE ? refuse(t, step)
@@ -187,9 +197,11 @@ int trainer_step(struct trainer *trainer, double rate, int64_t step)
         }
     }
     bert_clear(m);
-    return needs_bases(settings->method) && step == settings->basis_steps
-               ? begin_sparse_phase(trainer)
-               : OK;
+    if (!all_train || in_basis_phase(settings, step)) {
+        return OK;
+    }
+    end_dense(trainer);
+    return needs_bases(settings->method) ? begin_sparse_phase(trainer) : OK;
 }
 
 int trainer_status(const struct trainer *trainer, int64_t step)

@@ -7,7 +7,9 @@
 
 const char *const method_names[METHODS] = {"frozen",
                                            "full",
+                                           "full-then-frozen",
                                            "lora",
+                                           "mask",
                                            "meprop",
                                            "sparsegrad",
                                            "sparsegrad-leading",
@@ -18,9 +20,14 @@ bool needs_bases(enum method method)
     return method >= SPARSEGRAD;
 }
 
+bool begins_in_full(enum method method)
+{
+    return needs_bases(method) || method == FULL_THEN_FROZEN;
+}
+
 bool in_basis_phase(const struct settings *settings, int64_t step)
 {
-    return needs_bases(settings->method) && step < settings->basis_steps;
+    return begins_in_full(settings->method) && step < settings->basis_steps;
 }
 
 int64_t trained_elements(const struct settings *settings, const struct bert_shape *shape)
@@ -28,6 +35,7 @@ int64_t trained_elements(const struct settings *settings, const struct bert_shap
     const int64_t H = shape->hidden, F = shape->feed_forward, layers = 2 * shape->layers;
     switch (settings->method) {
     case FROZEN:
+    case FULL_THEN_FROZEN:
         return 0;
     case FULL:
         return layers * H * F;
@@ -61,6 +69,8 @@ int trainer_create(struct bert *m, const struct settings *settings, uint64_t see
         const struct tensor *w = layer->linear->weight;
         if (settings->method == LORA) {
             begin_lora(layer, &seed);
+        } else if (settings->method == MASK) {
+            status = begin_mask(layer, &seed);
         } else if (settings->method == MEPROP) {
             status = begin_sparse(layer, w->rows, w->cols);
         } else if (settings->method != FROZEN) {

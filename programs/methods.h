@@ -7,7 +7,10 @@
  *     method              of each feed-forward weight, N x K, trains
  *     frozen              nothing: what the rest of the model does without it
  *     full                all N K elements
+ *     full-then-frozen    all of them in the first steps, then nothing: what SparseGrad's basis phase
+ *                         does alone
  *     lora                A (K x r) and B (r x N), with W frozen: k = r (K + N) elements
+ *     mask                k elements that are drawn at random once
  *     meprop              in each step the k largest elements of its gradient
  *     sparsegrad          in each step the k largest elements of its gradient in bases that are
  *                         found in the first steps, in which it trains as in full
@@ -15,7 +18,7 @@
  *     sparsegrad-leading-fixed
  *                         the same, but after some steps always the same k
  *
- * After the first steps the last four hold neither a gradient nor moments of N x K for each weight.
+ * After the first steps all but full and lora hold neither a gradient nor moments of N x K for each weight.
  */
 #ifndef SEBP_PROGRAMS_METHODS_H
 #define SEBP_PROGRAMS_METHODS_H
@@ -26,18 +29,33 @@
 #include "models/bert.h"
 #include "programs/training.h"
 
-enum method { FROZEN, FULL, LORA, MEPROP, SPARSEGRAD, LEADING, FIXED, METHODS };
+enum method {
+    FROZEN,
+    FULL,
+    FULL_THEN_FROZEN,
+    LORA,
+    MASK,
+    MEPROP,
+    SPARSEGRAD,
+    LEADING,
+    FIXED,
+    METHODS
+};
 
 extern const char *const method_names[METHODS];
 
 /** Whether a method is one of the three kinds of SparseGrad, which need LAPACK. */
 bool needs_bases(enum method method);
 
+/** Whether all elements train in the first basis_steps steps, and not all later. */
+bool begins_in_full(enum method method);
+
 struct settings {
     enum method method;
-    int64_t rank;              /* r; k follows */
-    int64_t basis_steps;       /* steps whose gradients make the bases */
-    int64_t basis_rank;        /* vectors of each basis in the last two methods */
+    int64_t rank;        /* r; k follows */
+    int64_t basis_steps; /* steps whose gradients make the bases, in which all elements train */
+    double basis_rate;   /* times the rate of the feed-forward weights in these */
+    int64_t basis_rank;  /* vectors of each basis in the last two methods */
     int64_t fix_support_after; /* sparse steps before the support is fixed in the last */
     bool head_only;            /* of all else the pooler and the classifier alone train */
 };
@@ -70,19 +88,20 @@ struct trainer {
 /**
  * Makes a model, whose shape says bare_feed_forward, ready to be trained.
  *
- * @param seed  of LoRA's factors.
+ * @param seed  of LoRA's factors, and of the elements of a mask.
  */
 int trainer_create(struct bert *m, const struct settings *settings, uint64_t seed,
                    struct trainer *trainer);
 
 /**
- * One step, after bert_backward(). In the last step of the basis phase the bases are made.
+ * One step, after bert_backward(). In the last one in which all elements train the bases are made, or
+ * the weights frozen.
  *
  * @param step  from 1.
  */
 int trainer_step(struct trainer *trainer, double rate, int64_t step);
 
-/** Whether the bases are still to be made after `step` steps. */
+/** Whether all elements train in the step after `step` steps, and not all later. */
 bool in_basis_phase(const struct settings *settings, int64_t step);
 
 /** A message about what failed in a forward or backward; OK if nothing did. */

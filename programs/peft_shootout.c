@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file peft_shootout.c
- * Fine-tunes one pretrained encoder by full fine-tuning, LoRA, MeProp and SparseGrad, and compares.
+ * Fine-tunes one pretrained encoder by full fine-tuning, LoRA, a fixed mask, MeProp and SparseGrad,
+ * and compares.
  *
  * All methods begin with the same parameters, see the same batches in the same order, and, but for
  * full fine-tuning, train the same number of elements of each feed-forward weight in a step; the
  * head, or all the rest of the model, is trained by AdamW in all of them (methods.h). Padded rows
- * are computed in none. What differs between seeds is the order of the data, and LoRA's first
- * factor.
+ * are computed in none. What differs between seeds is the order of the data, LoRA's first factor,
+ * and a mask's elements.
  *
  *   - Pretraining, a stand-in: the encoder is trained in full on other sentences (--pretrain).
  *   - Each method has a learning rate of its own, out of the same few, chosen on a part of the
@@ -34,8 +35,8 @@ const char *const program_name = "peft_shootout";
 static struct task make_task(const struct report *r, enum method method, double rate, uint64_t seed)
 {
     const struct options *o = r->options;
-    struct task task = {.settings = {method, o->lora_rank, o->basis_steps, o->basis_rank,
-                                     o->fix_support_after, o->head_only},
+    struct task task = {.settings = {method, o->lora_rank, o->basis_steps, o->basis_rate,
+                                     o->basis_rank, o->fix_support_after, o->head_only},
                         .seed = seed,
                         .rate = rate,
                         .steps = r->steps,
@@ -43,7 +44,7 @@ static struct task make_task(const struct report *r, enum method method, double 
                         .classes = r->data->classes,
                         .train = &r->data->train,
                         .judged = &r->data->dev};
-    if (needs_bases(method)) {
+    if (begins_in_full(method)) {
         task.first_timed += o->basis_steps + (method == FIXED ? o->fix_support_after : 0);
     }
     return task;
@@ -258,6 +259,7 @@ static int experiment(struct pool *pool, const struct options *o, struct data *d
     status = end_files(report, status);
     if (status == OK) {
         print_table(report);
+        print_differences(report);
         status = write_plot(report);
     }
     if (status == OK) {

@@ -21,7 +21,7 @@ struct options {
     struct model_options model;
     int64_t seeds, pretrain_epochs, pretrain_steps;
     int64_t lora_rank, basis_steps, basis_rank, fix_support_after;
-    double pretrain_rate;
+    double pretrain_rate, basis_rate;
     const char *train, *dev, *vocab, *pretrain, *methods, *rates, *metric, *rest, *plot, *csv,
         *losses;
     bool unmerged, help;
@@ -139,6 +139,9 @@ int end_files(struct report *r, int status);
 void print_setting(const struct report *r);
 
 void print_table(const struct report *r);
+
+/** Each method beside full fine-tuning from the same seeds, if there are several. */
+void print_differences(const struct report *r);
 
 /* ---- shootout_plot.c ---- */
 

@@ -4,6 +4,7 @@
  * Options and data.
  */
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -80,6 +81,9 @@ static int check_options(struct options *o)
                         " elements of weights that have %" PRId64,
                         o->lora_rank, k, H * F);
     }
+    if (o->basis_rate <= 0) { /* AdamW moves each element about as far */
+        o->basis_rate = sqrt((double)k / (double)(H * F));
+    }
     int64_t leading = min_int64(o->basis_rank, H) * min_int64(o->basis_rank, F);
     if ((o->wanted[LEADING] || o->wanted[FIXED]) && leading < k) {
         return complain(REFUSED,
@@ -117,8 +121,12 @@ int parse_options(int argc, char **argv, struct options *o)
         {"methods", "NAME,...", "which of the methods below, or all", 0, 0, &o->methods, 0, 0, 0},
         {"lora-rank", "N", "r: of each N x K weight, r (N + K) elements train", &o->lora_rank, 0, 0,
          0, 1, 16384},
-        {"basis-steps", "N", "steps of full training that SparseGrad's bases are made of",
+        {"basis-steps", "N", "steps in which all elements train, and SparseGrad's bases are made",
          &o->basis_steps, 0, 0, 0, 1, 1e6},
+        {"basis-rate", "X",
+         "times the rate of the feed-forward weights in those steps; 0: so that all elements\n"
+         "                          step as far together as those that train later",
+         0, &o->basis_rate, 0, 0, 0, 1},
         {"basis-rank", "N", "leading vectors, of the two -leading", &o->basis_rank, 0, 0, 0, 1,
          65536},
         {"fix-support-after", "N", "steps that -fixed chooses its elements in",

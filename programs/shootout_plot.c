@@ -22,8 +22,8 @@ enum {
     CURVES_RIGHT = 1030
 };
 
-static const char *const colors[METHODS] = {"#9a9a9a", "#222222", "#f0a63a", "#2f8f4e",
-                                            "#1f5fa8", "#5aa0e0", "#c0504d"};
+static const char *const colors[METHODS] = {"#9a9a9a", "#222222", "#a9746e", "#f0a63a", "#3aa6a6",
+                                            "#2f8f4e", "#1f5fa8", "#5aa0e0", "#c0504d"};
 
 static double metric_at(const struct report *r, int method, int64_t seed)
 {

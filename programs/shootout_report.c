@@ -182,3 +182,60 @@ void print_table(const struct report *r)
         }
     }
 }
+
+/* ---- differences ---- */
+
+/**
+ * What a standard error is multiplied by for an interval that holds the mean with 95% probability:
+ * Student's t with so many degrees of freedom. With t = sqrt(degrees) tan(x) the density is
+ * proportional to cos(x)^(degrees - 1).
+ */
+static double t_of(int64_t degrees)
+{
+    enum { STEPS = 100000 };
+    const double step = acos(0.0) / STEPS, power = (double)degrees - 1.0;
+    double whole = 0.0, sum = 0.0, x = 0.0;
+    for (int i = 0; i < STEPS; i++) {
+        whole += pow(cos((i + 0.5) * step), power);
+    }
+    for (int i = 0; sum < 0.95 * whole; i++) {
+        sum += pow(cos((i + 0.5) * step), power);
+        x = (i + 1.0) * step;
+    }
+    return sqrt((double)degrees) * tan(x);
+}
+
+void print_differences(const struct report *r)
+{
+    const struct options *o = r->options;
+    const struct row *full = &r->rows[FULL];
+    if (!full->ran || o->seeds < 2) {
+        return;
+    }
+    const double n = (double)o->seeds, t = t_of(o->seeds - 1);
+    printf("\nagainst full from the same seeds, with 95%% intervals (x 100):\n");
+    for (int method = 0; method < METHODS; method++) {
+        const struct row *row = &r->rows[method];
+        if (!row->ran || method == FULL) {
+            continue;
+        }
+        double mean[2], half[2], squares[2] = {0.0, 0.0};
+        for (int i = 0; i < 2; i++) {
+            mean[i] = row->mean[i] - full->mean[i];
+        }
+        for (int64_t seed = 0; seed < o->seeds; seed++) {
+            const struct score a = row->runs[seed]->score, b = full->runs[seed]->score;
+            const double apart[2] = {a.accuracy - b.accuracy - mean[0],
+                                     a.matthews - b.matthews - mean[1]};
+            squares[0] += apart[0] * apart[0];
+            squares[1] += apart[1] * apart[1];
+        }
+        for (int i = 0; i < 2; i++) {
+            half[i] = t * sqrt(squares[i] / (n - 1.0) / n);
+        }
+        printf("%-24s accuracy %+5.1f (%+.1f to %+.1f), Matthews %+5.1f (%+.1f to %+.1f)\n",
+               method_names[method], 100 * mean[0], 100 * (mean[0] - half[0]),
+               100 * (mean[0] + half[0]), 100 * mean[1], 100 * (mean[1] - half[1]),
+               100 * (mean[1] + half[1]));
+    }
+}

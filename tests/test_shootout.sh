@@ -22,7 +22,7 @@ runs() {
     shift
     rm -f "$work/runs.csv" "$work/losses.csv" "$work/plot.svg"
     if "$program" --layers 1 --hidden 20 --heads 2 --max-length 24 --batch 4 --threads 2 \
-        --basis-rank 20 --basis-steps 4 --fix-support-after 3 --steps 12 --pretrain-steps 20 \
+        --basis-rank 20 --basis-steps 4 --basis-rate 1 --fix-support-after 3 --steps 12 --pretrain-steps 20 \
         --dev "$work/dev.tsv" --train "$work/train.tsv" --pretrain "$work/pretrain.tsv" \
         --rates 3e-3 --seeds 1 --csv "$work/runs.csv" --losses "$work/losses.csv" \
         --plot "$work/plot.svg" "$@" >"$work/table" 2>"$work/messages"; then
@@ -93,19 +93,19 @@ cp "$work/losses.csv" "$work/first.csv"
 if grep -q 'SparseGrad is left out' "$work/messages"; then
     skip "SparseGrad: the library has no LAPACK"
     check "the message says what to install" grep -q 'LAPACK; install' "$work/messages"
-    sparse='' methods=4
+    sparse='' methods=6
 else
-    sparse=yes methods=7
+    sparse=yes methods=9
 fi
 # Two weights of 20 x 80; k = 2 (20 + 80) of each. A state of 16 bytes an element has a head.
 check "runs.csv" awk -F, -v methods="$methods" '
     NR == 1 { bad = NF != 15 || $1 != "method" || $15 != "shared_bytes" }
     NR == 2 { bad = bad || NF != 15 || $1 != "before" }
     NR > 2 {
-        k = $1 == "frozen" ? 0 : $1 == "full" ? 3200 : 400
-        least = $1 == "sparsegrad-leading-fixed" ? 20 * k : $1 == "frozen" || $1 == "full" || \
-            $1 == "lora" ? 12 * k : 28 * k
-        most = $1 == "sparsegrad-leading-fixed" ? 20 * k + 256 : \
+        fixed = $1 == "mask" || $1 == "sparsegrad-leading-fixed"
+        k = $1 == "frozen" || $1 == "full-then-frozen" ? 0 : $1 == "full" ? 3200 : 400
+        least = fixed ? 20 * k : k == 0 || $1 == "full" || $1 == "lora" ? 12 * k : 28 * k
+        most = fixed ? 20 * k + 256 : \
             $1 == "meprop" || $1 ~ /^sparsegrad/ ? 12 * k + 43 * 3200 : least
         bytes = $13 + $14
         if (NF != 15 || $4 != k || bytes < least || bytes > most || !($7 > 0.1 && $7 < 5) ||
@@ -139,6 +139,37 @@ runs "MeProp, all elements" --methods full,meprop --lora-rank 16
 follows "MeProp with all elements is full" meprop 12 1e-5
 runs "MeProp, few elements" --methods full,meprop --lora-rank 1
 follows "MeProp with few elements is not" meprop 1 1e-6
+
+# So is a mask of all of them.
+runs "a mask of all elements" --methods full,mask --lora-rank 16
+follows "a mask of all elements is full" mask 12 1e-5
+runs "a mask of few elements" --methods full,mask --lora-rank 1
+follows "a mask of few elements is not" mask 1 1e-6
+
+# The steps in which all elements train, and what their rate is.
+runs "full, then frozen" --methods frozen,full,full-then-frozen
+follows "at first full-then-frozen is full" full-then-frozen 5 0
+runs "full, then frozen, at a rate of its own" --methods full,full-then-frozen --basis-rate 0.5
+follows "at another rate it is not" full-then-frozen 1 0
+runs "full in all steps" --methods full,full-then-frozen --basis-steps 12
+follows "without later steps it is full" full-then-frozen 12 0
+
+# The differences are those of the same seeds: of two, the larger is the mean and 12.71 errors.
+runs "differences" --methods full,lora,mask --seeds 2
+check "differences, with intervals" awk -F, '
+    NR == FNR { if (NR > 2) { right[$1, $2] = 100 * $5 } next }
+    FNR == 1 { FS = "[ (),]+"; next }
+    /^(lora|mask) +accuracy/ {
+        one = right[$1, 1] - right["full", 1]
+        two = right[$1, 2] - right["full", 2]
+        apart = one - two
+        half = 12.7062 * (apart < 0 ? -apart : apart) / 2
+        mean = (one + two) / 2
+        if ((mean - $3) ^ 2 > 0.003 || (mean - half - $4) ^ 2 > 0.003 ||
+            (mean + half - $6) ^ 2 > 0.003) { print; bad = 1 }
+        seen++
+    }
+    END { exit bad || seen != 2 }' "$work/runs.csv" "$work/table"
 
 # SparseGrad trains in full until it has its bases.
 if [ -n "$sparse" ]; then
@@ -188,7 +219,7 @@ check "merged LoRA is LoRA" awk -F, '
 for width in 30 12; do
     runs "feed-forward width $width" --feed-forward "$width" --rates 1e-3
     check "width $width: elements" awk -F, -v F="$width" -v methods="$methods" '
-        $1 ~ /^(lora|meprop|sparsegrad)/ { bad = bad || $4 != 4 * (20 + F) }
+        $1 ~ /^(lora|mask|meprop|sparsegrad)/ { bad = bad || $4 != 4 * (20 + F) }
         $1 == "full" { bad = bad || $4 != 40 * F }
         END { exit bad || NR != 2 + methods }' "$work/runs.csv"
 done
