@@ -200,9 +200,9 @@ typedef struct sebp_backend {
     sebp_status (*sum_rows)(void *device, const sebp_matrix *from, const int64_t *rows,
                             int64_t count, const sebp_matrix *to, bool accumulate);
     /** to: f32, count x to->cols, = the rows of `from`, either dtype, that are listed; rows NULL:
-     * the first ones. */
+     * the first ones. Row i of `to` is then multiplied by weights[i]; NULL: by nothing. */
     sebp_status (*widen_rows)(void *device, const sebp_matrix *from, const int64_t *rows,
-                              int64_t count, const sebp_matrix *to);
+                              const float *weights, int64_t count, const sebp_matrix *to);
 
     /* Elements. */
 

@@ -29,6 +29,7 @@ sebp_call sebp_call_begin(sebp_context *context, const char *function)
 sebp_status sebp_call_end(sebp_call *call)
 {
     sebp_rows_destroy(call->found);
+    sebp_rows_destroy(call->sampled);
     free(call->on_host);
     call->backend->free(call->device, call->on_device);
     return call->status;
@@ -187,7 +188,7 @@ void sebp_check_inactive(sebp_call *call)
         sebp_call_fail(call, SEBP_ERROR_VALUE, "options->inactive is %d", (int)inactive);
 }
 
-void sebp_check_rows(sebp_call *call, const sebp_rows *rows, const char *of, int64_t total)
+void sebp_check_weighted_rows(sebp_call *call, const sebp_rows *rows, const char *of, int64_t total)
 {
     if (rows == NULL && call->options.x_is_compact)
         sebp_call_fail(call, SEBP_ERROR_ROWS, "x_is_compact needs a row set");
@@ -195,6 +196,16 @@ void sebp_check_rows(sebp_call *call, const sebp_rows *rows, const char *of, int
         sebp_call_fail(call, SEBP_ERROR_ROWS,
                        "the row set is for %" PRId64 " rows but %s has %" PRId64, rows->total, of,
                        total);
+    }
+}
+
+void sebp_check_rows(sebp_call *call, const sebp_rows *rows, const char *of, int64_t total)
+{
+    sebp_check_weighted_rows(call, rows, of, total);
+    if (rows != NULL && rows->weights != NULL) {
+        sebp_call_fail(call, SEBP_ERROR_ROWS,
+                       "the row set has weights, which are for dW and db alone: see "
+                       "sebp_rows_weights()");
     }
 }
 
@@ -332,6 +343,7 @@ const int64_t *sebp_list_to_device(sebp_call *call, const char *name, const int6
 void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total)
 {
     call->rows = rows;
+    call->weights = NULL;
     call->m = rows != NULL ? rows->count : total;
     if (rows == NULL || !sebp_call_goes_on(call))
         return;
@@ -339,6 +351,11 @@ void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total)
     sebp_status status = sebp_copies_get(rows->copies, call->context->device, rows->indices,
                                          rows->count * (int64_t)sizeof *rows->indices, &list);
     call->list = list;
+    if (status == SEBP_SUCCESS && rows->weights != NULL) {
+        status = sebp_copies_get(rows->weight_copies, call->context->device, rows->weights,
+                                 rows->count * (int64_t)sizeof *rows->weights, &list);
+        call->weights = list;
+    }
     sebp_call_keep(call, status, "copying the row set to the device");
 }
 
@@ -456,5 +473,6 @@ void sebp_report(const sebp_call *call, int64_t rows, int64_t in_features, int64
                                            : "scattered rows";
     fprintf(stderr, "sebp,%s,%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%s,%s,%s%s,%.3f\n",
             call->function, rows, in_features, out_features, call->m, sebp_dtype_name(dtype),
-            joined, why, call->found != NULL ? " found" : "", sebp_milliseconds() - call->start);
+            joined, why, call->found != NULL || call->sampled != NULL ? " found" : "",
+            sebp_milliseconds() - call->start);
 }

@@ -25,7 +25,9 @@ typedef struct sebp_call {
     sebp_linear_options options;
     const sebp_rows *rows; /* NULL: all of them */
     const int64_t *list;   /* `rows` where the device reads them; NULL: all rows, or none */
+    const float *weights;  /* of `rows`, where the device reads them; NULL: all 1 */
     sebp_rows *found;      /* rows found by the call itself; else NULL */
+    sebp_rows *sampled;    /* a weighted sample found by the call itself; else NULL */
     int64_t m;             /* active rows, of M */
     int64_t *on_host;      /* a copy of what the device has, for the call to read; else NULL */
     void *on_device;       /* a copy of what the call has made, for the device; else NULL */
@@ -79,8 +81,11 @@ void sebp_check_same_dtype(sebp_call *call, const sebp_argument *one, const sebp
 void sebp_check_f32(sebp_call *call, const sebp_argument *argument);
 void sebp_check_write(sebp_call *call, const char *name, sebp_write write);
 void sebp_check_inactive(sebp_call *call);
-/** `total`: the rows of the matrix `of`. */
+/** `total`: the rows of the matrix `of`. A set with weights is refused. */
 void sebp_check_rows(sebp_call *call, const sebp_rows *rows, const char *of, int64_t total);
+/** The same for what multiplies by the weights. */
+void sebp_check_weighted_rows(sebp_call *call, const sebp_rows *rows, const char *of,
+                              int64_t total);
 void sebp_check_shape(sebp_call *call, const sebp_argument *argument, int64_t rows, int64_t cols);
 /** No output overlaps anything. */
 void sebp_check_aliases(sebp_call *call, const sebp_argument *arguments, int count);
@@ -110,7 +115,7 @@ const int64_t *sebp_list_to_device(sebp_call *call, const char *name, const int6
 
 /* Active rows. */
 
-/** Settles the call's rows, NULL being all `total` of them. */
+/** Settles the call's rows, NULL being all `total` of them, and their weights. */
 void sebp_use_rows(sebp_call *call, const sebp_rows *rows, int64_t total);
 /** The active rows of a matrix of M rows: in place if they follow each other, else by their list. */
 void sebp_pick_rows(const sebp_call *call, const sebp_matrix *view, void **data,

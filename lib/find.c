@@ -41,8 +41,28 @@ void sebp_check_rule(sebp_call *call, const sebp_rule *rule)
                            rule->delta);
         }
         return;
+    case SEBP_RULE_SAMPLED:
+        if (rule->count < 0) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE,
+                           "the rule's count is %" PRId64 ", not >= 1, or 0 for its share",
+                           rule->count);
+        } else if (rule->count == 0 && !(rule->share > 0 && rule->share <= 1)) {
+            sebp_call_fail(call, SEBP_ERROR_VALUE, "the rule's share is %g, not in (0, 1]",
+                           rule->share);
+        }
+        return;
     }
     sebp_call_fail(call, SEBP_ERROR_VALUE, "the rule's kind %d is unknown", (int)rule->kind);
+}
+
+void sebp_check_unweighted_rule(sebp_call *call, const sebp_rule *rule)
+{
+    sebp_check_rule(call, rule);
+    if (rule->kind == SEBP_RULE_SAMPLED) {
+        sebp_call_fail(call, SEBP_ERROR_VALUE,
+                       "the rule is SEBP_RULE_SAMPLED, whose weights are for dW and db of "
+                       "sebp_linear_backward() alone");
+    }
 }
 
 /* Which rows are kept: those with a score above `score`, and the first `ties` of those with it. */
@@ -190,6 +210,10 @@ sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy, const s
     sebp_check_rule(&call, rule);
     if (!sebp_call_goes_on(&call))
         return call.status;
+    if (rule->kind == SEBP_RULE_SAMPLED) {
+        sebp_draw_rows(&call, dy, NULL, rule, NULL, rows);
+        return call.status;
+    }
 
     int64_t total = dy->rows, room = dy->cols > 0 ? total : 0, count = 0;
     sebp_rows *made;

@@ -7,8 +7,19 @@
 
 /** Checks a rule. */
 void sebp_check_rule(sebp_call *call, const sebp_rule *rule);
+/** The same, for what has no use for weights. */
+void sebp_check_unweighted_rule(sebp_call *call, const sebp_rule *rule);
 
 /** Sets the rows of the call. NULL: those that the rule of the options finds in dy. */
 void sebp_find_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows);
+
+/**
+ * Draws a weighted sample of the rows of dY (sample.c), x NULL or M x K, by a rule that is checked.
+ *
+ * nonzero, NULL where it is not wanted: the set of all active rows, from the same scan. Both sets are
+ * untouched after a failure.
+ */
+void sebp_draw_rows(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
+                    const sebp_rule *rule, sebp_rows **nonzero, sebp_rows **sampled);
 
 #endif

@@ -8,6 +8,7 @@
 #endif
 
 #include "find.h"
+#include "integers.h"
 #include "layer_call.h"
 
 /* A matrix that has the rows of a product's C: where those that C's come from, or go to, begin. */
@@ -102,6 +103,119 @@ static void sum_active_rows(sebp_call *call, const sebp_matrix *dy, const sebp_m
     sebp_call_keep(call, status, "summing db");
 }
 
+/* ---- weighted rows ---- */
+
+enum { PANEL_COLS = 64 }; /* panels of more columns have a multiple of it */
+
+/* `cols` columns of a matrix, from `first` on. */
+static sebp_matrix cols_of(const sebp_matrix *matrix, int64_t first, int64_t cols)
+{
+    sebp_matrix part = *matrix;
+    part.data = (char *)matrix->data + first * (int64_t)sebp_dtype_bytes(matrix->dtype);
+    part.cols = cols;
+    return part;
+}
+
+/*
+ * dW and db of rows with weights. The rows of dY are copied, multiplied by their weights, in panels of
+ * columns: so a panel is all that there is to sum for its rows of dW, and nothing is rounded between.
+ *
+ *     P  = diag(w) dY[R, n]    m x n, f32
+ *     dW[n] = P^T X[R]         n x K = (m x n)^T (m x K)
+ *     db[n] = the sum of the rows of P
+ */
+typedef struct weighted_gradient {
+    const sebp_matrix *dy, *x, *dw, *db; /* dw, db: NULL where not wanted */
+    int64_t panel_cols;
+} weighted_gradient;
+
+/* Reserves the memory of a panel. */
+static void reserve_panel(sebp_call *call, weighted_gradient *work)
+{
+    const int64_t col_bytes = call->m * (int64_t)sizeof(float);
+    int64_t cols = sebp_min(call->backend->max_scratch(call->device) / col_bytes, work->dy->cols);
+    if (cols > PANEL_COLS && cols < work->dy->cols)
+        cols -= cols % PANEL_COLS;
+    work->panel_cols = cols;
+    if (cols > 0)
+        sebp_reserve_scratch(call, cols * col_bytes, "weighted rows of dY");
+    else
+        sebp_call_fail(call, SEBP_ERROR_MEMORY, "no scratch memory for weighted rows of dY");
+}
+
+/* A panel of dW, planned and, with `run`, computed. */
+static void panel_of_dw(sebp_call *call, const weighted_gradient *work, const sebp_matrix *panel,
+                        int64_t first, bool run, const char **path)
+{
+    if (work->dw == NULL)
+        return;
+    sebp_matrix dw = *work->dw;
+    dw.data = (char *)dw.data + first * dw.stride * (int64_t)sebp_dtype_bytes(dw.dtype);
+    sebp_plan plan = {.product = {.m = panel->cols, .n = dw.cols, .k = panel->rows}};
+    plan.product.a = sebp_whole_operand(panel, true);
+    plan.product.b = sebp_x_operand(call, work->x, false);
+    plan.product.accumulate = call->options.dw_write == SEBP_ACCUMULATE;
+    sebp_to_whole(&dw, &plan.product);
+    sebp_plan_product(call, &plan);
+    if (run)
+        sebp_run_product(call, &plan);
+    *path = plan.path;
+}
+
+/* All panels: planned only, so that there is memory for each of them, or computed. */
+static void weighted_panels(sebp_call *call, const weighted_gradient *work, bool run,
+                            const char **path)
+{
+    const sebp_backend *backend = call->backend;
+    for (int64_t first = 0; first < work->dy->cols && sebp_call_goes_on(call);
+         first += work->panel_cols) {
+        const int64_t cols = sebp_min(work->panel_cols, work->dy->cols - first);
+        sebp_matrix panel = sebp_matrix_f32(backend->scratch(call->device), call->m, cols);
+        if (run) {
+            sebp_matrix from = cols_of(work->dy, first, cols);
+            const int64_t *list;
+            sebp_pick_rows(call, &from, &from.data, &list);
+            sebp_call_keep(
+                call,
+                backend->widen_rows(call->device, &from, list, call->weights, call->m, &panel),
+                "weighting rows of dY");
+        }
+        panel_of_dw(call, work, &panel, first, run, path);
+        if (run && work->db != NULL && sebp_call_goes_on(call)) {
+            sebp_matrix db = cols_of(work->db, first, cols);
+            sebp_call_keep(call,
+                           backend->sum_rows(call->device, &panel, NULL, call->m, &db,
+                                             call->options.db_write == SEBP_ACCUMULATE),
+                           "summing db");
+        }
+    }
+}
+
+/* ---- backward ---- */
+
+/* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
+static void plan_dx(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *w,
+                    const sebp_matrix *dx, sebp_plan *plan)
+{
+    const sebp_linear_options *options = &call->options;
+    plan->product = (sebp_product){.m = call->m, .n = dx->cols, .k = dy->cols};
+    plan->product.a = sebp_active_operand(call, dy, false);
+    plan->product.b = sebp_whole_operand(w, false);
+    plan->product.packed_b = sebp_packed_w(call);
+    plan->product.accumulate = options->dx_write == SEBP_ACCUMULATE;
+    sebp_to_active_rows(call, dx, &plan->product);
+    plan->product.activation = options->activation;
+    plan->product.before = epilogue_rows(call, options->before, &plan->product.before_stride);
+    sebp_plan_product(call, plan);
+}
+
+static void run_dx(sebp_call *call, const sebp_matrix *dx, sebp_plan *plan)
+{
+    sebp_run_product(call, plan);
+    if (call->options.dx_write == SEBP_OVERWRITE)
+        sebp_zero_inactive(call, dx);
+}
+
 /* The backward, once the active rows R are known. */
 static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
                              const sebp_matrix *w, const sebp_matrix *dx, const sebp_matrix *dw,
@@ -110,18 +224,8 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
     const sebp_linear_options *options = &call->options;
     sebp_plan to_dx = {.path = NULL}, to_dw = {.path = NULL};
 
-    /* dX[R] = dY[R] W:  m x K = (m x N) (N x K) */
-    if (dx != NULL) {
-        to_dx.product = (sebp_product){.m = call->m, .n = dx->cols, .k = dy->cols};
-        to_dx.product.a = sebp_active_operand(call, dy, false);
-        to_dx.product.b = sebp_whole_operand(w, false);
-        to_dx.product.packed_b = sebp_packed_w(call);
-        to_dx.product.accumulate = options->dx_write == SEBP_ACCUMULATE;
-        sebp_to_active_rows(call, dx, &to_dx.product);
-        to_dx.product.activation = options->activation;
-        to_dx.product.before = epilogue_rows(call, options->before, &to_dx.product.before_stride);
-        sebp_plan_product(call, &to_dx);
-    }
+    if (dx != NULL)
+        plan_dx(call, dy, w, dx, &to_dx);
     /* dW = dY[R]^T X[R]:  N x K = (m x N)^T (m x K) */
     if (dw != NULL) {
         to_dw.product = (sebp_product){.m = dw->rows, .n = dw->cols, .k = call->m};
@@ -140,16 +244,56 @@ static void backward_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_
         paths[path++] = to_dw.path;
     }
     if (dx != NULL) {
-        sebp_run_product(call, &to_dx);
+        run_dx(call, dx, &to_dx);
         paths[path++] = to_dx.path;
-        if (options->dx_write == SEBP_OVERWRITE)
-            sebp_zero_inactive(call, dx);
     }
     if (db != NULL)
         sum_active_rows(call, dy, db);
     call->backend->let_overlap(call->device, false);
     int64_t in_features = dx != NULL ? dx->cols : dw != NULL ? dw->cols : 0;
     sebp_report(call, dy->rows, in_features, dy->cols, dy->dtype, paths);
+}
+
+/* The backward of a weighted sample; dX is that of all rows that are not zero. */
+static void backward_on_sample(sebp_call *call, const sebp_rows *sample, const sebp_rows *nonzero,
+                               const sebp_matrix *w, const sebp_matrix *dx, weighted_gradient *work)
+{
+    const int64_t total = work->dy->rows;
+    const char *paths[] = {NULL, NULL, NULL};
+    sebp_plan to_dx = {.path = NULL};
+    sebp_use_rows(call, sample, total);
+    if (sebp_call_goes_on(call))
+        reserve_panel(call, work);
+    weighted_panels(call, work, false, &paths[0]);
+    if (dx != NULL) {
+        sebp_use_rows(call, nonzero, total);
+        plan_dx(call, work->dy, w, dx, &to_dx);
+        sebp_use_rows(call, sample, total);
+    }
+    weighted_panels(call, work, true, &paths[0]);
+    if (dx != NULL) {
+        sebp_use_rows(call, nonzero, total);
+        run_dx(call, dx, &to_dx);
+        paths[paths[0] != NULL ? 1 : 0] = to_dx.path;
+    }
+    sebp_reserve_scratch(call, 0, "");
+    int64_t in_features = dx != NULL ? dx->cols : work->dw != NULL ? work->dw->cols : 0;
+    sebp_report(call, total, in_features, work->dy->cols, work->dy->dtype, paths);
+}
+
+/* Finds the rows of a weighted sample, and those of dX, where both are wanted. Where the sample has
+ * no weights it has all active rows, which are then the call's. */
+static void draw_sample(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
+                        const sebp_matrix *dx)
+{
+    sebp_draw_rows(call, dy, x, &call->options.rule, dx != NULL ? &call->found : NULL,
+                   &call->sampled);
+    if (sebp_call_goes_on(call) && call->sampled->weights == NULL) {
+        sebp_rows_destroy(call->found);
+        call->found = call->sampled;
+        call->sampled = NULL;
+        sebp_use_rows(call, call->found, dy->rows);
+    }
 }
 
 /* That the options ask for no epilogue but an activation's derivative, for a dX that is overwritten. */
@@ -201,7 +345,10 @@ sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy, c
     sebp_check_write(&call, "dw_write", options->dw_write);
     sebp_check_write(&call, "db_write", options->db_write);
     check_before(&call, dx);
-    sebp_check_rows(&call, rows, "dy", dy->rows);
+    if (dx == NULL)
+        sebp_check_weighted_rows(&call, rows, "dy", dy->rows);
+    else
+        sebp_check_rows(&call, rows, "dy", dy->rows);
     int64_t in_features = x != NULL ? x->cols : w != NULL ? w->cols : 0;
     int64_t x_rows = options->x_is_compact ? sebp_rows_count(rows) : dy->rows;
     sebp_check_shape(&call, &arguments[X], x_rows, in_features);
@@ -212,8 +359,17 @@ sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy, c
     sebp_check_shape(&call, &arguments[DB], 1, dy->cols);
     sebp_check_aliases(&call, arguments, COUNT);
 
-    sebp_find_rows(&call, dy, rows);
-    if (sebp_call_goes_on(&call))
+    if (dw == NULL && db == NULL && options->rule.kind == SEBP_RULE_SAMPLED)
+        call.options.rule = sebp_rule_nonzero(); /* dX is exact */
+    if (rows == NULL && options->rule.kind == SEBP_RULE_SAMPLED)
+        draw_sample(&call, dy, dw != NULL ? x : NULL, dx);
+    else
+        sebp_find_rows(&call, dy, rows);
+    const sebp_rows *sample = call.sampled != NULL ? call.sampled : rows;
+    weighted_gradient work = {dy, x, dw, db, 0};
+    if (sebp_call_goes_on(&call) && sample != NULL && sample->weights != NULL)
+        backward_on_sample(&call, sample, call.found, w, dx, &work);
+    else if (sebp_call_goes_on(&call))
         backward_on_rows(&call, dy, x, w, dx, dw, db);
     return sebp_call_end(&call);
 }

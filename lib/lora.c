@@ -235,7 +235,8 @@ static sebp_matrix copy_of(sebp_call *call, const sebp_matrix *view)
     }
     sebp_matrix copy = sebp_matrix_f32(data, view->rows, view->cols);
     if (elements > 0 && sebp_call_goes_on(call)) {
-        sebp_call_keep(call, call->backend->widen_rows(call->device, view, NULL, view->rows, &copy),
+        sebp_call_keep(call,
+                       call->backend->widen_rows(call->device, view, NULL, NULL, view->rows, &copy),
                        "copying a and b");
     }
     return copy;

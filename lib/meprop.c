@@ -91,7 +91,7 @@ sebp_status sebp_meprop_gradient(sebp_context *context, const sebp_matrix *dy, c
     sebp_check_sparse_room(&call, "gradient", gradient);
     sebp_check_same_dtype(&call, of_x, of_dy);
     if (rows == NULL)
-        sebp_check_rule(&call, &call.options.rule);
+        sebp_check_unweighted_rule(&call, &call.options.rule);
     sebp_check_rows(&call, rows, "dy", dy->rows);
     int64_t x_rows = call.options.x_is_compact ? sebp_rows_count(rows) : dy->rows;
     sebp_check_shape(&call, of_x, x_rows, x->cols);

@@ -32,6 +32,14 @@ sebp_status sebp_rows_make(int64_t total, int64_t room, sebp_rows **made)
     return SEBP_SUCCESS;
 }
 
+sebp_status sebp_rows_make_weights(sebp_rows *rows, int64_t room)
+{
+    rows->weight_copies = sebp_copies_make();
+    if (rows->weight_copies != NULL)
+        rows->weights = malloc((size_t)room * sizeof *rows->weights);
+    return rows->weights != NULL ? SEBP_SUCCESS : SEBP_ERROR_MEMORY;
+}
+
 sebp_status sebp_rows_finish(sebp_rows *rows, int64_t count, sebp_rows **made)
 {
     rows->count = count;
@@ -132,7 +140,9 @@ void sebp_rows_destroy(sebp_rows *rows)
 {
     if (rows != NULL) {
         sebp_copies_destroy(rows->copies);
+        sebp_copies_destroy(rows->weight_copies);
         free(rows->indices);
+        free(rows->weights);
         free(rows);
     }
 }
@@ -155,4 +165,14 @@ double sebp_rows_activity(const sebp_rows *rows)
 const int64_t *sebp_rows_indices(const sebp_rows *rows)
 {
     return rows != NULL && rows->count > 0 ? rows->indices : NULL;
+}
+
+const float *sebp_rows_weights(const sebp_rows *rows)
+{
+    return rows != NULL ? rows->weights : NULL;
+}
+
+double sebp_rows_variance(const sebp_rows *rows)
+{
+    return rows != NULL ? rows->variance : 0;
 }

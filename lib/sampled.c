@@ -71,7 +71,7 @@ sebp_status sebp_sampled_product(sebp_context *context, const sebp_matrix *dy, c
     sebp_check_sparse(&call, "kept", kept);
     sebp_check_same_dtype(&call, &arguments[X], &arguments[DY]);
     if (rows == NULL)
-        sebp_check_rule(&call, &call.options.rule);
+        sebp_check_unweighted_rule(&call, &call.options.rule);
     sebp_check_rows(&call, rows, "dy", dy->rows);
     int64_t x_rows = call.options.x_is_compact ? sebp_rows_count(rows) : dy->rows;
     sebp_check_shape(&call, &arguments[X], x_rows, x->cols);

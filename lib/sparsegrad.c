@@ -179,7 +179,8 @@ static sebp_operand rows_of(const product_chain *chain, const basis_side *side, 
     sebp_matrix to = sebp_matrix_f32(side->wide, count, side->width);
     sebp_call *call = chain->call;
     if (chain->pass == RUN && sebp_call_goes_on(call)) {
-        sebp_call_keep(call, call->backend->widen_rows(call->device, &from, rows.rows, count, &to),
+        sebp_call_keep(call,
+                       call->backend->widen_rows(call->device, &from, rows.rows, NULL, count, &to),
                        "widening rows");
     }
     return dense(side->wide, side->width, false);
@@ -385,7 +386,7 @@ sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_basis *ba
     sebp_check_same_dtype(&call, &arguments[X], &arguments[DY]);
     sebp_check_f32(&call, &arguments[R]);
     if (rows == NULL)
-        sebp_check_rule(&call, &call.options.rule);
+        sebp_check_unweighted_rule(&call, &call.options.rule);
     sebp_check_write(&call, "dw_write", call.options.dw_write);
     if ((int)rotation < SEBP_ROTATE_AUTO || (int)rotation > SEBP_ROTATE_IN_OUT)
         sebp_call_fail(&call, SEBP_ERROR_VALUE, "unknown rotation %d", (int)rotation);

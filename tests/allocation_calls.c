@@ -32,6 +32,15 @@ static sebp_status call_backward_found(sebp_context *context, void **result)
                                 &on.db);
 }
 
+static sebp_status call_backward_sampled(sebp_context *context, void **result)
+{
+    (void)result;
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.rule = sebp_rule_sampled(0.5, 3);
+    return sebp_linear_backward(context, &on.dy, &on.x, &on.w, NULL, &options, &on.dx, &on.dw,
+                                &on.db);
+}
+
 static sebp_status call_forward(sebp_context *context, void **result)
 {
     (void)result;
@@ -237,6 +246,15 @@ static sebp_status call_find_energy(sebp_context *context, void **result)
     return find_by(context, sebp_rule_energy(0.5), result);
 }
 
+static sebp_status call_sample(sebp_context *context, void **result)
+{
+    sebp_rows *made = NULL;
+    const sebp_rule rule = sebp_rule_sampled(0.5, 3);
+    sebp_status status = sebp_rows_sample(context, &on.dy, &on.x, &rule, &made);
+    *result = made;
+    return status;
+}
+
 static sebp_status call_dropped(sebp_context *context, void **result)
 {
     (void)result;
@@ -435,11 +453,13 @@ const allocation_target allocation_targets[] = {
     {"rows_find threshold", call_find_threshold, allocation_destroy_rows, 1},
     {"rows_find top", call_find_top, allocation_destroy_rows, 1},
     {"rows_find energy", call_find_energy, allocation_destroy_rows, 1},
+    {"rows_sample", call_sample, allocation_destroy_rows, 5},
     {"rows_dropped", call_dropped, NULL, 0},
     {"linear_backward", call_backward, NULL, 1},
     {"linear_backward dx", call_backward_dx, NULL, 1},
     {"linear_backward dw", call_backward_dw, NULL, 1},
     {"linear_backward found", call_backward_found, NULL, 1},
+    {"linear_backward sampled", call_backward_sampled, NULL, 8},
     {"linear_forward", call_forward, NULL, 1},
     {"linear packed weight", call_packed_weight, destroy_packed_weight, 2},
     {"norm_forward", call_norm_forward, NULL, 1},

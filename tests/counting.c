@@ -204,14 +204,15 @@ static sebp_status count_sum(void *device, const sebp_matrix *from, const int64_
 }
 
 static sebp_status count_widen(void *device, const sebp_matrix *from, const int64_t *rows,
-                               int64_t count, const sebp_matrix *to)
+                               const float *weights, int64_t count, const sebp_matrix *to)
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
     const int64_t *list = counting_behind_list(self, rows, count);
     sebp_matrix source = counting_behind_rows(self, from, list, count),
                 found = counting_behind_matrix(self, to);
-    return sebp_cpu_widen_rows(self->cpu, &source, list, count, &found);
+    const float *scale = counting_behind(self, weights, count * (int64_t)sizeof *weights);
+    return sebp_cpu_widen_rows(self->cpu, &source, list, scale, count, &found);
 }
 
 static sebp_status count_adamw(void *device, const sebp_adamw_options *options, int64_t step,

@@ -93,7 +93,7 @@ typedef struct bad_rule {
     const char *word;
 } bad_rule;
 
-enum { BAD_RULES = 12 };
+enum { BAD_RULES = 18 };
 extern const bad_rule bad_rules[BAD_RULES];
 
 #endif

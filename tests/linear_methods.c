@@ -108,6 +108,28 @@ static sebp_status linear_backward_energy(method_world *w)
     return backward(w, NULL, &options);
 }
 
+static sebp_status linear_backward_sampled(method_world *w)
+{
+    sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;
+    options.rule = sebp_rule_sampled(0.4, 7);
+    return backward(w, NULL, &options);
+}
+
+static sebp_status linear_backward_weighted(method_world *w)
+{
+    sebp_rows *rows;
+    const sebp_rule rule = sebp_rule_sampled_count(6, 8);
+    sebp_status status = sebp_rows_sample(w->context, &w->at[DY], &w->at[X], &rule, &rows);
+    if (status != SEBP_SUCCESS)
+        return status;
+    status = sebp_linear_backward(w->context, &w->at[DY], &w->at[X], NULL, rows, NULL, NULL,
+                                  &w->at[DW], &w->at[DB]);
+    w->numbers[0] = (double)sebp_rows_count(rows);
+    w->numbers[1] = (float)sebp_rows_variance(rows); /* sums of squares differ in their last bits */
+    sebp_rows_destroy(rows);
+    return status;
+}
+
 static sebp_status rows_are_found(method_world *w)
 {
     sebp_rows *found;
@@ -242,6 +264,8 @@ static const method methods[] = {
     {"linear_backward_finds", linear_backward_finds},
     {"linear_backward_top", linear_backward_top},
     {"linear_backward_energy", linear_backward_energy},
+    {"linear_backward_sampled", linear_backward_sampled},
+    {"linear_backward_weighted", linear_backward_weighted},
     {"rows_are_found", rows_are_found},
     {"lora_forward", lora_forward},
     {"lora_backward", lora_backward},

@@ -362,13 +362,23 @@ START_TEST(listed_rows)
         compare(&t, &u, values == TESTING_INTEGER ? 0 : size * size * FLT_EPSILON);
         testing_release(&to);
 
-        to = testing_random_matrix(count, cols, SEBP_F32, values);
-        t = put(tested, &to);
-        u = put(scalar, &to);
-        succeed(tested.backend->widen_rows(tested.device, &f, all ? NULL : on, count, &t));
-        succeed(scalar.backend->widen_rows(scalar.device, &g, all ? NULL : own, count, &u));
-        compare(&t, &u, 0);
-        testing_release(&to);
+        for (int weighted = 0; weighted < 2; weighted++) {
+            to = testing_random_matrix(count, cols, SEBP_F32, values);
+            t = put(tested, &to);
+            u = put(scalar, &to);
+            sebp_matrix weights = testing_random_matrix(1, count, SEBP_F32, values);
+            float *a = put_bytes(tested, weights.data, count * (int64_t)sizeof *a);
+            float *b = put_bytes(scalar, weights.data, count * (int64_t)sizeof *b);
+            succeed(tested.backend->widen_rows(tested.device, &f, all ? NULL : on,
+                                               weighted ? a : NULL, count, &t));
+            succeed(scalar.backend->widen_rows(scalar.device, &g, all ? NULL : own,
+                                               weighted ? b : NULL, count, &u));
+            compare(&t, &u, 0);
+            drop(tested, a);
+            drop(scalar, b);
+            testing_release(&weights);
+            testing_release(&to);
+        }
 
         succeed(tested.backend->zero_other_rows(tested.device, &f, on, count));
         succeed(scalar.backend->zero_other_rows(scalar.device, &g, own, count));

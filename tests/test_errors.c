@@ -176,6 +176,38 @@ START_TEST(rows_find)
 }
 END_TEST
 
+#define SAMPLE(want, word, change)                                                                 \
+    do {                                                                                           \
+        sebp_rows *rows = linear_call_on.some_rows;                                                \
+        linear_call_reset();                                                                       \
+        call.options.rule = sebp_rule_sampled(0.5, 1);                                             \
+        const sebp_rule *rule = &call.options.rule;                                                \
+        change;                                                                                    \
+        linear_call_failed(sebp_rows_sample(call.context, call.dy, call.x, rule, &rows), want,     \
+                           "sebp_rows_sample", word, #change);                                     \
+        ck_assert_msg(rows == linear_call_on.some_rows,                                            \
+                      "after " #change " the result was written");                                 \
+    } while (0)
+
+START_TEST(rows_sample)
+{
+    SAMPLE(SEBP_ERROR_NULL, NULL, call.context = NULL);
+    SAMPLE(SEBP_ERROR_NULL, "dy", call.dy = NULL);
+    SAMPLE(SEBP_ERROR_NULL, "rule", rule = NULL);
+    EACH_BAD_VIEW(SAMPLE, dy_view, "dy");
+    EACH_BAD_VIEW(SAMPLE, x_view, "x");
+    SAMPLE(SEBP_ERROR_SHAPE, "x", call.x_view.rows--);
+    SAMPLE(SEBP_ERROR_VALUE, "SEBP_RULE_SAMPLED", call.options.rule = sebp_rule_top(3));
+    linear_call_reset();
+    call.options.rule = sebp_rule_sampled(0.5, 1);
+    linear_call_failed(sebp_rows_sample(call.context, call.dy, call.x, &call.options.rule, NULL),
+                       SEBP_ERROR_NULL, "sebp_rows_sample", "rows", "rows = NULL");
+    for (int r = 0; r < BAD_RULES; r++) {
+        SAMPLE(SEBP_ERROR_VALUE, bad_rules[r].word, call.options.rule = bad_rules[r].rule);
+    }
+}
+END_TEST
+
 static sebp_dropped dropped;
 
 #define DROPPED(want, word, change)                                                                \
@@ -326,6 +358,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, matrix_convert);
     tcase_add_test(tests, rows_constructors);
     tcase_add_test(tests, rows_find);
+    tcase_add_test(tests, rows_sample);
     tcase_add_test(tests, rows_dropped);
     tcase_add_test(tests, context_create);
     tcase_add_test(tests, context_create_cuts_its_message);

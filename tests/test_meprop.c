@@ -271,6 +271,8 @@ START_TEST(bad_input_is_refused)
     REFUSES(SEBP_ERROR_ROWS, "9", rows = other_rows);
     REFUSES(SEBP_ERROR_ROWS, "x_is_compact", (rows = NULL, options.x_is_compact = 1));
     REFUSES(SEBP_ERROR_VALUE, "rule", (rows = NULL, options.rule.kind = (sebp_rule_kind)9));
+    REFUSES(SEBP_ERROR_VALUE, "SEBP_RULE_SAMPLED",
+            (rows = NULL, options.rule = sebp_rule_sampled(0.5, 1)));
     const double odd[] = {NAN, INFINITY, -INFINITY};
     for (int i = 0; i < 3; i++) {
         double was = testing_get(&p.dy, 3, i);

@@ -147,6 +147,50 @@ static bool check_failure(const method *tried, method_world *on, const method_wo
     return true;
 }
 
+/* Whether a method refuses the given rows, by a line that has `word` in it. */
+static bool refuses_rows(int which, const char *word)
+{
+    method_world host = {.context = testing_context(SEBP_GEMM_NATIVE, 1, (int64_t)4 << 20)};
+    world_fill(&host, &given);
+    bool refused = method_at(which)->run(&host) == SEBP_ERROR_ROWS;
+    if (refused) {
+        ck_assert_ptr_nonnull(strstr(sebp_context_message(host.context), word));
+        for (int i = 0; i < PLACES; i++)
+            ck_assert(testing_same_bits(&host.at[i], &given.at[i]));
+    }
+    free_host(&host);
+    return refused;
+}
+
+/* What takes a row set takes none with weights, and writes nothing. Which methods do is seen by a set for
+ * another number of rows. */
+START_TEST(weights_are_refused)
+{
+    int refused = 0;
+    methods_give(SEBP_F32, &given);
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
+    const sebp_rule rule = sebp_rule_sampled_count(6, 1);
+    sebp_rows *weighted = NULL, *other = NULL, *own = given.rows;
+    testing_succeed(sebp_rows_find(context, &given.at[DY], &rule, &weighted), context);
+    ck_assert_ptr_nonnull(sebp_rows_weights(weighted));
+    testing_succeed(sebp_rows_from_indices(sebp_rows_indices(own), ACTIVE, ROWS + 1, &other),
+                    context);
+    for (int which = 0; which < count_methods(); which++) {
+        given.rows = other;
+        const bool takes_rows = refuses_rows(which, "49");
+        given.rows = weighted;
+        ck_assert_msg(refuses_rows(which, "weights") == takes_rows, "%s", method_at(which)->name);
+        refused += takes_rows;
+    }
+    ck_assert_int_ge(refused, 20);
+    given.rows = own;
+    sebp_rows_destroy(weighted);
+    sebp_rows_destroy(other);
+    sebp_context_destroy(context);
+    methods_free(&given);
+}
+END_TEST
+
 /* Each operation fails in turn: its status comes out with a line, what was allocated is freed, and
  * where memory was short nothing has been written. Then the method works. */
 START_TEST(survives_failures)
@@ -322,6 +366,7 @@ static Suite *make_suite(void)
     TCase *tests = tcase_create("on a device");
     tcase_set_timeout(tests, 300);
     tcase_add_loop_test(tests, gives_the_same, 0, count_runs());
+    tcase_add_test(tests, weights_are_refused);
     tcase_add_loop_test(tests, survives_failures, 0, count_runs());
     tcase_add_test(tests, transfers);
     tcase_add_test(tests, row_sets_outlive_contexts);

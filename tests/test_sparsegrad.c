@@ -342,6 +342,8 @@ START_TEST(bad_input_is_refused)
     GRADIENT_REFUSES(SEBP_ERROR_DTYPE, "r is bf16", to->dtype = SEBP_BF16);
     GRADIENT_REFUSES(SEBP_ERROR_VALUE, "rule",
                      (rows = NULL, options.rule.kind = (sebp_rule_kind)9));
+    GRADIENT_REFUSES(SEBP_ERROR_VALUE, "SEBP_RULE_SAMPLED",
+                     (rows = NULL, options.rule = sebp_rule_sampled(0.5, 1)));
     GRADIENT_REFUSES(SEBP_ERROR_VALUE, "dw_write", options.dw_write = (sebp_write)2);
     GRADIENT_REFUSES(SEBP_ERROR_VALUE, "rotation 6", rotation = (sebp_rotation)6);
     GRADIENT_REFUSES(SEBP_ERROR_VALUE, "rotation -1", rotation = (sebp_rotation)-1);

@@ -82,7 +82,7 @@ typedef struct sebp_linear_options {
 /** Options as they are by default, with size_bytes set. */
 #define SEBP_LINEAR_OPTIONS_INIT                                                                   \
     {                                                                                              \
-        sizeof(sebp_linear_options), {SEBP_RULE_NONZERO, 0.0, 0, 0.0}, 0, SEBP_INACTIVE_ZERO,      \
+        sizeof(sebp_linear_options), {SEBP_RULE_NONZERO, {0.0}, 0, {0.0}}, 0, SEBP_INACTIVE_ZERO,  \
             SEBP_OVERWRITE, SEBP_OVERWRITE, SEBP_OVERWRITE, 0, SEBP_GELU, 0, 0,                    \
             SEBP_PRECISION_DEFAULT, 0                                                              \
     }
@@ -108,7 +108,7 @@ typedef struct sebp_linear_options {
  *         SEBP_ERROR_DTYPE (an unknown one; the residual or `activated` not of Y's, `before` not of
  *         dX's); SEBP_ERROR_VALUE (an option; a packed weight of another matrix than w, or of another
  *         context); SEBP_ERROR_ROWS (made for another M; x_is_compact
- *         without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND.
+ *         without rows; weights where there may be none); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND.
  *         Only SEBP_ERROR_BACKEND may leave outputs half written.
  */
 SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x,
@@ -126,7 +126,8 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
  * @param dy       M x N.
  * @param x        M x K, or m x K with x_is_compact; either dtype. Needed for dW only, else NULL.
  * @param w        N x K, either dtype. Needed for dX only, else NULL.
- * @param rows     R, made for M rows. NULL: found in dY by options->rule.
+ * @param rows     R, made for M rows. NULL: found in dY by options->rule. With weights (rows.h): those of
+ *                 dW and db, without dX.
  * @param options  NULL: the defaults. The residual and `activated` are refused, and `before` without dX
  *                 or where dX accumulates.
  * @param dx       M x K, either dtype, or NULL. SEBP_ACCUMULATE does not touch inactive rows.
@@ -136,6 +137,10 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
  * Outputs overlap neither inputs nor each other; inputs may overlap each other. If no row is
  * active, x and w are not read; dX, dW and db are zeroed under SEBP_OVERWRITE and stay as they were
  * under SEBP_ACCUMULATE. Rows outside R count as zero, whatever dY holds there.
+ *
+ * Under SEBP_RULE_SAMPLED dX is that of all rows that are not zero, and exact. dW and db are those of a
+ * weighted sample, unbiased; it is sebp_rows_sample()'s, with X where dW is computed. Weighted rows of dY
+ * are copied to scratch memory in f32, and multiplied there.
  *
  * Scratch memory stays within the context's bound, whatever M is. Where the call itself finds the
  * rows, it takes 8 bytes for each row of dY more, as sebp_rows_find() does.

@@ -27,7 +27,8 @@ SEBP_BEGIN_DECLS
  *
  * @param dy        M x N.
  * @param x         M x K, or m x K with x_is_compact; of dY's dtype.
- * @param rows      R, made for M rows. NULL: found in dY by options->rule.
+ * @param rows      R, made for M rows, without weights. NULL: found in dY by options->rule, which is not
+ *                  SEBP_RULE_SAMPLED.
  * @param options   NULL: the defaults. Of the options rule, x_is_compact and precision are
  *                  used, and epilogues and packed_weight (linear.h) are refused.
  * @param gradient  N x K, with room for its count k of indices and values, from 1 to N K.

@@ -16,6 +16,33 @@
  *
  * Rows are chosen by their elements, never by their sum: [1, -1] is active. +0 and -0 are zero. A
  * row that holds a NaN or an Inf is active under every rule: it ranks above every finite row.
+ *
+ * These rules leave rows out, so that dW is biased: the same rows are missing in each step. The rule
+ * "sampled" mends that (winner-take-all column-row sampling, WTA-CRS: Liu et al., NeurIPS 2023, arXiv
+ * 2305.15265). It keeps the rows of largest score and draws among the others. Its set carries a
+ * weight w_i for each row, and
+ *
+ *     dW = sum over i in R of w_i dY_i^T X_i        db = sum over i in R of w_i dY_i
+ *
+ * are on the average over the seeds those of all rows. The weights are for dW and db alone: a dX has
+ * no sum over rows, so a row that is left out of it is wrong and no weight mends that.
+ *
+ * Of n active rows with the scores s_1 >= s_2 >= ... >= s_n > 0, and a budget of k < n:
+ *
+ *     s_i = ||dY_i|| sqrt(1 + ||X_i||^2)   where X is known: the norm of what the row adds to
+ *                                          [dW, db]. It gives their sum the least variance.
+ *     s_i = ||dY_i||                       where it is not
+ *     c   = the c < k with the least T / (k - c), T the sum of the scores after the c largest
+ *
+ * The c largest rows are kept with weight 1. k - c times one of the others is drawn, row i with
+ * probability s_i / T, and each draw adds T / ((k - c) s_i) >= 1 to its weight. Draw j = 0, 1, ... is
+ * the row in which u T falls, where the scores are added up in the order of the rows, and
+ *
+ *     u = sebp_random_uniform(seed, UINT64_MAX, 2 j)
+ *         + sebp_random_uniform(seed, UINT64_MAX, 2 j + 1) / 2^24
+ *
+ * Probabilities are therefore multiples of 2^-48. Rows of equal score are kept or drawn together. With
+ * n <= k all active rows are kept and there are no weights.
  */
 #ifndef SEBP_ROWS_H
 #define SEBP_ROWS_H
@@ -34,39 +61,65 @@ typedef enum sebp_rule_kind {
     SEBP_RULE_NONZERO = 0,   /**< rows with any element other than +-0: exact */
     SEBP_RULE_THRESHOLD = 1, /**< rows whose largest magnitude is over `threshold` */
     SEBP_RULE_TOP = 2,       /**< the `count` rows of largest L2 norm, rows of zeros left out */
-    SEBP_RULE_ENERGY = 3     /**< the fewest rows that hold a share 1 - `delta` of ||dY||_F^2 */
+    SEBP_RULE_ENERGY = 3,    /**< the fewest rows that hold a share 1 - `delta` of ||dY||_F^2 */
+    SEBP_RULE_SAMPLED = 4    /**< the largest rows and a sample of the others, with weights */
 } sebp_rule_kind;
 
-/** Which rows to keep. Zero-initialised it is SEBP_RULE_NONZERO. Only the field that belongs to its
- * kind is read. */
+/** Which rows to keep. Zero-initialised it is SEBP_RULE_NONZERO. Only the fields that belong to its
+ * kind are read. */
 typedef struct sebp_rule {
     sebp_rule_kind kind;
-    double threshold; /**< >= 0, not NaN; Inf keeps only rows with NaN or Inf */
-    int64_t count;    /**< >= 1; may exceed M */
-    double delta;     /**< in [0, 1) */
+    union {
+        double threshold; /**< threshold: >= 0, not NaN; Inf keeps only rows with NaN or Inf */
+        uint64_t seed;    /**< sampled: another seed is another sample, independent of the first */
+    };
+    int64_t
+        count; /**< top: how many rows, >= 1; may exceed M. Sampled: the budget, or 0 for `share` */
+    union {
+        double delta; /**< energy: in [0, 1) */
+        double
+            share; /**< sampled, where count is 0: the budget is this share of the active rows, in
+                         (0, 1], rounded up */
+    };
 } sebp_rule;
 
 static inline sebp_rule sebp_rule_nonzero(void)
 {
-    sebp_rule rule = {SEBP_RULE_NONZERO, 0.0, 0, 0.0};
+    sebp_rule rule = {SEBP_RULE_NONZERO, {0.0}, 0, {0.0}};
     return rule;
 }
 
 static inline sebp_rule sebp_rule_threshold(double threshold)
 {
-    sebp_rule rule = {SEBP_RULE_THRESHOLD, threshold, 0, 0.0};
+    sebp_rule rule = {SEBP_RULE_THRESHOLD, {threshold}, 0, {0.0}};
     return rule;
 }
 
 static inline sebp_rule sebp_rule_top(int64_t count)
 {
-    sebp_rule rule = {SEBP_RULE_TOP, 0.0, count, 0.0};
+    sebp_rule rule = {SEBP_RULE_TOP, {0.0}, count, {0.0}};
     return rule;
 }
 
 static inline sebp_rule sebp_rule_energy(double delta)
 {
-    sebp_rule rule = {SEBP_RULE_ENERGY, 0.0, 0, delta};
+    sebp_rule rule = {SEBP_RULE_ENERGY, {0.0}, 0, {delta}};
+    return rule;
+}
+
+/** A budget that is a share of the active rows. */
+static inline sebp_rule sebp_rule_sampled(double share, uint64_t seed)
+{
+    sebp_rule rule = {SEBP_RULE_SAMPLED, {0.0}, 0, {share}};
+    rule.seed = seed;
+    return rule;
+}
+
+/** A budget of `count` rows. */
+static inline sebp_rule sebp_rule_sampled_count(int64_t count, uint64_t seed)
+{
+    sebp_rule rule = {SEBP_RULE_SAMPLED, {0.0}, count, {0.0}};
+    rule.seed = seed;
     return rule;
 }
 
@@ -111,7 +164,8 @@ SEBP_API sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t coun
  * with a NaN or Inf, and takes its share over the finite rows.
  *
  * Reads dY once, in parallel. Nonzero and threshold stop reading a row at the first element that
- * decides. Memory: 8 bytes for each row of dY, which become the set.
+ * decides. Memory: 8 bytes for each row of dY, which become the set. Sampled: see sebp_rows_sample(),
+ * here without X.
  *
  * @param context  its threads scan dY.
  * @param dy       M x N, either dtype, any stride.
@@ -121,6 +175,30 @@ SEBP_API sebp_status sebp_rows_from_indices(const int64_t *indices, int64_t coun
  */
 SEBP_API sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy,
                                     const sebp_rule *rule, sebp_rows **rows);
+
+/**
+ * A weighted sample of the rows of a gradient, for dW and db: SEBP_RULE_SAMPLED, whose formulas stand
+ * at the top of this file.
+ *
+ * Where the linear layer's backward finds rows by that rule, it finds these, with X if it computes
+ * dW. The set depends on dY, X and the rule alone, not on the number of threads or on the CPU, but
+ * for the last bits in which sums of squares differ.
+ *
+ * Rows with a NaN or an Inf, in dY or X, are all kept, with weight 1, and count in the budget. Of the
+ * finite rows at least one is kept, so only then may there be more rows than the budget. A row of
+ * zeros in dY is never kept, whatever X holds. A weight is at most FLT_MAX.
+ *
+ * Reads dY and X once, in parallel. Memory: 8 bytes for each row of dY, 12 for each row of the budget.
+ *
+ * @param dy    M x N, either dtype, any stride.
+ * @param x     M x K, either dtype, any stride. NULL: the scores are those of dY alone.
+ * @param rule  of the kind SEBP_RULE_SAMPLED.
+ * @return as sebp_rows_find(); SEBP_ERROR_VALUE also for a rule of another kind, a negative count, or
+ *         a count of 0 with a share outside (0, 1]; SEBP_ERROR_SHAPE (x has not M rows).
+ */
+SEBP_API sebp_status sebp_rows_sample(sebp_context *context, const sebp_matrix *dy,
+                                      const sebp_matrix *x, const sebp_rule *rule,
+                                      sebp_rows **rows);
 
 /** Frees a set. NULL: nothing. */
 SEBP_API void sebp_rows_destroy(sebp_rows *rows);
@@ -139,6 +217,28 @@ SEBP_API double sebp_rows_activity(const sebp_rows *rows);
  * NULL for NULL and for an empty set.
  */
 SEBP_API const int64_t *sebp_rows_indices(const sebp_rows *rows);
+
+/**
+ * The weights of a set that was sampled: sebp_rows_count() of them, in the order of the indices, for as
+ * long as the set lives; each 1 or above. NULL: all 1, as in every other set.
+ *
+ * A set with weights is taken by sebp_linear_backward() without dX, and by sebp_rows_dropped(), which
+ * looks at the indices alone. All other functions refuse it: SEBP_ERROR_ROWS.
+ */
+SEBP_API const float *sebp_rows_weights(const sebp_rows *rows);
+
+/**
+ * How uncertain a sample makes the gradient: with the letters at the top of this file
+ *
+ *     v = T^2 / ((k - c) sum of s_i^2)        E ||error of [dW, db]||_F^2 <= v sum of s_i^2
+ *
+ * where X was known, else the same of db. The sum is over all active rows: it is ||[dW, db]||_F^2 if
+ * what the rows add is orthogonal. So v is the variance relative to that, and 0 if nothing is drawn.
+ * The bound lacks ||sum of what the drawn rows add||_F^2 / (k - c), which is not known.
+ *
+ * @return v >= 0; 0 without weights and for NULL; NaN where a row holds a NaN or an Inf.
+ */
+SEBP_API double sebp_rows_variance(const sebp_rows *rows);
 
 /** What a set leaves out of a gradient. */
 typedef struct sebp_dropped {

@@ -66,7 +66,8 @@ SEBP_API sebp_rotation sebp_sparsegrad_order(const sebp_basis *basis, int64_t m)
  *
  * @param dy        M x N.
  * @param x         M x K, or m x K with x_is_compact; of dY's dtype.
- * @param rows      made for M rows. NULL: found in dY by options->rule.
+ * @param rows      made for M rows, without weights. NULL: found in dY by options->rule, which is not
+ *                  SEBP_RULE_SAMPLED.
  * @param options   NULL: the defaults. dw_write says whether R is overwritten or added to;
  *                  dx_write, db_write and inactive are ignored, epilogues and packed_weight (linear.h)
  *                  refused.

@@ -46,7 +46,7 @@ sebp_status sebp_cpu_zero_other_rows(void *device, const sebp_matrix *to, const 
 sebp_status sebp_cpu_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                               int64_t count, const sebp_matrix *to, bool accumulate);
 sebp_status sebp_cpu_widen_rows(void *device, const sebp_matrix *from, const int64_t *rows,
-                                int64_t count, const sebp_matrix *to);
+                                const float *weights, int64_t count, const sebp_matrix *to);
 
 /* elements.c */
 

@@ -223,6 +223,7 @@ typedef struct row_widening {
     const sebp_kernels *kernels;
     const sebp_matrix *from;
     const int64_t *rows;
+    const float *weights;
     int64_t count;
     const sebp_matrix *to;
     int64_t pieces;
@@ -237,16 +238,19 @@ static void widen_piece(void *work, int64_t piece)
         int64_t at = widening->rows != NULL ? widening->rows[i] : i;
         sebp_cpu_widen(widening->kernels, sebp_element(to, i, 0), sebp_element(from, at, 0),
                        from->dtype, to->cols);
+        if (widening->weights != NULL)
+            widening->kernels->scale_f32(sebp_element(to, i, 0), to->cols, widening->weights[i]);
     }
 }
 
 sebp_status sebp_cpu_widen_rows(void *device, const sebp_matrix *from, const int64_t *rows,
-                                int64_t count, const sebp_matrix *to)
+                                const float *weights, int64_t count, const sebp_matrix *to)
 {
     sebp_cpu *cpu = device;
     row_widening widening = {.kernels = cpu->kernels,
                              .from = from,
                              .rows = rows,
+                             .weights = weights,
                              .count = count,
                              .to = to,
                              .pieces = sebp_min(count, sebp_cpu_threads(cpu))};

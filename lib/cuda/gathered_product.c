@@ -81,7 +81,7 @@ static sebp_status gather(sebp_cuda *cuda, const sebp_operand *operand, int64_t 
     sebp_matrix made = sebp_matrix_f32((float *)(uintptr_t)to->data, rows, cols);
     from.stride = operand->stride;
     made.stride = to->stride;
-    return sebp_cuda_widen_rows(cuda, &from, operand->rows, rows, &made);
+    return sebp_cuda_widen_rows(cuda, &from, operand->rows, NULL, rows, &made);
 }
 
 sebp_status sebp_cuda_run_gathered(sebp_cuda *cuda, const sebp_product *product,

@@ -46,7 +46,7 @@ sebp_status sebp_cuda_zero_other_rows(void *device, const sebp_matrix *to, const
 sebp_status sebp_cuda_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                                int64_t count, const sebp_matrix *to, bool accumulate);
 sebp_status sebp_cuda_widen_rows(void *device, const sebp_matrix *from, const int64_t *rows,
-                                 int64_t count, const sebp_matrix *to);
+                                 const float *weights, int64_t count, const sebp_matrix *to);
 /** Not of the table: row i of `from`, f32, is put, or added, to row rows[i] of `to`. */
 sebp_status sebp_cuda_put_rows(void *device, const sebp_matrix *from, const int64_t *rows,
                                const sebp_matrix *to, bool accumulate);

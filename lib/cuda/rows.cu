@@ -444,14 +444,16 @@ constexpr int WIDEN_PACKS = 4; /* that a thread reads together */
 /* A warp to a row, or to pieces of it. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    widen_kernel(sebp_view<const T> from, bool from_is_packed, const int64_t *rows, int64_t count,
-                 int64_t cols, sebp_view<float> to, bool to_is_packed)
+    widen_kernel(sebp_view<const T> from, bool from_is_packed, const int64_t *rows,
+                 const float *weights, int64_t count, int64_t cols, sebp_view<float> to,
+                 bool to_is_packed)
 {
     constexpr int N = SEBP_PACKED<T>, OUT = SEBP_PACKED<float>;
     int64_t i = (int64_t)blockIdx.x * WARPS + warp_of_thread();
     if (i >= count)
         return;
     const T *row = from.row(sebp_row_at(rows, i));
+    const float weight = weights != nullptr ? weights[i] : 1;
     const int64_t piece = WIDEN_PACKS * SEBP_WARP * N;
     for (int64_t at = blockIdx.y * piece; at < cols; at += gridDim.y * piece) {
         sebp_pack<T, N> packs[WIDEN_PACKS];
@@ -463,7 +465,7 @@ __global__ void __launch_bounds__(THREADS)
             for (int j = 0; j < N; j += OUT) {
                 sebp_pack<float, OUT> wide;
                 for (int k = 0; k < OUT; k++)
-                    wide.at[k] = sebp_widen(packs[p].at[j + k]);
+                    wide.at[k] = sebp_widen(packs[p].at[j + k]) * weight;
                 sebp_store_pack<OUT>(to.row(i), mine + p * SEBP_WARP * N + j, cols, to_is_packed,
                                      wide);
             }
@@ -472,23 +474,23 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T>
-sebp_status widen_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *rows, int64_t count,
-                       const sebp_matrix *to)
+sebp_status widen_rows(sebp_cuda *cuda, const sebp_matrix *from, const int64_t *rows,
+                       const float *weights, int64_t count, const sebp_matrix *to)
 {
     int64_t pieces = sebp_div_ceil(to->cols, WIDEN_PACKS * SEBP_WARP * SEBP_PACKED<T>);
     dim3 grid((unsigned)sebp_div_ceil(count, WARPS), (unsigned)sebp_min(pieces, 65535));
     return sebp_launch(cuda, widen_kernel<T>, grid, THREADS, 0, sebp_view_of<const T>(from),
-                       listed_is_packed<T>(*from, rows), rows, count, to->cols,
+                       listed_is_packed<T>(*from, rows), rows, weights, count, to->cols,
                        sebp_view_of<float>(to), sebp_is_packed<float>(to));
 }
 
 } // namespace
 
 sebp_status sebp_cuda_widen_rows(void *device, const sebp_matrix *from, const int64_t *rows,
-                                 int64_t count, const sebp_matrix *to)
+                                 const float *weights, int64_t count, const sebp_matrix *to)
 {
     return sebp_with_dtype(from->dtype, [&](auto element) {
-        return widen_rows<decltype(element)>((sebp_cuda *)device, from, rows, count, to);
+        return widen_rows<decltype(element)>((sebp_cuda *)device, from, rows, weights, count, to);
     });
 }
 
