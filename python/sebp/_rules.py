@@ -5,7 +5,14 @@ import functools
 import operator
 from typing import NamedTuple, SupportsIndex
 
-from ._structs import RULE_ENERGY, RULE_NONZERO, RULE_THRESHOLD, RULE_TOP, RuleStruct
+from ._structs import (
+    RULE_ENERGY,
+    RULE_NONZERO,
+    RULE_SAMPLED,
+    RULE_THRESHOLD,
+    RULE_TOP,
+    RuleStruct,
+)
 
 RowRule = str | SupportsIndex | tuple[str, float]
 
@@ -16,29 +23,39 @@ class Rule(NamedTuple):
     Attributes
     ----------
     kind : int
-        One of ``RULE_NONZERO``, ``RULE_THRESHOLD``, ``RULE_TOP`` and ``RULE_ENERGY``.
+        One of ``RULE_NONZERO``, ``RULE_THRESHOLD``, ``RULE_TOP``, ``RULE_ENERGY`` and
+        ``RULE_SAMPLED``.
     value : float
-        The threshold, the number of rows, or delta; 0 for ``RULE_NONZERO``.
+        The threshold, the number of rows, delta, or the share; 0 for ``RULE_NONZERO``.
     """
 
     kind: int = RULE_NONZERO
     value: float = 0.0
 
     @functools.lru_cache(maxsize=64)  # noqa: B019, keeps tuples of two numbers alive
-    def struct(self) -> RuleStruct:
+    def struct(self, seed: int = 0) -> RuleStruct:
         """Write the rule as the library takes it.
+
+        Parameters
+        ----------
+        seed : int
+            In [0, 2^64). Of ``RULE_SAMPLED``; others have none.
 
         Returns
         -------
         RuleStruct
             A ``sebp_rule``. Others get the same one, so it is not to be changed.
         """
-        return RuleStruct(
-            self.kind,
-            self.value if self.kind == RULE_THRESHOLD else 0.0,
-            int(self.value) if self.kind == RULE_TOP else 0,
-            self.value if self.kind == RULE_ENERGY else 0.0,
-        )
+        made = RuleStruct(self.kind)
+        if self.kind == RULE_THRESHOLD:
+            made.threshold = self.value
+        elif self.kind == RULE_TOP:
+            made.count = int(self.value)
+        elif self.kind == RULE_ENERGY:
+            made.delta = self.value
+        elif self.kind == RULE_SAMPLED:
+            made.seed, made.share = seed, self.value
+        return made
 
     def __deepcopy__(self, memo: dict) -> "Rule":
         """Give a copied layer the same rule, so that what has put it in knows the layer."""
@@ -50,7 +67,10 @@ class Rule(NamedTuple):
             return str(int(self.value))
         if self.kind == RULE_NONZERO:
             return "nonzero"
-        return f"{'threshold' if self.kind == RULE_THRESHOLD else 'energy'} {self.value:g}"
+        return f"{_NAMES[self.kind]} {self.value:g}"
+
+
+_NAMES = {RULE_THRESHOLD: "threshold", RULE_ENERGY: "energy", RULE_SAMPLED: "sampled"}
 
 
 def parse_rule(rows: RowRule) -> Rule:
@@ -58,9 +78,10 @@ def parse_rule(rows: RowRule) -> Rule:
 
     Parameters
     ----------
-    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+    rows : "nonzero", int, ("threshold", float), ("energy", float) or ("sampled", float)
         Rows that are not all zero (exact); the k rows of largest norm; rows with a magnitude over a
-        threshold; the fewest rows that hold a share 1 - delta of the energy.
+        threshold; the fewest rows that hold a share 1 - delta of the energy; a weighted sample of a
+        share of the active rows.
 
     Returns
     -------
@@ -72,7 +93,8 @@ def parse_rule(rows: RowRule) -> Rule:
     TypeError
         If `rows` is none of these.
     ValueError
-        If k < 1, the threshold is negative or NaN, or delta is outside [0, 1).
+        If k < 1, the threshold is negative or NaN, delta is outside [0, 1), or the share outside
+        (0, 1].
     """
     if isinstance(rows, Rule):
         return rows
@@ -90,7 +112,13 @@ def parse_rule(rows: RowRule) -> Rule:
             if not 0 <= value < 1:
                 raise ValueError(f"delta is {value}, not in [0, 1)")
             return Rule(RULE_ENERGY, value)
-        raise ValueError(f'rows is {rows!r}, not ("threshold", eps) or ("energy", delta)')
+        if name == "sampled":
+            if not 0 < value <= 1:
+                raise ValueError(f"the share is {value}, not in (0, 1]")
+            return Rule(RULE_SAMPLED, value)
+        raise ValueError(
+            f'rows is {rows!r}, not ("threshold", eps), ("energy", delta) or ("sampled", share)'
+        )
     if isinstance(rows, bool) or not hasattr(rows, "__index__"):
         raise TypeError(f"rows is {rows!r}, not a rule")
     count = operator.index(rows)

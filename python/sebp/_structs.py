@@ -17,6 +17,7 @@ RULE_NONZERO = 0
 RULE_THRESHOLD = 1
 RULE_TOP = 2
 RULE_ENERGY = 3
+RULE_SAMPLED = 4
 
 
 class Matrix(ctypes.Structure):
@@ -42,14 +43,23 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class _ThresholdOrSeed(ctypes.Union):
+    _fields_ = [("threshold", ctypes.c_double), ("seed", ctypes.c_uint64)]
+
+
+class _DeltaOrShare(ctypes.Union):
+    _fields_ = [("delta", ctypes.c_double), ("share", ctypes.c_double)]
+
+
 class RuleStruct(ctypes.Structure):
     """``sebp_rule`` of rows.h."""
 
+    _anonymous_ = ("threshold_or_seed", "delta_or_share")
     _fields_ = [
         ("kind", ctypes.c_int),
-        ("threshold", ctypes.c_double),
+        ("threshold_or_seed", _ThresholdOrSeed),
         ("count", ctypes.c_int64),
-        ("delta", ctypes.c_double),
+        ("delta_or_share", _DeltaOrShare),
     ]
 
 

@@ -67,6 +67,7 @@ def linear_backward(
     *,
     bias: bool = True,
     x_is_compact: bool = False,
+    seed: int = 0,
     context: Context | None = None,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Compute dX, dW and db from dY on the active rows alone.
@@ -79,12 +80,15 @@ def linear_backward(
         m x K with `x_is_compact`. Without it there is no dW.
     w : array, N x K, optional
         Without it there is no dX.
-    rows : Rows, or "nonzero", int, ("threshold", float), ("energy", float)
-        The active rows, or the rule that finds them in `dy`.
+    rows : Rows, or "nonzero", int, ("threshold", float), ("energy", float), ("sampled", float)
+        The active rows, or the rule that finds them in `dy`. Of a weighted sample dW and db are
+        unbiased, and dX, for which `rows` is the rule, is exact.
     bias : bool
         Whether db is wanted.
     x_is_compact : bool
         Whether the i-th row of `x` is the i-th row of `rows`, which is a :class:`Rows` then.
+    seed : int
+        Of a sample, in [0, 2^64).
     context : Context, optional
         Default: the calling thread's own.
 
@@ -121,6 +125,8 @@ def linear_backward(
     if bias:
         db = new_array(vdy.cols, like=vdy)
         vdb = as_vector(db, "db")
-    options = LinearOptions(ctypes.sizeof(LinearOptions), rule.struct(), x_is_compact=x_is_compact)
+    options = LinearOptions(
+        ctypes.sizeof(LinearOptions), rule.struct(seed), x_is_compact=x_is_compact
+    )
     context.call("sebp_linear_backward", vdy, vx, vw, given, options, vdx, vdw, vdb)
     return dx, dw, db

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._library import load
 from .._rules import RowRule, parse_rule
-from .._structs import Dropped
+from .._structs import RULE_SAMPLED, Dropped
 from .calls import Handle, call
 from .context import Context, default_context
 from .matrices import ArrayOrMatrix, as_matrix
@@ -47,8 +47,8 @@ def whole_numbers(values: ArrayLike, name: str) -> NDArray[np.int64]:
 class Rows(Handle):
     """A row set: the sorted list of the m active rows among M. Immutable.
 
-    Made by :meth:`all`, :meth:`from_mask`, :meth:`from_lengths`, :meth:`from_indices` and
-    :meth:`find`.
+    Made by :meth:`all`, :meth:`from_mask`, :meth:`from_lengths`, :meth:`from_indices`, :meth:`find`
+    and :meth:`sample`.
     """
 
     def __init__(self, pointer: ctypes.c_void_p) -> None:
@@ -119,11 +119,64 @@ class Rows(Handle):
         TypeError
             If `dy` is neither float32 nor uint16.
         ValueError
-            If `dy` is not 2-D, or for the rule.
+            If `dy` is not 2-D, or for the rule. A rule with weights is for :meth:`sample`.
         """
-        rule = parse_rule(rows).struct()
+        rule = parse_rule(rows)
+        if rule.kind == RULE_SAMPLED:
+            raise ValueError(
+                f"rows are {rule}, which have weights, for dW and db of a linear layer alone:"
+                " Rows.sample() draws them"
+            )
         context, pointer = context or default_context(), ctypes.c_void_p()
-        context.call("sebp_rows_find", as_matrix(dy, "dy"), rule, pointer)
+        context.call("sebp_rows_find", as_matrix(dy, "dy"), rule.struct(), pointer)
+        return cls(pointer)
+
+    @classmethod
+    def sample(
+        cls,
+        dy: ArrayOrMatrix,
+        share: float,
+        seed: int,
+        x: ArrayOrMatrix | None = None,
+        context: Context | None = None,
+    ) -> "Rows":
+        """Draw a weighted sample of the rows of a gradient, with which dW and db are unbiased.
+
+        WTA-CRS (Liu et al., NeurIPS 2023): the largest rows are kept and the others drawn. dW is
+        the sum of ``weights[i] * outer(dy[i], x[i])``. What the library draws by and with which
+        probabilities is in rows.h.
+
+        Parameters
+        ----------
+        dy : array or Matrix, M x N
+            The gradient.
+        share : float
+            Of the rows that are not zero, in (0, 1].
+        seed : int
+            In [0, 2^64). Another one is another sample.
+        x : array or Matrix, M x K, optional
+            The layer's input, which makes the variance least. Default: dY alone decides.
+        context : Context, optional
+            Whose threads scan. Default: the calling thread's own.
+
+        Returns
+        -------
+        Rows
+            For :func:`sebp.linear_backward` without `w`. Others refuse it.
+
+        Raises
+        ------
+        TypeError
+            If an array is neither float32 nor uint16.
+        ValueError
+            If an array is not 2-D, or `share` is not in (0, 1].
+        SebpError
+            If `x` has not M rows.
+        """
+        rule = parse_rule(("sampled", share)).struct(seed)
+        context, pointer = context or default_context(), ctypes.c_void_p()
+        vx = None if x is None else as_matrix(x, "x")
+        context.call("sebp_rows_sample", as_matrix(dy, "dy"), vx, rule, pointer)
         return cls(pointer)
 
     @property
@@ -145,6 +198,20 @@ class Rows(Handle):
         address = load().sebp_rows_indices(self)
         listed = (ctypes.c_int64 * count).from_address(address)
         return np.frombuffer(listed, np.int64).copy()
+
+    @property
+    def weights(self) -> NDArray[np.float32] | None:
+        """The weights of a sample, in the order of the indices, as a copy; None: all 1."""
+        address = load().sebp_rows_weights(self)
+        if address is None:
+            return None
+        listed = (ctypes.c_float * len(self)).from_address(address)
+        return np.frombuffer(listed, np.float32).copy()
+
+    @property
+    def variance(self) -> float:
+        """How uncertain a sample makes dW: E ||error||^2 is at most this, of what rows.h names."""
+        return load().sebp_rows_variance(self)
 
     def dropped(self, dy: ArrayOrMatrix, context: Context | None = None) -> tuple[int, float]:
         """Measure what the set drops of a gradient.

@@ -37,7 +37,7 @@ class SebpCallback(TrainerCallback):
 
     Parameters
     ----------
-    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+    rows : "nonzero", int, ("threshold", float), ("energy", float) or ("sampled", float)
         Which rows of dY to keep.
     layers : str, sequence of str, or callable, optional
         Which layers. Default: all.

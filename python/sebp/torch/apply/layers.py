@@ -149,9 +149,10 @@ def apply_sebp_to_model(
     model : nn.Module
         Any model. Its ``nn.Linear`` and transformers ``Conv1D`` are changed, classes derived from
         them are not.
-    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+    rows : "nonzero", int, ("threshold", float), ("energy", float) or ("sampled", float)
         Which rows of dY to keep: those not all zero (exact), the k of largest norm, those with a
-        magnitude over a threshold, or the fewest that hold a share 1 - delta of the energy.
+        magnitude over a threshold, the fewest that hold a share 1 - delta of the energy, or, for
+        the gradients of weight and bias, a weighted sample of a share of the active rows.
     layers : str, sequence of str, or callable, optional
         Which layers: shell patterns of names ("*.mlp.*"), or a function of name and module.
         Default: all.

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ...attention import AttentionOptions
-from ..blocks.dropout import draw_seed
 from ..common.devices import reason_against
+from ..common.seeds import draw_seed
 from ..common.tensors import DTYPES, by_rows
 from ..linear_layers.direct import is_direct
 from . import ops  # noqa: F401, registers sebp::attention

@@ -10,18 +10,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._structs import DropoutOptions
 from ..common.context import context_of
+from ..common.seeds import draw_seed
 from ..common.tensors import matrix_of, new_like
 from ..linear_layers.direct import has_numbers
-
-
-def draw_seed() -> Tensor:
-    """Draw a seed from PyTorch's default generator: an int64, which a graph can hold.
-
-    It is that of the CPU for tensors on GPUs too, so that nothing has to wait for them.
-    ``torch.manual_seed`` makes dropout repeatable, and so does checkpointing, which restores the
-    generator before it computes a forward again.
-    """
-    return torch.randint(2**63 - 1, (1,), device="cpu")
 
 
 def drop(x: Tensor, *, dropout: float) -> Tensor:

@@ -12,9 +12,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..._structs import ACCUMULATE, DropoutOptions, Matrix, NormOptions
 from ..common.context import context_of
+from ..common.seeds import draw_seed
 from ..common.tensors import matrix_of, new_like
 from ..linear_layers.direct import has_numbers
-from .dropout import draw_seed, drop_again
+from .dropout import drop_again
 
 _RMS = 1  # SEBP_RMS_NORM
 _OVERWRITE = 0

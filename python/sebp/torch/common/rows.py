@@ -19,7 +19,7 @@ def find_rows(dy: Matrix, rule: Rule) -> Rows:
     dy : Matrix, M x N
         Made by :func:`~.tensors.matrix_of`.
     rule : Rule
-        Which rows are active.
+        Which rows are active; not ``RULE_SAMPLED``, whose rows have weights.
 
     Returns
     -------
@@ -27,3 +27,23 @@ def find_rows(dy: Matrix, rule: Rule) -> Rows:
         Of M.
     """
     return Rows.find(dy, rule, context_of(dy.memory))
+
+
+def sample_rows(dy: Matrix, x: Matrix | None, rule: Rule, seed: int) -> Rows:
+    """Draw a weighted sample of the rows of dY.
+
+    Parameters
+    ----------
+    dy : Matrix, M x N
+    x : Matrix, M x K, or None
+        None: dY alone decides.
+    rule : Rule
+        Of the kind ``RULE_SAMPLED``.
+    seed : int
+
+    Returns
+    -------
+    Rows
+        Of M, with weights for dW and db.
+    """
+    return Rows.sample(dy, rule.value, seed, x, context_of(dy.memory))

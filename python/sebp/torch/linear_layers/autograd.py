@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..._structs import RULE_NONZERO
+from ..._structs import RULE_NONZERO, RULE_SAMPLED
 from .products import sizes
 
 Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
@@ -73,7 +73,17 @@ def save_for_double_backward(ctx: FunctionCtx, inputs: tuple, output: tuple) -> 
 
 
 def double_backward(ctx: FunctionCtx, g_dx: Tensor, g_dw: Tensor, g_db: Tensor) -> tuple:
-    """Compute the gradients of the arguments of ``sebp::linear_backward``."""
+    """Compute the gradients of the arguments of ``sebp::linear_backward``.
+
+    Raises
+    ------
+    RuntimeError
+        For a weighted sample: another one would be drawn here.
+    """
+    if ctx.kind == RULE_SAMPLED:
+        raise RuntimeError(
+            'a layer with rows=("sampled", share) has no second derivatives, as its dW is a sample'
+        )
     dy, x, weight = ctx.saved_tensors
     need_dx, need_dw, need_db = ctx.needs
     n, k = sizes(dy, x, weight, ctx.transposed)

@@ -131,9 +131,11 @@ def linear(
         Of X's dtype, but under autocast.
     bias : Tensor, N, optional
         Of X's dtype, but under autocast.
-    rows : "nonzero", int, ("threshold", float) or ("energy", float)
+    rows : "nonzero", int, ("threshold", float), ("energy", float) or ("sampled", float)
         Which rows of dY to keep: those not all zero (exact), the k of largest norm, those with a
-        magnitude over a threshold, or the fewest that hold a share 1 - delta of the energy.
+        magnitude over a threshold, the fewest that hold a share 1 - delta of the energy, or, for
+        the gradients of weight and bias, a weighted sample of a share of the active rows
+        (unbiased). Its seed comes from PyTorch's default generator, in each backward.
 
     Returns
     -------

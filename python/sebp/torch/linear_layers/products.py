@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..._rules import Rule
-from ..._structs import ACCUMULATE, BF16, PRECISION_MEDIUM, LinearOptions, Matrix
+from ..._structs import (
+    ACCUMULATE,
+    BF16,
+    PRECISION_MEDIUM,
+    RULE_SAMPLED,
+    LinearOptions,
+    Matrix,
+)
 from ...core import Rows
 from ..common.context import context_of, is_fast_in_bfloat16
-from ..common.rows import find_rows
+from ..common.rows import find_rows, sample_rows
+from ..common.seeds import draw_seed
 from ..common.tensors import DTYPES, is_ours, matrix_of, matrix_of_size
 from ..common.work import LayerKind, count_work, counts_forwards, device_of
 
@@ -143,6 +151,11 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute dX, dW and db on the active rows.
 
+    Under ``RULE_SAMPLED`` dX is that of all rows that are not zero, and exact; dW and db are those
+    of a weighted sample, and unbiased. Its seed is drawn here and not in the forward, so that what
+    checkpointing computes again draws the same numbers as before, and each backward is a sample of
+    its own.
+
     Parameters
     ----------
     dy : Tensor, ... x N
@@ -174,7 +187,8 @@ def linear_backward(
     *lead, _ = dy.shape
     m, dtype = math.prod(lead), DTYPES[dy.dtype]
     vdy = matrix_of_size(dy, m, n, dtype)
-    active = find_rows(vdy, rule)
+    is_sampled = rule.kind == RULE_SAMPLED
+    active = find_rows(vdy, Rule() if is_sampled else rule)
     dx = dw = db = vx = vw = vdx = vdw = vdb = None
     if dx_dtype is not None:
         dx = dy.new_empty((*lead, k), dtype=dx_dtype)
@@ -188,13 +202,25 @@ def linear_backward(
         db = dy.new_empty(n, dtype=db_dtype)
         vdb = Matrix(db.data_ptr(), 1, n, n, DTYPES[db_dtype])
     run = _library_backward_transposed if transposed else library_backward
-    run(vdy, vx, vw, active, vdx, vdw, vdb, _BY_BF16 if dtype == BF16 else None)
-    count_work(
-        LayerKind(n, k, dy.dtype, dx is not None, dw is not None, False, device_of(dy)),
-        total,
-        len(active),
-        time.perf_counter() - start if dy.is_cpu else 0.0,
-    )
+    options = _BY_BF16 if dtype == BF16 else None
+
+    def count(active: Rows, need_dx: bool, need_dw: bool, start: float) -> float:
+        """Count what has been computed since `start`; now, on the CPU."""
+        now = time.perf_counter()
+        kind = LayerKind(n, k, dy.dtype, need_dx, need_dw, False, device_of(dy))
+        count_work(kind, total, len(active), now - start if dy.is_cpu else 0.0)
+        return now
+
+    if is_sampled and not (dw is None and db is None):
+        if dx is not None:
+            run(vdy, None, vw, active, vdx, None, None, options)
+            start = count(active, True, False, start)
+        sample = sample_rows(vdy, vx, rule, int(draw_seed()))
+        run(vdy, vx, None, sample, None, vdw, vdb, options)
+        count(sample, False, dw is not None, start)
+    else:
+        run(vdy, vx, vw, active, vdx, vdw, vdb, options)
+        count(active, dx is not None, dw is not None, start)
     return dx, dw, db
 
 
