@@ -14,7 +14,7 @@ void sebp_check_unweighted_rule(sebp_call *call, const sebp_rule *rule);
 void sebp_find_rows(sebp_call *call, const sebp_matrix *dy, const sebp_rows *rows);
 
 /**
- * Draws a weighted sample of the rows of dY (sample.c), x NULL or M x K, by a rule that is checked.
+ * Draws a weighted sample of the rows of dY (draw.c), x NULL or M x K, by a rule that is checked.
  *
  * nonzero, NULL where it is not wanted: the set of all active rows, from the same scan. Both sets are
  * untouched after a failure.
