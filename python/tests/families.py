@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 PADDINGS = ("right", "left", "gaps", "ordinary", "square", "single")
 VOCABULARY, REGIONS, LENGTH = 60, 5, 12
+END = 59  # larger than all other tokens of texts
 
 # --------------------------------------------------------------------------------------------------
 # Configurations
@@ -110,6 +111,13 @@ def _objects(batch: dict[str, Tensor], numbers: torch.Generator) -> dict[str, Te
         "visual_feats": torch.randn(texts, REGIONS, 24, generator=numbers),
         "visual_pos": torch.rand(texts, REGIONS, 4, generator=numbers),
     }
+
+
+def _ended(batch: dict[str, Tensor], numbers: torch.Generator) -> dict[str, Tensor]:
+    """End each text by a token that also stands where padding is, as CLIP's tokenizer does."""
+    mask, ids = batch["attention_mask"], batch["input_ids"]
+    is_last = mask.flip(1).cumsum(1).flip(1) * mask == 1
+    return {"input_ids": ids.masked_fill(is_last | (mask == 0), END)}
 
 
 def _target(batch: dict[str, Tensor], numbers: torch.Generator) -> dict[str, Tensor]:
@@ -344,11 +352,33 @@ ENCODER_DECODERS = {
     "t5": _family("T5Config", _T5, "s2s", extra=_target),
     "mt5": _family("MT5Config", _T5, "s2s", extra=_target),
     "umt5": _family("UMT5Config", _T5, extra=_target),
+    "t5_encoder": _family("T5Config", _T5, "tok", base="T5EncoderModel"),
+    "umt5_encoder": _family("UMT5Config", _T5, base="UMT5EncoderModel"),
+    "switch_transformers": _family(
+        "SwitchTransformersConfig",
+        _T5,
+        extra=_target,
+        num_experts=2,
+        expert_capacity=3,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+    ),
     "bart": _family("BartConfig", _D_MODEL, "s2s", extra=_target),
     "mbart": _family("MBartConfig", _D_MODEL, "s2s", extra=_target),
     "m2m_100": _family("M2M100Config", _D_MODEL, "s2s", extra=_target),
     "pegasus": _family("PegasusConfig", _D_MODEL, "s2s", extra=_target),
     "blenderbot": _family("BlenderbotConfig", _D_MODEL, "s2s", extra=_target),
+    "blenderbot_small": _family("BlenderbotSmallConfig", _D_MODEL, "s2s", extra=_target),
+    "plbart": _family("PLBartConfig", _D_MODEL, "s2s", extra=_target),
+    "nllb_moe": _family(
+        "NllbMoeConfig",
+        _D_MODEL,
+        extra=_target,
+        num_experts=2,
+        expert_capacity=3,
+        encoder_sparse_step=2,
+        decoder_sparse_step=2,
+    ),
     "marian": _family("MarianConfig", _D_MODEL, "s2s", extra=_target),
     "led": _family(
         "LEDConfig",
@@ -377,6 +407,15 @@ ENCODER_DECODERS = {
 
 OTHERS = {
     "clip_text": _family("CLIPTextConfig", _SIZES, base="CLIPTextModel"),
+    "clip_text_ended": _family(
+        "CLIPTextConfig",
+        dict(_SIZES, pad_token_id=END, eos_token_id=END),
+        base="CLIPTextModel",
+        extra=_ended,
+    ),
+    "metaclip_2_text": _family("MetaClip2TextConfig", _SIZES, base="MetaClip2TextModel"),
+    "groupvit_text": _family("GroupViTTextConfig", _SIZES, base="GroupViTTextModel"),
+    "owlvit_text": _family("OwlViTTextConfig", _SIZES, base="OwlViTTextModel"),
     "clip": _family("CLIPConfig", _PAIR, base="CLIPModel", extra=_image),
     "siglip": _family("SiglipConfig", _PAIR, base="SiglipModel", extra=_image),
     "siglip_text": _family("SiglipTextConfig", _SIZES, base="SiglipTextModel"),
@@ -481,7 +520,7 @@ def make_batch(name: str, head: str, padding: str, seed: int) -> dict[str, Tenso
     texts = {"square": 8, "single": 1}.get(padding, 4)
     mask = _mask(padding, length, texts, numbers)
     pad = family.settings.get("pad_token_id", 0)
-    ids = torch.randint(6, VOCABULARY, mask.shape, generator=numbers)
+    ids = torch.randint(6, END, mask.shape, generator=numbers)
     if padding != "ordinary":
         ids = ids.masked_fill(mask == 0, pad)
     batch = {"input_ids": ids, "attention_mask": mask}

@@ -23,10 +23,17 @@ SEEDS = (1, 2)
 # Those that have to leave padding out, for a loss on real tokens.
 SKIPPING = [
     *("bert", "roberta", "xlm_roberta", "camembert", "electra", "mpnet", "albert", "distilbert"),
+    *("t5_encoder", "umt5_encoder"),
     *("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3"),
 ]
+# Encoders beside which there is a decoder, or an image. Not all that the model looks up is theirs.
+BESIDE = ["t5", "mt5", "umt5", "bart", "mbart", "m2m_100", "pegasus", "blenderbot", "marian"]
+BESIDE += ["blenderbot_small", "plbart", "clip"]
+# Those of which the encoder alone leaves padding out.
+WITHIN = ["clip_text", "clip_text_ended", "metaclip_2_text", "owlvit_text"]
+_DISTANT = ("mpnet", "mistral", "t5_encoder", "umt5_encoder")
 # Those of them that do not count how far two tokens of a text are apart, padding between included.
-ANYWHERE = [name for name in SKIPPING if name not in ("mpnet", "mistral")]
+ANYWHERE = [name for name in SKIPPING if name not in _DISTANT]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -263,3 +270,29 @@ def test_leaves_padding_out(name, padding, mode, shapes):
     tokens = int(batch["attention_mask"].sum())
     assert shapes[0] == (1, tokens)
     assert tuple(batch["input_ids"].shape) not in shapes, "a comparison with the plain model"
+
+
+@modes
+@pytest.mark.parametrize("name", [*BESIDE, *WITHIN])
+def test_an_encoder_leaves_padding_out(name, mode, monkeypatch):
+    """Parts of models do, without a warning: attention gets real tokens alone."""
+    from sebp.torch.attention import packed_texts
+
+    seen = []
+    attend = packed_texts.attend
+
+    def attended(query, *args, **kwargs):
+        seen.append(tuple(query.shape[::2]))
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(packed_texts, "attend", attended)
+    ours = make_model(name, "base").train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        put_in(ours, mode)
+        for seed in SEEDS:
+            seen.clear()
+            batch = make_batch(name, "base", "right", seed)
+            loss_of(ours, name, "base", "real", batch).backward()
+    tokens = int(batch["attention_mask"].sum())
+    assert seen == [(1, tokens)] * 2  # its layers, without a comparison with the plain model

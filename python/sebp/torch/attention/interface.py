@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..common.devices import autocast_dtype, reason_against
 from ..common.forward import is_traced
-from ..common.packing import Unfit, lengths_of
+from ..common.packing import lengths_of
 from .attend import attend, attend_told
 from .mask_codes import decode, decode_row, sebp_mask
-from .packed_texts import attend_packed, check_packed
+from .packed_texts import attend_packed, check_bias, check_packed
 from .read_texts import Told, attends_to_itself, read_texts
 
 NAME = "sebp"
@@ -270,14 +270,13 @@ def _of_packed(
     scores: _Scores,
 ) -> Tensor:
     """Compute attention where ``padding_free`` has removed padding."""
-    if scores.bias is not None:
-        raise Unfit("its attention has the argument position_bias")
     check_packed(query, key, lengths)
+    check_bias(module, scores.bias)
     is_causal = scores.is_causal
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     return attend_packed(
-        query, key, value, lengths, is_causal, scores.window, None, scores.dropout,
+        query, key, value, lengths, is_causal, scores.window, scores.bias, scores.dropout,
         scores.scaling, scores.softcap,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..common.devices import autocast_dtype
 from ..common.packing import Unfit, current_packing, lengths_of
 from ..common.tensors import DTYPES
+from . import relative_bias
 from .attend import Pattern, attend
 from .texts import Texts
 
@@ -167,6 +168,12 @@ def check_packed(query: Tensor, key: Tensor, lengths: list[int]) -> None:
         raise Unfit("its attention is not of tokens to the tokens of their text")
 
 
+def check_bias(module: nn.Module, bias: Tensor | None) -> None:
+    """Raise an :class:`Unfit` for a bias that may be one of places in the row of packed texts."""
+    if bias is not None and not relative_bias.is_of_texts(module):
+        raise Unfit("its attention has the argument position_bias")
+
+
 def _sdpa(
     module: nn.Module,
     query: Tensor,
@@ -176,6 +183,7 @@ def _sdpa(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Replace transformers' "sdpa"."""
@@ -190,16 +198,20 @@ def _sdpa(
             dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
+            **({} if position_bias is None else {"position_bias": position_bias}),
             **kwargs,
         )
-    for name in ("position_bias", "softcap", "s_aux"):
+    for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise Unfit(f"its attention has the argument {name}")
     check_packed(query, key, lengths)
+    check_bias(module, position_bias)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     window = kwargs.get("sliding_window")
-    out = attend_packed(query, key, value, lengths, is_causal, window, None, dropout, scaling)
+    out = attend_packed(
+        query, key, value, lengths, is_causal, window, position_bias, dropout, scaling
+    )
     return out, None
 
 

@@ -30,29 +30,41 @@ class Packing:
         Which tokens are real.
     rows : Tensor of int64, T
         The tokens' indices in the padded batch, of B * L tokens.
-    side : "right", "left" or "gaps"
-        Where the padding is: after all texts, before all, or anywhere else.
+    side : "right", "left", "around" or "gaps"
+        Where the padding is: after all texts, before all, both, or between tokens of a text.
+    tokens : Tensor, B x L, or None
+        The tokens with padding, if they are known.
+    has_several : bool
+        Whether there is more than one text with tokens.
     attention_mask : Tensor of int64, 1 x 1 x 1 x (texts + 1)
         Cumulative lengths of the texts that have tokens. On the CPU, where each layer reads them.
     may_cut : bool
         Whether a text is longer than the window of attention that the configuration names.
     """
 
-    def __init__(self, mask: Tensor, window: int | None = None) -> None:
+    def __init__(
+        self, mask: Tensor, window: int | None = None, tokens: Tensor | None = None
+    ) -> None:
         self.mask = mask != 0
+        self.tokens = tokens
         lengths, order = self.mask.sum(1).sort(stable=True)
         text, token = self.mask[order].nonzero(as_tuple=True)
         self.rows = order[text] * mask.shape[1] + token
         self.side = self._side()
         ends = lengths[lengths > 0].cumsum(0).cpu()
         self.attention_mask = torch.cat([ends.new_zeros(1), ends]).view(1, 1, 1, -1)
+        self.has_several = ends.numel() > 1
         self.may_cut = window is not None and int(lengths[-1]) > window
 
     def _side(self) -> str:
         """Return where the padding is."""
-        if bool((self.mask[:, :-1] >= self.mask[:, 1:]).all()):
+        ends, begins = self.mask[:, :-1] > self.mask[:, 1:], self.mask[:, :-1] < self.mask[:, 1:]
+        if not bool(begins.any()):
             return "right"
-        return "left" if bool((self.mask[:, :-1] <= self.mask[:, 1:]).all()) else "gaps"
+        if not bool(ends.any()):
+            return "left"
+        is_whole = begins.sum(1) + self.mask[:, 0] <= 1
+        return "around" if bool(is_whole.all()) else "gaps"
 
     def counts(self, x: Tensor) -> bool:
         """Return whether x is 1 x T x ...; work is then counted for the whole batch."""

@@ -5,7 +5,6 @@ Padding is removed where a base model gets its mask, and restored where it retur
 state. Between the two all rows are real tokens, so no layer has to look for them.
 """
 
-import functools
 import itertools
 import os
 import sys
@@ -14,16 +13,27 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import mpnet, packed_texts
 from ..common.forward import Forward, has, is_replaced, is_traced, is_transformed, put_in, take_out
 from ..common.packing import Packing, current_packing, packed
 from ..linear_layers.linear import linear_classes
+from .pad import pad_first
+from .parts import (
+    can_be_told,
+    default_positions,
+    default_types,
+    finds_positions,
+    has_inner_entry,
+    has_inner_exit,
+    put_in_parts,
+    take_out_parts,
+)
 from .proof import Call, Proofs, current_call
-from .refusals import PACKED, foreign_part, refusal, signature_of
+from .refusals import PACKED, foreign_part, is_causal, refusal, unfit_gaps
+from .signatures import has_argument, signature_of
 
 
 @dataclass
@@ -80,79 +90,7 @@ def _given(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
     return {**given.pop("kwargs", {}), **given}
 
 
-def _default_positions(module: nn.Module, given: dict[str, object], shape: torch.Size) -> Tensor:
-    """Give each token the position that the model would give it, B x L or 1 x L."""
-    embeddings = getattr(module, "embeddings", None)
-    if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):  # RoBERTa and its like
-        if given.get("input_ids") is None:
-            create = embeddings.create_position_ids_from_inputs_embeds
-            both = "padding_idx" in signature_of(create).parameters
-            return create(given["inputs_embeds"], *([embeddings.padding_idx] * both))
-        create = getattr(embeddings, "create_position_ids_from_input_ids", None)
-        create = create or sys.modules[type(module).__module__].create_position_ids_from_input_ids
-        return create(given["input_ids"], embeddings.padding_idx)
-    return torch.arange(shape[1], device=given["attention_mask"].device)[None]
-
-
-_calls = itertools.count()
 _serial = itertools.count()
-
-
-@functools.lru_cache(maxsize=64)
-def _noise(width: int) -> Tensor:
-    """Return numbers for a padded token: 1 x H, between 2 and 4 in size, of either sign.
-
-    They are not zero, so that a loss which reads them has a gradient there, and not alike, so that
-    a norm does not take them away.
-    """
-    numbers = np.random.default_rng(width)
-    return _signed(2 + 2 * numbers.random((1, width)), numbers)
-
-
-def _signed(sizes: np.ndarray, numbers: np.random.Generator) -> Tensor:
-    signs = numbers.integers(0, 2, sizes.shape) * 2 - 1
-    return torch.from_numpy((signs * sizes).astype(np.float32))
-
-
-def _noise_like(x: Tensor, packing: Packing) -> Tensor:
-    """Return numbers for padded tokens that are larger than any of x, so that a maximum has them.
-
-    They differ from token to token and call to call: a function that has derivative zero at one of
-    them does not at all.
-    """
-    largest = float(x.detach().abs().amax())
-    texts, length = packing.mask.shape
-    numbers = np.random.default_rng(next(_calls))
-    token = _signed(1 + numbers.random((texts * length, 1)), numbers)
-    token *= largest if 0 < largest < 1e30 else 1
-    return (token.to(x.device) * _noise(x.shape[2]).to(x.device)).to(x.dtype)
-
-
-def _pad(x: Tensor, packing: Packing, call: Call) -> Tensor:
-    """Turn the last hidden state, 1 x T x H, into B x L x H."""
-    if not call.proofs.check:
-        fill = x.new_zeros(1, x.shape[2])
-    elif call.has_backward:
-        fill = _noise_like(x, packing)
-    else:
-        fill = x.new_full((1, x.shape[2]), torch.nan)
-    if call.has_backward and not torch.is_grad_enabled():
-        if not call.is_again:
-            call.leave_unwatched()
-    elif call.has_backward and not x.requires_grad:
-        # Nothing in the model trains, but something behind it: the backward is to come here.
-        x = x.detach().requires_grad_()
-    return packing.pad(x, fill)
-
-
-def _pad_first(output: object, packing: Packing, call: Call) -> object:
-    """Pad the last hidden state, which is the first thing a model returns."""
-    if isinstance(output, Tensor):
-        return _pad(output, packing, call)
-    if isinstance(output, tuple):
-        return (_pad(output[0], packing, call), *output[1:])
-    output.last_hidden_state = _pad(output.last_hidden_state, packing, call)
-    return output
 
 
 def _is_left_alone() -> bool:
@@ -199,10 +137,12 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     kind, reason = None, refusal(module, given, call)
     if not reason:
         window = getattr(module.config, "sliding_window", None)
-        packing = Packing(given["attention_mask"], window)
+        packing = Packing(given["attention_mask"], window, given.get("input_ids"))
         causal = tuple(getattr(one, "is_causal", None) for one in module.modules())
         kind = call.kind_of((module._sebp_name, causal), packing, given)
-        reason = "" if call.is_again else call.proofs.refused.get(kind, "")
+        reason = unfit_gaps(module, packing)
+        if not reason and not call.is_again:
+            reason = call.proofs.refused.get(kind, "")
     if reason:
         call.reasons.append(reason)
         if os.environ.get("SEBP_VERBOSE") == "1":
@@ -212,51 +152,27 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         return forward.original(*args, **kwargs)
     call.begin(kind, packing)
     packed_texts.register()  # where the model has been unpickled, nobody has yet
+    given = given if has_inner_entry(module) else _pack(module, given, packing)
     with packed(packing):
-        output = forward.original(**_pack(module, given, packing))
-    return _pad_first(output, packing, call) if _exit_of(module) is module else output
+        output = forward.original(**given)
+    return output if has_inner_exit(module) else pad_first(output, packing, call)
 
 
 def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict[str, object]:
     """Remove padding from a model's arguments."""
     shape = packing.mask.shape
     result = dict(given)
-    if given.get("position_ids") is None:
-        result["position_ids"] = _default_positions(module, given, shape)
+    if can_be_told(module) and given.get("position_ids") is None:
+        result["position_ids"] = default_positions(module, given, shape)
+    if has_argument(module, "token_type_ids") and given.get("token_type_ids") is None:
+        result["token_type_ids"] = default_types(module, shape)
     for name in PACKED:
         if result.get(name) is not None:
             result[name] = packing.pack(result[name])
     result["attention_mask"] = packing.attention_mask
-    if "use_cache" in signature_of(type(module).forward).parameters:
+    if has_argument(module, "use_cache"):
         result["use_cache"] = False
     return result
-
-
-def _exit_of(module: nn.Module) -> nn.Module:
-    """Find the part of a base model whose output is padded again: a pooler wants it padded."""
-    encoder = getattr(module, "encoder", None)
-    return encoder if _has_pooler(module) and isinstance(encoder, nn.Module) else module
-
-
-def _has_pooler(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "pooler", None), nn.Module)
-
-
-def _pooler_forward(forward: Forward, x: Tensor, *args: object, **kwargs: object) -> object:
-    """Replace a pooler's forward: call it on the padded last hidden state."""
-    packing, call = current_packing(), current_call()
-    if packing is not None and call is not None and packing.counts(x):
-        x = _pad(x, packing, call)
-    return forward.original(x, *args, **kwargs)
-
-
-def _exit_forward(forward: Forward, *args: object, **kwargs: object) -> object:
-    """Replace the forward of a base model's encoder: restore padding in what it returns."""
-    output = forward.original(*args, **kwargs)
-    packing, call = current_packing(), current_call()
-    if packing is None or call is None:
-        return output
-    return _pad_first(output, packing, call)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,7 +190,7 @@ def _bases(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(module, PreTrainedModel)
         and module.base_model is module
-        and "attention_mask" in signature_of(type(module).forward).parameters
+        and has_argument(module, "attention_mask")
     ]
 
 
@@ -292,7 +208,11 @@ def _reason_against(module: nn.Module) -> str:
     has_table = hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS")
     if not has_table and not mpnet.is_mpnet(module):
         return "its attention is not one of transformers' table of attentions"
-    if "position_ids" not in signature_of(kind.forward).parameters:
+    if getattr(module.config, "is_encoder_decoder", False) and is_causal(module):
+        return "it reads what the encoder returns, too"
+    if getattr(module.config, "expert_capacity", None) is not None:
+        return "its experts take no more than so many tokens of a text"
+    if not finds_positions(module):
         return "it cannot be told positions"
     if module.config._attn_implementation not in packed_texts.NAMES and not mpnet.is_mpnet(module):
         return f'its attention is "{module.config._attn_implementation}", not "sdpa" or "sebp"'
@@ -385,6 +305,9 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
                 report.changed.append(name)
                 changed.append(module)
             layers.update(m for m in module.modules() if type(m) in linear_classes())
+    for name, module in found:  # of a model with parts that run without padding, these are told
+        if any(part is not module and part in module.modules() for part in changed):
+            report.skipped.pop(name, None)
     report.layers = len(layers)
     if report.changed or report.already:
         model._sebp_proofs = proofs
@@ -399,8 +322,7 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
 def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
     """Make one base model run without padding."""
     packed_texts.register()
-    if mpnet.is_mpnet(module):
-        mpnet.prepare(module)
+    put_in_parts(module)
     outer = vars(module).get("_sebp_outer_proofs", [])
     if any(one is proofs for one in outer):
         return
@@ -409,10 +331,6 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
         return
     module._sebp_name = f"{name} {next(_serial)}"
     put_in(module, _base_forward)
-    if _exit_of(module) is not module:
-        put_in(_exit_of(module), _exit_forward)
-    elif _has_pooler(module):
-        put_in(module.pooler, _pooler_forward)
 
 
 def proofs_of(model: nn.Module) -> Proofs | None:
@@ -484,10 +402,6 @@ def _restore(module: nn.Module, proofs: Proofs) -> bool:
     if module._sebp_outer_proofs:
         return False
     take_out(module, _base_forward)
-    take_out(_exit_of(module), _exit_forward)
-    if _has_pooler(module):
-        take_out(module.pooler, _pooler_forward)
-    if mpnet.is_mpnet(module):
-        mpnet.restore(module)
+    take_out_parts(module)
     del module._sebp_name, module._sebp_outer_proofs
     return True

@@ -221,6 +221,7 @@ class Call:
             type(self.model).__name__,
             name,
             packing.side,
+            packing.has_several,
             packing.may_cut,
             self.model.training,
             self.has_backward,
@@ -287,7 +288,7 @@ class Call:
             return self._with_padding(reason, forward, (args, kwargs), before)
         if not self._packings:
             nothing = "no attention_mask came to a known model"
-            self._count(self.reasons[0] if self.reasons else nothing)
+            self._count(self.reasons[-1] if self.reasons else nothing)  # the innermost model's
             return output
         problem = ""
         if check:

@@ -2,13 +2,14 @@
 """Reasons for which one call of a base model runs with padding."""
 
 import functools
-import inspect
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import mpnet, packed_texts
 from ..common.devices import are_together
+from ..common.packing import Packing
+from .parts import counts_distances
 from .proof import CACHES, Call
 
 # What has a row for each token.
@@ -25,13 +26,7 @@ _HOOKS = ("sebp.", "torch.nn.utils.")
 _HOOK_NAMES = ("make_inputs_require_grads", "output_capturing_hook")
 
 
-@functools.lru_cache(maxsize=256)
-def signature_of(forward: object) -> inspect.Signature:
-    """Return a function's signature, from a cache."""
-    return inspect.signature(forward)
-
-
-def _is_causal(module: nn.Module) -> bool:
+def is_causal(module: nn.Module) -> bool:
     """Return whether tokens attend only to those before them."""
     return any(getattr(one, "is_causal", False) is True for one in module.modules())
 
@@ -83,6 +78,15 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     )
 
 
+def unfit_gaps(module: nn.Module, packing: Packing) -> str:
+    """Return why padding between the tokens of a text matters to the model, or ""."""
+    if packing.side == "gaps" and counts_distances(module):
+        return "padding between the tokens of a text, where it matters how far they are apart"
+    if packing.side == "gaps" and packing.may_cut:
+        return "padding between the tokens of a text, and a window of attention"
+    return ""
+
+
 def _is_packed(given: dict[str, object]) -> bool:
     """Return whether a call without a mask says where texts begin that lie end to end."""
     if given.get("cu_seq_lens_q") is not None:
@@ -100,7 +104,7 @@ def _unfit_configuration(module: nn.Module, given: dict[str, object], call: Call
     config = module.config
     # In training nobody reads the cache that is there by default.
     is_default = given.get("use_cache") is None and getattr(config, "use_cache", False)
-    if is_default and not call.model.training and _is_causal(module):
+    if is_default and not call.model.training and is_causal(module):
         return "a cache"
     for name in ("output_attentions", "output_hidden_states", "chunk_size_feed_forward"):
         if getattr(config, name, None):
@@ -181,13 +185,15 @@ def _unfit_mask(module: nn.Module, mask: Tensor) -> str:
     chunk = getattr(module.config, "attention_chunk_size", None)
     if chunk is not None and mask.shape[1] > chunk:
         return f"attention in chunks of {chunk}"
-    if not bool(real[:, 0].all()) and not _is_causal(module):
+    if not bool(real[:, 0].all()) and not is_causal(module):
         return "a text whose first token is padding"
     return ""
 
 
 def _labelled_padding(module: nn.Module, mask: Tensor, given: dict[str, object]) -> str:
     """Find labels at padded tokens, or predicted from them, in the arguments of the whole call."""
+    if getattr(module.config, "is_encoder_decoder", False):
+        return ""  # labels are the decoder's
     real = mask != 0
     arguments = dict(given)
     for value in given.values():
@@ -205,7 +211,7 @@ def _labelled_padding(module: nn.Module, mask: Tensor, given: dict[str, object])
         is_labelled = labels.reshape(mask.shape) >= 0
         if bool((is_labelled & ~real).any()):
             return f"{name} at padded tokens, which are not -100"
-        if _is_causal(module) and bool((is_labelled[:, 1:] & ~real[:, :-1]).any()):
+        if is_causal(module) and bool((is_labelled[:, 1:] & ~real[:, :-1]).any()):
             return (
                 f"{name} predicted from padded tokens: with padding on the left the first token of"
                 " each text has to be -100 too"
