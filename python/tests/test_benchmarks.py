@@ -63,7 +63,7 @@ def data(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "options"), [("bert", BERT), ("llama", LLAMA)])
+@pytest.mark.parametrize(("name", "options"), [("bert", BERT), ("llama", LLAMA), ("t5", BERT)])
 def test_times(call, name, options):
     rows = {row["mode"]: row for row in call(name, options)}
     assert {"pytorch", "sebp", "trimmed", "padding-free", "prepared"} <= set(rows)

@@ -296,6 +296,29 @@ def test_copies_and_undoing(name):
     assert torch.equal(got, want)
 
 
+def test_a_part_that_two_models_hold():
+    """It goes on without padding when one of them is put back."""
+    plain, ours, report = pair("t5_encoder")
+    part = sebp.padding_free(ours.encoder)
+    batch = make_batch("t5_encoder", "base", "right", 1)
+    assert_same_step(plain, ours, batch)
+    sebp.remove_padding_free(ours)
+    assert_same_step(plain.encoder, ours.encoder, batch)
+    assert (report.calls[""], part.calls[""]) == (1, 1)
+    sebp.remove_padding_free(ours.encoder)
+    assert not any("compute_bias" in vars(module) for module in ours.modules())
+
+
+@pytest.mark.parametrize("name", ["t5_encoder", "bart", "clip_text"])
+def test_compile(name):
+    """Under torch.compile the model is as it was, in one graph."""
+    plain, ours, _ = pair(name)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    batch = make_batch(name, "base", "right", 1)
+    want, got = (loss_of(model, batch) for model in (plain, compiled))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------
 # Kinds of batches
 

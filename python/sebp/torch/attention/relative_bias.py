@@ -65,15 +65,24 @@ def _reads_distances(layer: nn.Module) -> bool:
 
 
 class _Bias:
-    """Replaces a layer's method that computes the bias."""
+    """Replaces a layer's method that computes the bias.
+
+    Attributes
+    ----------
+    layer : nn.Module
+        The layer.
+    users : int
+        How many models that hold it have asked for it.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.users = 0
 
     def __call__(
         self, query_length: int, key_length: int, *args: object, **kwargs: object
     ) -> Tensor:
-        if _of_thread.longest is not None:
+        if not torch.compiler.is_compiling() and _of_thread.longest is not None:
             query_length = key_length = _of_thread.longest
         compute = type(self.layer).compute_bias
         return compute(self.layer, query_length, key_length, *args, **kwargs)
@@ -85,6 +94,8 @@ def _attention_forward(forward: Forward, *args: object, **kwargs: object) -> obj
     They are read from the mask, as a layer that is computed again by checkpointing has no more than
     that.
     """
+    if torch.compiler.is_compiling():
+        return forward.original(*args, **kwargs)
     found = (lengths_of(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
     lengths = next((one for one in found if one is not None), None)
     outer, _of_thread.longest = _of_thread.longest, lengths and max(lengths)
@@ -107,13 +118,18 @@ def is_prepared(model: nn.Module) -> bool:
 def prepare(model: nn.Module) -> None:
     """Let the layers of a model that :func:`goes_by_distance` compute biases for packed texts."""
     for layer in _layers_of(model):
-        layer.compute_bias = _Bias(layer)
-        put_in(layer, _attention_forward)
+        if not is_of_texts(layer):
+            layer.compute_bias = _Bias(layer)
+            put_in(layer, _attention_forward)
+        layer.compute_bias.users += 1
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`prepare`."""
+    """Undo :func:`prepare`; layers change when no model that holds them is left."""
     for layer in _layers_of(model):
-        if is_of_texts(layer):
+        if not is_of_texts(layer):
+            continue
+        layer.compute_bias.users -= 1
+        if layer.compute_bias.users == 0:
             del layer.compute_bias
             take_out(layer, _attention_forward)

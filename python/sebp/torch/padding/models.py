@@ -322,7 +322,6 @@ def leave_padding_out(model: nn.Module, check: bool, owner: str) -> PaddingFreeR
 def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
     """Make one base model run without padding."""
     packed_texts.register()
-    put_in_parts(module)
     outer = vars(module).get("_sebp_outer_proofs", [])
     if any(one is proofs for one in outer):
         return
@@ -331,6 +330,7 @@ def _change(name: str, module: nn.Module, proofs: Proofs) -> None:
         return
     module._sebp_name = f"{name} {next(_serial)}"
     put_in(module, _base_forward)
+    put_in_parts(module)
 
 
 def proofs_of(model: nn.Module) -> Proofs | None:
