@@ -218,9 +218,11 @@ typedef struct sebp_backend {
     /** Whether `count` indices ascend, each once, each in [0, end). */
     sebp_status (*check_indices)(void *device, const int64_t *indices, int64_t count, int64_t end,
                                  bool *valid);
-    /** The values of kept elements from f32; SEBP_ERROR_NONFINITE, and nothing written, where one is
+    /** The values of the kept elements that lie in whole rows, f32, of which `first` is the index of
+     * the first element; those of others stay. SEBP_ERROR_NONFINITE, and nothing written, where one is
      * NaN or Inf. */
-    sebp_status (*take_elements)(void *device, const sebp_matrix *from, const sebp_sparse *kept);
+    sebp_status (*take_elements)(void *device, const sebp_matrix *from, int64_t first,
+                                 const sebp_sparse *kept);
     /** to += s, each element rounded once. */
     sebp_status (*add_elements)(void *device, const sebp_sparse *s, const sebp_matrix *to);
 
@@ -239,6 +241,10 @@ typedef struct sebp_backend {
     /** SEBP_ERROR_MEMORY. What was found to have memory has it while the scratch memory reserved for
      * the method is as it was. */
     sebp_status (*sampled_product)(void *device, const sebp_sampled *product);
+
+    /** Whether that takes less time than the whole product of A^T and B, N x K, by panels of its rows,
+     * and taking the elements from there: by a model of the cost, never by a clock. */
+    bool (*sampled_is_cheaper)(const void *device, const sebp_sampled *product);
 
     /* The update of SparseGrad. */
 

@@ -8,7 +8,7 @@
 #endif
 
 #include "find.h"
-#include "integers.h"
+#include "gradient_panels.h"
 
 /* The values become the sums, or grow by them, where all of what comes out is finite. */
 static void write_values(sebp_call *call, float *sums, const sebp_sparse *kept)
@@ -29,24 +29,34 @@ static void write_values(sebp_call *call, float *sums, const sebp_sparse *kept)
     }
 }
 
-static void product_on_rows(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
-                            const sebp_sparse *kept)
+static void take_panel(sebp_call *call, void *result, const sebp_matrix *panel, int64_t first)
+{
+    const sebp_sparse *sums = result;
+    sebp_status status = call->backend->take_elements(call->device, panel, first, sums);
+    if (status == SEBP_ERROR_NONFINITE)
+        sebp_call_fail(call, status, "an element of kept is NaN or Inf");
+    sebp_call_keep(call, status, "reading elements");
+}
+
+/* The sums, one by one, or out of the whole of dW; returns who computed them. */
+static const char *sum_elements(sebp_call *call, const sebp_matrix *dy, const sebp_matrix *x,
+                                const sebp_sparse *kept, float *sums)
 {
     const sebp_backend *backend = call->backend;
-    void *sums = NULL;
-    sebp_status status = backend->alloc(call->device, kept->count * (int64_t)sizeof(float), &sums);
-    if (status != SEBP_SUCCESS) {
-        sebp_call_fail(call, status, "no memory for the sums of the elements kept");
-        return;
-    }
     const sebp_sampled product = {.m = call->m,
                                   .a = sebp_active_operand(call, dy, false),
                                   .b = sebp_x_operand(call, x, false),
                                   .kept = kept,
                                   .sums = sums};
-    sebp_call_keep(call, backend->sampled_product(call->device, &product), "summing elements");
-    write_values(call, sums, kept);
-    backend->free(call->device, sums);
+    const int64_t row_bytes = x->cols * (int64_t)sizeof(float);
+    if (row_bytes > backend->max_scratch(call->device) ||
+        backend->sampled_is_cheaper(call->device, &product)) {
+        sebp_call_keep(call, backend->sampled_product(call->device, &product), "summing elements");
+        return "sampled";
+    }
+    sebp_sparse result = *kept;
+    result.values = sums;
+    return sebp_gradient_panels(call, dy, x, take_panel, &result);
 }
 
 sebp_status sebp_sampled_product(sebp_context *context, const sebp_matrix *dy, const sebp_matrix *x,
@@ -86,9 +96,16 @@ sebp_status sebp_sampled_product(sebp_context *context, const sebp_matrix *dy, c
     sebp_check_aliases(&call, arguments, COUNT);
 
     sebp_find_rows(&call, dy, rows);
+    void *sums = NULL;
+    const char *path[] = {"", NULL};
+    if (sebp_call_goes_on(&call)) {
+        int64_t bytes = kept->count * (int64_t)sizeof(float);
+        sebp_call_keep(&call, call.backend->alloc(call.device, bytes, &sums), "kept");
+    }
     if (sebp_call_goes_on(&call))
-        product_on_rows(&call, dy, x, kept);
-    const char *const path[] = {"sampled", NULL};
+        path[0] = sum_elements(&call, dy, x, kept, sums);
+    write_values(&call, sums, kept);
+    call.backend->free(call.device, sums);
     sebp_report(&call, dy->rows, x->cols, dy->cols, dy->dtype, path);
     return sebp_call_end(&call);
 }

@@ -183,7 +183,7 @@ sebp_status sebp_sparse_take(sebp_context *context, const sebp_matrix *r, const 
     if (!sebp_call_goes_on(&call))
         return call.status;
 
-    sebp_status status = call.backend->take_elements(call.device, r, kept);
+    sebp_status status = call.backend->take_elements(call.device, r, 0, kept);
     if (status == SEBP_ERROR_NONFINITE)
         sebp_call_fail(&call, status, "r holds a NaN or Inf");
     sebp_call_keep(&call, status, "reading elements");

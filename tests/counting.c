@@ -246,13 +246,14 @@ static sebp_status count_check(void *device, const int64_t *indices, int64_t cou
                                   valid);
 }
 
-static sebp_status count_take(void *device, const sebp_matrix *from, const sebp_sparse *kept)
+static sebp_status count_take(void *device, const sebp_matrix *from, int64_t first,
+                              const sebp_sparse *kept)
 {
     counting *self = device;
     ENTER(device, SEBP_ERROR_BACKEND);
     sebp_matrix source = counting_behind_matrix(self, from);
     sebp_sparse found = counting_behind_sparse(self, kept);
-    return sebp_cpu_take_elements(self->cpu, &source, &found);
+    return sebp_cpu_take_elements(self->cpu, &source, first, &found);
 }
 
 static sebp_status count_add(void *device, const sebp_sparse *s, const sebp_matrix *to)
@@ -303,6 +304,11 @@ static sebp_status count_sampled(void *device, const sebp_sampled *product)
     found.kept = &kept;
     found.sums = counting_behind(self, product->sums, kept.count * (int64_t)sizeof(float));
     return sebp_cpu_sampled_product(self->cpu, &found);
+}
+
+static bool count_sampled_is_cheaper(const void *device, const sebp_sampled *product)
+{
+    return sebp_cpu_sampled_is_cheaper(((const counting *)device)->cpu, product);
 }
 
 static sebp_status count_update(void *device, const sebp_sparse *s, const sebp_matrix *out,
@@ -379,6 +385,7 @@ const sebp_backend counting_backend = {
     .top_finish = count_top_finish,
     .top_end = count_top_end,
     .sampled_product = count_sampled,
+    .sampled_is_cheaper = count_sampled_is_cheaper,
     .sparse_update = count_update,
     .attention_forward = counting_attention_forward,
     .attention_backward = counting_attention_backward,

@@ -50,6 +50,20 @@ static void compare_sparse(const sebp_sparse *got, const sebp_sparse *want)
     testing_free(values);
 }
 
+/* Takes kept elements from panels of rows, as a method does; the first failure. */
+static sebp_status take_by_panels(side by, const sebp_matrix *from, int64_t panel,
+                                  const sebp_sparse *kept)
+{
+    sebp_status status = SEBP_SUCCESS;
+    for (int64_t row = 0; row < from->rows && status == SEBP_SUCCESS; row += panel) {
+        sebp_matrix part = *from;
+        part.data = (char *)from->data + row * from->stride * (int64_t)sizeof(float);
+        part.rows = from->rows - row < panel ? from->rows - row : panel;
+        status = by.backend->take_elements(by.device, &part, row * from->cols, kept);
+    }
+    return status;
+}
+
 START_TEST(kept_elements)
 {
     make_sides(_i);
@@ -81,10 +95,15 @@ START_TEST(kept_elements)
         }
         t = put(tested, &from);
         u = put(scalar, &from);
-        sebp_status status = tested.backend->take_elements(tested.device, &t, &on);
+        int64_t panel = testing_chance(0.5) ? rows : testing_between(1, rows);
+        sebp_status status = take_by_panels(tested, &t, panel, &on);
         ck_assert_int_eq(status, is_bad ? SEBP_ERROR_NONFINITE : SEBP_SUCCESS);
-        ck_assert_int_eq(scalar.backend->take_elements(scalar.device, &u, &own), status);
+        ck_assert_int_eq(take_by_panels(scalar, &u, panel, &own), status);
         compare_sparse(&on, &own);
+        if (!is_bad && panel < rows) {
+            ck_assert_int_eq(take_by_panels(scalar, &u, rows, &own), status);
+            compare_sparse(&on, &own);
+        }
 
         int64_t repeated = testing_between(0, count - 1);
         if (count > 1 && repeated > 0) {
@@ -183,6 +202,15 @@ START_TEST(sampled_products)
         }
         compare_pair(&sum, FLT_EPSILON * (double)(used + 2) * (double)(used + 1));
         compare_sparse(&at[0], &at[1]); /* indices and values are as they were */
+        /* Of a large matrix one element is cheaper by itself, and not all of them. */
+        const sebp_sparse one = {at[0].indices, at[0].values, 1, 2000, 2000};
+        const sebp_sparse all = {at[0].indices, at[0].values, 4000000, 2000, 2000};
+        const sebp_sampled large = {.m = 500, .a = work.a, .b = work.b};
+        sebp_sampled of_one = large, of_all = large;
+        of_one.kept = &one;
+        of_all.kept = &all;
+        ck_assert(tested.backend->sampled_is_cheaper(tested.device, &of_one));
+        ck_assert(!tested.backend->sampled_is_cheaper(tested.device, &of_all));
         drop_sparse(tested, &at[0]);
         drop_sparse(scalar, &at[1]);
         testing_free_sparse(&kept);

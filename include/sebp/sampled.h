@@ -37,8 +37,15 @@ SEBP_BEGIN_DECLS
  * With no active row the values are zero, or stay as they were under SEBP_ACCUMULATE. A NaN or Inf
  * in an element that is not kept is not noticed.
  *
- * Sums are taken in f32, in the same order for every number of threads and every bound of the scratch
- * memory. Scratch memory stays within that bound; the call takes 4 bytes for each element kept more.
+ * Where many elements are kept, on CPUs a tenth to a quarter, all of dW takes less time: it is then
+ * computed in panels of its rows, in half of the context's scratch memory, and the elements are read from
+ * there. The choice depends on the shapes, the dtype, the number of elements and the kernels alone, never
+ * on a clock or the threads. With SEBP_VERBOSE=1 the call writes a line as in linear.h, with "sampled"
+ * in the place of the GEMM where only the elements are computed.
+ *
+ * Sums are taken in f32. With another number of threads or another bound of the scratch memory they do
+ * not round differently, unless oneDNN computes the whole of dW. Scratch memory stays within that
+ * bound; the call takes 4 bytes for each element kept more.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
  *         SEBP_ERROR_DTYPE (X not of dY's dtype); SEBP_ERROR_VALUE (an option; more elements than

@@ -41,6 +41,7 @@ const sebp_backend sebp_cpu_backend = {
     .top_finish = sebp_cpu_top_finish,
     .top_end = sebp_cpu_top_end,
     .sampled_product = sebp_cpu_sampled_product,
+    .sampled_is_cheaper = sebp_cpu_sampled_is_cheaper,
     .sparse_update = sebp_cpu_sparse_update,
     .eigenvectors = sebp_cpu_eigenvectors,
     .attention_forward = sebp_cpu_attention_forward,

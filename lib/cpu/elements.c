@@ -146,16 +146,33 @@ static int64_t place_of(const sebp_matrix *matrix, int64_t index)
     return index / matrix->cols * matrix->stride + index % matrix->cols;
 }
 
-sebp_status sebp_cpu_take_elements(void *device, const sebp_matrix *from, const sebp_sparse *kept)
+/* How many kept elements have an index below `end`. */
+static int64_t count_below(const sebp_sparse *kept, int64_t end)
+{
+    int64_t low = 0, high = kept->count;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (kept->indices[middle] < end)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+sebp_status sebp_cpu_take_elements(void *device, const sebp_matrix *from, int64_t first,
+                                   const sebp_sparse *kept)
 {
     (void)device;
     const float *data = from->data;
-    for (int64_t i = 0; i < kept->count; i++) {
-        if (!isfinite(data[place_of(from, kept->indices[i])]))
+    const int64_t start = count_below(kept, first);
+    const int64_t end = count_below(kept, first + from->rows * from->cols);
+    for (int64_t i = start; i < end; i++) {
+        if (!isfinite(data[place_of(from, kept->indices[i] - first)]))
             return SEBP_ERROR_NONFINITE;
     }
-    for (int64_t i = 0; i < kept->count; i++)
-        kept->values[i] = data[place_of(from, kept->indices[i])];
+    for (int64_t i = start; i < end; i++)
+        kept->values[i] = data[place_of(from, kept->indices[i] - first)];
     return SEBP_SUCCESS;
 }
 

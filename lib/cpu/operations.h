@@ -56,7 +56,8 @@ sebp_status sebp_cpu_adamw(void *device, const sebp_adamw_options *options, int6
 sebp_status sebp_cpu_scale(void *device, const sebp_matrix *matrix, double factor);
 sebp_status sebp_cpu_check_indices(void *device, const int64_t *indices, int64_t count, int64_t end,
                                    bool *valid);
-sebp_status sebp_cpu_take_elements(void *device, const sebp_matrix *from, const sebp_sparse *kept);
+sebp_status sebp_cpu_take_elements(void *device, const sebp_matrix *from, int64_t first,
+                                   const sebp_sparse *kept);
 sebp_status sebp_cpu_add_elements(void *device, const sebp_sparse *s, const sebp_matrix *to);
 
 /* top.c */
@@ -69,6 +70,7 @@ void sebp_cpu_top_end(void *device, sebp_top *top);
 /* sampled.c */
 
 sebp_status sebp_cpu_sampled_product(void *device, const sebp_sampled *product);
+bool sebp_cpu_sampled_is_cheaper(const void *device, const sebp_sampled *product);
 
 /* sparse_update.c */
 

@@ -20,10 +20,10 @@
 #include "row_work.h"
 
 enum {
-    STRIP_COLS = 16, /* of A that are copied at a time: a line of cache of each row */
+    STRIP_COLS = 32, /* of A that are copied at a time: two lines of cache of each row */
     LINE_FLOATS = 16,
     MAX_ROWS = 256,           /* of a block: a strip of A is 17 KiB then */
-    MIN_ROWS = 64,            /* fewer, and adding up lanes takes longer than multiplying */
+    MIN_ROWS = 128,           /* fewer, and adding up lanes takes longer than multiplying */
     BLOCK_FLOATS = 192 << 10, /* of B, in a block: 3/4 of an L2 cache of 1 MiB */
     PANEL_FLOATS = 1 << 20,   /* of B, in the blocks that are copied at once */
     PAIRS = 64                /* dot products that a kernel is handed */
@@ -188,4 +188,33 @@ sebp_status sebp_cpu_sampled_product(void *device, const sebp_sampled *product)
         }
     }
     return SEBP_SUCCESS;
+}
+
+/*
+ * In multiply-adds of a product of f32, for k of N x K elements, whose sums are taken in blocks of rows:
+ *
+ *     sampled    2.7 m k        terms, whose columns come out of the L2 cache
+ *                280 k blocks   lists of pairs, and adding up lanes
+ *                24 m (N + K)   copies
+ *     whole      rate m N K     the product; rate: 1, and 1/2 or 1/8 where the CPU multiplies bf16
+ *                5 N K          writing it
+ *                260 k          reading the elements
+ *
+ * The factors are fitted to times of all m from 16 to 4096 with AVX-512 (doc/performance.md, Chosen
+ * elements of dW).
+ */
+bool sebp_cpu_sampled_is_cheaper(const void *device, const sebp_sampled *product)
+{
+    const sebp_kernels *kernels = ((const sebp_cpu *)device)->kernels;
+    const sebp_sparse *kept = product->kept;
+    if (product->m == 0)
+        return true;
+    const double m = (double)product->m, k = (double)kept->count;
+    const double rows = (double)kept->rows, cols = (double)kept->cols;
+    const double blocks = (double)sebp_div_ceil(product->m, rows_of_block(product->m, kept->cols));
+    double rate = 1;
+    if (product->a.dtype == SEBP_BF16 && kernels->bf16_dots)
+        rate = kernels->shape_bf16.step_units > 1 ? 1.0 / 8 : 1.0 / 2;
+    const double sampled = 2.7 * m * k + 280 * k * blocks + 24 * m * (rows + cols);
+    return sampled < rate * m * rows * cols + 5 * rows * cols + 260 * k;
 }

@@ -40,6 +40,7 @@ const sebp_backend sebp_cuda_backend = {
     .top_finish = sebp_cuda_top_finish,
     .top_end = sebp_cuda_top_end,
     .sampled_product = sebp_cuda_sampled_product,
+    .sampled_is_cheaper = sebp_cuda_sampled_is_cheaper,
     .sparse_update = sebp_cuda_sparse_update,
     .eigenvectors = sebp_cuda_eigenvectors,
     .attention_forward = sebp_cuda_attention_forward,

@@ -188,13 +188,13 @@ __global__ void __launch_bounds__(THREADS)
 
 /* Looks whether an element is NaN or Inf where `values` is NULL. */
 __global__ void __launch_bounds__(THREADS)
-    take_kernel(sebp_view<const float> from, int64_t cols, const int64_t *indices, int64_t count,
-                float *values, int *is_bad)
+    take_kernel(sebp_view<const float> from, int64_t cols, int64_t first, int64_t end,
+                const int64_t *indices, int64_t count, float *values, int *is_bad)
 {
     int64_t i = index_of_thread();
-    if (i >= count)
+    if (i >= count || indices[i] < first || indices[i] >= end)
         return;
-    float value = from.data[place_of(indices[i], cols, from.stride)];
+    float value = from.data[place_of(indices[i] - first, cols, from.stride)];
     if (values != nullptr)
         values[i] = value;
     else if (!isfinite(value))
@@ -236,7 +236,8 @@ sebp_status sebp_cuda_check_indices(void *device, const int64_t *indices, int64_
     return status;
 }
 
-sebp_status sebp_cuda_take_elements(void *device, const sebp_matrix *from, const sebp_sparse *kept)
+sebp_status sebp_cuda_take_elements(void *device, const sebp_matrix *from, int64_t first,
+                                    const sebp_sparse *kept)
 {
     sebp_cuda *cuda = (sebp_cuda *)device;
     int *is_bad = lower_flag(cuda);
@@ -244,8 +245,9 @@ sebp_status sebp_cuda_take_elements(void *device, const sebp_matrix *from, const
         return SEBP_SUCCESS;
     auto go = [&](float *values) {
         return sebp_launch(cuda, take_kernel, blocks_for(kept->count), THREADS, 0,
-                           sebp_view_of<const float>(from), from->cols, kept->indices, kept->count,
-                           values, is_bad);
+                           sebp_view_of<const float>(from), from->cols, first,
+                           first + from->rows * from->cols, kept->indices, kept->count, values,
+                           is_bad);
     };
     sebp_status status = go(nullptr);
     if (status == SEBP_SUCCESS)

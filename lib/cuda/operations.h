@@ -60,7 +60,8 @@ sebp_status sebp_cuda_adamw(void *device, const sebp_adamw_options *options, int
 sebp_status sebp_cuda_scale(void *device, const sebp_matrix *matrix, double factor);
 sebp_status sebp_cuda_check_indices(void *device, const int64_t *indices, int64_t count,
                                     int64_t end, bool *valid);
-sebp_status sebp_cuda_take_elements(void *device, const sebp_matrix *from, const sebp_sparse *kept);
+sebp_status sebp_cuda_take_elements(void *device, const sebp_matrix *from, int64_t first,
+                                    const sebp_sparse *kept);
 sebp_status sebp_cuda_add_elements(void *device, const sebp_sparse *s, const sebp_matrix *to);
 
 /* top.cu */
@@ -74,6 +75,7 @@ void sebp_cuda_top_end(void *device, sebp_top *top);
 /* sampled.cu */
 
 sebp_status sebp_cuda_sampled_product(void *device, const sebp_sampled *product);
+bool sebp_cuda_sampled_is_cheaper(const void *device, const sebp_sampled *product);
 
 /* sparse_update.cu */
 

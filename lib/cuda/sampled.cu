@@ -77,3 +77,12 @@ sebp_status sebp_cuda_sampled_product(void *device, const sebp_sampled *product)
             kept->indices, kept->count, kept->cols, product->sums, product->accumulate);
     });
 }
+
+/* By the memory that is read: a term reads two sectors of 32 bytes where the whole product, whose tiles
+ * are read from shared memory, has less than a byte of each of its terms. */
+bool sebp_cuda_sampled_is_cheaper(const void *device, const sebp_sampled *product)
+{
+    (void)device;
+    const sebp_sparse *kept = product->kept;
+    return (double)kept->count * 64 < (double)kept->rows * (double)kept->cols;
+}
