@@ -82,8 +82,8 @@ def work(rank, folder):
     """Train each case on one process's part."""
     torch.set_num_threads(1)
     net = torch.nn.Linear(4, 5)
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    early = sebp.apply_meprop_to_model(net, sgd, 3, "*")
+    adamw = torch.optim.AdamW(net.parameters(), lr=0.1)
+    early = sebp.apply_meprop_to_model(net, adamw, 3, "*")
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -489,13 +489,13 @@ def test_beside_a_sparse_optimizer():
     """Each layer is trained in one way."""
     net = make_net()
     optimizer = sebp.apply_meprop_to_model(
-        net, torch.optim.SGD(net.parameters(), lr=0.1), 5, layers="0"
+        net, torch.optim.AdamW(net.parameters(), lr=0.1), 5, layers="0"
     )
     refused(net, "0: a SparseOptimizer has it already")
     assert sebp.apply_lora_to_model(net, 2, layers="2") == ["2"]
     optimizer.release()
     with pytest.raises(ValueError, match="2: its weight is frozen"):
-        sebp.apply_meprop_to_model(net, torch.optim.SGD(net.parameters(), lr=0.1), 5, layers="2")
+        sebp.apply_meprop_to_model(net, torch.optim.AdamW(net.parameters(), lr=0.1), 5, layers="2")
 
 
 class Doubled(nn.Linear):

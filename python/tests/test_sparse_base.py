@@ -21,7 +21,7 @@ class Averaging(torch.optim.SGD):
     def __init__(self, params, lr=0.1):
         super().__init__(params, lr)
         for group in self.param_groups:
-            group.update(train_mode=False, k=0)
+            group.update(train_mode=False, k=0, betas=(0.9, 0.999), eps=1e-8)
         self.defaults.update(train_mode=False, k=0)
 
     def _move(self, mode, weight):
@@ -92,7 +92,7 @@ def test_attributes_without_a_base():
             getattr(empty, name)
 
 
-class Copied(torch.optim.SGD):
+class Copied(torch.optim.AdamW):
     """One whose copying is its own."""
 
     def __deepcopy__(self, memo):
@@ -149,11 +149,11 @@ def test_what_all_optimizers_have():
 def test_step_of_the_base_alone():
     """It would leave the sparse layers out, whoever calls it, until they are released."""
     net = make_net()
-    base = torch.optim.SGD(net.parameters(), 0.1)
+    base = torch.optim.AdamW(net.parameters(), 0.1)
     optimizer = sebp.apply_meprop_to_model(net, base, 30, "0")
     backward(net, 1)
     before = values(net)
-    with pytest.raises(RuntimeError, match="a step of SGD alone leaves its sparse layers out"):
+    with pytest.raises(RuntimeError, match="a step of AdamW alone leaves its sparse layers out"):
         base.step()
     torch.testing.assert_close(values(net), before, rtol=0, atol=0)
     for other in (base, optimizer):
@@ -215,7 +215,9 @@ def test_averages_at_the_end_of_the_basis_phase():
     nets = [make_net()]
     nets.append(copy.deepcopy(nets[0]))
     bases = [Averaging(net.parameters()) for net in nets]
-    optimizer = sebp.apply_sparsegrad_to_model(nets[0], bases[0], 30, 3, layers="0")
+    optimizer = sebp.apply_sparsegrad_to_model(
+        nets[0], bases[0], 30, 3, layers="0", basis_rate_factor=1
+    )
     for base in (optimizer, bases[1]):
         base.train()
     for seed in range(3):

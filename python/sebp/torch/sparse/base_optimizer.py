@@ -2,7 +2,8 @@
 """How SparseGrad and MeProp work with the user's optimizer."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -74,17 +75,29 @@ class StepGuard:
             self._hook.remove()
 
 
-def _numbers_of(name: str, group: Mapping[str, object]) -> AdamW:
-    """Read the numbers of a layer's step from its weight's group; refuse unsupported options."""
+def _numbers_of(name: str, group: Mapping[str, object], kind: str) -> AdamW:
+    """Read the numbers of a layer's step from its weight's group; refuse unsupported options.
+
+    A rate means another thing to Adam than to SGD or Lion: an optimizer is of Adam's kind where its
+    groups have both betas and eps. One can be put into the weight's group by hand.
+    """
+    missing = [option for option in ("betas", "eps") if option not in group]
+    if missing:
+        raise ValueError(
+            f"{name}: its group has no {' and no '.join(missing)}, so {kind} is not of Adam's kind,"
+            " as the step of sparse layers is; give its weight a group of its own, with the lr,"
+            " betas and eps of AdamW"
+        )
     for option in _NOT_DONE:
         if group.get(option):
             raise ValueError(f"{name}: {option} is not done by the step of sparse layers")
-    given = {
-        "lr": group.get("lr"),
-        "betas": group.get("betas", (0.9, 0.999)),
-        "eps": group.get("eps", 1e-8),
-        "weight_decay": group.get("weight_decay", 0.0),
-    }
+    if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+        raise ValueError(
+            f"{name}: {kind} adds its weight_decay to the gradient, but the step of sparse layers"
+            " decouples it, as AdamW does; take AdamW, or a weight_decay of 0"
+        )
+    given = {option: group.get(option) for option in ("lr", "betas", "eps")}
+    given["weight_decay"] = group.get("weight_decay", 0.0)
     try:
         lr, (beta1, beta2), eps, decay = given.values()
         return AdamW(float(lr), float(beta1), float(beta2), float(eps), float(decay))
@@ -99,6 +112,8 @@ def numbers_of_steps(
 
     Parameters
     ----------
+    optimizer : torch.optim.Optimizer
+        The user's.
     layers : sequence of (str, Tensor, int)
         Name and weight of each, and the number of steps taken.
     """
@@ -107,7 +122,7 @@ def numbers_of_steps(
     for name, weight, steps in layers:
         if id(weight) not in groups:
             raise ValueError(f"{name}: its weight is not among the optimizer's parameters")
-        adamw = _numbers_of(name, groups[id(weight)])
+        adamw = _numbers_of(name, groups[id(weight)], type(optimizer).__name__)
         if (adamw, steps) not in known:
             try:
                 check_adamw(adamw, steps, thread_context())
@@ -116,6 +131,40 @@ def numbers_of_steps(
             known.add((adamw, steps))
         numbers.append(adamw)
     return numbers
+
+
+@contextmanager
+def scaled_rates(
+    optimizer: torch.optim.Optimizer, factors: Mapping[Tensor, float]
+) -> Iterator[None]:
+    """Multiply the learning rates of some parameters while an optimizer takes a step.
+
+    These parameters leave their group meanwhile for one of the same options and another rate. What
+    a step writes to its groups, as schedule-free ones do, is kept for the group itself alone.
+
+    Parameters
+    ----------
+    factors : mapping of Tensor to float
+        By parameter. A factor of 1 changes nothing.
+    """
+    groups = optimizer.param_groups
+    all_of = [group["params"] for group in groups]
+    count = len(groups)
+    try:
+        for group in groups[:count]:
+            others: dict[float, list[Tensor]] = {}
+            for p in group["params"]:
+                others.setdefault(factors.get(p, 1.0), []).append(p)
+            group["params"] = others.pop(1.0, [])
+            groups.extend(
+                {**group, "params": params, "lr": factor * group["lr"]}
+                for factor, params in others.items()
+            )
+        yield
+    finally:
+        del groups[count:]
+        for group, parameters in zip(groups, all_of, strict=True):
+            group["params"] = parameters
 
 
 def refuse_processes() -> None:

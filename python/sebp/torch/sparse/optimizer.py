@@ -22,6 +22,7 @@ from .base_optimizer import (
     numbers_of_steps,
     refuse_evaluation,
     refuse_processes,
+    scaled_rates,
 )
 from .checkpoint import load_basis, load_moments, load_sums, tensors_of
 from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer
@@ -31,8 +32,10 @@ from .settings import (
     Settings,
     as_integer,
     check_after,
+    check_factor,
     check_lapack,
     check_pair,
+    equal_length_factor,
 )
 
 # Of the gradients of a kind: half of what sums take, as theirs is rounded otherwise than this one.
@@ -79,10 +82,11 @@ class SparseOptimizer(torch.optim.Optimizer):
     Made by :func:`~sebp.apply_sparsegrad_to_model` and :func:`~sebp.apply_meprop_to_model`. It
     shares ``param_groups`` and ``state`` with the user's optimizer, so that schedulers work with
     either. The sparse weights stay in their groups. Their step takes ``lr``, ``weight_decay``
-    (decoupled), ``betas`` and ``eps`` from there. Missing ``betas`` and ``eps`` are those of
-    ``torch.optim.AdamW``; without ``weight_decay`` there is none. ``maximize`` and ``amsgrad`` are
-    refused. As these weights have no ``grad``, the user's optimizer skips them. Its state for them
-    is deleted, which frees the memory.
+    (decoupled, on the whole of W), ``betas`` and ``eps`` from there; without ``weight_decay`` there
+    is none. A group without ``betas`` or ``eps``, as those of SGD and Lion, is refused, as a rate
+    of AdamW is no rate of theirs; so are ``maximize``, ``amsgrad``, and weight decay that is added
+    to the gradient. As these weights have no ``grad``, the user's optimizer skips them. Its state
+    for them is deleted, which frees the memory.
 
     Their gradients come from ``backward()``, not from ``torch.autograd.grad()``. They are dropped
     by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer. The latter
@@ -307,11 +311,22 @@ class SparseOptimizer(torch.optim.Optimizer):
         for sums, grad in grads:
             sums.add(matrix_of(grad), thread_context())
         self._energies = energies
-        self._guard.step(self.base)
+        with scaled_rates(self.base, self._basis_factors()):
+            self._guard.step(self.base)
         self.steps += 1
         self._backwards.drop()
         if self.steps >= self.settings.basis_steps:
             self._solve()
+
+    def _basis_factors(self) -> dict[Tensor, float]:
+        """Return what each sparse weight's learning rate is multiplied by in the basis phase."""
+        factors = {}
+        for kind in self.kinds:
+            factor = self.settings.basis_rate_factor
+            if factor is None:
+                factor = equal_length_factor(self.settings.k, kind.shape)
+            factors |= {self.layers[name].weight: factor for name in kind.layers}
+        return factors
 
     def _step_sparse(self) -> None:
         layers = self.layers.values()
@@ -375,9 +390,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Go on where a run stopped, in whatever phase either of them is.
 
-        `basis_steps`, `rank` and `fix_support_after` are those of the checkpoint, as the learning
-        rates of groups are. `accumulate`, which allows something and changes no result, is on if
-        either run has it.
+        `basis_steps`, `rank`, `fix_support_after` and `basis_rate_factor` are those of the
+        checkpoint, as the learning rates of groups are. `accumulate`, which allows something and
+        changes no result, is on if either run has it.
 
         Raises
         ------
@@ -423,7 +438,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _check_checkpoint(self, ours: Mapping[str, object]) -> Settings:
         """Return the settings to go on with; raise ValueError if the run was another."""
         kinds = {kind.name: list(kind.layers) for kind in self.kinds}
-        saved = Settings(**{name: ours["settings"][name] for name in Settings._fields})
+        known = {**Settings._field_defaults, **ours["settings"]}
+        saved = Settings(**{name: known[name] for name in Settings._fields})
         if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self.settings.k):
             raise ValueError(
                 f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
@@ -434,6 +450,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             rank=check_pair(saved.rank),
             fix_support_after=check_after(saved.fix_support_after),
             accumulate=bool(saved.accumulate or self.settings.accumulate),
+            basis_rate_factor=check_factor("basis_rate_factor", saved.basis_rate_factor),
         )
 
     # ---- what it is and what it takes ----

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of SparseGrad and MeProp: kinds of layers, k, phases and ranks."""
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,17 @@ UNKNOWN_SHARES = (float("nan"), float("nan"))
 
 
 class Settings(NamedTuple):
-    """The settings of a run, without layers and bases. A checkpoint has its own."""
+    """The settings of a run, without layers and bases. A checkpoint has its own.
+
+    Those with a default may be missing in a checkpoint that is older than they are.
+    """
 
     k: int
     basis_steps: int  # 0: there is no basis phase
     rank: tuple[int, int] | None
     fix_support_after: int | None
     accumulate: bool
+    basis_rate_factor: float | None = 1.0  # None: equal_length_factor()
 
 
 @dataclass
@@ -54,6 +59,26 @@ def as_integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}, not an integer")
     return operator.index(value)
+
+
+def equal_length_factor(k: int, shape: tuple[int, int]) -> float:
+    """Return what makes a full step as long as one on k elements.
+
+    Adam moves an element by about the learning rate. So the norm of a step on n elements is the
+    rate times sqrt(n), in any orthonormal basis.
+    """
+    return math.sqrt(k / (shape[0] * shape[1]))
+
+
+def check_factor(name: str, value: float | None) -> float | None:
+    """Return a finite number >= 0, or None; raise TypeError or ValueError for others."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}, not a number")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}, not a finite number of 0 or more")
+    return float(value)
 
 
 def check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
