@@ -15,12 +15,8 @@ from .optimizer import SparseOptimizer
 from .settings import (
     Kind,
     Settings,
-    as_integer,
-    check_after,
-    check_factor,
     check_k,
     check_lapack,
-    check_pair,
     check_rank,
 )
 
@@ -55,6 +51,7 @@ def apply_sparsegrad_to_model(
     fix_support_after: int | None = None,
     accumulate: bool = False,
     basis_rate_factor: float | None = None,
+    measure_energy_every: int | None = None,
 ) -> SparseOptimizer:
     """Train a model's feed-forward layers by SparseGrad, the rest by the user's optimizer.
 
@@ -97,6 +94,11 @@ def apply_sparsegrad_to_model(
         this. 1: the paper's. Default: sqrt(k / (N K)), a tenth where k is 1% of the elements. All
         elements move then, so at a rate that suits k of them a full step is 1 / factor times as
         long as those that follow. It has wrecked pretrained models within 30 steps.
+    measure_energy_every : int, optional
+        After each so many steps measure which share of the gradients' energy the leading vectors of
+        both sides hold together: ``block_shares`` of each kind, and ``print(optimizer)``. It takes
+        the time of these weights' dW in full fine-tuning in that step, and one dW of memory.
+        Default: only at the end of the basis phase, where dW is at hand.
 
     Returns
     -------
@@ -116,17 +118,24 @@ def apply_sparsegrad_to_model(
     RuntimeError
         Under ``torch.distributed``.
     """
-    k, basis_steps = as_integer("k", k), as_integer("basis_steps", basis_steps)
-    after, pair = check_after(fix_support_after), check_pair(rank)
-    factor = check_factor("basis_rate_factor", basis_rate_factor)
+    settings = Settings(
+        k,
+        basis_steps,
+        rank,
+        fix_support_after,
+        accumulate,
+        basis_rate_factor=basis_rate_factor,
+        measure_energy_every=measure_energy_every,
+    ).checked()
+    k, pair = settings.k, settings.rank
     chosen = choose_layers(model, layers)
     _check(optimizer, chosen)
     kinds = _make_kinds(chosen)
-    if bases is None and basis_steps < 1:
-        raise ValueError(f"basis_steps is {basis_steps}, not 1 or more")
+    if bases is None and settings.basis_steps < 1:
+        raise ValueError(f"basis_steps is {settings.basis_steps}, not 1 or more")
     for kind in kinds:
         if bases is None:
-            check_rank(kind, pair or kind.shape, basis_steps)
+            check_rank(kind, pair or kind.shape, settings.basis_steps)
             check_k(k, kind, pair or kind.shape)
             continue
         if kind.name not in bases:
@@ -142,8 +151,8 @@ def apply_sparsegrad_to_model(
         check_k(k, kind, kind.basis.rank)
     if bases is None:
         check_lapack()
-    phase = basis_steps if bases is None else 0
-    settings = Settings(k, phase, pair, after, bool(accumulate), factor)
+    if bases is not None:
+        settings = settings._replace(basis_steps=0)
     made = [SparseLayer(name, module, settings) for name, module in chosen]
     return SparseOptimizer("SparseGrad", optimizer, kinds, made, settings, model.parameters())
 
@@ -172,12 +181,11 @@ def apply_meprop_to_model(
     TypeError, ValueError, SebpError, RuntimeError
         As :func:`apply_sparsegrad_to_model`.
     """
-    k, after = as_integer("k", k), check_after(fix_support_after)
+    settings = Settings(k, 0, None, fix_support_after, accumulate).checked()
     chosen = choose_layers(model, layers)
     _check(optimizer, chosen)
     kinds = _make_kinds(chosen)
     for kind in kinds:
-        check_k(k, kind, kind.shape)
-    settings = Settings(k, 0, None, after, bool(accumulate))
+        check_k(settings.k, kind, kind.shape)
     made = [SparseLayer(name, module, settings) for name, module in chosen]
     return SparseOptimizer("MeProp", optimizer, kinds, made, settings, model.parameters())

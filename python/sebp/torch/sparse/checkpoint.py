@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a checkpoint of SparseGrad and MeProp, to and from what PyTorch saves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,21 @@ def arrays_of(saved: dict[str, object]) -> dict[str, object]:
     }
 
 
+def settings_of(
+    saved: Mapping[str, object], method: str, kinds: Sequence[Kind], settings: Settings
+) -> Settings:
+    """Return the settings to go on with; raise ValueError if the checkpoint is of another run."""
+    known = {**Settings._field_defaults, **saved["settings"]}
+    theirs = Settings(**{name: known[name] for name in Settings._fields})
+    layers = {kind.name: list(kind.layers) for kind in kinds}
+    if (saved["method"], saved["kinds"], theirs.k) != (method, layers, settings.k):
+        raise ValueError(
+            f"the checkpoint is of {saved['method']}, other layers, or another k; this is"
+            f" {method} with {sum(map(len, layers.values()))} layers and k={settings.k}"
+        )
+    return theirs._replace(accumulate=theirs.accumulate or settings.accumulate).checked()
+
+
 def load_sums(kind: Kind, saved: Mapping[str, dict], settings: Settings) -> BasisSums:
     """Make a kind's sums from a checkpoint; raise unless its bases can be computed from them."""
     rank = settings.rank or kind.shape
@@ -36,15 +51,16 @@ def load_sums(kind: Kind, saved: Mapping[str, dict], settings: Settings) -> Basi
     return sums
 
 
-def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple[float, float]]:
-    """Make a kind's basis from a checkpoint, with the shares of energy."""
+def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple, dict]:
+    """Make a kind's basis from a checkpoint, with all shares of energy."""
     arrays = arrays_of(saved[kind.name])
     basis = Basis.from_vectors(arrays["u_out"], arrays["u_in"])
     if basis.shape != kind.shape:
         raise ValueError(
             f"the checkpoint's basis of {kind.name} is of {basis.shape}, not {kind.shape}"
         )
-    return basis, tuple(arrays["shares"])
+    shares = {int(step): float(share) for step, share in arrays.get("block_shares", {}).items()}
+    return basis, tuple(arrays["shares"]), shares
 
 
 def load_moments(

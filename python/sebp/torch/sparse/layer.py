@@ -52,6 +52,11 @@ def _is_finite(matrix: Tensor) -> bool:
     return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
 
 
+def energy_of(matrix: Tensor) -> float:
+    """Compute the sum of squares in float32: NaN or Inf if an element is."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) ** 2
+
+
 class Scratch:
     """Memory for one gradient in the space where elements are chosen, shared by all layers."""
 
@@ -87,6 +92,7 @@ class SparseLayer:
         self.scratch = Scratch()
         self.backwards: Backwards | None = None
         self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.measures = False  # the energies of the next step's gradients
         self.drop_gradient()
 
     @property
@@ -100,6 +106,17 @@ class SparseLayer:
         self.gradient: Sparse | None = None
         self.whole: Tensor | None = None  # with `accumulate`, while the support is not fixed
         self.is_finite = True
+        # ||R||^2 and ||dW||^2, each summed over the backwards, where they are measured.
+        self.energies = (0.0, 0.0)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The memory of the gradient between a backward and its step, after the basis phase."""
+        if self.moments.is_fixed:
+            return 4 * self.settings.k
+        if self.settings.accumulate:
+            return 4 * self.moments.shape[0] * self.moments.shape[1]
+        return 12 * self.settings.k
 
     # ---- in the backward ----
 
@@ -143,6 +160,8 @@ class SparseLayer:
         else:
             out = matrix_of(r)
             sparsegrad_gradient(self.basis, left, right, active, out=out, context=context)
+            if self.measures:
+                self._measure(r, left, right, active)
         if is_fixed:
             # A NaN outside the support is an error in the gradient, too.
             self.is_finite = self.is_finite and _is_finite(r)
@@ -156,6 +175,13 @@ class SparseLayer:
             self.whole = r.clone()
         else:
             self.whole += r
+
+    def _measure(self, r: Tensor, left: Matrix, right: Matrix, active: Rows) -> None:
+        """Add to the energies those of R and of dW, which is computed for that."""
+        dw = torch.empty(self.weight.shape)
+        library_backward(left, right, None, active, None, matrix_of(dw), None)
+        part, whole = self.energies
+        self.energies = part + energy_of(r), whole + energy_of(dw)
 
     # ---- in the step ----
 

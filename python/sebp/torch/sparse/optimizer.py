@@ -5,8 +5,7 @@ It takes steps with the elements that :mod:`.layer` collects, and leaves the oth
 to the user's optimizer.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +23,16 @@ from .base_optimizer import (
     refuse_processes,
     scaled_rates,
 )
-from .checkpoint import load_basis, load_moments, load_sums, tensors_of
-from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer
+from .checkpoint import load_basis, load_moments, load_sums, settings_of, tensors_of
+from .energy import describe, keep_measured, measure_last, plan_measures
+from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, energy_of
+from .memory import SparseBytes, count_bytes
 from .settings import (
     UNKNOWN_SHARES,
     Kind,
     Settings,
     as_integer,
-    check_after,
-    check_factor,
     check_lapack,
-    check_pair,
     equal_length_factor,
 )
 
@@ -48,32 +46,6 @@ _OF_BASE = (
     "register_load_state_dict_pre_hook",
     "register_load_state_dict_post_hook",
 )
-
-
-class SparseBytes(NamedTuple):
-    """Memory for the training of the sparse layers' weights, in bytes.
-
-    Attributes
-    ----------
-    gradient : int
-        Of all layers, between a backward and its step.
-    state : int
-        The optimizer's, of all layers.
-    bases : int
-        One for each kind of layers; during the basis phase the sums that they are made of.
-    scratch : int
-        One gradient of the largest layer, overwritten by each.
-    """
-
-    gradient: int
-    state: int
-    bases: int
-    scratch: int
-
-
-def _energy(matrix: Tensor) -> float:
-    """Compute the sum of squares in float32: NaN or Inf if an element is."""
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) ** 2
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -198,6 +170,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             for name in kind.layers:
                 layer = self.layers[name]
                 layer.attach(kind.basis, moments[name], scratch, self._backwards)
+        plan_measures(self.kinds, self.layers, self.settings, self.steps + 1)
         drop_state(self.base, [layer.weight for layer in self.layers.values()])
 
     def _solve(self) -> None:
@@ -207,6 +180,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         ]
         for kind, basis in zip(self.kinds, bases, strict=True):
             kind.basis, kind.shares = basis, basis.shares
+            measure_last(kind, self.layers, self.steps)
         self._begin_sparse_phase(self._new_moments())
 
     # ---- a step ----
@@ -301,7 +275,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 grad = self.layers[name].weight.grad
                 if grad is None:
                     continue
-                energy = energies[kind.name] + _energy(grad)
+                energy = energies[kind.name] + energy_of(grad)
                 if energy < _MOST_ENERGY:
                     energies[kind.name] = energy
                     grads.append((self.sums[kind.name], grad))
@@ -336,10 +310,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         pairs = list(zip(layers, numbers, strict=True))
         self._refuse([layer.name for layer, adamw in pairs if not layer.finish_gradient(adamw)])
         self._guard.step(self.base)
+        self.steps += 1
+        keep_measured(self.kinds, self.layers, self.steps)
         for layer, adamw in pairs:
             layer.step(adamw)
-        self.steps += 1
         self._backwards.drop()
+        plan_measures(self.kinds, self.layers, self.settings, self.steps + 1)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; a step drops those of the sparse layers itself."""
@@ -378,6 +354,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     "u_out": torch.from_numpy(kind.basis.u_out),
                     "u_in": torch.from_numpy(kind.basis.u_in),
                     "shares": kind.shares,
+                    "block_shares": dict(kind.block_shares),
                 }
         for name, layer in self.layers.items():
             if layer.moments is not None:
@@ -409,7 +386,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise ValueError("the checkpoint is of an optimizer without sparse layers")
         sums, bases, moments = {}, {}, {}
         try:
-            settings, steps = self._check_checkpoint(ours), as_integer("steps", ours["steps"])
+            settings = settings_of(ours, self.method, self.kinds, self.settings)
+            steps = as_integer("steps", ours["steps"])
             for kind in self.kinds:
                 if ours["sums"]:
                     sums[kind.name] = load_sums(kind, ours["sums"], settings)
@@ -428,57 +406,20 @@ class SparseOptimizer(torch.optim.Optimizer):
         for layer in self.layers.values():
             layer.settings = settings
         for kind in self.kinds:
-            kind.basis, kind.shares = bases.get(kind.name, (None, UNKNOWN_SHARES))
+            kind.basis, kind.shares, kind.block_shares = bases.get(
+                kind.name, (None, UNKNOWN_SHARES, {})
+            )
         if sums:
             energies = {name: ours["sums"][name]["energy"] for name in sums}
             self._begin_basis_phase(sums, energies)
         else:
             self._begin_sparse_phase(moments)
 
-    def _check_checkpoint(self, ours: Mapping[str, object]) -> Settings:
-        """Return the settings to go on with; raise ValueError if the run was another."""
-        kinds = {kind.name: list(kind.layers) for kind in self.kinds}
-        known = {**Settings._field_defaults, **ours["settings"]}
-        saved = Settings(**{name: known[name] for name in Settings._fields})
-        if (ours["method"], ours["kinds"], saved.k) != (self.method, kinds, self.settings.k):
-            raise ValueError(
-                f"the checkpoint is of {ours['method']}, other layers, or another k; this is"
-                f" {self.method} with {len(self.layers)} layers and k={self.settings.k}"
-            )
-        return saved._replace(
-            basis_steps=as_integer("basis_steps", saved.basis_steps),
-            rank=check_pair(saved.rank),
-            fix_support_after=check_after(saved.fix_support_after),
-            accumulate=bool(saved.accumulate or self.settings.accumulate),
-            basis_rate_factor=check_factor("basis_rate_factor", saved.basis_rate_factor),
-        )
-
     # ---- what it is and what it takes ----
 
     def bytes(self) -> SparseBytes:
         """Return the memory that training the sparse layers' weights takes now."""
-        gradient = state = scratch = 0
-        for layer in self.layers.values():
-            weight = layer.weight
-            if self.in_basis_phase:
-                gradient += weight.numel() * weight.element_size()
-                kept = self.base.state.get(weight, {}).values()
-                state += sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
-                continue
-            rows, cols = layer.moments.shape
-            state += layer.moments.bytes
-            if layer.moments.is_fixed:
-                gradient += 4 * layer.settings.k
-            elif layer.settings.accumulate:
-                gradient += 4 * rows * cols
-            else:
-                gradient += 12 * layer.settings.k
-            scratch = 4 * layer.scratch.floats.numel()
-        if self.in_basis_phase:
-            bases = sum(4 * (n * n + k * k) for n, k in (kind.shape for kind in self.kinds))
-        else:
-            bases = sum(kind.basis.bytes for kind in self.kinds if kind.basis is not None)
-        return SparseBytes(gradient, state, bases, scratch)
+        return count_bytes(self.kinds, self.layers.values(), self.base, self.in_basis_phase)
 
     def __repr__(self) -> str:
         """Describe it in a few lines."""
@@ -490,8 +431,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             line = f"{kind.name}: {len(kind.layers)} layers"
             if kind.basis is not None:
                 line += ", basis of {} x {}".format(*kind.basis.rank)
-                line += ", which hold {:.1%} and {:.1%} of the energy".format(*kind.shares)
             lines.append(line)
+            lines += describe(kind)
         memory = ", ".join(f"{name} {size}" for name, size in self.bytes()._asdict().items())
         return "\n".join([*lines, f"bytes: {memory}", f"all else: {type(self.base).__name__}"])
 

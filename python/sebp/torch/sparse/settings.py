@@ -26,6 +26,19 @@ class Settings(NamedTuple):
     fix_support_after: int | None
     accumulate: bool
     basis_rate_factor: float | None = 1.0  # None: equal_length_factor()
+    measure_energy_every: int | None = None
+
+    def checked(self) -> "Settings":
+        """Return them in their own types; raise TypeError or ValueError for bad ones."""
+        return Settings(
+            k=as_integer("k", self.k),
+            basis_steps=as_integer("basis_steps", self.basis_steps),
+            rank=check_pair(self.rank),
+            fix_support_after=check_steps("fix_support_after", self.fix_support_after),
+            accumulate=bool(self.accumulate),
+            basis_rate_factor=check_factor("basis_rate_factor", self.basis_rate_factor),
+            measure_energy_every=check_steps("measure_energy_every", self.measure_energy_every),
+        )
 
 
 @dataclass
@@ -43,8 +56,12 @@ class Kind:
     basis : Basis or None
         None during the basis phase, and for MeProp.
     shares : (float, float)
-        The shares of the energy of the gradients seen that lie in u_out and u_in; NaN where not
-        known.
+        The shares of the energy of the gradients seen that lie in u_out and u_in, each side by
+        itself; NaN where not known.
+    block_shares : dict of int to float
+        The share of the energy that lies in both, ||u_out G u_in^T||^2 / ||G||^2, by the step of
+        whose gradients it was measured: the last one of the basis phase, and later ones with
+        ``measure_energy_every``. Not measured with all vectors, which hold all.
     """
 
     name: str
@@ -52,6 +69,12 @@ class Kind:
     layers: list[str] = field(default_factory=list)
     basis: Basis | None = None
     shares: tuple[float, float] = UNKNOWN_SHARES
+    block_shares: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the basis has all vectors, of both sides, and so all of the energy."""
+        return self.basis is not None and self.basis.rank == self.shape
 
 
 def as_integer(name: str, value: object) -> int:
@@ -87,14 +110,14 @@ def check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
         raise ValueError(f"k is {k}, but {kind.name} has 1 to {shape[0] * shape[1]} elements")
 
 
-def check_after(fix_support_after: int | None) -> int | None:
+def check_steps(name: str, value: int | None) -> int | None:
     """Return a number of steps, 1 or more, or None; raise TypeError or ValueError for others."""
-    if fix_support_after is None:
+    if value is None:
         return None
-    after = as_integer("fix_support_after", fix_support_after)
-    if after < 1:
-        raise ValueError(f"fix_support_after is {after}, not 1 or more")
-    return after
+    steps = as_integer(name, value)
+    if steps < 1:
+        raise ValueError(f"{name} is {steps}, not 1 or more")
+    return steps
 
 
 def check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
