@@ -14,7 +14,7 @@ elements that are chosen once, in W itself, ``sampled_product`` takes the place 
 """
 
 from ..core.calls import NONFINITE
-from .adamw import AdamW, Moments, SparseAdamW, check_adamw, weight_decay
+from .adamw import AdamW, Moments, SparseAdamW, adamw_step, check_adamw, weight_decay
 from .bases import Basis, BasisSums, Sums
 from .elements import Sparse, add_elements, take_elements, top_elements
 from .gradients import meprop_gradient, sampled_product, sparsegrad_gradient
@@ -29,6 +29,7 @@ __all__ = [
     "Sparse",
     "SparseAdamW",
     "Sums",
+    "adamw_step",
     "add_elements",
     "check_adamw",
     "lora_merge",

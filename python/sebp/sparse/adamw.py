@@ -11,7 +11,7 @@ from .._library import load
 from .._structs import AdamWOptions
 from ..core.calls import Handle, call, within_int64
 from ..core.context import Context, default_context
-from ..core.matrices import ArrayOrMatrix, as_target
+from ..core.matrices import ArrayOrMatrix, as_matrix, as_target
 from ..core.rows import whole_numbers
 from .elements import Sparse
 
@@ -42,6 +42,44 @@ def weight_decay(w: ArrayOrMatrix, adamw: AdamW, context: Context | None = None)
     """
     context = context or default_context()
     context.call("sebp_weight_decay", adamw.struct(), as_target(w, "w"))
+
+
+def adamw_step(
+    gradient: ArrayOrMatrix,
+    w: ArrayOrMatrix,
+    moment1: ArrayOrMatrix,
+    moment2: ArrayOrMatrix,
+    step: int,
+    adamw: AdamW,
+    context: Context | None = None,
+) -> None:
+    """Take a step on all elements of a matrix: `w` and both moments change in place.
+
+    Parameters
+    ----------
+    gradient : array or Matrix, N x K
+    w : array or Matrix, N x K
+        Either dtype.
+    moment1, moment2 : float32 array or Matrix, N x K
+        Zeros before the first step.
+    step : int
+        From 1 on.
+    adamw : AdamW
+    context : Context, optional
+        Default: the calling thread's own.
+
+    Raises
+    ------
+    SebpError
+        If shapes do not go together, a number is out of range, or the gradient holds a NaN or Inf.
+        Nothing has changed then.
+    ValueError
+        If what changes cannot be written to in place.
+    """
+    context = context or default_context()
+    targets = as_target(w, "w"), as_target(moment1, "moment1"), as_target(moment2, "moment2")
+    g = as_matrix(gradient, "gradient")
+    context.call("sebp_adamw_step", g, within_int64(step), adamw.struct(), *targets)
 
 
 class Moments(NamedTuple):

@@ -14,7 +14,7 @@ from .prepare import Prepared, prepare
 from .report.compare import Comparison, compare
 from .report.profile import LayerProfile, Profile, profile
 from .report.run import RunReport
-from .sparse.apply import apply_meprop_to_model, apply_sparsegrad_to_model
+from .sparse.apply import apply_galore_to_model, apply_meprop_to_model, apply_sparsegrad_to_model
 from .sparse.optimizer import SparseOptimizer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "RunReport",
     "SparseOptimizer",
     "apply_lora_to_model",
+    "apply_galore_to_model",
     "apply_meprop_to_model",
     "apply_sebp_to_model",
     "apply_sparsegrad_to_model",

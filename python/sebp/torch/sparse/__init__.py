@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseGrad and MeProp: layers of which a few elements of the gradient are trained."""
+"""SparseGrad, MeProp and GaLore: layers of which little of the gradient is kept."""

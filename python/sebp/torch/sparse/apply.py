@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies SparseGrad and MeProp to a model."""
+"""Applies SparseGrad, MeProp and GaLore to a model."""
 
 from collections.abc import Mapping
 
@@ -10,13 +10,16 @@ from ...sparse import Basis
 from ..apply.feed_forward import choose_layers, place_of
 from ..apply.layers import Layers
 from .base_optimizer import check_base, numbers_of_steps, refuse_processes
+from .galore import GaloreLayer
 from .layer import SparseLayer
 from .optimizer import SparseOptimizer
 from .settings import (
     Kind,
     Settings,
+    as_integer,
     check_k,
     check_lapack,
+    check_projection,
     check_rank,
 )
 
@@ -31,7 +34,7 @@ def _make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
 
 
 def _check(optimizer: torch.optim.Optimizer, chosen: list[tuple[str, nn.Module]]) -> None:
-    """Raise for what both methods refuse."""
+    """Raise for what all methods refuse."""
     refuse_processes()
     if isinstance(optimizer, SparseOptimizer):
         raise TypeError("the optimizer has sparse layers already; give the one it was made with")
@@ -189,3 +192,67 @@ def apply_meprop_to_model(
         check_k(settings.k, kind, kind.shape)
     made = [SparseLayer(name, module, settings) for name, module in chosen]
     return SparseOptimizer("MeProp", optimizer, kinds, made, settings, model.parameters())
+
+
+def apply_galore_to_model(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    layers: Layers = None,
+    *,
+    refresh_every: int = 200,
+    scale: float = 0.25,
+) -> SparseOptimizer:
+    """Train a model's layers by GaLore, the rest by the user's optimizer.
+
+    Each weight's gradient is projected onto its `rank` leading singular vectors on the weight's
+    smaller side, and AdamW's moments are kept of the projection R alone. All elements of W move. R
+    is computed on the active rows, and the whole gradient of one layer at a time only where its
+    vectors are chosen: in the first step and each `refresh_every` steps. Moments then go on as they
+    are, as in the paper (arXiv 2403.03507). Use the returned optimizer instead of `optimizer`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    optimizer : torch.optim.Optimizer
+        The optimizer of all parameters that train, including these weights. The paper's learning
+        rates are higher than AdamW's, as `scale` is part of the step.
+    rank : int
+        How many vectors.
+    layers : str, sequence of str, or callable, optional
+        As for :func:`apply_sparsegrad_to_model`. The paper trains those of attention, too.
+    refresh_every : int, default 200
+        After how many steps the vectors are chosen anew, from the first backward of that step.
+    scale : float, default 0.25
+        What the step is multiplied by when it is projected back.
+
+    Returns
+    -------
+    SparseOptimizer
+        The optimizer to use. Several backwards before a step are always allowed.
+
+    Raises
+    ------
+    TypeError, ValueError, SebpError, RuntimeError
+        As :func:`apply_sparsegrad_to_model`, and if `rank` is not from 1 to the smaller side of
+        each weight, `refresh_every` is below 1, or `scale` is negative or not finite.
+    """
+    rank, scale = as_integer("rank", rank), float("nan") if scale is None else scale
+    given = Settings(
+        k=0,
+        basis_steps=0,
+        rank=rank,
+        fix_support_after=None,
+        accumulate=False,
+        refresh_every=as_integer("refresh_every", refresh_every),
+        scale=scale,
+    )
+    settings = given.checked()
+    chosen = choose_layers(model, layers)
+    _check(optimizer, chosen)
+    kinds = _make_kinds(chosen)
+    for kind in kinds:
+        check_projection(kind, settings)
+    made = [GaloreLayer(name, module, settings) for name, module in chosen]
+    return SparseOptimizer("GaLore", optimizer, kinds, made, settings, model.parameters())

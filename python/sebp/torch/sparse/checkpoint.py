@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a checkpoint of SparseGrad and MeProp, to and from what PyTorch saves."""
+"""The parts of a checkpoint of sparse layers, to and from what PyTorch saves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -64,21 +64,16 @@ def load_basis(kind: Kind, saved: Mapping[str, dict]) -> tuple[Basis, tuple, dic
 
 
 def load_moments(
-    kind: Kind, basis: Basis | None, saved: Mapping[str, dict], settings: Settings
-) -> dict[str, SparseAdamW]:
-    """Make the moments of a kind's layers from a checkpoint; raise unless they suit k."""
+    name: str, kind: Kind, basis: Basis | None, saved: Mapping[str, object], settings: Settings
+) -> SparseAdamW:
+    """Make the moments of a kind's layer from a checkpoint; raise unless they suit k."""
     shape = kind.shape if basis is None else basis.rank
     check_k(settings.k, kind, shape)
-    moments = {}
-    for name in kind.layers:
-        arrays = arrays_of(saved[name])
-        is_fixed = arrays.pop("is_fixed")
-        one = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
-        one.set_moments(Moments(**arrays))
-        if one.count < settings.k and one.steps > 0 or is_fixed and one.count != settings.k:
-            raise ValueError(
-                f"the checkpoint has moments of {one.count} elements of {name}, but k is"
-                f" {settings.k}"
-            )
-        moments[name] = one
+    arrays = arrays_of(saved)
+    is_fixed = arrays.pop("is_fixed")
+    moments = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
+    moments.set_moments(Moments(**arrays))
+    count, k = moments.count, settings.k
+    if count < k and moments.steps > 0 or is_fixed and count != k:
+        raise ValueError(f"the checkpoint has moments of {count} elements of {name}, but k is {k}")
     return moments

@@ -42,12 +42,13 @@ from ..common.context import thread_context
 from ..common.rows import find_rows
 from ..common.tensors import DTYPES, matrix_of
 from ..linear_layers.products import library_backward
-from .settings import Settings
+from .checkpoint import load_moments
+from .settings import Kind, Settings
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
-def _is_finite(matrix: Tensor) -> bool:
+def all_finite(matrix: Tensor) -> bool:
     """Return whether there is no NaN or Inf, by the sum first, which is fast."""
     return bool(matrix.sum().isfinite()) or bool(matrix.isfinite().all())
 
@@ -109,6 +110,16 @@ class SparseLayer:
         # ||R||^2 and ||dW||^2, each summed over the backwards, where they are measured.
         self.energies = (0.0, 0.0)
 
+    def new_moments(self, kind: Kind) -> SparseAdamW:
+        """Make moments before the first step."""
+        return SparseAdamW(kind.shape if kind.basis is None else kind.basis.rank)
+
+    def load_moments(
+        self, kind: Kind, basis: Basis | None, saved: dict[str, object], settings: Settings
+    ) -> SparseAdamW:
+        """Make moments from a checkpoint; raise unless they suit k."""
+        return load_moments(self.name, kind, basis, saved, settings)
+
     @property
     def gradient_bytes(self) -> int:
         """The memory of the gradient between a backward and its step, after the basis phase."""
@@ -140,13 +151,13 @@ class SparseLayer:
         if not isinstance(self.module, nn.Linear):
             left, right = right, left
         try:
-            self._keep(left, right, active)
+            self.keep(left, right, active)
         except SebpError as error:
             if error.status != NONFINITE:
                 raise
             self.is_finite = False
 
-    def _keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
+    def keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
         """Keep elements of left^T right: dY^T X, or X^T dY for a ``Conv1D``."""
         context = thread_context()
         is_fixed = self.moments.is_fixed
@@ -164,7 +175,7 @@ class SparseLayer:
                 self._measure(r, left, right, active)
         if is_fixed:
             # A NaN outside the support is an error in the gradient, too.
-            self.is_finite = self.is_finite and _is_finite(r)
+            self.is_finite = self.is_finite and all_finite(r)
             taken = take_elements(matrix_of(r), self.moments.support, context)
             if self.gradient is not None:
                 taken.values[:] += self.gradient.values
@@ -188,24 +199,26 @@ class SparseLayer:
     def finish_gradient(self, adamw: AdamW) -> bool:
         """Choose the elements where backwards were summed; False if no step can be taken."""
         if self.whole is not None:
-            if not _is_finite(self.whole):
+            if not all_finite(self.whole):
                 return False
             self.gradient = top_elements(matrix_of(self.whole), self.settings.k, thread_context())
         if self.gradient is None:
             return self.is_finite
         sound = self.is_finite and bool(np.isfinite(self.gradient.values).all())
-        return sound and self._has_room(adamw)
+        return sound and self.has_room(adamw)
 
-    def _has_room(self, adamw: AdamW) -> bool:
+    def has_room(self, adamw: AdamW) -> bool:
         """Return whether learning rate times moment does not overflow.
 
         No moment is larger than the largest gradient, so a factor below 1/2 is safe.
         """
         rate = adamw.lr / (1 - adamw.beta1 ** (self.moments.steps + 1))
-        if rate < 0.5:
-            return True
+        return rate < 0.5 or rate * self.largest() < LARGEST_FLOAT / 2
+
+    def largest(self) -> float:
+        """Return the largest magnitude in gradient and first moments."""
         values = self.gradient.values, self.moments.moments().moment1
-        return rate * max(float(np.abs(one).max(initial=0)) for one in values) < LARGEST_FLOAT / 2
+        return max(float(np.abs(one).max(initial=0)) for one in values)
 
     def step(self, adamw: AdamW) -> None:
         """Take a step, if there is a gradient, and drop the gradient."""

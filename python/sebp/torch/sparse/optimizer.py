@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer of SparseGrad and MeProp.
+"""The optimizer of SparseGrad, MeProp and GaLore.
 
 It takes steps with the elements that :mod:`.layer` collects, and leaves the other parameters
 to the user's optimizer.
@@ -23,7 +23,7 @@ from .base_optimizer import (
     refuse_processes,
     scaled_rates,
 )
-from .checkpoint import load_basis, load_moments, load_sums, settings_of, tensors_of
+from .checkpoint import load_basis, load_sums, settings_of, tensors_of
 from .energy import describe, keep_measured, measure_last, plan_measures
 from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, energy_of
 from .memory import SparseBytes, count_bytes
@@ -49,16 +49,17 @@ _OF_BASE = (
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """Trains the chosen layers' weights by SparseGrad or MeProp, the rest by another optimizer.
+    """Trains the chosen layers' weights by few elements, the rest by another optimizer.
 
-    Made by :func:`~sebp.apply_sparsegrad_to_model` and :func:`~sebp.apply_meprop_to_model`. It
-    shares ``param_groups`` and ``state`` with the user's optimizer, so that schedulers work with
+    Made by :func:`~sebp.apply_sparsegrad_to_model`, :func:`~sebp.apply_meprop_to_model` and
+    :func:`~sebp.apply_galore_to_model`, whose layers count as sparse ones. It shares
+    ``param_groups`` and ``state`` with the user's optimizer, so that schedulers work with
     either. The sparse weights stay in their groups. Their step takes ``lr``, ``weight_decay``
-    (decoupled, on the whole of W), ``betas`` and ``eps`` from there; without ``weight_decay`` there
-    is none. A group without ``betas`` or ``eps``, as those of SGD and Lion, is refused, as a rate
-    of AdamW is no rate of theirs; so are ``maximize``, ``amsgrad``, and weight decay that is added
-    to the gradient. As these weights have no ``grad``, the user's optimizer skips them. Its state
-    for them is deleted, which frees the memory.
+    (decoupled, on the whole of W), ``betas`` and ``eps`` from there; without ``weight_decay``
+    there is none. A group without ``betas`` or ``eps``, as those of SGD and Lion, is refused,
+    as a rate of AdamW is no rate of theirs; so are ``maximize``, ``amsgrad``, and weight decay
+    that is added to the gradient. As these weights have no ``grad``, the user's optimizer skips
+    them. Its state for them is deleted, which frees the memory.
 
     Their gradients come from ``backward()``, not from ``torch.autograd.grad()``. They are dropped
     by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer. The latter
@@ -82,7 +83,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         The user's.
     kinds : list of Kind
         The layers, by kind.
-    method : "SparseGrad" or "MeProp"
+    method : "SparseGrad", "MeProp" or "GaLore"
     steps : int
         How many steps were taken, those of the basis phase among them.
     layers : dict of str to SparseLayer
@@ -158,9 +159,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _new_moments(self) -> dict[str, SparseAdamW]:
         return {
-            name: SparseAdamW(kind.shape if kind.basis is None else kind.basis.rank)
-            for kind in self.kinds
-            for name in kind.layers
+            name: self.layers[name].new_moments(kind) for kind in self.kinds for name in kind.layers
         }
 
     def _begin_sparse_phase(self, moments: dict[str, SparseAdamW]) -> None:
@@ -395,7 +394,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if self.method == "SparseGrad":
                     bases[kind.name] = load_basis(kind, ours["bases"])
                 basis = bases[kind.name][0] if bases else None
-                moments |= load_moments(kind, basis, ours["moments"], settings)
+                for name in kind.layers:
+                    saved = ours["moments"][name]
+                    moments[name] = self.layers[name].load_moments(kind, basis, saved, settings)
         except KeyError as error:
             raise ValueError(f"the checkpoint is incomplete or too old: no {error}") from None
         if sums:

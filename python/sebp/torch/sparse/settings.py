@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of SparseGrad and MeProp: kinds of layers, k, phases and ranks."""
+"""The settings of SparseGrad, MeProp and GaLore: kinds of layers, k, phases and ranks."""
 
 import math
 import operator
@@ -27,6 +27,8 @@ class Settings(NamedTuple):
     accumulate: bool
     basis_rate_factor: float | None = 1.0  # None: equal_length_factor()
     measure_energy_every: int | None = None
+    refresh_every: int | None = None  # of GaLore, as is scale
+    scale: float = 1.0
 
     def checked(self) -> "Settings":
         """Return them in their own types; raise TypeError or ValueError for bad ones."""
@@ -38,6 +40,8 @@ class Settings(NamedTuple):
             accumulate=bool(self.accumulate),
             basis_rate_factor=check_factor("basis_rate_factor", self.basis_rate_factor),
             measure_energy_every=check_steps("measure_energy_every", self.measure_energy_every),
+            refresh_every=check_steps("refresh_every", self.refresh_every),
+            scale=check_factor("scale", self.scale),
         )
 
 
@@ -128,6 +132,15 @@ def check_pair(rank: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if len(pair) != 2:
         raise ValueError(f"rank is {rank!r}, not one number or two")
     return tuple(as_integer("rank", r) for r in pair)
+
+
+def check_projection(kind: Kind, settings: Settings) -> None:
+    """Raise unless GaLore can project the gradients of a kind as the settings say."""
+    rank, most = settings.rank, min(kind.shape)
+    if rank is None or rank[0] != rank[1] or not 1 <= rank[0] <= most:
+        raise ValueError(f"rank is {rank and rank[0]}, but {kind.name} has 1 to {most} directions")
+    if settings.refresh_every is None or settings.scale is None:
+        raise ValueError("refresh_every or scale is None")
 
 
 def check_lapack() -> None:
