@@ -12,6 +12,7 @@ from models import make_batch, make_model  # noqa: E402
 from padding_free_models import DECODERS, ENCODERS, pair, watch_rows  # noqa: E402
 
 import sebp  # noqa: E402
+from sebp.torch.apply.feed_forward import choose_layers  # noqa: E402
 
 
 def train(model, name, left=False, steps=10, autocast=False):
@@ -79,6 +80,36 @@ def test_rows_of_the_last_block(monkeypatch):
     inside = [(len(rows), rows.total) for rows in counts if rows.total == tokens]
     assert inside[:3] == [(4, tokens)] * 3
     assert inside[-3:] == [(tokens, tokens)] * 3
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_weights_that_ask_for_no_gradient(name):
+    """They are trained on real tokens alone where nothing else in the model trains."""
+    models = pair(name)
+    rows = watch_rows(models[1])
+    losses = []
+    for model in models:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        weights = [module.weight for _, module in choose_layers(model, None, frozen=True)]
+        for weight in weights:
+            weight.requires_grad_(True)
+        adamw = torch.optim.AdamW(weights, lr=1e-2)
+        optimizer = sebp.apply_meprop_to_model(model, adamw, 40)
+        assert not any(p.requires_grad for p in model.parameters())
+        start = copy.deepcopy(model.state_dict())
+        losses.append([])
+        for step in range(3):
+            loss = model(**make_batch(name, step)).loss
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        moved = {key for key, value in model.state_dict().items() if not value.equal(start[key])}
+        assert len(moved) == len(weights)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    tokens = [int(make_batch(name, step)["attention_mask"].sum()) for step in range(3)]
+    assert [count for count in rows if count != 64] == tokens
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -31,7 +31,7 @@ from .parts import (
     put_in_parts,
     take_out_parts,
 )
-from .proof import Call, Proofs, current_call
+from .proof import Call, Proofs, current_call, trains
 from .refusals import PACKED, foreign_part, is_causal, refusal, unfit_gaps
 from .signatures import has_argument, signature_of
 
@@ -133,7 +133,7 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     given = _given(module, args, kwargs)
     if torch.is_grad_enabled() and not call.has_backward:
         # Of another model than the one that padding_free() was called for.
-        call.has_backward = any(p.requires_grad for p in module.parameters())
+        call.has_backward = trains(module)
     kind, reason = None, refusal(module, given, call)
     if not reason:
         window = getattr(module.config, "sliding_window", None)

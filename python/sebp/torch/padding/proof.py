@@ -42,6 +42,19 @@ _FIRST = "it came unexpectedly as the first of its kind"
 _QUIET = ("no padding", "a cache", "torch.compile", "not on the CPU", _FIRST)
 
 
+def trains(model: nn.Module) -> bool:
+    """Return whether a backward has something to do in a model.
+
+    Weights of a :class:`~sebp.torch.SparseOptimizer` ask for no gradient, as hooks of their layers
+    collect it.
+    """
+    return any(p.requires_grad for p in model.parameters()) or any(
+        getattr(hook, "is_in_use", False)
+        for module in model.modules()
+        for hook in module._forward_hooks.values()
+    )
+
+
 @dataclass
 class Proofs:
     """What is known of a model's calls. It is copied and pickled along with the model.
@@ -176,7 +189,7 @@ class Call:
         self.is_plain = False
         self.is_again = False
         self.has_backward = torch.is_grad_enabled() and (
-            any(p.requires_grad for p in model.parameters())
+            trains(model)
             or any(isinstance(v, Tensor) and v.requires_grad for _, v in leaves(given))
         )
         self.reasons: list[str] = []

@@ -10,7 +10,7 @@ from ..attention import mpnet, packed_texts
 from ..common.devices import are_together
 from ..common.packing import Packing
 from .parts import counts_distances
-from .proof import CACHES, Call
+from .proof import CACHES, Call, trains
 
 # What has a row for each token.
 PACKED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -130,7 +130,7 @@ def _unfit_gradients(module: nn.Module) -> str:
     Checkpointing around the model does that: it runs the model without gradients, or with hooks on
     saved tensors. The repetition would run with padding, and with another dropout.
     """
-    if not module.training or not any(p.requires_grad for p in module.parameters()):
+    if not module.training or not trains(module):
         return ""
     if not torch.is_grad_enabled():
         return "gradients are off, but it is in training"
