@@ -19,12 +19,15 @@ from common import (
     take_step,
     write_csv,
 )
-from methods import METHODS, SparseGrad, Training
-from texts import make_batch, read_texts
+from methods import METHODS, NothingTrainsError, SparseGrad, Training
+from texts import make_batch, read_texts, trim
 from torch import nn
 
 from sebp.sparse import Basis, BasisSums, Sums
 from sebp.torch.apply.feed_forward import choose_layers, place_of
+
+MakeModel = Callable[[], nn.Module]
+MakeBatches = Callable[[int], list[Batch]]
 
 _RATE = 1e-5
 _PHASES = {
@@ -40,7 +43,7 @@ def full_bytes(model: nn.Module) -> int:
     return sum(3 * module.weight.nbytes for _, module in choose_layers(model, None))
 
 
-def make_batches(options: argparse.Namespace, count: int) -> list[Batch]:
+def batches_of_texts(options: argparse.Namespace, count: int) -> list[Batch]:
     """Make batches of a corpus' training texts."""
     draw = random.Random(1)
     texts = draw.choices(read_texts(options.data, options.corpus[0]), k=count * options.batch)
@@ -66,14 +69,18 @@ def random_bases(model: nn.Module, leading: int | None) -> dict[str, Basis]:
 # Times
 
 
-def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module]) -> None:
+def time_steps(
+    options: argparse.Namespace, make_model: MakeModel, make_batches: MakeBatches
+) -> None:
     """Time steps of all methods in turn, each with its own model, after their warm-up."""
     sizes = replace(options.sizes, basis_steps=3, fix_after=2)
-    batches = make_batches(options, options.rounds)
+    batches = make_batches(options.rounds)
     trainings, times = {}, {}
     for name in options.methods:
         training = Training(name, make_model(), _RATE, sizes)
         mode = Mode(name, "full", batches)
+        if METHODS[name].trims:
+            mode = replace(mode, loss=lambda model, batch: model(**trim(batch)).loss)
         for i in range(METHODS[name].warm_up(sizes) + 1):
             batch = batches[i % len(batches)]
             take_step(mode, training.model, training.optimizer, batch, Times())
@@ -107,6 +114,12 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
             for name, *medians, low, mid, high, elements, kept, bases, scratch in rows
         ],
     )
+    if "pytorch" in times:
+        backward = {name: statistics.median(t.backward) for name, t in times.items()}
+        faster = ", ".join(
+            f"{name} {backward['pytorch'] / ms:.2f}" for name, ms in backward.items()
+        )
+        print(f"\nbackward, times as fast as that of pytorch: {faster}")
     if options.csv:
         header = "method,forward_ms,backward_ms,optimizer_ms,step_ms,ratio_low,ratio,ratio_high"
         header += ",elements,gradient_and_state_bytes,bases_bytes,scratch_bytes"
@@ -117,7 +130,9 @@ def time_steps(options: argparse.Namespace, make_model: Callable[[], nn.Module])
 # Memory
 
 
-def measure_memory(options: argparse.Namespace, make_model: Callable[[], nn.Module]) -> None:
+def measure_memory(
+    options: argparse.Namespace, make_model: MakeModel, make_batches: MakeBatches
+) -> None:
     """Train a few steps by --memory-of and print this process's peak in MiB.
 
     SparseGrad's steps are two of the basis phase and two that follow, or with --given-bases the
@@ -137,8 +152,12 @@ def measure_memory(options: argparse.Namespace, make_model: Callable[[], nn.Modu
         method = METHODS[name]
         if options.given_bases and isinstance(method, SparseGrad):
             bases = random_bases(model, method.leading(sizes))
-    training = Training(name, model, _RATE, sizes, bases)
-    for batch in make_batches(options, steps):
+    batches = make_batches(steps)
+    try:
+        training = Training(name, model, _RATE, sizes, bases)
+    except NothingTrainsError:
+        batches = []
+    for batch in batches:
         take_step(Mode(name, "full", []), model, training.optimizer, batch, Times())
     print(peak_memory())
 
@@ -168,10 +187,12 @@ def report_memory(options: argparse.Namespace) -> None:
 # The basis phase
 
 
-def report_basis(options: argparse.Namespace, make_model: Callable[[], nn.Module]) -> None:
+def report_basis(
+    options: argparse.Namespace, make_model: MakeModel, make_batches: MakeBatches
+) -> None:
     """Print what the basis phase takes: time, and memory over that of full training."""
     sizes = replace(options.sizes, basis_steps=options.rounds + 2)  # it does not end here
-    batches = make_batches(options, options.rounds)
+    batches = make_batches(options.rounds)
     trainings = {
         name: Training(name, make_model(), _RATE, sizes) for name in ("full", "sparsegrad")
     }
@@ -237,20 +258,33 @@ def report_basis(options: argparse.Namespace, make_model: Callable[[], nn.Module
         )
 
 
-def run(options: argparse.Namespace, make_model: Callable[[], nn.Module]) -> None:
-    """Run what the options ask for."""
+def run(
+    options: argparse.Namespace, title: str, make_model: MakeModel, make_batches: MakeBatches
+) -> None:
+    """Run what the options ask for.
+
+    Parameters
+    ----------
+    title : str
+        What is trained.
+    make_model : callable
+        Makes a model to be trained.
+    make_batches : callable
+        Makes a number of batches.
+    """
     if options.memory_of:
-        measure_memory(options, make_model)
+        measure_memory(options, make_model, make_batches)
         return
     print(
-        f"{options.model or 'MiniLM-L6'}, {options.corpus[0]}, {options.batch} x {options.length};"
-        f" rank {options.sizes.rank}, leading {options.sizes.leading};"
+        f"{title}, {options.batch} x {options.length};"
+        f" rank {options.sizes.rank}, leading {options.sizes.leading}, trained:"
+        f" {options.sizes.train};"
         f" PyTorch {torch.__version__}, {torch.get_num_threads()} threads\n",
         flush=True,
     )
     if options.time:
-        time_steps(options, make_model)
+        time_steps(options, make_model, make_batches)
     elif options.memory:
         report_memory(options)
     else:
-        report_basis(options, make_model)
+        report_basis(options, make_model, make_batches)

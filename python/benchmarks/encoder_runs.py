@@ -7,25 +7,21 @@ import math
 import random
 import statistics
 from pathlib import Path
+from time import process_time
 
 import torch
-from common import Mode, Times, run_again, take_step
+from common import run_again
 from encoder import PACKAGE, accuracy, judge, load_model, matthews, order_texts
 from methods import METHODS, Training
-from runs import Row, RunFile, best_rate, describe_choice
-from texts import Texts, make_batch, read_texts
-
-from sebp import SebpError
-from sebp.sparse import NONFINITE
+from runs import CHOICE, Row, RunFile, best_rate, climb, describe_choice
+from texts import make_batch, read_texts
 
 METRICS = {"sst2": ("accuracy", accuracy), "cola": ("Matthews correlation", matthews)}
 PROTOCOL = ["model", "steps", "batch", "validation", "held_out", "train", "rank", "leading"]
 PROTOCOL += ["basis_steps", "fix_after", "threads", "data"]
 KEY = ["corpus", "method", "seed", "rate", "basis_rate", *PROTOCOL]
-FOUND = ["metric", "loss", "step_ms", "peak_mib", "energy", "elements"]
+FOUND = ["metric", "loss", "step_ms", "cpu_s", "peak_mib", "energy", "elements"]
 FOUND += ["gradient_bytes", "state_bytes", "bases_bytes", "scratch_bytes"]
-
-CHOICE = 0  # the seed of the runs that choose a rate, which are judged by validation texts
 
 
 class Corpus:
@@ -96,10 +92,11 @@ class EncoderRuns:
 
     def choose_rate(self, corpus: str, method: str, basis_rate: float | None) -> float:
         """Choose the rate whose run is best on the validation texts."""
-        found = {
-            rate: float(self.get(corpus, method, rate, CHOICE, basis_rate)["metric"])
-            for rate in self._options.rates
-        }
+
+        def run(rate: float) -> float:
+            return float(self.get(corpus, method, rate, CHOICE, basis_rate)["metric"])
+
+        found = climb(self._options.rates, run)
         best = best_rate(found)
         print(describe_choice(f"{corpus} {method}", found, best), flush=True)
         return best
@@ -137,12 +134,15 @@ class EncoderRuns:
         training = Training(
             key["method"], model, float(key["rate"]), options.sizes, basis_rate=basis_rate
         )
-        order = order_texts(corpus.train, options.steps[name] * options.batches[name], seed)
-        losses, times = train(training, order, options.batches[name])
+        size = options.batches[name]
+        order = order_texts(corpus.train, options.steps[name] * size, seed)
+        batches = (make_batch(order[i : i + size], 128) for i in range(0, len(order), size))
+        start = process_time()
+        losses, times = training.train(batches)
+        cpu_s = process_time() - start
         share = training.share()
         metric = loss = math.nan
-        finite = all(bool(p.isfinite().all()) for p in model.parameters())
-        if finite and math.isfinite(losses[-1]):
+        if math.isfinite(losses[-1]) and training.is_finite():
             texts = corpus.validation if seed == CHOICE else corpus.held_out
             guesses = judge(training.finish(), texts)
             metric = METRICS[name][1](guesses, torch.tensor([label for _, label in texts]))
@@ -151,6 +151,7 @@ class EncoderRuns:
             "metric": metric,
             "loss": loss,
             "step_ms": statistics.median(times.step or [math.nan]),
+            "cpu_s": f"{cpu_s:.2f}",
             "peak_mib": peak,
             "energy": " ".join(f"{x:.4f}" for pair in share.energy for x in pair),
             "elements": share.elements,
@@ -169,25 +170,3 @@ class EncoderRuns:
         # One corpus alone, so one count of steps and texts, of which it has its own.
         words = ["--memory-of", key["method"], "--corpus", key["corpus"], "--steps", "1"]
         return run_again(*words, "--batch", key["batch"])
-
-
-def train(training: Training, order: Texts, size: int) -> tuple[list[float], Times]:
-    """Train on texts in their order, `size` at once, until a loss is not finite.
-
-    Returns
-    -------
-    list of float, Times
-        Losses, the last of which may be NaN, and times.
-    """
-    mode, times, losses = Mode("", "", []), Times(), []
-    for i in range(0, len(order), size):
-        batch = make_batch(order[i : i + size], 128)
-        try:
-            losses.append(take_step(mode, training.model, training.optimizer, batch, times))
-        except SebpError as error:
-            if error.status != NONFINITE:
-                raise
-            losses.append(math.nan)
-        if not math.isfinite(losses[-1]):
-            break
-    return losses, times

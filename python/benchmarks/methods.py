@@ -16,21 +16,25 @@ weight decay. The feed-forward weights, N x K:
   that phase does alone;
 - sparsegrad-leading: the leading vectors, elements chosen anew;
 - sparsegrad-fixed: all vectors, elements that stay the same;
-- pytorch: full, by PyTorch alone and with padding: how long a step takes as it is.
+- pytorch: full, by PyTorch alone and with padding: how long a step takes as it is;
+- pytorch-trimmed: the same, on batches that are trimmed to their longest text.
 
 To add a method: derive a class from :class:`Method` that overrides what differs, mostly `optimize`
 alone; from :class:`Sparse` where it has an optimizer like :class:`sebp.torch.SparseOptimizer`. Name
 it in :data:`METHODS`, and say above what it is.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from common import take_padding_out
+from common import Batch, Mode, Times, take_padding_out, take_step
 from torch import nn
 
 import sebp
-from sebp.sparse import Basis
+from sebp import SebpError
+from sebp.sparse import NONFINITE, Basis
 from sebp.torch.apply.feed_forward import choose_layers
 
 
@@ -120,12 +124,15 @@ class Method:
     ----------
     plain : bool
         PyTorch alone, padding and all.
+    trims : bool
+        Batches are trimmed to their longest text.
     has_basis_phase : bool
         Whether it begins with `Sizes.basis_steps` steps of full training, which may have a learning
         rate of their own.
     """
 
     plain = False
+    trims = False
     has_basis_phase = False
 
     def change(self, model: nn.Module, sizes: Sizes) -> None:
@@ -139,6 +146,10 @@ class Method:
         """Return after how many steps all others are alike."""
         return 0
 
+    def goes_on(self, given: Given) -> bool:
+        """Return whether a step would change the model."""
+        return True
+
     def share(self, given: Given, optimizer: torch.optim.Optimizer) -> Share:
         """Count what the training of the feed-forward weights takes now."""
         return share_of(given.weights, optimizer)
@@ -148,9 +159,18 @@ class Method:
 
 
 class PyTorch(Method):
-    """Full training by PyTorch alone."""
+    """Full training by PyTorch alone.
+
+    Parameters
+    ----------
+    trims : bool
+        Whether batches are trimmed.
+    """
 
     plain = True
+
+    def __init__(self, trims: bool = False) -> None:
+        self.trims = trims
 
 
 class Lora(Method):
@@ -204,6 +224,10 @@ class FullThenFrozen(Method):
     def warm_up(self, sizes: Sizes) -> int:
         """Return the steps of full training."""
         return sizes.basis_steps
+
+    def goes_on(self, given: Given) -> bool:
+        """Return whether these steps are to come, or something else trains."""
+        return any(p.requires_grad for p in given.model.parameters())
 
 
 class Sparse(Method):
@@ -286,6 +310,7 @@ METHODS = {
     "sparsegrad-leading": SparseGrad(leading=True),
     "sparsegrad-fixed": SparseGrad(fixed=True),
     "pytorch": PyTorch(),
+    "pytorch-trimmed": PyTorch(trims=True),
 }
 DEFAULT = list(METHODS)[: list(METHODS).index("full-then-frozen") + 1]
 
@@ -352,6 +377,10 @@ def elements_of_layer(model: nn.Module, rank: int) -> int:
     return counts.pop()
 
 
+class NothingTrainsError(ValueError):
+    """Says that a method leaves no parameter to train."""
+
+
 class Training:
     """A model that is trained by a method.
 
@@ -388,6 +417,13 @@ class Training:
             SparseGrad's; without, it begins with full training.
         basis_rate : float, optional
             The rate in the basis phase, of methods that have one; default: `rate`.
+
+        Raises
+        ------
+        NothingTrainsError
+            If no parameter is left to train. The model is frozen then, and as it was otherwise.
+        ValueError
+            As :func:`choose_trained`.
         """
         self.model = model
         self._method = method = METHODS[name]
@@ -395,14 +431,42 @@ class Training:
         weights = [module.weight for _, module in choose_layers(model, None)]
         k = elements_of_layer(model, sizes.rank)
         method.change(model, sizes)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise NothingTrainsError(f"{name} with {sizes.train}: no parameter trains")
         if not method.plain:
             take_padding_out(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
         if basis_rate is not None and method.has_basis_phase and bases is None:
             _begin_at(basis_rate, adamw, sizes.basis_steps)
         self._given = Given(model, adamw, weights, k, sizes, bases)
         self.optimizer = method.optimize(self._given)
+
+    def train(self, batches: Iterable[Batch]) -> tuple[list[float], Times]:
+        """Train until a loss is not finite, or the method does not go on.
+
+        Returns
+        -------
+        list of float, Times
+            Losses, the last of which may be NaN, and times.
+        """
+        mode, times, losses = Mode("", "", []), Times(), []
+        for batch in batches:
+            if not self._method.goes_on(self._given):
+                break
+            try:
+                losses.append(take_step(mode, self.model, self.optimizer, batch, times))
+            except SebpError as error:
+                if error.status != NONFINITE:
+                    raise
+                losses.append(math.nan)
+            if not math.isfinite(losses[-1]):
+                break
+        return losses, times
+
+    def is_finite(self) -> bool:
+        """Return whether all parameters are."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     def share(self) -> Share:
         """Count what the training of the feed-forward weights takes now."""

@@ -11,7 +11,8 @@ rate is constant, gradients are not clipped.
 
 The rate is each method's own, the best of --rates: the one of highest metric after a run from a
 seed of its own, on texts that were taken from the training texts and that no run trains on. The
-held-out texts have no part in it. Methods with a basis phase take the rate of full fine-tuning in
+held-out texts have no part in it. Rates are run from the middle one on, until both neighbors of the
+best one are known. Methods with a basis phase take the rate of full fine-tuning in
 that phase, or --basis-rate.
 
 Each run is added to --csv when it ends; runs found there are not repeated. So a long comparison may
@@ -25,6 +26,7 @@ diverges ends there; its metric and loss are NaN.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import costs
@@ -32,22 +34,18 @@ import torch
 from encoder import load_config, load_model
 from encoder_runs import FOUND, KEY, METRICS, EncoderRuns
 from methods import DEFAULT, METHODS, Sizes, check_parts
+from options import (
+    choose_names,
+    read_count,
+    read_counts,
+    read_rate,
+    read_rates,
+    read_rates_of_methods,
+)
 from results import Comparison, compare_rows, draw, report
-from runs import RunFile
+from runs import RunFile, choose_rates
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
-
-
-def _choose_rates(
-    runs: EncoderRuns, options: argparse.Namespace, corpus: str
-) -> dict[str, tuple[float, float | None]]:
-    """Choose each method's rate and that of its basis phase; full training comes first."""
-    rates: dict[str, tuple[float, float | None]] = {}
-    for method in sorted(options.methods, key=lambda name: name != "full"):
-        basis_rate = options.basis_rate or rates.get("full", (None,))[0]
-        rate = options.rate.get(method) or runs.choose_rate(corpus, method, basis_rate)
-        rates[method] = (rate, basis_rate)
-    return rates
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -55,7 +53,12 @@ def compare(options: argparse.Namespace) -> None:
     words = ", ".join(f"{name} {value}" for name, value in vars(options.sizes).items())
     print(f"{words}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     runs = EncoderRuns(options)
-    rates = {corpus: _choose_rates(runs, options, corpus) for corpus in options.corpus}
+    rates = {
+        corpus: choose_rates(
+            options.methods, options.rate, options.basis_rate, partial(runs.choose_rate, corpus)
+        )
+        for corpus in options.corpus
+    }
     found = [
         Comparison(corpus, {method: [] for method in options.methods}) for corpus in options.corpus
     ]
@@ -78,46 +81,9 @@ def show(comparisons: list[Comparison], plot: Path | None) -> None:
 # Options
 
 
-def _names(words: str, known: dict, what: str) -> list[str]:
-    names = words.split(",")
-    for name in names:
-        if name not in known:
-            raise SystemExit(f"no {what} {name!r}; there are: {', '.join(known)}")
-    if len(set(names)) < len(names):
-        raise SystemExit(f"{words}: a {what} twice")
-    return names
-
-
-def parse_rate(words: str) -> float:
-    """Read a learning rate; raise ValueError unless it is between 0 and 1."""
-    rate = float(words)
-    if not 0 < rate < 1:
-        raise ValueError
-    return rate
-
-
-def _rates(words: str) -> list[float]:
-    return [parse_rate(word) for word in words.split(",")]
-
-
-def _count(words: str) -> int:
-    count = int(words)
-    if count < 1:
-        raise ValueError
-    return count
-
-
-def _counts(words: str) -> list[int]:
-    return [_count(word) for word in words.split(",")]
-
-
 def _of_each(corpora: list[str], counts: list[int]) -> dict[str, int]:
     """Give each corpus its count, or all of them the only one."""
     return dict(zip(corpora, counts * (len(corpora) // len(counts)), strict=True))
-
-
-for _type, _what in ((_rates, "rate"), (_count, "count"), (_counts, "count")):
-    _type.__name__ = _what
 
 
 def parse() -> argparse.Namespace:
@@ -133,27 +99,32 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(METHODS)}; default: to full-then-frozen",
     )
     add("--train", default="all", metavar="PART,...", help="all, or feed-forward and head")
-    add("--seeds", type=_count, default=3, help="runs of each method")
-    add("--steps", type=_counts, default=[400], help="of a run; N,N: of each corpus")
-    add("--batch", type=_counts, default=[16], help="texts in a batch; N,N: of each corpus")
-    add("--rates", type=_rates, default=[3e-5, 8e-5, 2e-4], help="to choose from")
+    add("--seeds", type=read_count, default=3, help="runs of each method")
+    add("--steps", type=read_counts, default=[400], help="of a run; N,N: of each corpus")
+    add("--batch", type=read_counts, default=[16], help="texts in a batch; N,N: of each corpus")
+    add("--rates", type=read_rates, default=[3e-5, 8e-5, 2e-4], help="to choose from")
     add("--rate", action="append", default=[], metavar="METHOD=X", help="no choice for this one")
-    add("--basis-rate", type=parse_rate, metavar="X", help="of basis phases; default: full's")
-    add("--validation", type=_count, default=500, help="training texts to choose the rate by")
-    add("--held-out", type=_count, default=2000, help="training texts that stand in for a test.tsv")
-    add("--rank", type=_count, help="LoRA's; default: 0.9%% of the hidden size")
-    add("--leading", type=_count, help="leading vectors; default: a third of the hidden size")
-    add("--basis-steps", type=_count, default=30, help="from whose gradients bases are made")
-    add("--fix-after", type=_count, default=100, help="steps until elements stay the same")
-    add("--threads", type=_count, help="PyTorch's and libsebp's; default: PyTorch's choice")
+    add("--basis-rate", type=read_rate, metavar="X", help="of basis phases; default: full's")
+    add("--validation", type=read_count, default=500, help="training texts to choose the rate by")
+    add(
+        "--held-out",
+        type=read_count,
+        default=2000,
+        help="training texts that stand in for a test.tsv",
+    )
+    add("--rank", type=read_count, help="LoRA's; default: 0.9%% of the hidden size")
+    add("--leading", type=read_count, help="leading vectors; default: a third of the hidden size")
+    add("--basis-steps", type=read_count, default=30, help="from whose gradients bases are made")
+    add("--fix-after", type=read_count, default=100, help="steps until elements stay the same")
+    add("--threads", type=read_count, help="PyTorch's and libsebp's; default: PyTorch's choice")
     add("--csv", type=Path, metavar="FILE", help="runs, to be added to; of costs: the table")
     add("--plot", type=Path, metavar="FILE", help="draw what came out as an SVG")
     add("--report", action="store_true", help="print and draw the runs of --csv, and run nothing")
     add("--time", action="store_true", help="time of a step, all methods in turn, instead")
     add("--memory", action="store_true", help="peak memory of each method's process instead")
     add("--basis", action="store_true", help="what the basis phase takes instead")
-    add("--rounds", type=_count, default=10, help="of --time and --basis: steps of each")
-    add("--length", type=_count, default=128, help="of --time and such: texts are padded to it")
+    add("--rounds", type=read_count, default=10, help="of --time and --basis: steps of each")
+    add("--length", type=read_count, default=128, help="of --time and such: texts are padded to it")
     add("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
     add("--given-bases", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,8 +132,8 @@ def parse() -> argparse.Namespace:
         parser.error("--report needs the --csv of some runs")
     if not (options.report or options.data):
         parser.error("--data is missing")
-    options.corpus = _names(options.corpus, METRICS, "corpus")
-    options.methods = _names(options.methods or ",".join(DEFAULT), METHODS, "method")
+    options.corpus = choose_names(options.corpus, METRICS, "corpus")
+    options.methods = choose_names(options.methods or ",".join(DEFAULT), METHODS, "method")
     for name in ("steps", "batch"):
         if len(getattr(options, name)) not in (1, len(options.corpus)):
             parser.error(f"--{name}: not one count, and not one for each corpus")
@@ -173,10 +144,8 @@ def parse() -> argparse.Namespace:
         check_parts(options.train)
     except ValueError as error:
         parser.error(f"--train {error}")
-    given = [word.partition("=") for word in options.rate]
-    _names(",".join(method for method, _, _ in given) or "full", METHODS, "method")
     try:
-        options.rate = {method: parse_rate(x) for method, _, x in given}
+        options.rate = read_rates_of_methods(options.rate, METHODS)
     except ValueError:
         parser.error(f"--rate: not METHOD=X with X between 0 and 1: {' '.join(options.rate)}")
     costs_only = options.time or options.memory or options.basis or options.memory_of
@@ -207,7 +176,9 @@ def main() -> None:
     leading = options.leading or hidden // 3
     options.sizes = Sizes(rank, leading, options.basis_steps, options.fix_after, options.train)
     if options.time or options.memory or options.basis or options.memory_of:
-        costs.run(options, lambda: make_model(options))
+        title = f"{options.model or 'MiniLM-L6'}, {options.corpus[0]}"
+        make_batches = partial(costs.batches_of_texts, options)
+        costs.run(options, title, lambda: make_model(options), make_batches)
     else:
         compare(options)
 

@@ -9,15 +9,19 @@ from pathlib import Path
 
 from common import print_table
 from drawing import Drawing
-from encoder_runs import CHOICE, METRICS, PROTOCOL
+from encoder_runs import METRICS, PROTOCOL
 from intervals import Difference, compare_pairs, seeds_to_see
-from runs import Row, best_rate
+from runs import Row, group_rows
 
 # BERT-base, arXiv 2410.07383: points that a method lies above full fine-tuning.
 PUBLISHED = {
     "sst2": {"lora": -0.4, "meprop": -0.6, "sparsegrad": -0.3},
     "cola": {"lora": -0.6, "meprop": -0.6, "sparsegrad": -0.2},
 }
+NOTE = (
+    "In brackets are 95% intervals of the mean difference over the seeds, in bold those that leave"
+    " out 0.\nOf twenty differences that are none, one is in bold by chance."
+)
 _COLORS = ("#7f7f7f", "#f0a63a", "#2f8f4e", "#1f5fa8", "#c0504d", "#7b4fa3", "#3aa6a6", "#555")
 
 
@@ -55,61 +59,22 @@ class Comparison:
         }
 
 
-# --------------------------------------------------------------------------------------------------
-# Which runs
-
-
-def _of_basis_rate(name: str, rows: list[Row], rate_of_full: str | None) -> list[Row]:
-    """Choose the runs whose basis phase had the rate of full training, where there are several."""
-    rates = {row["basis_rate"] for row in rows}
-    if len(rates) == 1:
-        return rows
-    if rate_of_full not in rates:
-        raise SystemExit(f"{name}: runs of basis rates {', '.join(sorted(rates))}; which?")
-    return [row for row in rows if row["basis_rate"] == rate_of_full]
-
-
-def _of_best_rate(name: str, rows: list[Row]) -> list[Row]:
-    """Choose a method's judged runs, at the rate that was best on the validation texts."""
-    choice = {float(r["rate"]): float(r["metric"]) for r in rows if r["seed"] == str(CHOICE)}
-    rates = {row["rate"] for row in rows}
-    if not choice and len(rates) > 1:
-        raise SystemExit(f"{name}: runs of rates {', '.join(sorted(rates))}, and none to choose by")
-    rate = f"{best_rate(choice):g}" if choice else rates.pop()
-    return [row for row in rows if row["rate"] == rate and row["seed"] != str(CHOICE)]
-
-
 def compare_rows(rows: list[Row]) -> list[Comparison]:
-    """Sort the rows of a file into comparisons, by the protocol's own choice of each rate."""
-    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
-    for row in rows:
-        methods = groups.setdefault(tuple(row[name] for name in ("corpus", *PROTOCOL)), {})
-        methods.setdefault(row["method"], []).append(row)
-    found = []
-    for (corpus, *_), methods in groups.items():
-        chosen: dict[str, list[Row]] = {}
-        for name in sorted(methods, key=lambda name: name != "full"):
-            full = chosen["full"][0]["rate"] if chosen.get("full") else None
-            judged = _of_best_rate(name, _of_basis_rate(name, methods[name], full))
-            if judged:
-                chosen[name] = sorted(judged, key=lambda row: int(row["seed"]))
-        if chosen:
-            found.append(
-                Comparison(corpus, {name: chosen[name] for name in methods if name in chosen})
-            )
-    return found
+    """Sort the rows of a file into comparisons."""
+    groups = group_rows(rows, ["corpus", *PROTOCOL], "metric")
+    return [Comparison(next(iter(group.values()))[0]["corpus"], group) for group in groups]
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables
 
 
-def difference_cell(difference: Difference | None) -> str:
+def difference_cell(difference: Difference | None, digits: int = 2) -> str:
     """Write a difference with its 95% interval; in bold if that leaves out 0."""
     if difference is None:
         return ""
     mean, half = difference.mean, difference.half
-    words = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    words = f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
     return f"**{words}**" if difference.is_seen else words
 
 
@@ -175,6 +140,7 @@ def report(comparisons: list[Comparison]) -> None:
                     *map(difference_cell, against.values()),
                     *_needed(comparison.corpus, name, against["full"]),
                     f"{statistics.mean(float(row['loss']) for row in rows):.3f}",
+                    f"{statistics.median(float(row['cpu_s']) for row in rows):.1f}",
                     row["elements"],
                     f"{kept / 1024:.0f}",
                     f"{kept / _kept_bytes(full):.1%}" if full else "",
@@ -185,17 +151,14 @@ def report(comparisons: list[Comparison]) -> None:
         print(f"\n{comparison.title}\n")
         print_table(
             ["method", "rate", "seeds", "mean ± of a seed", "against full", "against frozen"]
-            + ["published", "seeds to see that", "training loss", "elements"]
+            + ["published", "seeds to see that", "training loss", "CPU s", "elements"]
             + ["gradient and state KiB", "of full", "bases and scratch KiB", "peak MiB"],
             lines,
         )
         if len(metrics) > 2:
             print("\nEach method (row) less each other one:\n")
             print_pairs(metrics)
-    print(
-        "\nIn brackets are 95% intervals of the mean difference over the seeds, in bold those that"
-        " leave out 0.\nOf twenty differences that are none, one is in bold by chance."
-    )
+    print(f"\n{NOTE}")
 
 
 # --------------------------------------------------------------------------------------------------

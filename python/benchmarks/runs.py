@@ -3,9 +3,13 @@
 
 import csv
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Row = dict[str, str]
+Rates = dict[str, tuple[float, float | None]]  # of each method, and of its basis phase
+
+CHOICE = 0  # the seed of the runs that choose a rate, which are judged by texts for that alone
 
 
 class RunFile:
@@ -66,3 +70,108 @@ def describe_choice(name: str, found: dict[float, float], best: float) -> str:
     edge = len(found) > 1 and best in (min(found), max(found))
     others = ", ".join(f"{rate:g}: {found[rate]:.4f}" for rate in sorted(found))
     return f"{name}: rate {best:g}{', at the edge' if edge else ''} of {others}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Rates before runs, and runs by their rates
+
+
+def climb(rates: list[float], run: Callable[[float], float], is_lower_better: bool = False) -> dict:
+    """Run rates until the neighbors of the best one are known.
+
+    The first one is in the middle. So a wide range of rates costs few runs, and finds the best of
+    them where the metric has one peak.
+
+    Parameters
+    ----------
+    rates : list of float
+        To choose from.
+    run : callable
+        Gives the metric of a rate.
+
+    Returns
+    -------
+    dict of float to float
+        The rates that were run, and their metrics.
+    """
+    rates = sorted(rates)
+    todo, found = [rates[(len(rates) - 1) // 2]], {}
+    while todo:
+        found |= {rate: run(rate) for rate in todo}
+        at = rates.index(best_rate(found, is_lower_better))
+        todo = [rate for rate in rates[max(at - 1, 0) : at + 2] if rate not in found]
+    return found
+
+
+def choose_rates(
+    methods: Iterable[str],
+    given: dict[str, float],
+    basis_rate: float | None,
+    choose: Callable[[str, float | None], float],
+) -> Rates:
+    """Choose each method's rate.
+
+    Parameters
+    ----------
+    methods : iterable of str
+        Names. Full training comes first, as basis phases have its rate.
+    given : dict of str to float
+        Rates that are not to be chosen.
+    basis_rate : float, optional
+        Of basis phases, instead of that of full training.
+    choose : callable
+        Chooses a method's rate, given that of basis phases or None.
+    """
+    found: Rates = {}
+    for method in sorted(methods, key=lambda name: name != "full"):
+        first = basis_rate or found.get("full", (None,))[0]
+        found[method] = (given.get(method) or choose(method, first), first)
+    return found
+
+
+def _of_basis_rate(name: str, rows: list[Row], rate_of_full: str | None) -> list[Row]:
+    """Choose the runs whose basis phase had the rate of full training, where there are several."""
+    rates = {row["basis_rate"] for row in rows}
+    if len(rates) == 1:
+        return rows
+    if rate_of_full not in rates:
+        raise SystemExit(f"{name}: runs of basis rates {', '.join(sorted(rates))}; which?")
+    return [row for row in rows if row["basis_rate"] == rate_of_full]
+
+
+def _of_best_rate(name: str, rows: list[Row], metric: str, is_lower_better: bool) -> list[Row]:
+    """Choose a method's judged runs, at the rate that was best on the texts for that."""
+    choice = {float(row["rate"]): float(row[metric]) for row in rows if row["seed"] == str(CHOICE)}
+    rates = {row["rate"] for row in rows}
+    if not choice and len(rates) > 1:
+        raise SystemExit(f"{name}: runs of rates {', '.join(sorted(rates))}, and none to choose by")
+    rate = f"{best_rate(choice, is_lower_better):g}" if choice else rates.pop()
+    return [row for row in rows if row["rate"] == rate and row["seed"] != str(CHOICE)]
+
+
+def group_rows(
+    rows: list[Row], protocol: list[str], metric: str, is_lower_better: bool = False
+) -> list[dict[str, list[Row]]]:
+    """Sort the rows of a file by protocol and method, at the rate that the choice gives.
+
+    Returns
+    -------
+    list of dict of str to list of dict
+        For each protocol, the columns of which are named, the judged rows of each method by seed.
+    """
+    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for row in rows:
+        methods = groups.setdefault(tuple(row[name] for name in protocol), {})
+        methods.setdefault(row["method"], []).append(row)
+    found = []
+    for methods in groups.values():
+        chosen: dict[str, list[Row]] = {}
+        for name in sorted(methods, key=lambda name: name != "full"):
+            full = chosen["full"][0]["rate"] if chosen.get("full") else None
+            of_method = _of_basis_rate(name, methods[name], full)
+            judged = _of_best_rate(name, of_method, metric, is_lower_better)
+            if judged:
+                chosen[name] = sorted(judged, key=lambda row: int(row["seed"]))
+        if chosen:
+            found.append({name: chosen[name] for name in methods if name in chosen})
+    return found
