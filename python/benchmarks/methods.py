@@ -475,6 +475,7 @@ class Training:
     def finish(self) -> nn.Module:
         """Return the trained model as an ordinary one."""
         self._method.finish(self.model, self.optimizer)
+        sebp.remove_sebp_from_model(self.model)
         return self.model
 
 
