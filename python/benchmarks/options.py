@@ -49,6 +49,15 @@ def read_counts(words: str) -> list[int]:
     return [read_count(word) for word in words.split(",")]
 
 
+def read_seeds(words: str) -> range:
+    """Read N, the seeds 1 to N, or M-N; raise ValueError for others."""
+    first, dash, last = words.rpartition("-")
+    seeds = range(read_count(first) if dash else 1, read_count(last) + 1)
+    if not seeds:
+        raise ValueError
+    return seeds
+
+
 # What argparse says that a value is not.
 read_rate.__name__, read_rates.__name__ = "rate", "rates"
-read_count.__name__, read_counts.__name__ = "count", "counts"
+read_count.__name__, read_counts.__name__, read_seeds.__name__ = "count", "counts", "seeds"

@@ -41,6 +41,7 @@ from options import (
     read_rate,
     read_rates,
     read_rates_of_methods,
+    read_seeds,
 )
 from results import Comparison, compare_rows, draw, report
 from runs import RunFile, choose_rates
@@ -62,7 +63,7 @@ def compare(options: argparse.Namespace) -> None:
     found = [
         Comparison(corpus, {method: [] for method in options.methods}) for corpus in options.corpus
     ]
-    for seed in range(1, options.seeds + 1):  # the outer loop, so that few seeds come early
+    for seed in options.seeds:  # the outer loop, so that few seeds come early
         for comparison in found:
             for method, rows in comparison.methods.items():
                 rate, basis_rate = rates[comparison.corpus][method]
@@ -99,7 +100,7 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(METHODS)}; default: to full-then-frozen",
     )
     add("--train", default="all", metavar="PART,...", help="all, or feed-forward and head")
-    add("--seeds", type=read_count, default=3, help="runs of each method")
+    add("--seeds", type=read_seeds, default="3", help="runs of each method; M-N: these seeds")
     add("--steps", type=read_counts, default=[400], help="of a run; N,N: of each corpus")
     add("--batch", type=read_counts, default=[16], help="texts in a batch; N,N: of each corpus")
     add("--rates", type=read_rates, default=[3e-5, 8e-5, 2e-4], help="to choose from")

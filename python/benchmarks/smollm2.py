@@ -41,6 +41,7 @@ from options import (
     read_rate,
     read_rates,
     read_rates_of_methods,
+    read_seeds,
 )
 from results import NOTE, difference_cell, spread_cell
 from runs import CHOICE, Row, RunFile, best_rate, choose_rates, climb, describe_choice, group_rows
@@ -316,7 +317,7 @@ def compare(options: argparse.Namespace) -> None:
     runs = DecoderRuns(options)
     found = choose_rates(options.methods, options.rate, options.basis_rate, runs.choose_rate)
     rows = []
-    for seed in range(1, options.seeds + 1):  # the outer loop, so that few seeds come early
+    for seed in options.seeds:  # the outer loop, so that few seeds come early
         for method in options.methods:
             rate, basis_rate = found[method]
             rows.append(runs.get(method, rate, seed, basis_rate))
@@ -330,7 +331,7 @@ def parse() -> argparse.Namespace:
     add("--model", type=Path, metavar="DIR", help="folder of another decoder of transformers")
     add("--methods", default=DEFAULT, metavar="NAME,...", help=f"of {', '.join(METHODS)}")
     add("--train", default="feed-forward", metavar="PART,...", help="feed-forward, or all")
-    add("--seeds", type=read_count, default=3, help="runs of each method")
+    add("--seeds", type=read_seeds, default="3", help="runs of each method; M-N: these seeds")
     add("--steps", type=read_count, default=40, help="of a run")
     add("--batch", type=read_count, default=8, help="questions in a batch")
     add("--length", type=read_count, default=128, help="tokens that a question is padded to")

@@ -234,6 +234,15 @@ def test_the_best_rate():
         assert runs.best_rate(found, lower) == 2e-4
 
 
+def test_seeds():
+    read_seeds = importlib.import_module("options").read_seeds
+    assert list(read_seeds("3")) == [1, 2, 3]
+    assert list(read_seeds("4-5")) == [4, 5]
+    for words in ("0", "-1", "0-2", "3-2", "a", "2-", ""):
+        with pytest.raises(ValueError):
+            read_seeds(words)
+
+
 def test_climbing_runs_few_rates():
     runs = importlib.import_module("runs")
     metrics = {1e-5: 0.1, 1e-4: 0.2, 1e-3: 0.5, 1e-2: 0.3, 1e-1: 0.9}
@@ -371,6 +380,8 @@ def test_what_a_control_trains(data, shootout, method):
         ("--methods lora --rates 1e-4,x", None),
         ("--steps 5,5,5", None),
         ("--batch 2,2,2", None),
+        ("--seeds 0", None),
+        ("--seeds 3-2", None),
         ("--train head", None),
         ("--report --csv nowhere.csv", None),
         ("--model bert-base", None),
