@@ -24,7 +24,8 @@ from .settings import (
 )
 
 
-def _make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
+def make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
+    """Put layers at the same place of each block, and of one shape, together."""
     kinds: dict[str, Kind] = {}
     for name, module in chosen:
         n, k = module.weight.shape
@@ -33,7 +34,7 @@ def _make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
     return list(kinds.values())
 
 
-def _check(optimizer: torch.optim.Optimizer, chosen: list[tuple[str, nn.Module]]) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, chosen: list[tuple[str, nn.Module]]) -> None:
     """Raise for what all methods refuse."""
     refuse_processes()
     if isinstance(optimizer, SparseOptimizer):
@@ -132,8 +133,8 @@ def apply_sparsegrad_to_model(
     ).checked()
     k, pair = settings.k, settings.rank
     chosen = choose_layers(model, layers)
-    _check(optimizer, chosen)
-    kinds = _make_kinds(chosen)
+    check_optimizer(optimizer, chosen)
+    kinds = make_kinds(chosen)
     if bases is None and settings.basis_steps < 1:
         raise ValueError(f"basis_steps is {settings.basis_steps}, not 1 or more")
     for kind in kinds:
@@ -186,8 +187,8 @@ def apply_meprop_to_model(
     """
     settings = Settings(k, 0, None, fix_support_after, accumulate).checked()
     chosen = choose_layers(model, layers)
-    _check(optimizer, chosen)
-    kinds = _make_kinds(chosen)
+    check_optimizer(optimizer, chosen)
+    kinds = make_kinds(chosen)
     for kind in kinds:
         check_k(settings.k, kind, kind.shape)
     made = [SparseLayer(name, module, settings) for name, module in chosen]
@@ -250,8 +251,8 @@ def apply_galore_to_model(
     )
     settings = given.checked()
     chosen = choose_layers(model, layers)
-    _check(optimizer, chosen)
-    kinds = _make_kinds(chosen)
+    check_optimizer(optimizer, chosen)
+    kinds = make_kinds(chosen)
     for kind in kinds:
         check_projection(kind, settings)
     made = [GaloreLayer(name, module, settings) for name, module in chosen]

@@ -68,12 +68,14 @@ def load_moments(
 ) -> SparseAdamW:
     """Make the moments of a kind's layer from a checkpoint; raise unless they suit k."""
     shape = kind.shape if basis is None else basis.rank
-    check_k(settings.k, kind, shape)
+    if settings.k is not None:
+        check_k(settings.k, kind, shape)
     arrays = arrays_of(saved)
     is_fixed = arrays.pop("is_fixed")
     moments = SparseAdamW(shape, arrays["indices"] if is_fixed else None)
     moments.set_moments(Moments(**arrays))
-    count, k = moments.count, settings.k
+    count = moments.count
+    k = count if settings.k is None else settings.k
     if count < k and moments.steps > 0 or is_fixed and count != k:
         raise ValueError(f"the checkpoint has moments of {count} elements of {name}, but k is {k}")
     return moments

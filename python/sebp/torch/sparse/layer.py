@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..._rules import Rule
 from ..._structs import Matrix
-from ...core import Rows, SebpError
+from ...core import Context, Rows, SebpError
 from ...sparse import (
     NONFINITE,
     AdamW,
@@ -124,7 +124,7 @@ class SparseLayer:
     def gradient_bytes(self) -> int:
         """The memory of the gradient between a backward and its step, after the basis phase."""
         if self.moments.is_fixed:
-            return 4 * self.settings.k
+            return 4 * self.moments.count
         if self.settings.accumulate:
             return 4 * self.moments.shape[0] * self.moments.shape[1]
         return 12 * self.settings.k
@@ -226,7 +226,7 @@ class SparseLayer:
             return
         context, weight = thread_context(), matrix_of(self.weight)
         self.moments.step(self.gradient, adamw, context)
-        weight_decay(weight, adamw, context)
+        self.decay(weight, adamw, context)
         if self.basis is None:
             add_elements(self.gradient, weight, context)
         else:
@@ -236,6 +236,10 @@ class SparseLayer:
         after = self.settings.fix_support_after
         if after is not None and not self.moments.is_fixed and self.moments.steps >= after:
             self._fix_support()
+
+    def decay(self, weight: Matrix, adamw: AdamW, context: Context) -> None:
+        """Let the weight decay, before the step in ``gradient`` is added to it."""
+        weight_decay(weight, adamw, context)
 
     def _fix_support(self) -> None:
         """Keep only the k elements of largest second moment from now on.

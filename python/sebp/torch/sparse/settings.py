@@ -20,7 +20,7 @@ class Settings(NamedTuple):
     Those with a default may be missing in a checkpoint that is older than they are.
     """
 
-    k: int
+    k: int | None  # None: each layer's mask has a number of its own
     basis_steps: int  # 0: there is no basis phase
     rank: tuple[int, int] | None
     fix_support_after: int | None
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     def checked(self) -> "Settings":
         """Return them in their own types; raise TypeError or ValueError for bad ones."""
         return Settings(
-            k=as_integer("k", self.k),
+            k=None if self.k is None else as_integer("k", self.k),
             basis_steps=as_integer("basis_steps", self.basis_steps),
             rank=check_pair(self.rank),
             fix_support_after=check_steps("fix_support_after", self.fix_support_after),
