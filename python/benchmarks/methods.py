@@ -14,6 +14,9 @@ weight decay. The feed-forward weights, N x K:
 - frozen: not at all. What the rest of the model learns alone;
 - full-then-frozen: all elements for as many steps as SparseGrad's basis phase has, then none. What
   that phase does alone;
+- mask-random, mask-gradient, mask-magnitude: k elements of each weight that never change: drawn,
+  those of the largest gradient of the first step, in which these weights stand still, or of the
+  largest magnitude;
 - sparsegrad-leading: the leading vectors, elements chosen anew;
 - sparsegrad-fixed: all vectors, elements that stay the same;
 - pytorch: full, by PyTorch alone and with padding: how long a step takes as it is;
@@ -299,6 +302,28 @@ class SparseGrad(Sparse):
         )
 
 
+class Mask(Sparse):
+    """Elements that never change.
+
+    Parameters
+    ----------
+    mask : str
+        Which, as :func:`sebp.apply_sparse_mask_to_model` takes it.
+    """
+
+    def __init__(self, mask: str) -> None:
+        super().__init__(fixed=True)
+        self._mask = mask
+
+    def warm_up(self, sizes: Sizes) -> int:
+        """Return the step by whose gradient elements are chosen."""
+        return 1 if self._mask == "gradient" else 0
+
+    def optimize(self, given: Given) -> torch.optim.Optimizer:
+        """Choose the elements."""
+        return sebp.apply_sparse_mask_to_model(given.model, given.adamw, given.k, self._mask)
+
+
 METHODS = {
     "full": Method(),
     "lora": Lora(),
@@ -307,6 +332,9 @@ METHODS = {
     "sparsegrad-leading-fixed": SparseGrad(leading=True, fixed=True),
     "frozen": Frozen(),
     "full-then-frozen": FullThenFrozen(),
+    "mask-random": Mask("random"),
+    "mask-gradient": Mask("gradient"),
+    "mask-magnitude": Mask("magnitude"),
     "sparsegrad-leading": SparseGrad(leading=True),
     "sparsegrad-fixed": SparseGrad(fixed=True),
     "pytorch": PyTorch(),

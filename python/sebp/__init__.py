@@ -24,15 +24,18 @@ if TYPE_CHECKING:
     from . import sparse as sparse
     from . import torch as torch
     from .torch import (
+        AdapterSwitch,
         Comparison,
         PaddingFreeReport,
         Prepared,
         Profile,
         Report,
+        SparseAdapter,
         apply_galore_to_model,
         apply_lora_to_model,
         apply_meprop_to_model,
         apply_sebp_to_model,
+        apply_sparse_mask_to_model,
         apply_sparsegrad_to_model,
         compare,
         merge_lora,
@@ -48,15 +51,18 @@ if TYPE_CHECKING:
 # Not in __all__: a star import is not to put its own torch in the place of PyTorch.
 _MODULES = ("attention", "core", "sparse", "torch")
 _OF_TORCH = (
+    "AdapterSwitch",
     "Comparison",
     "PaddingFreeReport",
     "Prepared",
     "Profile",
     "Report",
+    "SparseAdapter",
     "apply_galore_to_model",
     "apply_lora_to_model",
     "apply_meprop_to_model",
     "apply_sebp_to_model",
+    "apply_sparse_mask_to_model",
     "apply_sparsegrad_to_model",
     "compare",
     "merge_lora",
@@ -69,6 +75,7 @@ _OF_TORCH = (
 )
 
 __all__ = [
+    "AdapterSwitch",
     "Comparison",
     "Context",
     "LibraryMismatchError",
@@ -80,11 +87,13 @@ __all__ = [
     "Rows",
     "SebpCallback",
     "SebpError",
+    "SparseAdapter",
     "__version__",
     "apply_galore_to_model",
     "apply_lora_to_model",
     "apply_meprop_to_model",
     "apply_sebp_to_model",
+    "apply_sparse_mask_to_model",
     "apply_sparsegrad_to_model",
     "compare",
     "linear_backward",

@@ -14,22 +14,29 @@ from .prepare import Prepared, prepare
 from .report.compare import Comparison, compare
 from .report.profile import LayerProfile, Profile, profile
 from .report.run import RunReport
+from .sparse.adapter import AdapterSwitch, SparseAdapter
 from .sparse.apply import apply_galore_to_model, apply_meprop_to_model, apply_sparsegrad_to_model
+from .sparse.apply_mask import apply_sparse_mask_to_model
+from .sparse.mask_optimizer import MaskOptimizer
 from .sparse.optimizer import SparseOptimizer
 
 __all__ = [
+    "AdapterSwitch",
     "Comparison",
     "LayerProfile",
+    "MaskOptimizer",
     "PaddingFreeReport",
     "Prepared",
     "Profile",
     "Report",
     "RunReport",
+    "SparseAdapter",
     "SparseOptimizer",
     "apply_lora_to_model",
     "apply_galore_to_model",
     "apply_meprop_to_model",
     "apply_sebp_to_model",
+    "apply_sparse_mask_to_model",
     "apply_sparsegrad_to_model",
     "compare",
     "linear",
