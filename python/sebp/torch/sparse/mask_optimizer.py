@@ -11,7 +11,8 @@ from .adapter import SparseAdapter
 from .adapter_layer import AdapterLayer
 from .layer import all_finite
 from .mask_layer import MaskLayer
-from .optimizer import SparseBytes, SparseOptimizer
+from .memory import SparseBytes
+from .optimizer import SparseOptimizer
 from .settings import Kind, Settings, as_integer
 from .weight_bits import digest_of, elements_of, put_elements
 
