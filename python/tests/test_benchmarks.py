@@ -124,6 +124,40 @@ def test_minilm(call, data):
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
 
+@pytest.mark.parametrize("is_real", [True, False])
+def test_rows_by_rule(call, data, is_real):
+    config = transformers.BertConfig(
+        vocab_size=12 if is_real else 30000,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    transformers.BertModel(config).save_pretrained(data / "model")
+    options = "--steps 2 --batch 4 --warm-up 1 --draws 5 --seeds 2 --share 0.25"
+    where = f"--data {data}" if is_real else ""
+    rows = call("rows_by_rule", f"--model {data / 'model'} {options} {where}")
+    gradients = {row["rule"]: row for row in rows if row["bias"]}
+    assert list(gradients) == ["top", "energy", "sampled by dY alone", "sampled"]
+    for name, row in gradients.items():
+        is_sampled = name.startswith("sampled")
+        # Of few rows a share is rounded, and samples have at least one row.
+        assert 0.1 < float(row["rows"]) < 0.5
+        assert 0 < float(row["bias"]) <= float(row["error"]) * (1 + 1e-9)
+        assert (float(row["chance"]) > 0) == is_sampled
+        assert (float(row["bound"]) > 0) == is_sampled
+        assert is_sampled or float(row["bias"]) == pytest.approx(float(row["error"]))
+    training = [row for row in rows if row["loss"]]
+    assert len(training) == 2 * 5
+    assert {row["seed"] for row in training} == {"1", "2"}
+    for row in training:
+        assert 0 < float(row["loss"]) < 5
+        assert 0 < float(row["held_out_loss"]) < 5
+        assert 0 <= float(row["accuracy"]) <= 1
+    with pytest.raises(SystemExit):
+        call("rows_by_rule", "--share 1")
+
+
 def test_byte_order_marks_are_skipped(data):
     """The first text and the first piece are what they are without one."""
     texts = importlib.import_module("texts")
