@@ -233,6 +233,20 @@ def test_last_token_of_a_padded_row():
         got = ours(**batch).pooler_output
     torch.testing.assert_close(got, plain(**batch).pooler_output)
     assert report.calls[""] == 0
+    # Where all last tokens are real it is proved, and that says nothing of other batches.
+    for last in (1, 1, 0, 0):
+        mask = batch["attention_mask"].clone()
+        mask[:, 0], mask[:, -1] = 1, torch.tensor([1, 1, 1, last])
+        mask[:, 4:6] = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it runs as it is
+            want, got = (
+                model(batch["input_ids"], attention_mask=mask).pooler_output.tanh().mean()
+                for model in (plain, ours)
+            )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        got.backward()
+    assert report.calls[""] == 2
 
 
 def test_images_and_texts():

@@ -32,6 +32,8 @@ class Packing:
         The tokens' indices in the padded batch, of B * L tokens.
     side : "right", "left", "around" or "gaps"
         Where the padding is: after all texts, before all, both, or between tokens of a text.
+    edges : (bool, bool)
+        Whether the first tokens of all rows are real, and the last ones: a head may read them.
     tokens : Tensor, B x L, or None
         The tokens with padding, if they are known.
     has_several : bool
@@ -51,6 +53,7 @@ class Packing:
         text, token = self.mask[order].nonzero(as_tuple=True)
         self.rows = order[text] * mask.shape[1] + token
         self.side = self._side()
+        self.edges = bool(self.mask[:, 0].all()), bool(self.mask[:, -1].all())
         ends = lengths[lengths > 0].cumsum(0).cpu()
         self.attention_mask = torch.cat([ends.new_zeros(1), ends]).view(1, 1, 1, -1)
         self.has_several = ends.numel() > 1
