@@ -27,8 +27,9 @@ def apply_sparse_mask_to_model(
 ) -> MaskOptimizer:
     """Train fixed elements of a model's feed-forward weights, the rest by the user's optimizer.
 
-    Which k elements of each weight train is settled once. Of its gradient these alone are computed,
-    on the active rows, and AdamW has moments of these alone, in 16 bytes each with their indices.
+    Which k elements of each weight train is settled once. Of its gradient these alone are kept,
+    which are computed on the active rows without the whole, and AdamW has moments of these alone,
+    in 16 bytes each with their indices.
     The other elements never change, so what training has made is a sparse difference:
     :meth:`MaskOptimizer.adapter` returns it. Use the returned optimizer instead of `optimizer`.
 

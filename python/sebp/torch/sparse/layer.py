@@ -32,6 +32,7 @@ from ...sparse import (
     SparseAdamW,
     add_elements,
     meprop_gradient,
+    sampled_product,
     sparsegrad_gradient,
     sparsegrad_update,
     take_elements,
@@ -56,6 +57,12 @@ def all_finite(matrix: Tensor) -> bool:
 def energy_of(matrix: Tensor) -> float:
     """Compute the sum of squares in float32: NaN or Inf if an element is."""
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) ** 2
+
+
+def _active_rows(matrix: Matrix, active: Rows) -> Tensor:
+    """Return the active rows of a tensor's matrix: no copy if all are."""
+    rows = matrix.memory.reshape(matrix.rows, matrix.cols)
+    return rows if len(active) == active.total else rows[torch.from_numpy(active.indices)]
 
 
 class Scratch:
@@ -151,17 +158,20 @@ class SparseLayer:
         if not isinstance(self.module, nn.Linear):
             left, right = right, left
         try:
-            self.keep(left, right, active)
+            self._keep(left, right, active)
         except SebpError as error:
             if error.status != NONFINITE:
                 raise
             self.is_finite = False
 
-    def keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
+    def _keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
         """Keep elements of left^T right: dY^T X, or X^T dY for a ``Conv1D``."""
         context = thread_context()
         is_fixed = self.moments.is_fixed
-        if self.basis is None and not is_fixed and not self.settings.accumulate:
+        if self.basis is None and is_fixed:
+            self._sample(left, right, active)
+            return
+        if self.basis is None and not self.settings.accumulate:
             k = self.settings.k
             self.gradient = meprop_gradient(left, right, k, active, context=context)
             return
@@ -193,6 +203,21 @@ class SparseLayer:
         library_backward(left, right, None, active, None, matrix_of(dw), None)
         part, whole = self.energies
         self.energies = part + energy_of(r), whole + energy_of(dw)
+
+    def _sample(self, left: Matrix, right: Matrix, active: Rows) -> None:
+        """Compute the elements of a fixed support in the weight itself, and no whole gradient."""
+        # A NaN beside the support is an error in the gradient, too.
+        both = (all_finite(_active_rows(matrix, active)) for matrix in (left, right))
+        self.is_finite = self.is_finite and all(both)
+        self.gradient = sampled_product(
+            left,
+            right,
+            self.moments.support,
+            active,
+            out=None if self.gradient is None else self.gradient.values,
+            accumulate=self.gradient is not None,
+            context=thread_context(),
+        )
 
     # ---- in the step ----
 

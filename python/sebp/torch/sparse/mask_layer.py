@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer of which a fixed mask trains.
 
-The kept elements of dW = dY^T X are computed on the active rows, and no others. Only where the mask
-is chosen by the gradient is that computed whole, in the steps before, in which the weight stands
-still.
+The kept elements of dW = dY^T X are computed on the active rows. dW is held whole only where the
+mask is chosen by it, in the steps before, in which the weight stands still.
 """
 
 import numpy as np
@@ -12,19 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..._structs import Matrix
-from ...core import Context, Rows
-from ...sparse import AdamW, Basis, SparseAdamW, sampled_product, top_elements
+from ...core import Context
+from ...sparse import AdamW, Basis, SparseAdamW, top_elements
 from ..common.context import thread_context
 from ..common.tensors import matrix_of
 from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, all_finite
 from .settings import Kind, Settings
 from .weight_bits import elements_of
-
-
-def _active_rows(matrix: Matrix, active: Rows) -> Tensor:
-    """Return the active rows of a tensor's matrix: no copy if all are."""
-    rows = matrix.memory.reshape(matrix.rows, matrix.cols)
-    return rows if len(active) == active.total else rows[torch.from_numpy(active.indices)]
 
 
 class MaskLayer(SparseLayer):
@@ -70,26 +63,6 @@ class MaskLayer(SparseLayer):
     def is_chosen(self) -> bool:
         """Whether it is known which elements train."""
         return self.moments is not None and self.moments.is_fixed
-
-    # ---- in the backward ----
-
-    def keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
-        """Compute the kept elements of left^T right, or all where they are still to be chosen."""
-        if not self.moments.is_fixed:
-            super().keep(left, right, active)
-            return
-        # A NaN beside the kept elements, which alone are computed, is an error in the gradient too.
-        both = (all_finite(_active_rows(matrix, active)) for matrix in (left, right))
-        self.is_finite = self.is_finite and all(both)
-        self.gradient = sampled_product(
-            left,
-            right,
-            self.moments.support,
-            active,
-            out=None if self.gradient is None else self.gradient.values,
-            accumulate=self.gradient is not None,
-            context=thread_context(),
-        )
 
     # ---- in the step ----
 
