@@ -158,13 +158,13 @@ class SparseLayer:
         if not isinstance(self.module, nn.Linear):
             left, right = right, left
         try:
-            self._keep(left, right, active)
+            self.keep(left, right, active)
         except SebpError as error:
             if error.status != NONFINITE:
                 raise
             self.is_finite = False
 
-    def _keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
+    def keep(self, left: Matrix, right: Matrix, active: Rows) -> None:
         """Keep elements of left^T right: dY^T X, or X^T dY for a ``Conv1D``."""
         context = thread_context()
         is_fixed = self.moments.is_fixed
