@@ -73,6 +73,8 @@ def compare(options: argparse.Namespace) -> None:
 
 def show(comparisons: list[Comparison], plot: Path | None) -> None:
     """Print and draw comparisons."""
+    if not comparisons:
+        raise SystemExit("no runs yet but those that choose rates")
     report(comparisons)
     if plot:
         draw(comparisons, plot)

@@ -267,7 +267,10 @@ class DecoderRuns:
 
 def report(rows: list[Row]) -> None:
     """Print a table for each protocol."""
-    for methods in group_rows(rows, PROTOCOL, "loss", is_lower_better=True):
+    groups = group_rows(rows, PROTOCOL, "loss", is_lower_better=True)
+    if not groups:
+        raise SystemExit("no runs yet but those that choose rates")
+    for methods in groups:
         row = next(iter(methods.values()))[0]
         words = ", ".join(f"{name} {row[name]}" for name in PROTOCOL)
         print(f"\n{words}\n")

@@ -301,6 +301,9 @@ def test_report_of_several_rates(data):
     assert [r["rate"] for r in one.methods["full"]] == ["0.2", "0.2"]
     assert one.methods["sparsegrad"][0]["basis_rate"] == "0.2"
     assert other.metrics == {"full": {"1": 100}} and "trained: head" in other.title
+    assert results.compare_rows(rows[:3]) == []
+    with pytest.raises(SystemExit, match="no runs yet but those that choose rates"):
+        importlib.import_module("peft_shootout").show([], None)
     with pytest.raises(SystemExit, match="lora: runs of rates 0.1, 0.2, and none to choose by"):
         results.compare_rows([row("lora", 1, "0.1", 1), row("lora", 1, "0.2", 2)])
     with pytest.raises(SystemExit, match="sparsegrad: runs of basis rates 0.1, 0.3; which"):
