@@ -17,6 +17,8 @@ weight decay. The feed-forward weights, N x K:
 - mask-random, mask-gradient, mask-magnitude: k elements of each weight that never change: drawn,
   those of the largest gradient of the first step, in which these weights stand still, or of the
   largest magnitude;
+- galore: all elements, by moments of k / max(N, K) projections of each gradient, onto its leading
+  singular vectors of every 50th step;
 - sparsegrad-leading: the leading vectors, elements chosen anew;
 - sparsegrad-fixed: all vectors, elements that stay the same;
 - pytorch: full, by PyTorch alone and with padding: how long a step takes as it is;
@@ -299,6 +301,7 @@ class SparseGrad(Sparse):
             self.leading(given.sizes),
             bases=given.bases,
             fix_support_after=self.fix_after(given.sizes),
+            basis_rate_factor=1.0,  # the rate of these steps is chosen, as full's is
         )
 
 
@@ -324,6 +327,23 @@ class Mask(Sparse):
         return sebp.apply_sparse_mask_to_model(given.model, given.adamw, given.k, self._mask)
 
 
+class Galore(Sparse):
+    """Gradients that are projected onto their leading singular vectors."""
+
+    def optimize(self, given: Given) -> torch.optim.Optimizer:
+        """Put GaLore into the layers, with moments of no more than k elements each."""
+        rank = max(1, given.k // max(given.weights[0].shape))
+        return sebp.apply_galore_to_model(
+            given.model, given.adamw, rank, refresh_every=GALORE_REFRESH
+        )
+
+    def warm_up(self, sizes: Sizes) -> int:
+        """Return the step in which the first vectors are chosen."""
+        return 1
+
+
+GALORE_REFRESH = 50  # steps from one choice of vectors to the next
+
 METHODS = {
     "full": Method(),
     "lora": Lora(),
@@ -334,13 +354,14 @@ METHODS = {
     "full-then-frozen": FullThenFrozen(),
     "mask-random": Mask("random"),
     "mask-gradient": Mask("gradient"),
+    "galore": Galore(),
     "mask-magnitude": Mask("magnitude"),
     "sparsegrad-leading": SparseGrad(leading=True),
     "sparsegrad-fixed": SparseGrad(fixed=True),
     "pytorch": PyTorch(),
     "pytorch-trimmed": PyTorch(trims=True),
 }
-DEFAULT = list(METHODS)[: list(METHODS).index("full-then-frozen") + 1]
+DEFAULT = list(METHODS)[: list(METHODS).index("galore") + 1]
 
 
 # --------------------------------------------------------------------------------------------------

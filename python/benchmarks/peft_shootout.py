@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     add(
         "--methods",
         metavar="NAME,...",
-        help=f"of {', '.join(METHODS)}; default: to full-then-frozen",
+        help=f"of {', '.join(METHODS)}; default: to galore",
     )
     add("--train", default="all", metavar="PART,...", help="all, or feed-forward and head")
     add("--seeds", type=read_seeds, default="3", help="runs of each method; M-N: these seeds")

@@ -54,7 +54,7 @@ PROTOCOL += ["basis_steps", "fix_after", "threads"]
 KEY = ["method", "seed", "rate", "basis_rate", *PROTOCOL]
 FOUND = ["loss", *TASKS, "text_loss", "training_loss", "cpu_s", "peak_mib", "elements"]
 FOUND += ["gradient_bytes", "state_bytes", "bases_bytes", "scratch_bytes"]
-DEFAULT = "full,lora,sparsegrad-leading-fixed,frozen"
+DEFAULT = "full,lora,sparsegrad-leading-fixed,mask-random,frozen"
 _OF_CHOICE, _OF_JUDGING = -1, -2  # seeds of questions
 
 
