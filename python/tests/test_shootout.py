@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 METHODS = "full,lora,meprop,sparsegrad,sparsegrad-leading-fixed,frozen,full-then-frozen"
+METHODS += ",mask-random,mask-gradient,galore"
 TINY = "--batch 2 --rank 1 --leading 16 --threads 1 --held-out 5"
 QUALITY = f"{TINY} --validation 10 --seeds 2 --rates 1e-3,1e-2 --fix-after 1"
 LAYERS, HIDDEN, WIDE = 2, 32, 64
@@ -108,9 +109,13 @@ def test_quality(shootout, data, tables):
             elements = 2 * LAYERS * HIDDEN * WIDE if method == "full" else elements
             assert {r["elements"] for r in found} == {str(elements)}
             kept = {int(r["gradient_bytes"]) + int(r["state_bytes"]) for r in found}
-            if not method.startswith(("sparsegrad", "meprop")):
+            if method.startswith("mask"):
+                assert 20 * elements <= min(kept) == max(kept) < 20 * elements + 100 * 2 * LAYERS
+            elif not method.startswith(("sparsegrad", "meprop", "galore")):
                 assert 12 * elements <= min(kept) == max(kept) < 13 * elements + 100
-            assert (int(chosen[0]["bases_bytes"]) > 0) == method.startswith("sparsegrad")
+            # Of a mask they are the elements' values before training.
+            has_bases = method.startswith(("sparsegrad", "mask"))
+            assert (int(chosen[0]["bases_bytes"]) > 0) == has_bases
     root = ElementTree.parse(plot).getroot()
     assert Counter(child.tag.split("}")[-1] for child in root)["circle"] == 2 * len(names) * 2
     shootout(f"--report --plot {plot}")
@@ -147,7 +152,8 @@ def test_goes_on(shootout, data, trainings):
     again = shootout(options)
     assert trainings == [rows[-1]["method"]]
     assert again[:-1] == rows[:-1]
-    assert {**again[-1], "step_ms": ""} == {**rows[-1], "step_ms": ""}
+    times = {"step_ms": "", "cpu_s": ""}
+    assert {**again[-1], **times} == {**rows[-1], **times}
     trainings.clear()
     assert len(shootout(options.replace("--steps 4", "--steps 3"))) == 2 * len(rows)
 
