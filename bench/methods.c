@@ -69,11 +69,13 @@ static void choose(layer *l, int method)
         succeed(l, sebp_meprop_gradient(l->context, &at[DY], &at[X], l->rows, NULL, kept));
         return;
     }
-    rotate(l, SEBP_ROTATE_AUTO);
-    if (sebp_sparse_adamw_support(l->states[method]) != NULL)
-        succeed(l, sebp_sparse_take(l->context, &at[R], kept));
-    else
+    if (sebp_sparse_adamw_support(l->states[method]) != NULL) {
+        succeed(l, sebp_sparsegrad_kept(l->context, l->basis, &at[DY], &at[X], l->rows, NULL,
+                                        SEBP_ROTATE_AUTO, kept));
+    } else {
+        rotate(l, SEBP_ROTATE_AUTO);
         succeed(l, sebp_sparse_top(l->context, &at[R], kept));
+    }
 }
 
 static void dense_step(layer *l, int gradient, int weight, int moment1, int moment2)

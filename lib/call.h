@@ -102,6 +102,15 @@ void sebp_check_sparse_shape(sebp_call *call, const char *name, const sebp_spars
                              int64_t rows, int64_t cols);
 void sebp_check_sparse_finite(sebp_call *call, const char *name, const sebp_sparse *view);
 
+/** The arrays of a valid view as matrices, for sebp_check_aliases(). */
+void sebp_kept_arrays(const sebp_sparse *kept, sebp_matrix *values, sebp_matrix *indices);
+/** Room for the sums of kept elements, in the device's memory, whose free() takes it; NULL after a
+ * failure. */
+float *sebp_make_sums(sebp_call *call, const sebp_sparse *kept);
+/** The values of kept elements become sums, in the device's memory, or grow by them, as dw_write says:
+ * where all that comes out is finite. The sums are written to. */
+void sebp_write_sums(sebp_call *call, float *sums, const sebp_sparse *kept);
+
 /* Lists: indices, labels, positions, which lie in the device's memory, and what is made of them. */
 
 /** A list of the device's where the call reads it: itself, or a copy, until the call ends or asks for

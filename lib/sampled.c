@@ -10,25 +10,6 @@
 #include "find.h"
 #include "gradient_panels.h"
 
-/* The values become the sums, or grow by them, where all of what comes out is finite. */
-static void write_values(sebp_call *call, float *sums, const sebp_sparse *kept)
-{
-    const sebp_backend *backend = call->backend;
-    const sebp_matrix of_sums = sebp_matrix_f32(sums, 1, kept->count);
-    const sebp_matrix values = sebp_matrix_f32(kept->values, 1, kept->count);
-    sebp_sparse result = *kept;
-    result.values = sums;
-    if (sebp_call_goes_on(call) && call->options.dw_write == SEBP_ACCUMULATE) {
-        sebp_call_keep(call, backend->sum_rows(call->device, &values, NULL, 1, &of_sums, true),
-                       "adding to the values");
-    }
-    sebp_check_sparse_finite(call, "kept", &result);
-    if (sebp_call_goes_on(call)) {
-        sebp_call_keep(call, backend->sum_rows(call->device, &of_sums, NULL, 1, &values, false),
-                       "writing the values");
-    }
-}
-
 static void take_panel(sebp_call *call, void *result, const sebp_matrix *panel, int64_t first)
 {
     const sebp_sparse *sums = result;
@@ -88,23 +69,18 @@ sebp_status sebp_sampled_product(sebp_context *context, const sebp_matrix *dy, c
     sebp_check_sparse_shape(&call, "kept", kept, dy->cols, x->cols);
     if (!sebp_call_goes_on(&call) || kept->count == 0)
         return call.status;
-    /* The arrays of kept as matrices: an index takes as much as two floats. */
-    const sebp_matrix values = sebp_matrix_f32(kept->values, 1, kept->count);
-    const sebp_matrix indices = sebp_matrix_f32((float *)(void *)kept->indices, 1, 2 * kept->count);
+    sebp_matrix values, indices;
+    sebp_kept_arrays(kept, &values, &indices);
     arguments[VALUES] = (sebp_argument){"the values of kept", &values, true};
     arguments[INDICES] = (sebp_argument){"the indices of kept", &indices, false};
     sebp_check_aliases(&call, arguments, COUNT);
 
     sebp_find_rows(&call, dy, rows);
-    void *sums = NULL;
+    float *sums = sebp_make_sums(&call, kept);
     const char *path[] = {"", NULL};
-    if (sebp_call_goes_on(&call)) {
-        int64_t bytes = kept->count * (int64_t)sizeof(float);
-        sebp_call_keep(&call, call.backend->alloc(call.device, bytes, &sums), "kept");
-    }
     if (sebp_call_goes_on(&call))
         path[0] = sum_elements(&call, dy, x, kept, sums);
-    write_values(&call, sums, kept);
+    sebp_write_sums(&call, sums, kept);
     call.backend->free(call.device, sums);
     sebp_report(&call, dy->rows, x->cols, dy->cols, dy->dtype, path);
     return sebp_call_end(&call);

@@ -139,6 +139,42 @@ void sebp_check_sparse_finite(sebp_call *call, const char *name, const sebp_spar
         name_nonfinite(call, name, view);
 }
 
+void sebp_kept_arrays(const sebp_sparse *kept, sebp_matrix *values, sebp_matrix *indices)
+{
+    *values = sebp_matrix_f32(kept->values, 1, kept->count);
+    /* An index takes as much as two floats. */
+    *indices = sebp_matrix_f32((float *)(void *)kept->indices, 1, 2 * kept->count);
+}
+
+float *sebp_make_sums(sebp_call *call, const sebp_sparse *kept)
+{
+    void *sums = NULL;
+    if (sebp_call_goes_on(call)) {
+        int64_t bytes = kept->count * (int64_t)sizeof(float);
+        sebp_call_keep(call, call->backend->alloc(call->device, bytes, &sums),
+                       "the sums of kept elements");
+    }
+    return sums;
+}
+
+void sebp_write_sums(sebp_call *call, float *sums, const sebp_sparse *kept)
+{
+    const sebp_backend *backend = call->backend;
+    const sebp_matrix of_sums = sebp_matrix_f32(sums, 1, kept->count);
+    const sebp_matrix values = sebp_matrix_f32(kept->values, 1, kept->count);
+    sebp_sparse result = *kept;
+    result.values = sums;
+    if (sebp_call_goes_on(call) && call->options.dw_write == SEBP_ACCUMULATE) {
+        sebp_call_keep(call, backend->sum_rows(call->device, &values, NULL, 1, &of_sums, true),
+                       "adding to the values");
+    }
+    sebp_check_sparse_finite(call, "kept", &result);
+    if (sebp_call_goes_on(call)) {
+        sebp_call_keep(call, backend->sum_rows(call->device, &of_sums, NULL, 1, &values, false),
+                       "writing the values");
+    }
+}
+
 sebp_status sebp_sparse_top(sebp_context *context, const sebp_matrix *r, const sebp_sparse *top)
 {
     if (context == NULL)

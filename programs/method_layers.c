@@ -51,14 +51,14 @@ static sebp_status keep_elements(const struct layer *layer, sebp_context *contex
     if (trainer->settings.method == MEPROP) {
         return sebp_meprop_gradient(context, dy, x, rows, NULL, kept);
     }
-    sebp_matrix r = sebp_matrix_f32(trainer->r, kept->rows, kept->cols);
-    sebp_status status = sebp_sparsegrad_gradient(context, trainer->bases[layer->kind], dy, x, rows,
-                                                  NULL, SEBP_ROTATE_AUTO, &r);
-    if (status != SEBP_SUCCESS) {
-        return status;
+    const sebp_basis *basis = trainer->bases[layer->kind];
+    if (sebp_sparse_adamw_support(layer->state) != NULL) {
+        return sebp_sparsegrad_kept(context, basis, dy, x, rows, NULL, SEBP_ROTATE_AUTO, kept);
     }
-    return sebp_sparse_adamw_support(layer->state) != NULL ? sebp_sparse_take(context, &r, kept)
-                                                           : sebp_sparse_top(context, &r, kept);
+    sebp_matrix r = sebp_matrix_f32(trainer->r, kept->rows, kept->cols);
+    sebp_status status =
+        sebp_sparsegrad_gradient(context, basis, dy, x, rows, NULL, SEBP_ROTATE_AUTO, &r);
+    return status == SEBP_SUCCESS ? sebp_sparse_top(context, &r, kept) : status;
 }
 
 static sebp_status sparse_backward(struct adapter *adapter, sebp_context *context,

@@ -96,6 +96,21 @@ static sebp_status call_sparsegrad(sebp_context *context, sebp_rotation rotation
                                     &on.r);
 }
 
+static sebp_status call_sparsegrad_kept(sebp_context *context, void **result)
+{
+    (void)result;
+    sebp_sparse kept = on.kept; /* whose indices are an input here */
+    int64_t indices[ALLOCATION_KEPT];
+    kept.rows = on.r.rows;
+    kept.cols = on.r.cols;
+    kept.count = ALLOCATION_KEPT < kept.rows * kept.cols ? ALLOCATION_KEPT : kept.rows * kept.cols;
+    for (int64_t i = 0; i < kept.count; i++)
+        indices[i] = i;
+    kept.indices = indices;
+    return sebp_sparsegrad_kept(context, on.basis, &on.dy, &on.x, on.rows, NULL,
+                                SEBP_ROTATE_FACTORS, &kept);
+}
+
 static sebp_status call_sparsegrad_factors(sebp_context *context, void **result)
 {
     (void)result;
@@ -474,6 +489,7 @@ const allocation_target allocation_targets[] = {
     {"sparsegrad_gradient factors", call_sparsegrad_factors, NULL, 1},
     {"sparsegrad_gradient dy", call_sparsegrad_dy, NULL, 1},
     {"sparsegrad_gradient in-out", call_sparsegrad_in_out, NULL, 1},
+    {"sparsegrad_kept", call_sparsegrad_kept, NULL, 2},
     {"sparsegrad_update", call_sparsegrad_update, NULL, 9},
     {"sparse_top", call_sparse_top, NULL, 2},
     {"basis_sums_create", call_sums_create, destroy_sums, 3},

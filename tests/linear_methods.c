@@ -234,6 +234,22 @@ static sebp_status sparsegrad_in_out(method_world *w)
     return rotate(w, SEBP_ROTATE_IN_OUT);
 }
 
+static sebp_status kept_by(method_world *w, sebp_rotation rotation)
+{
+    return sebp_sparsegrad_kept(w->context, w->given->basis, &w->at[DY], &w->at[X], w->given->rows,
+                                NULL, rotation, &w->in_r);
+}
+
+static sebp_status sparsegrad_kept_factors(method_world *w)
+{
+    return kept_by(w, SEBP_ROTATE_FACTORS);
+}
+
+static sebp_status sparsegrad_kept_dy(method_world *w)
+{
+    return kept_by(w, SEBP_ROTATE_DY);
+}
+
 static sebp_status sparsegrad_update(method_world *w)
 {
     return sebp_sparsegrad_update(w->context, w->given->basis, &w->in_r, &w->at[W]);
@@ -282,6 +298,8 @@ static const method methods[] = {
     {"sparsegrad_x", sparsegrad_x},
     {"sparsegrad_out_in", sparsegrad_out_in},
     {"sparsegrad_in_out", sparsegrad_in_out},
+    {"sparsegrad_kept_factors", sparsegrad_kept_factors},
+    {"sparsegrad_kept_dy", sparsegrad_kept_dy},
     {"sparsegrad_update", sparsegrad_update},
     {"adamw", adamw},
     {"weight_decay", weight_decay},

@@ -1,8 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * SparseGrad's gradient in a rotated space, by every order of its products, against double precision and
- * exactly on integers; which order is the cheapest, and which fits.
+ * exactly on integers, whole and at kept elements; which order is the cheapest, and which fits.
  */
+#include <float.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <sebp/sebp.h>
@@ -43,6 +47,158 @@ START_TEST(gradient)
 }
 END_TEST
 
+/* A problem whose basis has these ranks, all of its rows active. */
+static problem make_plain(int64_t M, int64_t N, int64_t K, int64_t p, int64_t q, sebp_dtype dtype)
+{
+    problem made = {.M = M, .N = N, .K = K, .p = p, .q = q, .options = SEBP_LINEAR_OPTIONS_INIT};
+    rotated_basis(&made, TESTING_REAL);
+    made.dy = testing_random_matrix(M, N, dtype, TESTING_REAL);
+    made.x = testing_random_matrix(M, K, dtype, TESTING_REAL);
+    const sebp_rule rule = sebp_rule_nonzero();
+    made.active = reference_rows_find(&made.dy, &rule);
+    return made;
+}
+
+/* Kept elements of R by every order, beside double precision; returns how many are not 0. */
+static int64_t check_kept(sebp_context *context, problem *p, double share, testing_values values)
+{
+    int64_t nonzeros = 0;
+    for (int rotation = 0; rotation < ROTATIONS; rotation++) {
+        int add = testing_chance(0.5);
+        p->options.dw_write = add ? SEBP_ACCUMULATE : SEBP_OVERWRITE;
+        sebp_sparse kept = rotated_sparse(p->p, p->q, share, values);
+        double *before = testing_zeros(kept.count, sizeof *before);
+        for (int64_t i = 0; i < kept.count; i++) {
+            before[i] = add ? (double)kept.values[i] : 0;
+            kept.values[i] = add ? kept.values[i] : NAN;
+        }
+        reference want = reference_r(&p->u_out, &p->u_in, &p->dy, &p->x, &p->active,
+                                     p->options.x_is_compact, NULL);
+        testing_succeed(sebp_sparsegrad_kept(context, p->basis, &p->dy, &p->x, p->rows, &p->options,
+                                             (sebp_rotation)rotation, &kept),
+                        context);
+        for (int64_t i = 0; i < kept.count; i++) {
+            int64_t index = kept.indices[i];
+            double should = want.value[index] + before[i];
+            double size = want.magnitude[index] + fabs(before[i]);
+            double bound = values == TESTING_INTEGER
+                               ? 0
+                               : (double)(want.terms + 1) * (double)FLT_EPSILON * size;
+            ck_assert_msg(fabs((double)kept.values[i] - should) <= bound,
+                          "order %d, element %" PRId64 " is %g, not %g", rotation, index,
+                          (double)kept.values[i], should);
+            nonzeros += should != 0;
+        }
+        testing_check(kept.indices);
+        testing_check(kept.values);
+        reference_free(&want);
+        testing_free_sparse(&kept);
+        free(before);
+    }
+    return nonzeros;
+}
+
+START_TEST(kept_elements)
+{
+    testing_values values = _i == 0 ? TESTING_REAL : TESTING_INTEGER;
+    int64_t nonzeros = 0;
+    for (int round = 0; testing_goes_on(round, 40, nonzeros, 1000); round++) {
+        sebp_context *context = testing_context(SEBP_GEMM_AUTO, (int)testing_between(1, 3), 0);
+        problem p = rotated_problem(testing_between(1, 60), testing_between(1, 90),
+                                    testing_between(1, 90), testing_dtype(), values);
+        nonzeros += check_kept(context, &p, testing_chance(0.5) ? 0.02 : 0.5, values);
+        rotated_free(&p);
+        sebp_context_destroy(context);
+    }
+}
+END_TEST
+
+/* Few elements of a large R, in panels of rows: the last product computes these alone. */
+START_TEST(few_kept_elements_in_panels)
+{
+    sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, TESTING_MIN_SCRATCH);
+    problem p = make_plain(200, 440, 320, 430, 310, _i == 0 ? SEBP_F32 : SEBP_BF16);
+    sebp_sparse kept = rotated_sparse(p.p, p.q, 0.01, TESTING_REAL);
+    reference want = reference_r(&p.u_out, &p.u_in, &p.dy, &p.x, &p.active, 0, NULL);
+    testing_succeed(sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, p.rows, NULL,
+                                         SEBP_ROTATE_FACTORS, &kept),
+                    context);
+    for (int64_t i = 0; i < kept.count; i++) {
+        double bound = (double)want.terms * (double)FLT_EPSILON * want.magnitude[kept.indices[i]];
+        ck_assert(fabs((double)kept.values[i] - want.value[kept.indices[i]]) <= bound);
+    }
+    /* An R of 533,200 bytes does not fit in half of the scratch memory. */
+    memset(kept.values, TESTING_POISON, (size_t)kept.count * sizeof(float));
+    ck_assert_int_le(sebp_context_scratch_bytes(context), TESTING_MIN_SCRATCH);
+    testing_refuse(sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, p.rows, NULL,
+                                        SEBP_ROTATE_OUT_IN, &kept),
+                   SEBP_ERROR_MEMORY, "rotated factors", context);
+    ck_assert(isnan(kept.values[0]) && isnan(kept.values[kept.count - 1]));
+    reference_free(&want);
+    testing_free_sparse(&kept);
+    rotated_free(&p);
+    sebp_context_destroy(context);
+}
+END_TEST
+
+/* A good call, changed before it is made. */
+#define REFUSES(want, word, change)                                                                \
+    do {                                                                                           \
+        sebp_sparse view = room, *kept = &view;                                                    \
+        sebp_matrix x_view = p.x, *x = &x_view;                                                    \
+        const sebp_basis *basis = p.basis;                                                         \
+        sebp_linear_options options = SEBP_LINEAR_OPTIONS_INIT;                                    \
+        int rotation = SEBP_ROTATE_FACTORS;                                                        \
+        change;                                                                                    \
+        testing_refuse(sebp_sparsegrad_kept(context, basis, &p.dy, x, NULL, &options,              \
+                                            (sebp_rotation)rotation, kept),                        \
+                       want, word, context);                                                       \
+        for (int64_t i = 0; i < room.count; i++)                                                   \
+            ck_assert_msg(isnan(room.values[i]), "%s: written to", #change);                       \
+    } while (0)
+
+START_TEST(bad_kept_elements_are_refused)
+{
+    sebp_context *context = testing_context(SEBP_GEMM_AUTO, 1, 0);
+    problem p = make_plain(9, 6, 5, 4, 3, SEBP_F32);
+    sebp_sparse room = testing_sparse(3, 4, 3);
+    for (int64_t i = 0; i < 3; i++)
+        room.indices[i] = 2 * i;
+    int64_t repeated[] = {1, 1, 2};
+    REFUSES(SEBP_ERROR_NULL, "basis", basis = NULL);
+    REFUSES(SEBP_ERROR_NULL, "kept", kept = NULL);
+    REFUSES(SEBP_ERROR_NULL, "kept", kept->values = NULL);
+    REFUSES(SEBP_ERROR_VALUE, "kept", kept->count = 13);
+    REFUSES(SEBP_ERROR_VALUE, "rotation", rotation = 6);
+    REFUSES(SEBP_ERROR_VALUE, "dw_write", options.dw_write = (sebp_write)2);
+    REFUSES(SEBP_ERROR_ROWS, "kept", kept->indices = repeated);
+    REFUSES(SEBP_ERROR_SHAPE, "kept is 3x4", (kept->rows = 3, kept->cols = 4));
+    REFUSES(SEBP_ERROR_SHAPE, "x", x->cols = 4);
+    REFUSES(SEBP_ERROR_ALIAS, "values of kept overlaps x", kept->values = x->data);
+    for (int order = 1; order < ROTATIONS; order++) {
+        double was = testing_get(&p.x, 3, 2);
+        testing_set(&p.x, 3, 2, NAN);
+        REFUSES(SEBP_ERROR_NONFINITE, "of kept is", rotation = order);
+        testing_set(&p.x, 3, 2, was);
+    }
+    const sebp_sparse none = {NULL, NULL, 0, 4, 3};
+    testing_succeed(
+        sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, NULL, NULL, SEBP_ROTATE_AUTO, &none),
+        context);
+    testing_zero_rows(&p.dy, 0);
+    for (int order = 0; order < ROTATIONS; order++) {
+        memset(room.values, TESTING_POISON, 3 * sizeof(float));
+        testing_succeed(sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, NULL, NULL,
+                                             (sebp_rotation)order, &room),
+                        context);
+        ck_assert(room.values[0] == 0 && room.values[1] == 0 && room.values[2] == 0);
+    }
+    testing_free_sparse(&room);
+    rotated_free(&p);
+    sebp_context_destroy(context);
+}
+END_TEST
+
 /* Where half of the scratch memory, half a MiB, holds neither all rows nor all vectors. */
 START_TEST(gradient_in_panels)
 {
@@ -59,18 +215,6 @@ START_TEST(gradient_in_panels)
     sebp_context_destroy(context);
 }
 END_TEST
-
-/* A problem whose basis has these ranks, all of its rows active. */
-static problem make_plain(int64_t M, int64_t N, int64_t K, int64_t p, int64_t q, sebp_dtype dtype)
-{
-    problem made = {.M = M, .N = N, .K = K, .p = p, .q = q, .options = SEBP_LINEAR_OPTIONS_INIT};
-    rotated_basis(&made, TESTING_REAL);
-    made.dy = testing_random_matrix(M, N, dtype, TESTING_REAL);
-    made.x = testing_random_matrix(M, K, dtype, TESTING_REAL);
-    const sebp_rule rule = sebp_rule_nonzero();
-    made.active = reference_rows_find(&made.dy, &rule);
-    return made;
-}
 
 /* Orders that keep a row of X or one like it in half of the scratch memory, 131072 floats, which it
  * is longer than: AUTO takes the cheapest of the others. */
@@ -195,6 +339,9 @@ static Suite *make_suite(void)
     TCase *tests = tcase_create("sparsegrad gradient");
     tcase_add_loop_test(tests, gradient, 0, 2);
     tcase_add_loop_test(tests, gradient_in_panels, 0, 2);
+    tcase_add_loop_test(tests, kept_elements, 0, 2);
+    tcase_add_loop_test(tests, few_kept_elements_in_panels, 0, 2);
+    tcase_add_test(tests, bad_kept_elements_are_refused);
     tcase_add_loop_test(tests, cheapest_order_that_fits, 0, 4);
     tcase_add_test(tests, gradient_without_active_rows);
     tcase_add_test(tests, cheapest_order);

@@ -342,6 +342,14 @@ static sebp_status call_sparsegrad(problem *p, const sebp_linear_options *option
                                     SEBP_ROTATE_AUTO, &p->r);
 }
 
+static sebp_status call_sparsegrad_kept(problem *p, const sebp_linear_options *options)
+{
+    int64_t index = 0;
+    sebp_sparse one = {&index, p->values, 1, p->r.rows, p->r.cols};
+    return sebp_sparsegrad_kept(p->context, p->basis, &p->dy, &p->x, p->rows, options,
+                                SEBP_ROTATE_AUTO, &one);
+}
+
 static sebp_status call_adamw(problem *p, const sebp_adamw_options *options)
 {
     sebp_matrix gradient = ones(3, 2);
@@ -361,9 +369,9 @@ static sebp_status call_sparse_adamw(problem *p, const sebp_adamw_options *optio
     return sebp_sparse_adamw_step(p->context, p->state, options, &p->sparse);
 }
 
-static const with_linear linear_calls[] = {call_forward,       call_backward, call_lora_forward,
-                                           call_lora_backward, call_meprop,   call_sampled,
-                                           call_sparsegrad};
+static const with_linear linear_calls[] = {
+    call_forward, call_backward, call_lora_forward, call_lora_backward,
+    call_meprop,  call_sampled,  call_sparsegrad,   call_sparsegrad_kept};
 static const with_adamw adamw_calls[] = {call_adamw, call_decay, call_sparse_adamw};
 
 #define CALLS(list) ((int)(sizeof(list) / sizeof *(list)))

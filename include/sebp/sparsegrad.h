@@ -11,7 +11,8 @@
  *
  *     R = u_out^T (dY[R]^T X[R]) u_in     r_out x r_in    sebp_sparsegrad_gradient()
  *     the k largest |R|                   sparse          sebp_sparse_top()
- *       or those of a fixed support       sparse          sebp_sparse_take()
+ *       or those of a fixed support       sparse          sebp_sparse_take(), or from dY and X by
+ *                                                         sebp_sparsegrad_kept()
  *     S = an optimizer's step on them     sparse          optim.h, with the state of r_out x r_in
  *     W <- (1 - lr weight_decay) W        N x K           sebp_weight_decay()
  *     W += u_out S u_in^T                 N x K           sebp_sparsegrad_update()
@@ -95,6 +96,28 @@ SEBP_API sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_
                                               const sebp_rows *rows,
                                               const sebp_linear_options *options,
                                               sebp_rotation rotation, const sebp_matrix *r);
+
+/**
+ * The elements of R whose indices are given, without an R of the caller's.
+ *
+ * Where they are few, the last product of SEBP_ROTATE_FACTORS computes them alone (sampled.h): that is
+ * m (p N + q K) multiply-adds, and m terms for each element. AUTO goes by that. With the other orders,
+ * and where they are many, R lies in the scratch memory, 4 p q bytes, and the elements are read there.
+ *
+ * @param kept  a valid view of r_out x r_in. Its indices are read; its values are written, or added to,
+ *              as dw_write says. count = 0: nothing is done. The values overlap nothing else.
+ *
+ * The other arguments, and what is said of scratch memory, are those of sebp_sparsegrad_gradient(). The
+ * call takes 4 bytes for each element more. A NaN or Inf in an element that is not kept is not noticed.
+ *
+ * @return as sebp_sparsegrad_gradient(); a status of sebp_sparse_check(); SEBP_ERROR_NONFINITE (an
+ *         element kept is NaN or Inf, or becomes so by what is added to it). Only SEBP_ERROR_BACKEND
+ *         may leave the values half written.
+ */
+SEBP_API sebp_status sebp_sparsegrad_kept(sebp_context *context, const sebp_basis *basis,
+                                          const sebp_matrix *dy, const sebp_matrix *x,
+                                          const sebp_rows *rows, const sebp_linear_options *options,
+                                          sebp_rotation rotation, const sebp_sparse *kept);
 
 /**
  * W += u_out S u_in^T. S is added, not subtracted.

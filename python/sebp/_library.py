@@ -219,6 +219,10 @@ _FUNCTIONS = {
         c_int,
         [c_void_p, c_void_p, _view, _view, c_void_p, _linear_options, c_int, _view],
     ),
+    "sebp_sparsegrad_kept": (
+        c_int,
+        [c_void_p, c_void_p, _view, _view, c_void_p, _linear_options, c_int, _kept],
+    ),
     "sebp_sparsegrad_update": (c_int, [c_void_p, c_void_p, _kept, _view]),
     "sebp_meprop_gradient": (c_int, [c_void_p, _view, _view, c_void_p, _linear_options, _kept]),
     "sebp_sampled_product": (c_int, [c_void_p, _view, _view, c_void_p, _linear_options, _kept]),

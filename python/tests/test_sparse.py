@@ -45,6 +45,20 @@ def test_step(rotation):
     np.testing.assert_array_equal(kept.indices, top(r, 10))
     np.testing.assert_array_equal(kept.values, r.flat[kept.indices])
     np.testing.assert_array_equal(sparse.take_elements(r, kept.indices).values, kept.values)
+    fixed = sparse.sparsegrad_kept(basis, dy, x, kept.indices, rotation=rotation)
+    np.testing.assert_allclose(fixed.values, kept.values, atol=1e-4)
+    sparse.sparsegrad_kept(
+        basis,
+        dy,
+        x[rows.indices],
+        kept.indices,
+        rows,
+        x_is_compact=True,
+        rotation=rotation,
+        out=fixed.values,
+        accumulate=True,
+    )
+    np.testing.assert_allclose(fixed.values, 2 * kept.values, atol=2e-4)
     w = np.random.randn(n, k).astype(np.float32)
     want = w + u_out.T @ dense(kept) @ u_in
     sparse.sparsegrad_update(basis, kept, w)

@@ -10,14 +10,15 @@ and their active rows as in :mod:`sebp.core`, a step of SparseGrad on a layer is
     sparsegrad_update(basis, kept, w)       # W += u_out^T S u_in, in place
 
 For MeProp ``meprop_gradient`` takes the place of the first two, ``add_elements`` of the last. For
-elements that are chosen once, in W itself, ``sampled_product`` takes the place of the first two.
+elements that are chosen once ``sampled_product``, or ``sparsegrad_kept``, takes the place of the
+first two.
 """
 
 from ..core.calls import NONFINITE
 from .adamw import AdamW, Moments, SparseAdamW, adamw_step, check_adamw, weight_decay
 from .bases import Basis, BasisSums, Sums
 from .elements import Sparse, add_elements, take_elements, top_elements
-from .gradients import meprop_gradient, sampled_product, sparsegrad_gradient
+from .gradients import meprop_gradient, sampled_product, sparsegrad_gradient, sparsegrad_kept
 from .updates import lora_merge, sparsegrad_update
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "meprop_gradient",
     "sampled_product",
     "sparsegrad_gradient",
+    "sparsegrad_kept",
     "sparsegrad_update",
     "take_elements",
     "top_elements",

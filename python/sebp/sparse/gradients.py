@@ -85,6 +85,50 @@ def sparsegrad_gradient(
     return out
 
 
+def sparsegrad_kept(
+    basis: Basis,
+    dy: ArrayOrMatrix,
+    x: ArrayOrMatrix,
+    indices: NDArray[np.int64],
+    rows: Rows | RowRule = "nonzero",
+    *,
+    x_is_compact: bool = False,
+    rotation: str = "auto",
+    out: NDArray[np.float32] | None = None,
+    accumulate: bool = False,
+    context: Context | None = None,
+) -> Sparse:
+    """Compute chosen elements of R = u_out (dY^T X) u_in^T on the active rows.
+
+    Parameters
+    ----------
+    basis, dy, x, rows, x_is_compact, rotation, context
+        As for :func:`sparsegrad_gradient`.
+    indices : int64 array, k
+        row * cols + col in R, r_out x r_in, ascending, each once.
+    out, accumulate
+        As for :func:`sampled_product`.
+
+    Returns
+    -------
+    Sparse, r_out x r_in
+        Of `indices`, and of `out` where it is given: no copies.
+
+    Raises
+    ------
+    SebpError, TypeError, ValueError
+        As for :func:`sparsegrad_gradient` and :func:`sampled_product`.
+    """
+    context = context or default_context()
+    v_dy, v_x = as_matrix(dy, "dy"), as_matrix(x, "x")
+    given, options = _options(rows, x_is_compact, accumulate)
+    values = np.zeros(indices.shape, np.float32) if out is None else out
+    kept = Sparse(indices, values, basis.rank)
+    order, written = _ROTATIONS.index(rotation), kept.struct(is_written=True)
+    context.call("sebp_sparsegrad_kept", basis, v_dy, v_x, given, options, order, written)
+    return kept
+
+
 def meprop_gradient(
     dy: ArrayOrMatrix,
     x: ArrayOrMatrix,
