@@ -33,7 +33,7 @@ class Packing:
     side : "right", "left", "around" or "gaps"
         Where the padding is: after all texts, before all, both, or between tokens of a text.
     edges : (bool, bool)
-        Whether the first tokens of all rows are real, and the last ones: a head may read them.
+        Whether the first tokens of all rows are real, and the last ones: they may be pooled.
     tokens : Tensor, B x L, or None
         The tokens with padding, if they are known.
     has_several : bool

@@ -139,7 +139,9 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         window = getattr(module.config, "sliding_window", None)
         packing = Packing(given["attention_mask"], window, given.get("input_ids"))
         causal = tuple(getattr(one, "is_causal", None) for one in module.modules())
-        kind = call.kind_of((module._sebp_name, causal), packing, given)
+        # Which token is pooled behind the encoder may depend on nothing but its place.
+        edges = packing.edges if has_inner_entry(module) else None
+        kind = call.kind_of((module._sebp_name, causal, edges), packing, given)
         reason = unfit_gaps(module, packing)
         if not reason and not call.is_again:
             reason = call.proofs.refused.get(kind, "")

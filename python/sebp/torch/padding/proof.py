@@ -234,7 +234,6 @@ class Call:
             type(self.model).__name__,
             name,
             packing.side,
-            packing.edges,
             packing.has_several,
             packing.may_cut,
             self.model.training,
