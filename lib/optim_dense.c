@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file optim_dense.c
- * AdamW on whole matrices, and the decay of weights by itself.
+ * AdamW on whole matrices, the decay of weights by itself, and sums rounded at random.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"
@@ -107,5 +107,40 @@ sebp_status sebp_weight_decay(sebp_context *context, const sebp_adamw_options *g
     double decay = options.learning_rate * options.weight_decay;
     if (sebp_call_goes_on(&call) && decay > 0)
         sebp_call_keep(&call, call.backend->scale(call.device, w, 1 - decay), "scaling w");
+    return sebp_call_end(&call);
+}
+
+sebp_status sebp_stochastic_add(sebp_context *context, const sebp_matrix *d,
+                                const sebp_stochastic_options *given, const sebp_matrix *w)
+{
+    if (context == NULL)
+        return SEBP_ERROR_NULL;
+    enum { W, D, COUNT, BYTES_0_1_0 = SEBP_SIZE_THROUGH(sebp_stochastic_options, decay) };
+    const sebp_argument arguments[COUNT] = {[W] = {"w", w, true}, [D] = {"d", d, false}};
+    const int count = d == NULL ? D : COUNT;
+    sebp_call call = sebp_call_begin(context, "sebp_stochastic_add");
+    sebp_stochastic_options options = SEBP_STOCHASTIC_OPTIONS_INIT;
+    if (!sebp_require_views(&call, arguments, count))
+        return call.status;
+    sebp_take_any_options(&call, given, BYTES_0_1_0, &options, sizeof options);
+    sebp_check_views(&call, arguments, count);
+    if (sebp_call_goes_on(&call) && w->dtype != SEBP_BF16)
+        sebp_call_fail(&call, SEBP_ERROR_DTYPE, "w is not bf16");
+    if (d != NULL)
+        sebp_check_f32(&call, &arguments[D]);
+    if (!(options.decay >= 0 && options.decay <= 1)) {
+        sebp_call_fail(&call, SEBP_ERROR_VALUE, "options->decay is %g, not in [0, 1]",
+                       options.decay);
+    }
+    if (d != NULL)
+        sebp_check_shape(&call, &arguments[D], w->rows, w->cols);
+    sebp_check_aliases(&call, arguments, count);
+    if (sebp_call_goes_on(&call) && d != NULL)
+        sebp_check_finite(&call, "d", d);
+    if (sebp_call_goes_on(&call)) {
+        sebp_status status = call.backend->add_stochastic(call.device, d, 1 - options.decay,
+                                                          options.seed, options.offset, w);
+        sebp_call_keep(&call, status, "adding");
+    }
     return sebp_call_end(&call);
 }

@@ -14,23 +14,17 @@
 #include <string.h>
 
 #include "integers.h"
+#include "moment_table.h"
 #include "optim.h"
 
 enum {
-    BLOCK = 512,    /* elements whose moments are gathered at a time */
-    AHEAD = 16,     /* elements whose place is prefetched before it is looked at */
-    MIN_PLACES = 64 /* size of the smallest table; all sizes are powers of two */
+    BLOCK = 512, /* elements whose moments are gathered at a time */
+    AHEAD = 16,  /* elements whose place is prefetched before it is looked at */
 };
 
 /* The largest number of steps that a state may be imported with. A double, which they are counted
  * in, still tells such numbers apart, and they cannot overflow however many steps follow. */
 static const int64_t MAX_STEPS = INT64_C(1) << 53;
-
-/* A place of the table: one element, or none. */
-typedef struct place {
-    int64_t index; /* -1: free */
-    float moment1, moment2;
-} place;
 
 struct sebp_sparse_adamw {
     int64_t rows, cols;
@@ -40,34 +34,19 @@ struct sebp_sparse_adamw {
     int64_t *support; /* NULL: chosen anew */
     float *moment1, *moment2;
     /* chosen anew: a hash table with open addressing and linear probing */
-    place *places; /* NULL: none yet */
-    int64_t room;  /* places there are: a power of two, or 0 */
+    sebp_place *places; /* NULL: none yet */
+    int64_t room;       /* places there are: a power of two of at least 64, or 0 */
+    uint64_t *used; /* a bit for each place: whether a gradient had it since the last dropping */
 };
 
 /* ---- the table ---- */
-
-/* Multiplies by 2^64 over the golden ratio, which moves neighbouring indices far apart. */
-static int64_t first_place(int64_t index, int64_t room)
-{
-    uint64_t mixed = (uint64_t)index * UINT64_C(0x9E3779B97F4A7C15);
-    return (int64_t)(mixed >> (64 - __builtin_ctzll((uint64_t)room)));
-}
-
-/* The place of an element, or the free place where it would go. */
-static place *find_place(place *places, int64_t room, int64_t index)
-{
-    int64_t at = first_place(index, room);
-    while (places[at].index != index && places[at].index >= 0)
-        at = (at + 1) & (room - 1);
-    return &places[at];
-}
 
 /* Prefetches the places of the elements that come soon: the table is larger than the caches. */
 static void fetch_ahead(const sebp_sparse_adamw *state, const int64_t *indices, int64_t count,
                         int64_t at)
 {
     if (at + AHEAD < count)
-        __builtin_prefetch(&state->places[first_place(indices[at + AHEAD], state->room)], 1);
+        __builtin_prefetch(&state->places[sebp_first_place(indices[at + AHEAD], state->room)], 1);
 }
 
 static int64_t count_new(const sebp_sparse_adamw *state, const int64_t *indices, int64_t count)
@@ -75,50 +54,37 @@ static int64_t count_new(const sebp_sparse_adamw *state, const int64_t *indices,
     int64_t found = 0;
     for (int64_t i = 0; i < count && state->room > 0; i++) {
         fetch_ahead(state, indices, count, i);
-        found += find_place(state->places, state->room, indices[i])->index >= 0;
+        found += sebp_find_place(state->places, state->room, indices[i])->index >= 0;
     }
     return count - found;
 }
 
-/* The size of the smallest table that `count` elements fill to at most three quarters; 0: there is
- * none. */
-static int64_t room_for(int64_t count)
+static void take_table(sebp_sparse_adamw *state, const sebp_moment_table *made)
 {
-    int64_t room = MIN_PLACES;
-    while (room / 4 * 3 < count) {
-        if (room > PTRDIFF_MAX / 2 / (int64_t)sizeof(place))
-            return 0;
-        room *= 2;
-    }
-    return room;
-}
-
-static place *make_places(int64_t room)
-{
-    place *places = room > 0 ? malloc((size_t)room * sizeof *places) : NULL;
-    for (int64_t i = 0; places != NULL && i < room; i++)
-        places[i].index = -1;
-    return places;
+    free(state->places);
+    free(state->used);
+    state->places = made->places;
+    state->used = made->used;
+    state->room = made->room;
 }
 
 /* Makes the table large enough for the elements of a gradient too, or leaves it as it is. */
 static sebp_status make_room(sebp_sparse_adamw *state, const int64_t *indices, int64_t count)
 {
-    if (room_for(state->count + count) <= state->room)
+    if (sebp_table_room(state->count + count) <= state->room)
         return SEBP_SUCCESS;
-    int64_t room = room_for(state->count + count_new(state, indices, count));
+    int64_t room = sebp_table_room(state->count + count_new(state, indices, count));
     if (room != 0 && room <= state->room)
         return SEBP_SUCCESS;
-    place *places = make_places(room);
-    if (places == NULL)
-        return SEBP_ERROR_MEMORY;
+    sebp_moment_table larger;
+    sebp_status status = sebp_make_table(room, &larger);
+    if (status != SEBP_SUCCESS)
+        return status;
     for (int64_t i = 0; i < state->room; i++) {
         if (state->places[i].index >= 0)
-            *find_place(places, room, state->places[i].index) = state->places[i];
+            sebp_put_place(&larger, state->places[i], sebp_is_used(state->used, i));
     }
-    free(state->places);
-    state->places = places;
-    state->room = room;
+    take_table(state, &larger);
     return SEBP_SUCCESS;
 }
 
@@ -179,6 +145,7 @@ void sebp_sparse_adamw_destroy(sebp_sparse_adamw *state)
         free(state->moment1);
         free(state->moment2);
         free(state->places);
+        free(state->used);
         free(state);
     }
 }
@@ -206,17 +173,18 @@ static void step_places(sebp_call *call, const sebp_adamw_options *options,
                         sebp_sparse_adamw *state, const sebp_sparse *gradient)
 {
     float moment1[BLOCK], moment2[BLOCK];
-    place *block[BLOCK];
+    sebp_place *block[BLOCK];
     for (int64_t first = 0; first < gradient->count; first += BLOCK) {
         int64_t n = gradient->count - first < BLOCK ? gradient->count - first : BLOCK;
         for (int64_t i = 0; i < n; i++) {
             int64_t index = gradient->indices[first + i];
             fetch_ahead(state, gradient->indices, gradient->count, first + i);
-            block[i] = find_place(state->places, state->room, index);
+            block[i] = sebp_find_place(state->places, state->room, index);
             if (block[i]->index < 0) {
-                *block[i] = (place){index, 0, 0};
+                *block[i] = (sebp_place){index, 0, 0};
                 state->count++;
             }
+            sebp_set_used(state->used, block[i] - state->places, true);
             moment1[i] = block[i]->moment1;
             moment2[i] = block[i]->moment2;
         }
@@ -272,6 +240,31 @@ sebp_status sebp_sparse_adamw_step(sebp_context *context, sebp_sparse_adamw *sta
     }
     return sebp_call_end(&call);
 }
+
+/* ---- dropping ---- */
+
+sebp_status sebp_sparse_adamw_drop_unused(sebp_sparse_adamw *state)
+{
+    if (state == NULL)
+        return SEBP_ERROR_NULL;
+    if (state->room == 0)
+        return SEBP_SUCCESS;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < state->room; i++)
+        kept += sebp_is_used(state->used, i);
+    sebp_moment_table made;
+    sebp_status status = sebp_make_table(sebp_table_room(kept), &made);
+    if (status != SEBP_SUCCESS)
+        return status;
+    for (int64_t i = 0; i < state->room; i++) {
+        if (sebp_is_used(state->used, i))
+            sebp_put_place(&made, state->places[i], false);
+    }
+    take_table(state, &made);
+    state->count = kept;
+    return SEBP_SUCCESS;
+}
+
 /* ---- what it holds ---- */
 
 int64_t sebp_sparse_adamw_count(const sebp_sparse_adamw *state)
@@ -295,13 +288,29 @@ int64_t sebp_sparse_adamw_bytes(const sebp_sparse_adamw *state)
     if (state == NULL)
         return 0;
     return (int64_t)sizeof *state +
-           (state->support != NULL ? state->count * each : state->room * (int64_t)sizeof(place));
+           (state->support != NULL ? state->count * each
+                                   : state->room * (int64_t)sizeof(sebp_place) + state->room / 8);
 }
 
 static int by_index(const void *left, const void *right)
 {
-    int64_t a = ((const place *)left)->index, b = ((const place *)right)->index;
+    int64_t a = ((const sebp_place *)left)->index, b = ((const sebp_place *)right)->index;
     return (a > b) - (a < b);
+}
+
+/* A copy of the table's elements by ascending index; NULL: no memory. There is at least one. */
+static sebp_place *sorted_places(const sebp_sparse_adamw *state)
+{
+    sebp_place *sorted = malloc((size_t)state->count * sizeof *sorted);
+    if (sorted == NULL)
+        return NULL;
+    int64_t taken = 0;
+    for (int64_t i = 0; i < state->room; i++) {
+        if (state->places[i].index >= 0)
+            sorted[taken++] = state->places[i];
+    }
+    qsort(sorted, (size_t)state->count, sizeof *sorted, by_index);
+    return sorted;
 }
 
 sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *indices,
@@ -320,19 +329,59 @@ sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, int64_t *in
         memcpy(moment2, state->moment2, count * sizeof *moment2);
         return SEBP_SUCCESS;
     }
-    place *sorted = malloc(count * sizeof *sorted);
+    sebp_place *sorted = sorted_places(state);
     if (sorted == NULL)
         return SEBP_ERROR_MEMORY;
-    size_t taken = 0;
-    for (int64_t i = 0; i < state->room; i++) {
-        if (state->places[i].index >= 0)
-            sorted[taken++] = state->places[i];
-    }
-    qsort(sorted, count, sizeof *sorted, by_index);
     for (size_t i = 0; i < count; i++) {
         indices[i] = sorted[i].index;
         moment1[i] = sorted[i].moment1;
         moment2[i] = sorted[i].moment2;
+    }
+    free(sorted);
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_sparse_adamw_export_used(const sebp_sparse_adamw *state, uint8_t *used)
+{
+    if (state == NULL || (state->count > 0 && used == NULL))
+        return SEBP_ERROR_NULL;
+    if (state->support != NULL) {
+        memset(used, 1, (size_t)state->count);
+        return SEBP_SUCCESS;
+    }
+    if (state->count == 0)
+        return SEBP_SUCCESS;
+    sebp_place *sorted = sorted_places(state);
+    if (sorted == NULL)
+        return SEBP_ERROR_MEMORY;
+    for (int64_t i = 0; i < state->count; i++) {
+        const sebp_place *at = sebp_find_place(state->places, state->room, sorted[i].index);
+        used[i] = sebp_is_used(state->used, at - state->places);
+    }
+    free(sorted);
+    return SEBP_SUCCESS;
+}
+
+sebp_status sebp_sparse_adamw_import_used(sebp_sparse_adamw *state, const uint8_t *used,
+                                          int64_t count)
+{
+    if (state == NULL || (count > 0 && used == NULL))
+        return SEBP_ERROR_NULL;
+    if (count != state->count)
+        return SEBP_ERROR_SIZE;
+    for (int64_t i = 0; i < count; i++) {
+        if (used[i] > 1)
+            return SEBP_ERROR_VALUE;
+    }
+    if (state->support != NULL || count == 0)
+        return SEBP_SUCCESS;
+    sebp_place *sorted = sorted_places(state);
+    if (sorted == NULL)
+        return SEBP_ERROR_MEMORY;
+    memset(state->used, 0, (size_t)state->room / 8);
+    for (int64_t i = 0; i < count; i++) {
+        const sebp_place *at = sebp_find_place(state->places, state->room, sorted[i].index);
+        sebp_set_used(state->used, at - state->places, used[i] != 0);
     }
     free(sorted);
     return SEBP_SUCCESS;
@@ -351,7 +400,7 @@ static sebp_status check_import(const sebp_sparse_adamw *state, int64_t steps,
     int64_t elements = state->rows * state->cols;
     if (count > elements || (state->support != NULL && !is_support(state, indices, count)))
         return SEBP_ERROR_ROWS;
-    if (room_for(count) == 0) /* no array has as many elements */
+    if (sebp_table_room(count) == 0) /* no array has as many elements */
         return SEBP_ERROR_OVERFLOW;
     for (int64_t i = 0; i < count; i++) {
         if (!isfinite(moment1[i]) || !(moment2[i] >= 0))
@@ -373,15 +422,13 @@ sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,
             memcpy(state->moment2, moment2, (size_t)count * sizeof *moment2);
         }
     } else {
-        int64_t room = room_for(count);
-        place *places = make_places(room);
-        if (places == NULL)
-            return SEBP_ERROR_MEMORY;
+        sebp_moment_table made;
+        status = sebp_make_table(sebp_table_room(count), &made);
+        if (status != SEBP_SUCCESS)
+            return status;
         for (int64_t i = 0; i < count; i++)
-            *find_place(places, room, indices[i]) = (place){indices[i], moment1[i], moment2[i]};
-        free(state->places);
-        state->places = places;
-        state->room = room;
+            sebp_put_place(&made, (sebp_place){indices[i], moment1[i], moment2[i]}, true);
+        take_table(state, &made);
         state->count = count;
     }
     state->steps = steps;

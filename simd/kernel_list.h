@@ -90,6 +90,11 @@ KERNEL(void, scale_bf16, (uint16_t * data, int64_t n, float factor))
 /* What dropout multiplies by, 0 or scale: of the SEBP_RANDOM_GROUP elements of each group. */
 KERNEL(void, dropout_scales,
        (float *scales, int64_t groups, const sebp_dropout *dropout, uint64_t group))
+/* w = keep * w + d, rounded once to f32 after the product and once after the sum, then to bf16 by
+ * chance (optim.h), by the numbers of `group` on, of the source's seed and offset. d NULL: 0. */
+KERNEL(void, add_stochastic,
+       (uint16_t * w, const float *d, int64_t n, float keep, const sebp_dropout *source,
+        uint64_t group))
 
 /* attention.c: `max`, `sum`, `factor`, `lse`, `delta` have a number for each of `lanes`, which are
  * shape_f32.cols. */

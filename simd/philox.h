@@ -73,28 +73,38 @@ static inline void philox(vecl c[RANDOM_BATCH][4], const random_source *source)
     }
 }
 
+enum {
+    LANE_VECS = RANDOM_LANES / VEC_LANES
+}; /* vecs that a word of all counters of a group fills */
+
+/** The words of RANDOM_BATCH groups' counters from lane v * VEC_LANES on: c[i][word]. */
+static inline void random_words(vecl c[RANDOM_BATCH][4], const random_source *source,
+                                uint64_t group, int v)
+{
+    for (int i = 0; i < RANDOM_BATCH; i++) {
+        const uint64_t counter = (group + (uint64_t)i) * RANDOM_LANES;
+        /* The counter's lower word does not overflow within a group. */
+        const veci first = veci_set1((uint32_t)counter + (uint32_t)(v * VEC_LANES));
+        c[i][0] = vecl_widen(veci_add(veci_lane_index(), first));
+        c[i][1] = vecl_set1(counter >> 32);
+        c[i][2] = vecl_set1((uint32_t)source->offset);
+        c[i][3] = vecl_set1(source->offset >> 32);
+    }
+    philox(c, source);
+}
+
 /** What dropout multiplies the elements of RANDOM_BATCH groups by: vecs of 0 or scale, in the elements'
  * order. */
 static inline void random_scales(vec scales[RANDOM_BATCH * RANDOM_VECS],
                                  const random_source *source, uint64_t group)
 {
-    enum { VECS = RANDOM_LANES / VEC_LANES };
-    for (int v = 0; v < VECS; v++) {
+    for (int v = 0; v < LANE_VECS; v++) {
         vecl c[RANDOM_BATCH][4];
-        for (int i = 0; i < RANDOM_BATCH; i++) {
-            const uint64_t counter = (group + (uint64_t)i) * RANDOM_LANES;
-            /* The counter's lower word does not overflow within a group. */
-            const veci first = veci_set1((uint32_t)counter + (uint32_t)(v * VEC_LANES));
-            c[i][0] = vecl_widen(veci_add(veci_lane_index(), first));
-            c[i][1] = vecl_set1(counter >> 32);
-            c[i][2] = vecl_set1((uint32_t)source->offset);
-            c[i][3] = vecl_set1(source->offset >> 32);
-        }
-        philox(c, source);
+        random_words(c, source, group, v);
         for (int i = 0; i < RANDOM_BATCH; i++) {
             for (int word = 0; word < 4; word++) {
                 vecm is_dropped = veci_less(vecl_narrow(c[i][word]), veci_set1(source->limit));
-                scales[i * RANDOM_VECS + word * VECS + v] =
+                scales[i * RANDOM_VECS + word * LANE_VECS + v] =
                     vec_select(is_dropped, vec_zero(), vec_set1(source->scale));
             }
         }

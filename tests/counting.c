@@ -236,6 +236,17 @@ static sebp_status count_scale(void *device, const sebp_matrix *matrix, double f
     return sebp_cpu_scale(self->cpu, &found, factor);
 }
 
+static sebp_status count_add_stochastic(void *device, const sebp_matrix *d, double keep,
+                                        uint64_t seed, uint64_t offset, const sebp_matrix *w)
+{
+    counting *self = device;
+    ENTER(device, SEBP_ERROR_BACKEND);
+    sebp_matrix to = counting_behind_matrix(self, w), from = {0};
+    if (d != NULL)
+        from = counting_behind_matrix(self, d);
+    return sebp_cpu_add_stochastic(self->cpu, d == NULL ? NULL : &from, keep, seed, offset, &to);
+}
+
 static sebp_status count_check(void *device, const int64_t *indices, int64_t count, int64_t end,
                                bool *valid)
 {
@@ -377,6 +388,7 @@ const sebp_backend counting_backend = {
     .widen_rows = count_widen,
     .adamw = count_adamw,
     .scale = count_scale,
+    .add_stochastic = count_add_stochastic,
     .check_indices = count_check,
     .take_elements = count_take,
     .add_elements = count_add,

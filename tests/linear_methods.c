@@ -268,6 +268,12 @@ static sebp_status weight_decay(method_world *w)
     return sebp_weight_decay(w->context, &options, &w->at[W]);
 }
 
+static sebp_status stochastic_add(method_world *w)
+{
+    sebp_stochastic_options options = {sizeof options, 5, 6, 0.1};
+    return sebp_stochastic_add(w->context, &w->at[MOMENT1], &options, &w->at[HALF_W]);
+}
+
 static const method methods[] = {
     {"linear_forward", linear_forward},
     {"linear_forward_all", linear_forward_all},
@@ -303,6 +309,7 @@ static const method methods[] = {
     {"sparsegrad_update", sparsegrad_update},
     {"adamw", adamw},
     {"weight_decay", weight_decay},
+    {"stochastic_add", stochastic_add},
 };
 
 method_list linear_methods(void)

@@ -8,10 +8,10 @@
 #include "methods.h"
 #include "testing.h"
 
-/* Rows and columns of each matrix, and whether it is f32 whatever the others are. */
+/* Rows and columns of each matrix, and whether it is f32, or bf16, whatever the others are. */
 static const struct {
     int64_t rows, cols;
-    int is_f32;
+    int is_f32, is_bf16;
 } shapes[PLACES] = {
     [DY] = {ROWS, OUT, 0},
     [X] = {ROWS, IN, 0},
@@ -31,6 +31,7 @@ static const struct {
     [GRADIENT] = {OUT, IN, 0},
     [MOMENT1] = {OUT, IN, 1},
     [MOMENT2] = {OUT, IN, 1},
+    [HALF_W] = {OUT, IN, .is_bf16 = 1},
     [RESIDUAL] = {ROWS, IN, 0},
     [NORMED] = {ROWS, IN, 0},
     [LAYER_OUT] = {ROWS, IN, 0},
@@ -88,8 +89,8 @@ void methods_give(sebp_dtype dtype, method_given *given)
         active[i] = 2 * i + (i > 7);
     ck_assert_int_eq(sebp_rows_from_indices(active, ACTIVE, ROWS, &given->rows), SEBP_SUCCESS);
     for (int i = 0; i < PLACES; i++) {
-        given->at[i] = testing_random_matrix(shapes[i].rows, shapes[i].cols,
-                                             shapes[i].is_f32 ? SEBP_F32 : dtype, TESTING_REAL);
+        sebp_dtype own = shapes[i].is_f32 ? SEBP_F32 : shapes[i].is_bf16 ? SEBP_BF16 : dtype;
+        given->at[i] = testing_random_matrix(shapes[i].rows, shapes[i].cols, own, TESTING_REAL);
     }
     for (int64_t i = 0, next = 0; i < ROWS; i++) { /* dY has the active rows alone */
         if (next < ACTIVE && active[next] == i) {

@@ -36,6 +36,7 @@ typedef enum place {
     GRADIENT,
     MOMENT1,
     MOMENT2,
+    HALF_W, /* bf16, whatever the others are */
     RESIDUAL,
     NORMED,
     LAYER_OUT,

@@ -420,6 +420,21 @@ START_TEST(steps)
         double factor = testing_uniform();
         succeed(tested.backend->scale(tested.device, &on[0], factor));
         succeed(scalar.backend->scale(scalar.device, &own[0], factor));
+        if (all[1].dtype == SEBP_BF16) { /* on moments that are the same bits, on all devices */
+            const bool has_d = testing_chance(0.8);
+            const uint64_t seed = testing_random(), offset = testing_random();
+            sebp_matrix w = testing_random_matrix(rows, cols, SEBP_BF16, TESTING_REAL);
+            sebp_matrix d = testing_random_matrix(rows, cols, SEBP_F32, TESTING_REAL);
+            sebp_matrix there[] = {put(tested, &d), put(tested, &w)};
+            sebp_matrix here[] = {put(scalar, &d), put(scalar, &w)};
+            succeed(tested.backend->add_stochastic(tested.device, has_d ? &there[0] : NULL, factor,
+                                                   seed, offset, &there[1]));
+            succeed(scalar.backend->add_stochastic(scalar.device, has_d ? &here[0] : NULL, factor,
+                                                   seed, offset, &here[1]));
+            compare(&there[1], &here[1], 0);
+            testing_release(&w);
+            testing_release(&d);
+        }
         for (int i = 0; i < 4; i++) {
             compare(&on[i], &own[i], i == 0 ? 0 : 1e-5);
             testing_release(&all[i]);

@@ -344,6 +344,54 @@ START_TEST(dots)
 }
 END_TEST
 
+/* Against the definition, number by number: NaN, Inf and the largest floats among them. */
+START_TEST(add_stochastic)
+{
+    const sebp_kernels *kernels = kernels_of(_i, "add_stochastic");
+    if (kernels == NULL) {
+        return;
+    }
+    int64_t up = 0, down = 0;
+    for (int round = testing_rounds(1000); round > 0; round--) {
+        int64_t n = length();
+        uint64_t group = testing_between(0, 1000);
+        sebp_dropout source = {.seed = random_bits(), .offset = random_bits()};
+        const float keep = testing_chance(0.5) ? 1 : (float)testing_uniform();
+        const bool has_d = testing_chance(0.8);
+        buffer w = make(n, 2);
+        float *d = malloc((size_t)(n > 0 ? n : 1) * sizeof *d);
+        for (int64_t i = 0; i < n; i++) {
+            const double odd[] = {INFINITY, -INFINITY, NAN, 0x1.FEp127, -0x1.FEp127, 0, -0.0};
+            put(w.data, true, i,
+                testing_chance(0.1) ? odd[testing_between(0, 6)] : testing_uniform());
+            d[i] = testing_chance(0.1) ? 0x1p118F : (float)testing_uniform() * 0x1p-9F;
+        }
+        uint16_t *expected = twin_of(&w);
+        for (int64_t i = 0; i < n; i++) {
+            float sum = keep * (float)get(w.data, true, i);
+            if (has_d)
+                sum += d[i];
+            uint32_t bits;
+            memcpy(&bits, &sum, sizeof bits);
+            const float u = sebp_random_uniform(source.seed, source.offset,
+                                                group * SEBP_RANDOM_GROUP + (uint64_t)i);
+            if (isfinite(sum)) {
+                const uint32_t high = bits >> 16, moved = (bits + (uint32_t)(u * 65536)) >> 16;
+                up += moved > high;
+                down += moved == high && (bits & 0xFFFF) != 0;
+                expected[i] = (uint16_t)moved;
+            } else {
+                put(expected, true, i, (double)sum);
+            }
+        }
+        kernels->add_stochastic((void *)w.data, has_d ? d : NULL, n, keep, &source, group);
+        free(d);
+        release(&w);
+    }
+    ck_assert(up > 0 && down > 0);
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("element kernels");
@@ -355,6 +403,7 @@ static Suite *make_suite(void)
     tcase_add_loop_test(all, dropout_scales, 0, TIERS);
     tcase_add_loop_test(all, transpose_rows, 0, TIERS);
     tcase_add_loop_test(all, dots, 0, TIERS);
+    tcase_add_loop_test(all, add_stochastic, 0, TIERS);
     suite_add_tcase(suite, all);
     return suite;
 }

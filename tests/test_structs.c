@@ -147,6 +147,7 @@ START_TEST(sizes_of_0_1_0)
     ck_assert_uint_eq(SEBP_SIZE_THROUGH(sebp_linear_options, db_write), 64);
     ck_assert_uint_eq(sizeof(sebp_rule), 32);
     ck_assert_uint_eq(SEBP_SIZE_THROUGH(sebp_adamw_options, weight_decay), 48);
+    ck_assert_uint_eq(SEBP_SIZE_THROUGH(sebp_stochastic_options, decay), 32);
     ck_assert_uint_eq(SEBP_SIZE_THROUGH(sebp_attention_options, inactive), 96);
     ck_assert_uint_eq(SEBP_SIZE_THROUGH(sebp_info, placement_refused), 136);
 }

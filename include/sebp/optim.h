@@ -2,7 +2,7 @@
 /**
  * @file optim.h
  * AdamW: the fused dense step, and the sparse step, whose state is as large as the number of
- * elements that train.
+ * elements that train. Sums in bf16 that are rounded at random.
  *
  * Step t (1 is the first) of an element w with gradient g and moments m and v, all in f32:
  *
@@ -91,6 +91,49 @@ SEBP_API sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *g
 SEBP_API sebp_status sebp_weight_decay(sebp_context *context, const sebp_adamw_options *options,
                                        const sebp_matrix *w);
 
+/* ---- sums rounded at random ---- */
+
+/** What a sum in bf16 is rounded by; see sebp_stochastic_add(). */
+typedef struct sebp_stochastic_options {
+    size_t size_bytes; /**< sizeof(sebp_stochastic_options), so that the struct can grow */
+    uint64_t seed;     /**< of the random numbers (random.h) */
+    uint64_t offset;   /**< another one for each call of a training run */
+    double decay;      /**< in [0, 1]; 0: none */
+} sebp_stochastic_options;
+
+/** Without decay, with size_bytes set. */
+#define SEBP_STOCHASTIC_OPTIONS_INIT                                                               \
+    {                                                                                              \
+        sizeof(sebp_stochastic_options), 0, 0, 0                                                   \
+    }
+
+/**
+ * W <- (1 - decay) W + D in f32, and each element rounded to one of its two neighbours in bf16, by
+ * chance: to the upper one with a probability that is the share of the way to it, so that the mean
+ * is the sum itself (stochastic rounding; Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep learning
+ * with limited numerical precision", ICML 2015). A step below 2^-9 of a weight, which rounding to
+ * nearest always loses, moves the weight then in the mean. No master copy in f32 is needed.
+ *
+ * Of the sum's bits as an f32 the lower 16 are dropped after floor(2^16 u) was added to them, with u
+ * of random.h. Row i of W begins at element i * 64 * ceil(columns / 64). So the bits depend on seed,
+ * offset, W and D alone: not on threads, the CPU or the device. A sum that is exact in bf16 stays. A
+ * sum above the largest bf16 may become Inf; Inf and NaN are as rounding to nearest leaves them.
+ *
+ * D is what sebp_sparsegrad_update(), sebp_sparse_add() or sebp_lora_merge() add to an f32 matrix of
+ * zeros, which all layers may share.
+ *
+ * @param d        f32, of W's shape, any stride. NULL: 0, as for a decay alone.
+ * @param options  NULL: the defaults.
+ * @param w        bf16, any size, any stride; overlaps nothing.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
+ *         SEBP_ERROR_DTYPE (d not f32, w not bf16); SEBP_ERROR_VALUE (decay); SEBP_ERROR_SHAPE;
+ *         SEBP_ERROR_ALIAS; SEBP_ERROR_NONFINITE (a NaN or Inf in D); SEBP_ERROR_BACKEND. Only the
+ *         last may leave W half written.
+ */
+SEBP_API sebp_status sebp_stochastic_add(sebp_context *context, const sebp_matrix *d,
+                                         const sebp_stochastic_options *options,
+                                         const sebp_matrix *w);
+
 /* ---- the sparse step ---- */
 
 /**
@@ -99,8 +142,9 @@ SEBP_API sebp_status sebp_weight_decay(sebp_context *context, const sebp_adamw_o
  *
  * The support is the set of elements that train. With a **fixed support** the state holds 16 bytes
  * for each of its k elements: index, m, v. Where the support is **chosen anew** in each step, it
- * holds every element that was in any gradient so far, in a hash table with places of 16 bytes. The
- * table is filled to three quarters at most and doubles when it is full: 21 to 43 bytes an element.
+ * holds every element that was in any gradient so far, in a hash table with places of 16 bytes and a
+ * bit. The table is filled to three quarters at most and doubles when it is full: 22 to 43 bytes an
+ * element. sebp_sparse_adamw_drop_unused() bounds it.
  *
  * The step is lazy, like that of torch.optim.SparseAdam, with which SparseGrad was trained. An
  * element that is not in a gradient does not move, and its moments stay as they are, however many
@@ -145,6 +189,17 @@ SEBP_API sebp_status sebp_sparse_adamw_step(sebp_context *context, sebp_sparse_a
                                             const sebp_adamw_options *options,
                                             const sebp_sparse *gradient);
 
+/**
+ * Drops the moments of the elements that no gradient has had since the last call of this function,
+ * or since the state was made or imported: they begin at 0 when they are chosen again. Called after
+ * each n-th step, it drops what has not been chosen for n to 2 n steps. The state then holds at most
+ * the elements of 2 n gradients. With a fixed support nothing is done.
+ *
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_MEMORY (of the smaller table). On error the
+ *         state is as it was.
+ */
+SEBP_API sebp_status sebp_sparse_adamw_drop_unused(sebp_sparse_adamw *state);
+
 /** How many elements the state has moments of. 0 for NULL. */
 SEBP_API int64_t sebp_sparse_adamw_count(const sebp_sparse_adamw *state);
 
@@ -184,6 +239,27 @@ SEBP_API sebp_status sebp_sparse_adamw_export(const sebp_sparse_adamw *state, in
 SEBP_API sebp_status sebp_sparse_adamw_import(sebp_sparse_adamw *state, int64_t steps,
                                               const int64_t *indices, const float *moment1,
                                               const float *moment2, int64_t count);
+
+/**
+ * Which of the exported elements the next sebp_sparse_adamw_drop_unused() keeps: 1, or 0 for those
+ * that it drops. All are kept after an import, so a run that drops saves this beside the state.
+ *
+ * @param used  sebp_sparse_adamw_count() numbers; 1 with a fixed support.
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (used may be NULL only where the count is 0);
+ *         SEBP_ERROR_MEMORY.
+ */
+SEBP_API sebp_status sebp_sparse_adamw_export_used(const sebp_sparse_adamw *state, uint8_t *used);
+
+/**
+ * Puts exported numbers back, after sebp_sparse_adamw_import(). With a fixed support they are
+ * checked only.
+ *
+ * @return SEBP_SUCCESS; SEBP_ERROR_NULL (used may be NULL only where count is 0); SEBP_ERROR_SIZE
+ *         (count is not the state's); SEBP_ERROR_VALUE (neither 0 nor 1); SEBP_ERROR_MEMORY. On
+ *         error the state is as it was.
+ */
+SEBP_API sebp_status sebp_sparse_adamw_import_used(sebp_sparse_adamw *state, const uint8_t *used,
+                                                   int64_t count);
 
 SEBP_END_DECLS
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file random.h
- * The random numbers of dropout. They are made from a counter, so that nothing is stored: a backward
- * with the seed and the offset of its forward drops the same elements, in any order, on any number
- * of threads and every CPU.
+ * The random numbers of dropout, and of sums rounded at random (optim.h). They are made from a
+ * counter, so that nothing is stored: a backward with the seed and the offset of its forward drops
+ * the same elements, in any order, on any number of threads and every CPU.
  *
  * The generator is Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
  * 1, 2, 3", SC 2011): a function from a key of 64 bits and a counter of 128 bits to four words of

@@ -33,6 +33,7 @@ const sebp_backend sebp_cpu_backend = {
     .widen_rows = sebp_cpu_widen_rows,
     .adamw = sebp_cpu_adamw,
     .scale = sebp_cpu_scale,
+    .add_stochastic = sebp_cpu_add_stochastic,
     .check_indices = sebp_cpu_check_indices,
     .take_elements = sebp_cpu_take_elements,
     .add_elements = sebp_cpu_add_elements,

@@ -128,6 +128,42 @@ sebp_status sebp_cpu_scale(void *device, const sebp_matrix *matrix, double facto
     return SEBP_SUCCESS;
 }
 
+/* ---- sums rounded at random ---- */
+
+typedef struct stochastic_sum {
+    const sebp_kernels *kernels;
+    const sebp_matrix *d, *w;
+    float keep;
+    sebp_dropout source;
+    int64_t pieces;
+} stochastic_sum;
+
+static void stochastic_piece(void *work, int64_t piece)
+{
+    const stochastic_sum *sum = work;
+    const sebp_matrix *w = sum->w, *d = sum->d;
+    uint64_t groups = (uint64_t)sebp_div_ceil(w->cols, SEBP_RANDOM_GROUP);
+    int64_t end = w->rows * (piece + 1) / sum->pieces;
+    for (int64_t i = w->rows * piece / sum->pieces; i < end; i++) {
+        const float *row = d == NULL ? NULL : (const float *)d->data + i * d->stride;
+        sum->kernels->add_stochastic((uint16_t *)w->data + i * w->stride, row, w->cols, sum->keep,
+                                     &sum->source, (uint64_t)i * groups);
+    }
+}
+
+sebp_status sebp_cpu_add_stochastic(void *device, const sebp_matrix *d, double keep, uint64_t seed,
+                                    uint64_t offset, const sebp_matrix *w)
+{
+    sebp_cpu *cpu = device;
+    int64_t pieces = sebp_min(sebp_div_ceil(w->rows * w->cols, WALK_PIECE), sebp_cpu_threads(cpu));
+    stochastic_sum sum = {.kernels = cpu->kernels, .d = d, .w = w, .keep = (float)keep};
+    sum.source = (sebp_dropout){.seed = seed, .offset = offset};
+    sum.pieces = sebp_min(pieces, w->rows);
+    if (sum.pieces > 0)
+        sebp_cpu_parallel(cpu, sum.pieces, stochastic_piece, &sum);
+    return SEBP_SUCCESS;
+}
+
 /* ---- kept elements ---- */
 
 sebp_status sebp_cpu_check_indices(void *device, const int64_t *indices, int64_t count, int64_t end,

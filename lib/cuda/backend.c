@@ -32,6 +32,7 @@ const sebp_backend sebp_cuda_backend = {
     .widen_rows = sebp_cuda_widen_rows,
     .adamw = sebp_cuda_adamw,
     .scale = sebp_cuda_scale,
+    .add_stochastic = sebp_cuda_add_stochastic,
     .check_indices = sebp_cuda_check_indices,
     .take_elements = sebp_cuda_take_elements,
     .add_elements = sebp_cuda_add_elements,

@@ -8,6 +8,7 @@
 
 #include "operations.h"
 #include "packs.cuh"
+#include "random.cuh"
 
 namespace {
 
@@ -124,7 +125,43 @@ __global__ void __launch_bounds__(THREADS)
     sebp_store_pack<N>(row, place.at, walk.cols, walk.is_packed, pack);
 }
 
+/* A thread to each counter, whose four words belong to elements 16 apart. The arithmetic is that of
+ * simd/random.c. */
+__global__ void __launch_bounds__(THREADS)
+    stochastic_kernel(sebp_drops numbers, int64_t rows, int64_t cols, int64_t row_counters,
+                      sebp_view<const float> d, float keep, sebp_view<sebp_bf16> w)
+{
+    const int64_t thread = index_of_thread(), row = thread / row_counters;
+    if (row >= rows)
+        return;
+    const int64_t counter = thread - row * row_counters;
+    const int64_t group = counter / SEBP_RANDOM_LANES, lane = counter % SEBP_RANDOM_LANES;
+    const uint4 words =
+        sebp_random_words(numbers, sebp_row_group(row, cols) + (uint64_t)group, (unsigned)lane);
+    for (int part = 0; part < 4; part++) {
+        const int64_t at = group * SEBP_RANDOM_GROUP + part * SEBP_RANDOM_LANES + lane;
+        if (at >= cols)
+            return;
+        float sum = __fmul_rn(keep, sebp_widen(w.row(row)[at]));
+        if (d.data != nullptr)
+            sum = __fadd_rn(sum, d.row(row)[at]);
+        const uint32_t bits = __float_as_uint(sum);
+        if ((bits & 0x7FFFFFFFU) < 0x7F800000U)
+            sum = __uint_as_float((bits + (sebp_random_word(words, part) >> 16)) & 0xFFFF0000U);
+        w.row(row)[at] = sebp_narrow<sebp_bf16>(sum);
+    }
+}
+
 } // namespace
+
+sebp_status sebp_cuda_add_stochastic(void *device, const sebp_matrix *d, double keep, uint64_t seed,
+                                     uint64_t offset, const sebp_matrix *w)
+{
+    const int64_t counters = sebp_div_ceil(w->cols, SEBP_RANDOM_GROUP) * SEBP_RANDOM_LANES;
+    return sebp_launch((sebp_cuda *)device, stochastic_kernel, blocks_for(w->rows * counters),
+                       THREADS, 0, sebp_drops_of(0, seed, offset), w->rows, w->cols, counters,
+                       sebp_view_of<const float>(d), (float)keep, sebp_view_of<sebp_bf16>(w));
+}
 
 sebp_status sebp_cuda_adamw(void *device, const sebp_adamw_options *options, int64_t step,
                             const sebp_matrix *gradient, const sebp_matrix *w,

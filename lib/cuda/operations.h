@@ -58,6 +58,8 @@ sebp_status sebp_cuda_adamw(void *device, const sebp_adamw_options *options, int
                             const sebp_matrix *moment1, const sebp_matrix *moment2,
                             bool step_alone);
 sebp_status sebp_cuda_scale(void *device, const sebp_matrix *matrix, double factor);
+sebp_status sebp_cuda_add_stochastic(void *device, const sebp_matrix *d, double keep, uint64_t seed,
+                                     uint64_t offset, const sebp_matrix *w);
 sebp_status sebp_cuda_check_indices(void *device, const int64_t *indices, int64_t count,
                                     int64_t end, bool *valid);
 sebp_status sebp_cuda_take_elements(void *device, const sebp_matrix *from, int64_t first,

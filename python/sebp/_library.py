@@ -29,6 +29,7 @@ from ._structs import (
     RotaryOptions,
     RuleStruct,
     SparseStruct,
+    StochasticOptions,
 )
 from ._version import __version__
 
@@ -231,6 +232,7 @@ _FUNCTIONS = {
         [c_void_p, _view, c_int64, _adamw_options, _view, _view, _view],
     ),
     "sebp_weight_decay": (c_int, [c_void_p, _adamw_options, _view]),
+    "sebp_stochastic_add": (c_int, [c_void_p, _view, POINTER(StochasticOptions), _view]),
     "sebp_sparse_adamw_create": (c_int, [c_int64, c_int64, c_void_p, c_int64, POINTER(c_void_p)]),
     "sebp_sparse_adamw_destroy": (None, [c_void_p]),
     "sebp_sparse_adamw_step": (c_int, [c_void_p, c_void_p, _adamw_options, _kept]),
@@ -243,6 +245,9 @@ _FUNCTIONS = {
         c_int,
         [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64],
     ),
+    "sebp_sparse_adamw_drop_unused": (c_int, [c_void_p]),
+    "sebp_sparse_adamw_export_used": (c_int, [c_void_p, c_void_p]),
+    "sebp_sparse_adamw_import_used": (c_int, [c_void_p, c_void_p, c_int64]),
     "sebp_lora_merge": (c_int, [c_void_p, _view, _view, c_double, _view]),
 }
 

@@ -196,6 +196,17 @@ class AdamWOptions(ctypes.Structure):
     ]
 
 
+class StochasticOptions(ctypes.Structure):
+    """``sebp_stochastic_options`` of optim.h."""
+
+    _fields_ = [
+        ("size_bytes", ctypes.c_size_t),
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("decay", ctypes.c_double),
+    ]
+
+
 class AttentionOptionsStruct(ctypes.Structure):
     """``sebp_attention_options`` of attention.h."""
 

@@ -33,19 +33,19 @@ def make_run(method, name="bert", **options):
 
 @pytest.mark.parametrize("method", ["sparsegrad", "meprop"])
 @pytest.mark.parametrize("stop", [2, 4, 6, 9])
-@pytest.mark.parametrize("fix_after", [None, 4])
+@pytest.mark.parametrize("options", [{}, {"fix_support_after": 4}, {"drop_after": 4}])
 @pytest.mark.usefixtures("lapack")
-def test_resume(method, stop, fix_after):
+def test_resume(method, stop, options):
     """A resumed run goes on bit for bit."""
     pytest.importorskip("transformers")
     batches = make_batches("bert")
-    model, optimizer = make_run(method, fix_support_after=fix_after)
+    model, optimizer = make_run(method, **options)
     train(model, optimizer, batches, stop)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     want = train(model, optimizer, batches, 7, stop)
     file.seek(0)
-    again, resumed = make_run(method, fix_support_after=fix_after)
+    again, resumed = make_run(method, **options)
     saved = torch.load(file)
     again.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
@@ -202,13 +202,15 @@ BREAKS = {
     "more in a support": (5, lambda ours: ours["moments"]["2"].update(is_fixed=True)),
     "rank of the basis phase": (2, lambda ours: ours["settings"].update(rank=(9, 9))),
     "steps of the basis phase": (2, lambda ours: ours["settings"].update(basis_steps=0)),
+    "used": (5, lambda ours: ours["moments"]["2"]["used"].fill_(2)),
+    "used of others": (5, lambda ours: ours["moments"]["2"].update(used=torch.ones(3).byte())),
     "moments": (5, lambda ours: ours["moments"]["2"]["moment2"].fill_(-1)),
     "sums": (2, lambda ours: ours["sums"]["* 8x20"].update(energy=1e30)),
 }
 
 
 def cut(moments, count):
-    moments.update({key: moments[key][:count] for key in ("indices", "moment1", "moment2")})
+    moments.update({key: moments[key][:count] for key in ("indices", "moment1", "moment2", "used")})
 
 
 @pytest.mark.parametrize(("stop", "breaks"), BREAKS.values(), ids=BREAKS)

@@ -55,6 +55,30 @@ def test_memory():
     assert (memory.bases, memory.scratch) == (sums, 4 * 20 * 12)
 
 
+@pytest.mark.parametrize("drop_after", [None, 2])
+def test_memory_that_is_bounded(drop_after):
+    """Moments of what is chosen in each step, unless dropped, are in the end those of all."""
+    net = nn.Sequential(nn.Linear(200, 100, bias=False))
+    optimizer = sebp.apply_meprop_to_model(net, adamw(net), 200, "*", drop_after=drop_after)
+    moments = optimizer.layers["0"].moments
+    for step in range(12):
+        (net(torch.randn(9, 200)) * torch.randn(9, 100)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if drop_after and step % 2:
+            assert 200 <= moments.count <= 2 * 200
+    assert (moments.count > 4 * 200) == (drop_after is None)
+    # A table of 2^9 or 2^10 places, and a bit for each.
+    assert (optimizer.bytes().state < 17 * 1024) == (drop_after == 2)
+
+
+@pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_bad_intervals_of_dropping(steps, error):
+    net = make_net()
+    with pytest.raises(error, match="drop_after is"):
+        sebp.apply_meprop_to_model(net, adamw(net), 5, "*", drop_after=steps)
+
+
 # --------------------------------------------------------------------------------------------------
 # In a model
 

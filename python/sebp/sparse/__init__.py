@@ -19,7 +19,7 @@ from .adamw import AdamW, Moments, SparseAdamW, adamw_step, check_adamw, weight_
 from .bases import Basis, BasisSums, Sums
 from .elements import Sparse, add_elements, take_elements, top_elements
 from .gradients import meprop_gradient, sampled_product, sparsegrad_gradient, sparsegrad_kept
-from .updates import lora_merge, sparsegrad_update
+from .updates import lora_merge, sparsegrad_update, stochastic_add
 
 __all__ = [
     "NONFINITE",
@@ -39,6 +39,7 @@ __all__ = [
     "sparsegrad_gradient",
     "sparsegrad_kept",
     "sparsegrad_update",
+    "stochastic_add",
     "take_elements",
     "top_elements",
     "weight_decay",

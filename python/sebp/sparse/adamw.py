@@ -91,12 +91,15 @@ class Moments(NamedTuple):
         Ascending.
     moment1, moment2 : float32 array
     steps : int
+    used : uint8 array or None
+        1 for those that the next :meth:`SparseAdamW.drop_unused` keeps. None: all.
     """
 
     indices: NDArray[np.int64]
     moment1: NDArray[np.float32]
     moment2: NDArray[np.float32]
     steps: int
+    used: NDArray[np.uint8] | None = None
 
 
 class SparseAdamW(Handle):
@@ -108,7 +111,7 @@ class SparseAdamW(Handle):
         Rows and columns of the matrix.
     support : int64 array, optional
         The elements that train: row * cols + col, ascending; 16 bytes each. Default: chosen anew in
-        each step; the state then grows by 21 to 43 bytes for each new one.
+        each step; the state then grows by 22 to 43 bytes for each new one.
 
     Raises
     ------
@@ -180,6 +183,14 @@ class SparseAdamW(Handle):
         written = gradient.struct(is_written=True)
         context.call("sebp_sparse_adamw_step", self, adamw.struct(), written)
 
+    def drop_unused(self) -> None:
+        """Drop the moments of elements that no gradient has had since the last call of this.
+
+        Called after each n-th step, it drops what has not been chosen for n to 2 n steps. With a
+        fixed support nothing is done.
+        """
+        call("sebp_sparse_adamw_drop_unused", self)
+
     def moments(self) -> Moments:
         """Copy the state."""
         count = self.count
@@ -188,8 +199,10 @@ class SparseAdamW(Handle):
             np.empty(count, np.float32),
             np.empty(count, np.float32),
             self.steps,
+            np.empty(count, np.uint8),
         )
         call("sebp_sparse_adamw_export", self, *(array.ctypes.data for array in copy[:3]))
+        call("sebp_sparse_adamw_export_used", self, copy.used.ctypes.data)
         return copy
 
     def set_moments(self, moments: Moments) -> None:
@@ -207,9 +220,16 @@ class SparseAdamW(Handle):
         m, v = (np.ascontiguousarray(array, np.float32) for array in moments[1:3])
         if not indices.shape == m.shape == v.shape:
             raise ValueError(f"{indices.size} indices, but {m.size} and {v.size} moments")
+        used = None if moments.used is None else np.ascontiguousarray(moments.used)
+        if used is not None and (
+            used.dtype != np.uint8 or used.shape != m.shape or (used > 1).any()
+        ):
+            raise ValueError(f"used is not {m.size} numbers of 0 or 1, of uint8")
         addresses = (array.ctypes.data for array in (indices, m, v))
         steps = within_int64(moments.steps)
         call("sebp_sparse_adamw_import", self, steps, *addresses, indices.size)
+        if used is not None:
+            call("sebp_sparse_adamw_import_used", self, used.ctypes.data, used.size)
 
 
 def check_adamw(adamw: AdamW, steps: int = 0, context: Context | None = None) -> None:

@@ -54,8 +54,11 @@ def apply_sparsegrad_to_model(
     bases: Mapping[str, Basis] | None = None,
     fix_support_after: int | None = None,
     accumulate: bool = False,
+    drop_after: int | None = None,
     basis_rate_factor: float | None = None,
     measure_energy_every: int | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> SparseOptimizer:
     """Train a model's feed-forward layers by SparseGrad, the rest by the user's optimizer.
 
@@ -87,12 +90,16 @@ def apply_sparsegrad_to_model(
         After how many steps in the bases' space the elements are fixed: the k of largest second
         moment. State and gradient then take 20 bytes for each, which at k = 1.2% of the elements is
         2% of full fine-tuning's. Default: elements are chosen anew in each step, as in the paper.
-        Moments of all that were ever chosen are then kept, in 21 to 43 bytes each, which is more
-        than 2% and grows with the steps.
+        Moments of all that were ever chosen are then kept, in 22 to 43 bytes each, which is more
+        than 2% and grows with the steps, unless `drop_after` bounds it.
     accumulate : bool, default False
         Allow more than one backward before a step in the basis phase and while elements are chosen
         anew. In the latter case each layer holds its whole rotated gradient between them. With a
         fixed support several backwards are always allowed.
+    drop_after : int, optional
+        While elements are chosen anew, drop after each so many steps the moments of those that were
+        not chosen since the last time: what has not been among the k for n to 2 n steps. Moments of
+        at most 2 n k elements are then kept. One that is chosen again begins as a new one.
     basis_rate_factor : float, optional
         In the basis phase the learning rate of these layers' weights is that of their group, times
         this. 1: the paper's. Default: sqrt(k / (N K)), a tenth where k is 1% of the elements. All
@@ -103,6 +110,13 @@ def apply_sparsegrad_to_model(
         both sides hold together: ``block_shares`` of each kind, and ``print(optimizer)``. It takes
         the time of these weights' dW in full fine-tuning in that step, and one dW of memory.
         Default: only at the end of the basis phase, where dW is at hand.
+    rounding : {"nearest", "stochastic"}
+        How steps are added to bfloat16 weights after the basis phase, and their decay. To nearest,
+        what is less than 2^-9 of an element is lost. "stochastic" rounds up or down by chance, so
+        that the mean is right, without a copy in float32; it takes the memory of one such weight in
+        float32, which all layers share. float32 weights are not concerned.
+    seed : int, default 0
+        Of that chance.
 
     Returns
     -------
@@ -130,6 +144,9 @@ def apply_sparsegrad_to_model(
         accumulate,
         basis_rate_factor=basis_rate_factor,
         measure_energy_every=measure_energy_every,
+        drop_after=drop_after,
+        rounding=rounding,
+        seed=seed,
     ).checked()
     k, pair = settings.k, settings.rank
     chosen = choose_layers(model, layers)
@@ -169,6 +186,9 @@ def apply_meprop_to_model(
     *,
     fix_support_after: int | None = None,
     accumulate: bool = False,
+    drop_after: int | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> SparseOptimizer:
     """Train a model's feed-forward layers by MeProp, as SparseGrad's paper runs it.
 
@@ -185,7 +205,16 @@ def apply_meprop_to_model(
     TypeError, ValueError, SebpError, RuntimeError
         As :func:`apply_sparsegrad_to_model`.
     """
-    settings = Settings(k, 0, None, fix_support_after, accumulate).checked()
+    settings = Settings(
+        k,
+        0,
+        None,
+        fix_support_after,
+        accumulate,
+        drop_after=drop_after,
+        rounding=rounding,
+        seed=seed,
+    ).checked()
     chosen = choose_layers(model, layers)
     check_optimizer(optimizer, chosen)
     kinds = make_kinds(chosen)
@@ -203,6 +232,8 @@ def apply_galore_to_model(
     *,
     refresh_every: int = 200,
     scale: float = 0.25,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> SparseOptimizer:
     """Train a model's layers by GaLore, the rest by the user's optimizer.
 
@@ -227,6 +258,8 @@ def apply_galore_to_model(
         After how many steps the vectors are chosen anew, from the first backward of that step.
     scale : float, default 0.25
         What the step is multiplied by when it is projected back.
+    rounding, seed
+        As for :func:`apply_sparsegrad_to_model`.
 
     Returns
     -------
@@ -248,6 +281,8 @@ def apply_galore_to_model(
         accumulate=False,
         refresh_every=as_integer("refresh_every", refresh_every),
         scale=scale,
+        rounding=rounding,
+        seed=seed,
     )
     settings = given.checked()
     chosen = choose_layers(model, layers)

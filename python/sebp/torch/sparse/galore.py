@@ -12,6 +12,7 @@ R is computed on the active rows as (dY u^T)^T X or dY^T (X u^T), so dW itself i
 steps that choose u anew.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..._structs import Matrix
 from ...core import Context, Rows
-from ...sparse import AdamW, Basis, adamw_step, lora_merge, weight_decay
+from ...sparse import AdamW, Basis, adamw_step, lora_merge
 from ..common.context import thread_context
 from ..common.tensors import matrix_of
 from ..linear_layers.products import library_backward
@@ -218,11 +219,8 @@ class GaloreLayer(SparseLayer):
         """Take a step, if there is a gradient, and drop the gradient."""
         if self.whole is None:
             return
-        context, weight = thread_context(), matrix_of(self.weight)
         if self._chosen is not None:
             self.moments.vectors = self._chosen
-        s = self.moments.step(self.whole, adamw, context)
-        weight_decay(weight, adamw, context)
-        self.moments.add(s, self.settings.scale, weight, context)
-        torch.autograd.graph.increment_version(self.weight)
+        s = self.moments.step(self.whole, adamw, thread_context())
+        self.move_weight(partial(self.moments.add, s, self.settings.scale), adamw)
         self.drop_gradient()

@@ -12,7 +12,7 @@ does not, as their computation hangs on a leaf of the graph. :class:`Backwards` 
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -35,6 +35,7 @@ from ...sparse import (
     sampled_product,
     sparsegrad_gradient,
     sparsegrad_update,
+    stochastic_add,
     take_elements,
     top_elements,
     weight_decay,
@@ -100,6 +101,7 @@ class SparseLayer:
         self.scratch = Scratch()
         self.backwards: Backwards | None = None
         self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.index, self.count = 0, 1  # of all layers of the optimizer, which tells
         self.measures = False  # the energies of the next step's gradients
         self.drop_gradient()
 
@@ -249,18 +251,47 @@ class SparseLayer:
         """Take a step, if there is a gradient, and drop the gradient."""
         if self.gradient is None:
             return
-        context, weight = thread_context(), matrix_of(self.weight)
-        self.moments.step(self.gradient, adamw, context)
-        self.decay(weight, adamw, context)
+        self.moments.step(self.gradient, adamw, thread_context())
         if self.basis is None:
-            add_elements(self.gradient, weight, context)
+            self.move_weight(partial(add_elements, self.gradient), adamw)
         else:
-            sparsegrad_update(self.basis, self.gradient, weight, context)
-        torch.autograd.graph.increment_version(self.weight)
+            self.move_weight(partial(sparsegrad_update, self.basis, self.gradient), adamw)
         self.drop_gradient()
         after = self.settings.fix_support_after
         if after is not None and not self.moments.is_fixed and self.moments.steps >= after:
             self._fix_support()
+        if self.settings.drop_after and self.moments.steps % self.settings.drop_after == 0:
+            self.moments.drop_unused()
+
+    def move_weight(self, add: Callable[[Matrix, Context], None], adamw: AdamW) -> None:
+        """Let the weight decay, and add a step to it.
+
+        Where a bfloat16 weight is rounded by chance, the step is made in the scratch memory first,
+        and decay and step are one sum. The random numbers are those of this layer's step: another
+        offset for each.
+
+        Parameters
+        ----------
+        add : callable
+            Adds the step to a matrix of the weight's shape.
+        adamw : AdamW
+        """
+        context, weight, settings = thread_context(), matrix_of(self.weight), self.settings
+        if settings.rounding == "nearest" or self.weight.dtype != torch.bfloat16:
+            self.decay(weight, adamw, context)
+            add(weight, context)
+        else:
+            step = matrix_of(self.scratch.matrix(self.weight.shape).zero_())
+            add(step, context)
+            stochastic_add(
+                step,
+                weight,
+                seed=settings.seed,
+                offset=self.moments.steps * self.count + self.index,
+                decay=adamw.lr * adamw.weight_decay,
+                context=context,
+            )
+        torch.autograd.graph.increment_version(self.weight)
 
     def decay(self, weight: Matrix, adamw: AdamW, context: Context) -> None:
         """Let the weight decay, before the step in ``gradient`` is added to it."""

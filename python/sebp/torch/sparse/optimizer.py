@@ -111,6 +111,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.kinds = kinds
         self.steps = 0
         self.layers = {layer.name: layer for layer in layers}
+        for index, layer in enumerate(layers):
+            layer.index, layer.count = index, len(layers)
         self.settings = settings
         self.sums: dict[str, BasisSums] = {}
         self._energies: dict[str, float] = {}

@@ -29,6 +29,9 @@ class Settings(NamedTuple):
     measure_energy_every: int | None = None
     refresh_every: int | None = None  # of GaLore, as is scale
     scale: float = 1.0
+    rounding: str = "nearest"
+    seed: int = 0
+    drop_after: int | None = None
 
     def checked(self) -> "Settings":
         """Return them in their own types; raise TypeError or ValueError for bad ones."""
@@ -42,6 +45,9 @@ class Settings(NamedTuple):
             measure_energy_every=check_steps("measure_energy_every", self.measure_energy_every),
             refresh_every=check_steps("refresh_every", self.refresh_every),
             scale=check_factor("scale", self.scale),
+            rounding=_check_rounding(self.rounding),
+            seed=_check_seed(self.seed),
+            drop_after=check_steps("drop_after", self.drop_after),
         )
 
 
@@ -106,6 +112,19 @@ def check_factor(name: str, value: float | None) -> float | None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}, not a finite number of 0 or more")
     return float(value)
+
+
+def _check_rounding(value: str) -> str:
+    if value not in ("nearest", "stochastic"):
+        raise ValueError(f'rounding is {value!r}, not "nearest" or "stochastic"')
+    return value
+
+
+def _check_seed(value: int) -> int:
+    seed = as_integer("seed", value)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, not from 0 to 2^64 - 1")
+    return seed
 
 
 def check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
