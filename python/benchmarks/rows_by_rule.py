@@ -32,6 +32,7 @@ Losses are the mean of the last fifth of the steps, and that of the held-out tex
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,6 +356,7 @@ def main() -> None:
             for name, e in errors.items()
         ],
     )
+    sys.stdout.flush()  # training takes long
     lines: list[list] = [
         [name, "", *(getattr(e, key) for key in _GRADIENT), *(("",) * len(_TRAINING))]
         for name, e in errors.items()
