@@ -384,7 +384,8 @@ def test_bad_models():
         sebp.apply_sparsegrad_to_model(net, adamw(net[0]), 5, layers="*")
     with pytest.raises(TypeError, match="not of torch.optim"):
         sebp.apply_sparsegrad_to_model(net, None, 5, layers="*")
-    for name, value in (("k", 0.01), ("k", True), ("rank", (6.0, 6)), ("basis_steps", 2.5)):
+    bad = ("k", 0.01), ("k", True), ("k", None), ("rank", (6.0, 6)), ("basis_steps", 2.5)
+    for name, value in bad:
         with pytest.raises(TypeError, match=f"{name} is .*, not an integer"):
             sebp.apply_sparsegrad_to_model(net, adamw(net), layers="*", **{"k": 5, name: value})
     with pytest.raises(ValueError, match="rank is .*, not one number or two"):

@@ -128,7 +128,8 @@ def _check_seed(value: int) -> int:
 
 
 def check_k(k: int, kind: Kind, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless there are k elements to choose among."""
+    """Raise TypeError or ValueError unless there are k elements to choose among."""
+    k = as_integer("k", k)
     if not 1 <= k <= shape[0] * shape[1]:
         raise ValueError(f"k is {k}, but {kind.name} has 1 to {shape[0] * shape[1]} elements")
 
