@@ -17,6 +17,7 @@ ORDER = (
     {"padding"},
     {"apply"},
     {"sparse", "report"},
+    {"masks"},
 )
 FOLDERS = set().union(*ORDER)
 

@@ -9,15 +9,15 @@ from .apply.lora import apply_lora_to_model, merge_lora
 from .attention.interface import register_attention
 from .blocks.loss import linear_cross_entropy
 from .linear_layers.linear import linear
+from .masks.adapter import AdapterSwitch, SparseAdapter
+from .masks.apply import apply_sparse_mask_to_model
+from .masks.optimizer import MaskOptimizer
 from .padding.models import PaddingFreeReport, padding_free, remove_padding_free
 from .prepare import Prepared, prepare
 from .report.compare import Comparison, compare
 from .report.profile import LayerProfile, Profile, profile
 from .report.run import RunReport
-from .sparse.adapter import AdapterSwitch, SparseAdapter
 from .sparse.apply import apply_galore_to_model, apply_meprop_to_model, apply_sparsegrad_to_model
-from .sparse.apply_mask import apply_sparse_mask_to_model
-from .sparse.mask_optimizer import MaskOptimizer
 from .sparse.optimizer import SparseOptimizer
 
 __all__ = [

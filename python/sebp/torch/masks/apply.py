@@ -8,11 +8,11 @@ from torch import nn
 
 from ..apply.feed_forward import choose_layers
 from ..apply.layers import Layers
-from .apply import check_optimizer, make_kinds
-from .mask_layer import MaskLayer
-from .mask_optimizer import MaskOptimizer
-from .masks import MASKS, OWN, OwnMasks, magnitude_support, own_supports, random_support
-from .settings import Settings, as_integer, check_k
+from ..sparse.apply import check_optimizer, make_kinds
+from ..sparse.settings import Settings, as_integer, check_k
+from .layer import MaskLayer
+from .optimizer import MaskOptimizer
+from .supports import MASKS, OWN, OwnMasks, magnitude_support, own_supports, random_support
 
 
 def apply_sparse_mask_to_model(

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..sparse.layer import all_finite
+from ..sparse.memory import SparseBytes
+from ..sparse.optimizer import SparseOptimizer
+from ..sparse.settings import Kind, Settings, as_integer
 from .adapter import SparseAdapter
 from .adapter_layer import AdapterLayer
-from .layer import all_finite
-from .mask_layer import MaskLayer
-from .memory import SparseBytes
-from .optimizer import SparseOptimizer
-from .settings import Kind, Settings, as_integer
+from .layer import MaskLayer
 from .weight_bits import digest_of, elements_of, put_elements
 
 

@@ -15,18 +15,18 @@ from ...core import Context
 from ...sparse import AdamW, Basis, SparseAdamW, top_elements
 from ..common.context import thread_context
 from ..common.tensors import matrix_of
-from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, all_finite
-from .settings import Kind, Settings
+from ..sparse.layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, all_finite
+from ..sparse.settings import Kind, Settings
 from .weight_bits import elements_of
 
 
 class MaskLayer(SparseLayer):
-    """One layer: a :class:`~.layer.SparseLayer` whose support is fixed from the beginning.
+    """One layer: a :class:`~sebp.torch.sparse.layer.SparseLayer` whose support is fixed from the beginning.
 
     Parameters
     ----------
     name, module, settings
-        As for :class:`~.layer.SparseLayer`.
+        As for :class:`~sebp.torch.sparse.layer.SparseLayer`.
     support : int64 array, optional
         The elements that train, ascending. Default: the `k` of `settings` with the largest
         gradient, summed over the first steps.
