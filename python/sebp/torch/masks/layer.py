@@ -21,7 +21,7 @@ from .weight_bits import elements_of
 
 
 class MaskLayer(SparseLayer):
-    """One layer: a :class:`~sebp.torch.sparse.layer.SparseLayer` whose support is fixed from the beginning.
+    """A :class:`~sebp.torch.sparse.layer.SparseLayer` whose support is fixed from the beginning.
 
     Parameters
     ----------
