@@ -154,6 +154,13 @@ void fill_memory(void *memory, size_t bytes, int streaming, int threads)
     }
 }
 
+double rounding_of(int precision, int on_gpu)
+{
+    static const double on_cpus[PRECISIONS] = {0, 0x1p-22, 0x1p-14, 0x1p-6};
+    static const double on_gpus[PRECISIONS] = {0, 0, 0x1p-9, 0x1p-9};
+    return (on_gpu ? on_gpus : on_cpus)[precision];
+}
+
 int compare_doubles(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;

@@ -45,6 +45,10 @@ double available_memory(void);
 
 double now_ms(void);
 
+/* How far a product of f32 may be off at a precision, as a share of its terms (context.h); 0: not
+ * further than f32's own rounding. */
+double rounding_of(int precision, int on_gpu);
+
 /* For qsort(). */
 int compare_doubles(const void *a, const void *b);
 

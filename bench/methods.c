@@ -202,7 +202,7 @@ static double reference(const layer *l, int64_t i, int64_t j, double *magnitude)
 }
 
 /* Each order of products gives the same R, up to rounding, which grows with the square root of the
- * number of terms as their signs are random. */
+ * number of terms as their signs are random: that of sums, and that of what a precision rounds. */
 static void verify_orders(layer *l)
 {
     const sebp_matrix *r = &l->at[R];
@@ -214,7 +214,8 @@ static void verify_orders(layer *l)
         row[s] = (int64_t)(random_bits(seed, index) % (uint64_t)r->rows);
         col[s] = (int64_t)(random_bits(seed, index + 1) % (uint64_t)r->cols);
         expected[s] = reference(l, row[s], col[s], &bound[s]);
-        bound[s] *= 16 * (double)FLT_EPSILON * sqrt(terms);
+        bound[s] *= 16 * ((double)FLT_EPSILON * sqrt(terms) +
+                          rounding_of(l->asked->precision, 0) / sqrt((double)l->active + 1));
     }
     for (int order = 1; order < ORDERS; order++) {
         if (l->orders[order] == NULL)

@@ -60,9 +60,7 @@ static void verify_sample(const machine *m, const group *g, const run *r, const 
     const int64_t *active = sebp_rows_indices(r->rows);
     int by_row = which == Y || which == DX;
     uint64_t seed = g->asked->seed + 1000 + (uint64_t)which;
-    static const double on_cpus[PRECISIONS] = {0, 0x1p-22, 0x1p-14, 0x1p-6};
-    static const double on_gpus[PRECISIONS] = {0, 0, 0x1p-9, 0x1p-9};
-    const double rounding = (m->on_gpu ? on_gpus : on_cpus)[g->asked->precision];
+    const double rounding = rounding_of(g->asked->precision, m->on_gpu);
     for (uint64_t s = 0; s < SAMPLES; s++) {
         int64_t i = (int64_t)(random_bits(seed, 2 * s) % (uint64_t)(by_row ? r->active : a->rows));
         int64_t j = (int64_t)(random_bits(seed, 2 * s + 1) % (uint64_t)a->cols);

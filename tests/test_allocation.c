@@ -240,7 +240,7 @@ START_TEST(a_step_that_fails_leaves_the_state)
     failing_arm(1);
     status = sebp_sparse_adamw_import(state, 9, indices, moment1, moment2, 100);
     failing_disarm();
-    ck_assert(failing_asked_for == 1 && status == SEBP_ERROR_MEMORY);
+    ck_assert(failing_asked_for > 0 && status == SEBP_ERROR_MEMORY);
     read_state(state, after);
     ck_assert_mem_eq(before, after, sizeof before);
     sebp_sparse_adamw_destroy(state);

@@ -432,6 +432,8 @@ START_TEST(steps)
             succeed(scalar.backend->add_stochastic(scalar.device, has_d ? &here[0] : NULL, factor,
                                                    seed, offset, &here[1]));
             compare(&there[1], &here[1], 0);
+            drop(tested, there[0].data);
+            drop(scalar, here[0].data);
             testing_release(&w);
             testing_release(&d);
         }
