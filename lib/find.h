@@ -5,7 +5,7 @@
 
 #include "call.h"
 
-/** Checks a rule. */
+/** Checks a rule (rule.c). */
 void sebp_check_rule(sebp_call *call, const sebp_rule *rule);
 /** The same, for what has no use for weights. */
 void sebp_check_unweighted_rule(sebp_call *call, const sebp_rule *rule);
