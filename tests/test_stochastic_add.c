@@ -106,7 +106,7 @@ START_TEST(stochastic_add_refuses_bad_input)
     bad.rows = 2;
     REFUSED(SEBP_ERROR_SHAPE, NULL, &bad, &w);
     bad = d;
-    bad.data = w.data;
+    bad.data = (void *)((uintptr_t)w.data & ~(uintptr_t)3); /* as f32 is aligned */
     REFUSED(SEBP_ERROR_ALIAS, NULL, &bad, &w);
     options.size_bytes--;
     REFUSED(SEBP_ERROR_SIZE, &options, &d, &w);
