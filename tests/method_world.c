@@ -8,48 +8,49 @@
 #include "methods.h"
 #include "testing.h"
 
-/* Rows and columns of each matrix, and whether it is f32, or bf16, whatever the others are. */
+/* Rows and columns of each matrix, and its dtype: that of the others, or its own. */
+enum { OTHERS, ALWAYS_F32, ALWAYS_BF16 };
 static const struct {
     int64_t rows, cols;
-    int is_f32, is_bf16;
+    int dtype;
 } shapes[PLACES] = {
-    [DY] = {ROWS, OUT, 0},
-    [X] = {ROWS, IN, 0},
-    [W] = {OUT, IN, 0},
-    [BIAS] = {1, OUT, 0},
-    [Y] = {ROWS, OUT, 0},
-    [DX] = {ROWS, IN, 0},
-    [DW] = {OUT, IN, 0},
-    [DB] = {1, OUT, 0},
-    [A] = {IN, RANK, 0},
-    [B] = {RANK, OUT, 0},
-    [H] = {ACTIVE, RANK, 0},
-    [DH] = {ACTIVE, RANK, 0},
-    [DA] = {IN, RANK, 0},
-    [DBB] = {RANK, OUT, 0},
-    [R] = {RANK_OUT, RANK_IN, 1},
-    [GRADIENT] = {OUT, IN, 0},
-    [MOMENT1] = {OUT, IN, 1},
-    [MOMENT2] = {OUT, IN, 1},
-    [HALF_W] = {OUT, IN, .is_bf16 = 1},
-    [RESIDUAL] = {ROWS, IN, 0},
-    [NORMED] = {ROWS, IN, 0},
-    [LAYER_OUT] = {ROWS, IN, 0},
-    [GAIN] = {1, IN, 0},
-    [SHIFT] = {1, IN, 0},
-    [STATISTICS] = {ROWS, 2, 1},
-    [DGAIN] = {1, IN, 0},
-    [DSHIFT] = {1, IN, 0},
-    [ANGLES] = {ROWS, TURNED, 1},
-    [KEYS] = {ROWS, HEAD, 0},
-    [VALUES] = {ROWS, HEAD, 0},
-    [LSE] = {ROWS, HEADS, 1},
-    [DKEYS] = {ROWS, HEAD, 0},
-    [DVALUES] = {ROWS, HEAD, 0},
-    [SCORE_BIAS] = {TEXT, TEXT, 1},
-    [DSCORE_BIAS] = {TEXT, TEXT, 1},
-    [ACTIVATED] = {ROWS, OUT, 0},
-    [LARGE] = {2, 10000, 0},
+    [DY] = {ROWS, OUT, OTHERS},
+    [X] = {ROWS, IN, OTHERS},
+    [W] = {OUT, IN, OTHERS},
+    [BIAS] = {1, OUT, OTHERS},
+    [Y] = {ROWS, OUT, OTHERS},
+    [DX] = {ROWS, IN, OTHERS},
+    [DW] = {OUT, IN, OTHERS},
+    [DB] = {1, OUT, OTHERS},
+    [A] = {IN, RANK, OTHERS},
+    [B] = {RANK, OUT, OTHERS},
+    [H] = {ACTIVE, RANK, OTHERS},
+    [DH] = {ACTIVE, RANK, OTHERS},
+    [DA] = {IN, RANK, OTHERS},
+    [DBB] = {RANK, OUT, OTHERS},
+    [R] = {RANK_OUT, RANK_IN, ALWAYS_F32},
+    [GRADIENT] = {OUT, IN, OTHERS},
+    [MOMENT1] = {OUT, IN, ALWAYS_F32},
+    [MOMENT2] = {OUT, IN, ALWAYS_F32},
+    [HALF_W] = {OUT, IN, ALWAYS_BF16},
+    [RESIDUAL] = {ROWS, IN, OTHERS},
+    [NORMED] = {ROWS, IN, OTHERS},
+    [LAYER_OUT] = {ROWS, IN, OTHERS},
+    [GAIN] = {1, IN, OTHERS},
+    [SHIFT] = {1, IN, OTHERS},
+    [STATISTICS] = {ROWS, 2, ALWAYS_F32},
+    [DGAIN] = {1, IN, OTHERS},
+    [DSHIFT] = {1, IN, OTHERS},
+    [ANGLES] = {ROWS, TURNED, ALWAYS_F32},
+    [KEYS] = {ROWS, HEAD, OTHERS},
+    [VALUES] = {ROWS, HEAD, OTHERS},
+    [LSE] = {ROWS, HEADS, ALWAYS_F32},
+    [DKEYS] = {ROWS, HEAD, OTHERS},
+    [DVALUES] = {ROWS, HEAD, OTHERS},
+    [SCORE_BIAS] = {TEXT, TEXT, ALWAYS_F32},
+    [DSCORE_BIAS] = {TEXT, TEXT, ALWAYS_F32},
+    [ACTIVATED] = {ROWS, OUT, OTHERS},
+    [LARGE] = {2, 10000, OTHERS},
 };
 
 static sebp_sparse random_sparse(int64_t height, int64_t width)
@@ -89,7 +90,9 @@ void methods_give(sebp_dtype dtype, method_given *given)
         active[i] = 2 * i + (i > 7);
     ck_assert_int_eq(sebp_rows_from_indices(active, ACTIVE, ROWS, &given->rows), SEBP_SUCCESS);
     for (int i = 0; i < PLACES; i++) {
-        sebp_dtype own = shapes[i].is_f32 ? SEBP_F32 : shapes[i].is_bf16 ? SEBP_BF16 : dtype;
+        sebp_dtype own = shapes[i].dtype == ALWAYS_F32    ? SEBP_F32
+                         : shapes[i].dtype == ALWAYS_BF16 ? SEBP_BF16
+                                                          : dtype;
         given->at[i] = testing_random_matrix(shapes[i].rows, shapes[i].cols, own, TESTING_REAL);
     }
     for (int64_t i = 0, next = 0; i < ROWS; i++) { /* dY has the active rows alone */
