@@ -33,6 +33,14 @@ def seeded():
     torch.manual_seed(SEED)
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    """Let the next test compile anew: a function may be compiled for few models in one process."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.fixture
 def gnu_openmp():
     """Skip where the library cannot share PyTorch's pool of threads; test_main tells of that."""
