@@ -129,6 +129,23 @@ def test_bad_options(method, options, error, message):
     assert not net[0]._forward_hooks
 
 
+@pytest.mark.parametrize("method", ["meprop", "galore"])
+def test_decay_by_more_than_the_weight(method):
+    """Rounding by chance does not do it; that is said before anything has changed."""
+    net = nn.Sequential(nn.Linear(32, 32)).bfloat16()
+    optimizer = make(method, net, rounding="stochastic")
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=3.0)
+    net(torch.ones(4, 32, dtype=torch.bfloat16)).sum().backward()
+    before = copy.deepcopy(net)
+    with pytest.raises(ValueError, match=r"0: lr \* weight_decay is 1.5, over 1"):
+        optimizer.step()
+    assert optimizer.steps == 0
+    assert all(map(torch.equal, net.parameters(), before.parameters()))
+    optimizer.param_groups[0]["weight_decay"] = 2.0
+    optimizer.step()  # the gradients are still there
+    assert not torch.equal(net[0].weight, before[0].weight)
+
+
 def test_bad_sums():
     w = torch.ones(3, 4, dtype=torch.bfloat16)
     d = torch.ones(3, 4)

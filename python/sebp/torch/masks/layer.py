@@ -15,7 +15,8 @@ from ...core import Context
 from ...sparse import AdamW, Basis, SparseAdamW, top_elements
 from ..common.context import thread_context
 from ..common.tensors import matrix_of
-from ..sparse.layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, all_finite
+from ..sparse.backwards import Backwards
+from ..sparse.layer import LARGEST_FLOAT, Scratch, SparseLayer, all_finite
 from ..sparse.settings import Kind, Settings
 from .weight_bits import elements_of
 

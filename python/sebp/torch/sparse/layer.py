@@ -7,12 +7,11 @@ elements that are kept. :mod:`.optimizer` takes a step with them.
 
 The kept elements are not the weight's ``grad``, which has the shape of the weight, but they are
 treated as the ``grad`` of others is. ``backward()`` computes them and ``torch.autograd.grad()``
-does not, as their computation hangs on a leaf of the graph. :class:`Backwards` notices a
-``zero_grad()`` of the model.
+does not, as their computation hangs on a leaf of the graph. :class:`.Backwards` notices
+a ``zero_grad()`` of the model.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -44,6 +43,7 @@ from ..common.context import thread_context
 from ..common.rows import find_rows
 from ..common.tensors import DTYPES, matrix_of
 from ..linear_layers.products import library_backward
+from .backwards import Backwards
 from .checkpoint import load_moments
 from .settings import Kind, Settings
 
@@ -242,6 +242,20 @@ class SparseLayer:
         rate = adamw.lr / (1 - adamw.beta1 ** (self.moments.steps + 1))
         return rate < 0.5 or rate * self.largest() < LARGEST_FLOAT / 2
 
+    @property
+    def rounds_by_chance(self) -> bool:
+        """Whether sums are rounded at random: those of bfloat16, if the settings say so."""
+        return self.settings.rounding == "stochastic" and self.weight.dtype == torch.bfloat16
+
+    def check_decay(self, adamw: AdamW) -> None:
+        """Raise ValueError for a decay by more than the weight, which such a sum does not take."""
+        decay = adamw.lr * adamw.weight_decay
+        if self.rounds_by_chance and decay > 1:
+            raise ValueError(
+                f"{self.name}: lr * weight_decay is {decay:g}, over 1, which"
+                ' rounding="stochastic" does not do'
+            )
+
     def largest(self) -> float:
         """Return the largest magnitude in gradient and first moments."""
         values = self.gradient.values, self.moments.moments().moment1
@@ -277,7 +291,7 @@ class SparseLayer:
         adamw : AdamW
         """
         context, weight, settings = thread_context(), matrix_of(self.weight), self.settings
-        if settings.rounding == "nearest" or self.weight.dtype != torch.bfloat16:
+        if not self.rounds_by_chance:
             self.decay(weight, adamw, context)
             add(weight, context)
         else:
@@ -313,7 +327,7 @@ class SparseLayer:
 
     # ---- in and out of the model ----
 
-    def watch(self, backwards: "Backwards") -> None:
+    def watch(self, backwards: Backwards) -> None:
         """Let the weight train as usual."""
         self.detach()
         self._attach(backwards)
@@ -323,7 +337,7 @@ class SparseLayer:
         basis: Basis | None,
         moments: SparseAdamW,
         scratch: Scratch,
-        backwards: "Backwards",
+        backwards: Backwards,
     ) -> None:
         """Train only the kept elements."""
         self.basis, self.moments, self.scratch = basis, moments, scratch
@@ -331,7 +345,7 @@ class SparseLayer:
         self.weight.grad = None
         self._attach(backwards)
 
-    def _attach(self, backwards: "Backwards") -> None:
+    def _attach(self, backwards: Backwards) -> None:
         self.backwards = backwards
         self.drop_gradient()
         if self.hook is None:
@@ -349,85 +363,6 @@ class SparseLayer:
             self.weight.requires_grad_(True)
         self.basis = self.moments = self.backwards = None
         self.drop_gradient()
-
-
-class Backwards:
-    """Knows whether ``zero_grad()`` was called since the last backward.
-
-    ``zero_grad()`` of the model, or of the user's optimizer, deletes the ``grad`` of the parameters
-    that both have. What layers keep is then dropped as well. For that a backward is noticed before
-    it gives any of these parameters a new ``grad``.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[SparseLayer],
-        base: torch.optim.Optimizer,
-        parameters: Iterable[nn.Parameter],
-    ) -> None:
-        self.layers = layers
-        self.base = base
-        self.parameters = set(parameters)
-        self._with_grad: list[Tensor] = []
-        # Backwards that have not ended. Each reference is dead once its backward is over.
-        self._tasks: dict[int, weakref.ref] = {}
-        self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
-        self._watch()
-
-    def _watched(self) -> list[Tensor]:
-        """Return the parameters that both the model and the user's optimizer have."""
-        groups = self.base.param_groups
-        return [p for group in groups for p in group["params"] if p in self.parameters]
-
-    def _watch(self) -> None:
-        """Put a hook on each parameter that trains, which runs before it gets a gradient."""
-        for parameter in self._watched():
-            if parameter.requires_grad and parameter not in self._handles:
-                self._handles[parameter] = parameter.register_hook(self._before_grad)
-
-    def _before_grad(self, grad: Tensor) -> None:
-        self.note()
-
-    def note(self) -> None:
-        """Note that a backward is running; called within it."""
-        task = torch._C._current_graph_task_id()
-        if task in self._tasks:
-            return
-        self.drop_unwanted()
-        remember = partial(self._remember, task)
-        self._tasks[task] = weakref.ref(remember)
-        torch.autograd.Variable._execution_engine.queue_callback(remember)
-
-    def _remember(self, task: int) -> None:
-        """Remember, at the end of a backward, which parameters have a gradient."""
-        self._tasks = {
-            other: end for other, end in list(self._tasks.items()) if other != task and end()
-        }
-        self._with_grad = [p for p in self._watched() if p.grad is not None]
-        self._watch()  # some may have been frozen before
-
-    def drop_unwanted(self) -> None:
-        """Drop what layers keep if ``zero_grad()`` was called since the last backward."""
-        ends = list(self._tasks.values())
-        if any(end() for end in ends):
-            return  # within another backward, which has looked
-        # A backward that raised an error has not ended, so what it left is not known.
-        parameters = self._watched() if ends else self._with_grad
-        if (ends or parameters) and all(p.grad is None for p in parameters):
-            self.drop()
-
-    def drop(self) -> None:
-        """Drop what layers keep."""
-        self._with_grad = []
-        self._tasks = {}
-        for layer in self.layers:
-            layer.drop_gradient()
-
-    def release(self) -> None:
-        """Remove the hooks."""
-        for hook in self._handles.values():
-            hook.remove()
-        self._handles = {}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ...sparse import NONFINITE, BasisSums, SparseAdamW
 from ..apply.feed_forward import refusal
 from ..common.context import thread_context
 from ..common.tensors import matrix_of
+from .backwards import Backwards
 from .base_optimizer import (
     StepGuard,
     drop_state,
@@ -25,7 +26,7 @@ from .base_optimizer import (
 )
 from .checkpoint import load_basis, load_sums, settings_of, tensors_of
 from .energy import describe, keep_measured, measure_last, plan_measures
-from .layer import LARGEST_FLOAT, Backwards, Scratch, SparseLayer, energy_of
+from .layer import LARGEST_FLOAT, Scratch, SparseLayer, energy_of
 from .memory import SparseBytes, count_bytes
 from .settings import (
     UNKNOWN_SHARES,
@@ -209,7 +210,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             changed. At the end of the basis phase also if a basis cannot be computed. That step was
             taken; the next one adds its gradients and tries again.
         ValueError, RuntimeError
-            If a group has an option that is not supported; under ``torch.distributed`` or a
+            If a group has an option that is not supported, or decays a weight by more than itself
+            where ``rounding="stochastic"`` rounds it; under ``torch.distributed`` or a
             ``GradScaler``; if a schedule-free optimizer is in evaluation mode; if a sparse weight
             requires a gradient again, has another dtype, shape or device, or is not contiguous any
             more. No parameter has changed, and gradients are kept.
@@ -309,6 +311,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             self, [(one.name, one.weight, one.moments.steps) for one in layers]
         )
         pairs = list(zip(layers, numbers, strict=True))
+        for layer, adamw in pairs:
+            layer.check_decay(adamw)
         self._refuse([layer.name for layer, adamw in pairs if not layer.finish_gradient(adamw)])
         self._guard.step(self.base)
         self.steps += 1
@@ -368,9 +372,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Go on where a run stopped, in whatever phase either of them is.
 
-        `basis_steps`, `rank`, `fix_support_after` and `basis_rate_factor` are those of the
-        checkpoint, as the learning rates of groups are. `accumulate`, which allows something and
-        changes no result, is on if either run has it.
+        All settings but k are those of the checkpoint, as the learning rates of groups are.
+        `accumulate`, which allows something and changes no result, is on if either run has it.
 
         Raises
         ------

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the gradients that layers keep are still wanted."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class KeepsGradient(Protocol):
+    """What keeps something of a gradient between a backward and its step."""
+
+    def drop_gradient(self) -> None:
+        """Forget it."""
+
+
+class Backwards:
+    """Knows whether ``zero_grad()`` was called since the last backward.
+
+    ``zero_grad()`` of the model, or of the user's optimizer, deletes the ``grad`` of the parameters
+    that both have. What layers keep is then dropped as well. For that a backward is noticed before
+    it gives any of these parameters a new ``grad``.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KeepsGradient],
+        base: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+    ) -> None:
+        self.layers = layers
+        self.base = base
+        self.parameters = set(parameters)
+        self._with_grad: list[Tensor] = []
+        # Backwards that have not ended. Each reference is dead once its backward is over.
+        self._tasks: dict[int, weakref.ref] = {}
+        self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
+        self._watch()
+
+    def _watched(self) -> list[Tensor]:
+        """Return the parameters that both the model and the user's optimizer have."""
+        groups = self.base.param_groups
+        return [p for group in groups for p in group["params"] if p in self.parameters]
+
+    def _watch(self) -> None:
+        """Put a hook on each parameter that trains, which runs before it gets a gradient."""
+        for parameter in self._watched():
+            if parameter.requires_grad and parameter not in self._handles:
+                self._handles[parameter] = parameter.register_hook(self._before_grad)
+
+    def _before_grad(self, grad: Tensor) -> None:
+        self.note()
+
+    def note(self) -> None:
+        """Note that a backward is running; called within it."""
+        task = torch._C._current_graph_task_id()
+        if task in self._tasks:
+            return
+        self.drop_unwanted()
+        remember = partial(self._remember, task)
+        self._tasks[task] = weakref.ref(remember)
+        torch.autograd.Variable._execution_engine.queue_callback(remember)
+
+    def _remember(self, task: int) -> None:
+        """Remember, at the end of a backward, which parameters have a gradient."""
+        self._tasks = {
+            other: end for other, end in list(self._tasks.items()) if other != task and end()
+        }
+        self._with_grad = [p for p in self._watched() if p.grad is not None]
+        self._watch()  # some may have been frozen before
+
+    def drop_unwanted(self) -> None:
+        """Drop what layers keep if ``zero_grad()`` was called since the last backward."""
+        ends = list(self._tasks.values())
+        if any(end() for end in ends):
+            return  # within another backward, which has looked
+        # A backward that raised an error has not ended, so what it left is not known.
+        parameters = self._watched() if ends else self._with_grad
+        if (ends or parameters) and all(p.grad is None for p in parameters):
+            self.drop()
+
+    def drop(self) -> None:
+        """Drop what layers keep."""
+        self._with_grad = []
+        self._tasks = {}
+        for layer in self.layers:
+            layer.drop_gradient()
+
+    def release(self) -> None:
+        """Remove the hooks."""
+        for hook in self._handles.values():
+            hook.remove()
+        self._handles = {}
