@@ -285,6 +285,57 @@ def test_layers_in_training():
     AdapterSwitch(model).switch(adapter)
 
 
+def test_weights_of_other_modules():
+    """What is put into one layer would be in another one as well."""
+
+    def make(tied):
+        net = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+        net[2].weight.data.copy_(net[0].weight)
+        if tied:
+            net[2].weight = net[0].weight
+        return net
+
+    torch.manual_seed(0)
+    base = make(tied=False)
+    torch.manual_seed(0)
+    tied = make(tied=True)
+    before = copy.deepcopy(tied)
+    for layers in ("*", "0", "2"):
+        _, adapter = trained(base, "mine", layers=layers)
+        switch = AdapterSwitch(tied)
+        with pytest.raises(ValueError, match="mine: .: its weight is that of [02]"):
+            switch.switch(adapter)
+        assert are_same(tied, before) and switch.active is None
+
+
+def test_weight_that_is_no_more_row_by_row():
+    net = make_net()
+    base = torch.optim.AdamW(net.parameters(), lr=0.1)
+    optimizer = sebp.apply_sparse_mask_to_model(net, base, 5, layers="*")
+    net[0].weight.data = net[0].weight.data.t().contiguous().t()
+    with pytest.raises(ValueError, match="0: its weight is not row by row in memory"):
+        optimizer.adapter()
+
+
+def test_differences_that_overflow(tmp_path):
+    """Files that could not be read again are not written."""
+    net = make_net()
+    layer = train(net, "mine", layers="0").layers["0"]
+    values = layer.values.clone()
+    values[0], layer.originals[0] = 3e38, -3e38
+    adapter = SparseAdapter({"0": _with_values(layer, values)}, "mine", "random")
+    with pytest.raises(ValueError, match="0 holds a NaN or Inf"):
+        adapter.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def _with_values(layer, values):
+    support = layer.support(layer.shape)
+    return type(layer).of_values(
+        support, values, layer.originals, layer.shape, layer.digest, layer.is_linear
+    )
+
+
 def test_active_that_is_not():
     base = make_net()
     net, adapter = trained(base, "mine")

@@ -72,7 +72,7 @@ def choose_layers(
             raise ValueError(f"{name}: its weight is frozen")
         if any(getattr(hook, "is_in_use", False) for hook in module._forward_hooks.values()):
             raise ValueError(f"{name}: a SparseOptimizer has it already; release() that first")
-    _refuse_shared(model, chosen)
+    refuse_shared(model, chosen)
     return chosen
 
 
@@ -97,8 +97,11 @@ def _warn_of_others(
         )
 
 
-def _refuse_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
-    """Raise if what is done to a chosen weight would be done to another module's parameter."""
+def refuse_shared(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError if a chosen weight lies where another module's parameter does.
+
+    What is done to the weight would be done to that, too.
+    """
     spans = [
         (owner, _span(parameter))
         for owner, module in model.named_modules()

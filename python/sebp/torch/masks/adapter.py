@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..apply.feed_forward import refusal
+from ..apply.feed_forward import refusal, refuse_shared
 from .adapter_files import read_adapter, write_adapter
 from .adapter_layer import AdapterLayer
 from .weight_bits import are_same, digest_of, elements_of, put_elements
@@ -59,6 +59,8 @@ class SparseAdapter:
             If safetensors is not installed.
         OSError
             If the files cannot be written. Files that were there before are then as they were.
+        ValueError
+            If a value or a difference is not finite, as one that overflows float32.
         """
         return write_adapter(folder, self.layers, self.mask)
 
@@ -165,6 +167,15 @@ class AdapterSwitch:
             )
         return weight
 
+    def _refuse_shared(self, adapter: SparseAdapter | None) -> None:
+        """Raise ValueError where an adapter would change more than the layers that it is for."""
+        names = [] if adapter is None else list(adapter.layers)
+        chosen = [(name, self.model.get_submodule(name)) for name in names]
+        try:
+            refuse_shared(self.model, chosen)
+        except ValueError as error:
+            raise ValueError(f"{adapter.name}: {error}") from None
+
     @staticmethod
     def _support(adapter: SparseAdapter, name: str, weight: Tensor) -> NDArray:
         try:
@@ -187,9 +198,10 @@ class AdapterSwitch:
         ------
         ValueError
             If the adapter is of another base, by name: a layer is missing, has another shape or
-            dtype, or another digest; if it does not know its base and `unproved` is not set; if
-            elements that were put in have been changed since; or if a layer is trained by a
-            :class:`~sebp.torch.SparseOptimizer`. The model has not changed then.
+            dtype, or another digest; if a weight is another module's as well; if it does not know
+            its base and `unproved` is not set; if elements that were put in have been changed
+            since; or if a layer is trained by a :class:`~sebp.torch.SparseOptimizer`.
+            The model has not changed then.
         """
         bases = {}
         for name, held in self._held.items():
@@ -219,6 +231,7 @@ class AdapterSwitch:
             except ValueError as error:
                 raise ValueError(f"{adapter.name}: the weight of {name} {error}") from None
             bases[name] = weight
+        self._refuse_shared(adapter)
         for name, held in self._held.items():
             put_elements(bases[name], held.support, held.originals)
         for name, held in new.items():

@@ -91,11 +91,17 @@ def write_adapter(folder: str | os.PathLike, layers: Mapping[str, AdapterLayer],
     ------
     OSError
         If they cannot be written. Files that were there before are then as they were.
+    ValueError
+        If one could not be read again: a value or a difference overflows float32.
     """
     _safetensors()
     save = importlib.import_module("safetensors.torch").save_file
     tensors, about = {}, {}
     for name, layer in layers.items():
+        try:
+            layer.check()
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
         if layer.indices.max() > _MOST_ROWS:
             raise ValueError(f"{name}: its weight has more rows or columns than the files can tell")
         parts = [layer.delta, torch.from_numpy(layer.indices.astype(np.int32)), layer.values]

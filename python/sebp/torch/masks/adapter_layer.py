@@ -99,7 +99,7 @@ class AdapterLayer:
         return values
 
     def check(self) -> None:
-        """Raise ValueError unless it is valid by itself, as read from a file."""
+        """Raise ValueError unless it is valid by itself, as in a file."""
         rows, cols = self.indices
         if rows.size == 0:
             raise ValueError("has no elements")

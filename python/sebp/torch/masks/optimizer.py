@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..apply.feed_forward import refusal
 from ..sparse.layer import all_finite
 from ..sparse.memory import SparseBytes
 from ..sparse.optimizer import SparseOptimizer
@@ -84,12 +85,15 @@ class MaskOptimizer(SparseOptimizer):
         RuntimeError
             If the elements are still to be chosen, or after :meth:`release`.
         ValueError
-            If a weight has another dtype or shape than before training.
+            If a weight has another dtype or shape than before training, or cannot be read row by
+            row any more.
         """
         self._refuse_unchosen()
         layers = {}
         for layer_name, layer in self.layers.items():
             weight, support = layer.weight, layer.moments.support.copy()
+            if reason := refusal(weight):
+                raise ValueError(f"{layer_name}: its weight {reason}")
             if weight.dtype != layer.originals.dtype or weight.shape != layer.moments.shape:
                 raise ValueError(
                     f"{layer_name}: its weight is of {weight.dtype} and {tuple(weight.shape)}, but"
