@@ -192,6 +192,8 @@ class MaskOptimizer(SparseOptimizer):
 
     def __repr__(self) -> str:
         """Describe it in a few lines."""
+        if any(layer.moments is None for layer in self.layers.values()):
+            return super().__repr__()
         what = f"mask: {self.mask}"
         if self.is_chosen:
             counts = [layer.moments.count for layer in self.layers.values()]

@@ -429,6 +429,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """Describe it in a few lines."""
+        if any(layer.backwards is None for layer in self.layers.values()):
+            return f"{self.method} on {len(self.layers)} layers, released in step {self.steps}"
         phase = f"in step {self.steps}"
         if self.in_basis_phase:
             phase = f"basis phase, {self.steps} of {self.settings.basis_steps} steps"
