@@ -14,9 +14,9 @@ weight decay. The feed-forward weights, N x K:
 - frozen: not at all. What the rest of the model learns alone;
 - full-then-frozen: all elements for as many steps as SparseGrad's basis phase has, then none. What
   that phase does alone;
-- mask-random, mask-gradient, mask-magnitude: k elements of each weight that never change: drawn,
-  those of the largest gradient of the first step, in which these weights stand still, or of the
-  largest magnitude;
+- mask-random, mask-gradient, mask-magnitude: k elements of each weight that never change: drawn
+  once, alike in the runs of all seeds; those of the largest gradient of the first step, in which
+  these weights stand still; or of the largest magnitude;
 - galore: all elements, by moments of k / max(N, K) projections of each gradient, onto its leading
   singular vectors of every 50th step;
 - sparsegrad-leading: the leading vectors, elements chosen anew;

@@ -147,6 +147,9 @@ def parse() -> argparse.Namespace:
         check_parts(options.train)
     except ValueError as error:
         parser.error(f"--train {error}")
+    trains = not (options.report or options.memory or options.memory_of)
+    if trains and options.train == "feed-forward" and "frozen" in options.methods:
+        parser.error("--train feed-forward: frozen has nothing to train")
     try:
         options.rate = read_rates_of_methods(options.rate, METHODS)
     except ValueError:

@@ -14,7 +14,8 @@ of all rows. All numbers are norms over all layers, relative to that of dW:
 - bias: of the average over draws, minus dW. For samples it goes to 0 with more draws;
 - chance: what the bias of an unbiased rule is with so many draws;
 - error: of one draw from dW, the root of the mean of squares;
-- bound: what the library says of the error, without knowing dW (``Rows.variance``).
+- bound: what the library says of the error, without knowing dW (``Rows.variance``). By dY alone
+  it is that of db, and holds for dW where all rows of X are of one norm.
 
 Training: each rule trains its own copy, from the same start, on the same texts in the same order.
 The copies take their steps in turn. A rule without weights leaves rows out of dX, too, where a
@@ -25,6 +26,8 @@ sample's dX has all rows. So at equal cost it keeps more of them, (1 + share) / 
 - top, equal rows: --share of them in both products;
 - top, equal cost; energy, equal cost: (1 + share) / 2 of them in both. Delta is chosen in the batch
   of the first part, and stays.
+
+Top keeps as many rows in each layer: all of those that have one for each text, as a classifier.
 
 Losses are the mean of the last fifth of the steps, and that of the held-out texts after them.
 """

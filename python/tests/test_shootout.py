@@ -392,6 +392,7 @@ def test_what_a_control_trains(data, shootout, method):
         ("--seeds 0", None),
         ("--seeds 3-2", None),
         ("--train head", None),
+        ("--methods full,frozen --train feed-forward", None),
         ("--report --csv nowhere.csv", None),
         ("--model bert-base", None),
         ("--model nowhere", "no folder nowhere"),
