@@ -129,9 +129,11 @@ typedef struct weighted_gradient {
     int64_t panel_cols;
 } weighted_gradient;
 
-/* Reserves the memory of a panel. */
+/* Reserves the memory of a panel; of a dY without columns there is none. */
 static void reserve_panel(sebp_call *call, weighted_gradient *work)
 {
+    if (work->dy->cols == 0)
+        return;
     const int64_t col_bytes = call->m * (int64_t)sizeof(float);
     int64_t cols = sebp_min(call->backend->max_scratch(call->device) / col_bytes, work->dy->cols);
     if (cols > PANEL_COLS && cols < work->dy->cols)

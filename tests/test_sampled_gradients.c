@@ -162,6 +162,34 @@ START_TEST(dx_alone_is_exact)
 }
 END_TEST
 
+/* A sample with matrices that have no columns, and without outputs. */
+START_TEST(sample_without_columns)
+{
+    const sebp_rule rule = sebp_rule_sampled(0.5, testing_random());
+    sebp_matrix dy = reference_uneven_gradient(40, 3, SEBP_F32, 2);
+    sebp_matrix x = testing_random_matrix(40, 4, SEBP_F32, TESTING_REAL);
+    sebp_matrix no_dy = sebp_matrix_f32(NULL, 40, 0), no_x = no_dy;
+    sebp_matrix dw_rows = sebp_matrix_f32(NULL, 0, 4), dw_cols = sebp_matrix_f32(NULL, 3, 0);
+    sebp_matrix no_db = sebp_matrix_f32(NULL, 1, 0), db = testing_matrix(1, 3, 3, SEBP_F32);
+    sebp_rows *rows = NULL;
+    testing_succeed(sebp_rows_sample(context, &dy, NULL, &rule, &rows), context);
+    ck_assert_ptr_nonnull(sebp_rows_weights(rows));
+    testing_succeed(
+        sebp_linear_backward(context, &no_dy, &x, NULL, rows, NULL, NULL, &dw_rows, &no_db),
+        context);
+    testing_succeed(sebp_linear_backward(context, &dy, NULL, NULL, rows, NULL, NULL, NULL, NULL),
+                    context);
+    testing_succeed(
+        sebp_linear_backward(context, &dy, &no_x, NULL, rows, NULL, NULL, &dw_cols, &db), context);
+    for (int64_t j = 0; j < 3; j++)
+        ck_assert(isfinite(testing_get(&db, 0, j))); /* no poison is left */
+    sebp_rows_destroy(rows);
+    testing_release(&dy);
+    testing_release(&x);
+    testing_release(&db);
+}
+END_TEST
+
 /*
  * The average of n independent numbers within b of their mean, of variance v, is off that by more than
  * the result with a probability of at most 2 exp(-L) (Bernstein's inequality).
@@ -249,6 +277,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, gradients_of_a_sample);
     tcase_add_test(tests, gradients_in_panels);
     tcase_add_test(tests, dx_alone_is_exact);
+    tcase_add_test(tests, sample_without_columns);
     tcase_add_test(tests, gradients_are_unbiased);
     suite_add_tcase(suite, tests);
     return suite;

@@ -108,8 +108,8 @@ typedef struct sebp_linear_options {
  *         SEBP_ERROR_DTYPE (an unknown one; the residual or `activated` not of Y's, `before` not of
  *         dX's); SEBP_ERROR_VALUE (an option; a packed weight of another matrix than w, or of another
  *         context); SEBP_ERROR_ROWS (made for another M; x_is_compact
- *         without rows; weights where there may be none); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND.
- *         Only SEBP_ERROR_BACKEND may leave outputs half written.
+ *         without rows; weights where there may be none); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS;
+ *         SEBP_ERROR_MEMORY; SEBP_ERROR_BACKEND. Only SEBP_ERROR_BACKEND may leave outputs half written.
  */
 SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matrix *x,
                                          const sebp_matrix *w, const sebp_matrix *bias,
@@ -139,13 +139,16 @@ SEBP_API sebp_status sebp_linear_forward(sebp_context *context, const sebp_matri
  * under SEBP_ACCUMULATE. Rows outside R count as zero, whatever dY holds there.
  *
  * Under SEBP_RULE_SAMPLED dX is that of all rows that are not zero, and exact. dW and db are those of a
- * weighted sample, unbiased; it is sebp_rows_sample()'s, with X where dW is computed. Weighted rows of dY
- * are copied to scratch memory in f32, and multiplied there.
+ * weighted sample, unbiased; it is sebp_rows_sample()'s, with X where dW is computed, of which all rows are
+ * then read. Weighted rows of dY are copied to scratch memory in f32, as many columns at a time as fit in
+ * half of it, and multiplied there.
  *
  * Scratch memory stays within the context's bound, whatever M is. Where the call itself finds the
- * rows, it takes 8 bytes for each row of dY more, as sebp_rows_find() does.
+ * rows, it takes 8 bytes for each row of dY more, as sebp_rows_find() does; a sample takes what
+ * sebp_rows_sample() does, and 8 bytes for each row more where dX is wanted.
  *
- * @return as sebp_linear_forward(); SEBP_ERROR_NULL also where dw comes without x or dx without w.
+ * @return as sebp_linear_forward(); SEBP_ERROR_NULL also where dw comes without x or dx without w;
+ *         SEBP_ERROR_MEMORY also where one column of weighted rows is over half of the scratch memory.
  */
 SEBP_API sebp_status sebp_linear_backward(sebp_context *context, const sebp_matrix *dy,
                                           const sebp_matrix *x, const sebp_matrix *w,
