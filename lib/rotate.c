@@ -277,8 +277,13 @@ static void rotate(product_chain *chain, sebp_rotation order)
 
 bool sebp_rotate_samples(const sebp_call *call, const sebp_rotated_target *target)
 {
-    sebp_sampled elements = {.m = call->m, .kept = target->kept};
-    return target->kept != NULL && call->backend->sampled_is_cheaper(call->device, &elements);
+    const sebp_backend *backend = call->backend;
+    const sebp_sparse *kept = target->kept;
+    if (kept == NULL)
+        return false;
+    const sebp_sampled elements = {.m = call->m, .kept = kept};
+    const int64_t room = backend->max_scratch(call->device) / (int64_t)sizeof(float);
+    return kept->rows * kept->cols > room || backend->sampled_is_cheaper(call->device, &elements);
 }
 
 /* Elements of no rows are zero. */
@@ -331,6 +336,10 @@ void sebp_rotate(sebp_call *call, const sebp_basis *basis, const sebp_matrix *dy
     if (call->m == 0) { /* R (+)= 0 */
         chain.pass = RUN;
         to_r(&chain, &chain.out, 0, chain.out.rank, NULL, 0, 0, chain.add);
+        return;
+    }
+    if (chain.room < 1) { /* R alone is too large */
+        sebp_call_fail(call, SEBP_ERROR_MEMORY, "no scratch memory for the rotated factors");
         return;
     }
     rotate(&chain, order); /* in pass MEASURE, which runs no product */

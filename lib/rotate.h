@@ -17,7 +17,8 @@ typedef struct sebp_rotated_target {
 void sebp_rotate(sebp_call *call, const sebp_basis *basis, const sebp_matrix *dy,
                  const sebp_matrix *x, sebp_rotation order, const sebp_rotated_target *target);
 
-/** Whether the last product of FACTORS computes the elements kept alone. */
+/** Whether the last product of FACTORS computes the elements kept alone: where that takes less time, or
+ * R does not fit in the scratch memory. */
 bool sebp_rotate_samples(const sebp_call *call, const sebp_rotated_target *target);
 
 #endif

@@ -113,27 +113,34 @@ START_TEST(kept_elements)
 }
 END_TEST
 
-/* Few elements of a large R, in panels of rows: the last product computes these alone. */
-START_TEST(few_kept_elements_in_panels)
+/* Elements of a large R, in panels of rows: the last product computes these alone, few as well as many. */
+START_TEST(kept_elements_in_panels)
 {
     sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, TESTING_MIN_SCRATCH);
-    problem p = make_plain(200, 440, 320, 430, 310, _i == 0 ? SEBP_F32 : SEBP_BF16);
-    sebp_sparse kept = rotated_sparse(p.p, p.q, 0.01, TESTING_REAL);
+    problem p = make_plain(200, 440, 320, 430, 310, _i % 2 == 0 ? SEBP_F32 : SEBP_BF16);
+    sebp_sparse kept = rotated_sparse(p.p, p.q, _i < 2 ? 0.01 : 0.6, TESTING_REAL);
     reference want = reference_r(&p.u_out, &p.u_in, &p.dy, &p.x, &p.active, 0, NULL);
-    testing_succeed(sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, p.rows, NULL,
-                                         SEBP_ROTATE_FACTORS, &kept),
-                    context);
-    for (int64_t i = 0; i < kept.count; i++) {
-        double bound = (double)want.terms * (double)FLT_EPSILON * want.magnitude[kept.indices[i]];
-        ck_assert(fabs((double)kept.values[i] - want.value[kept.indices[i]]) <= bound);
+    const sebp_rotation fit[] = {SEBP_ROTATE_FACTORS, SEBP_ROTATE_AUTO};
+    for (int order = 0; order < 2; order++) {
+        memset(kept.values, TESTING_POISON, (size_t)kept.count * sizeof(float));
+        testing_succeed(
+            sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, p.rows, NULL, fit[order], &kept),
+            context);
+        for (int64_t i = 0; i < kept.count; i++) {
+            double bound =
+                (double)want.terms * (double)FLT_EPSILON * want.magnitude[kept.indices[i]];
+            ck_assert(fabs((double)kept.values[i] - want.value[kept.indices[i]]) <= bound);
+        }
     }
     /* An R of 533,200 bytes does not fit in half of the scratch memory. */
     memset(kept.values, TESTING_POISON, (size_t)kept.count * sizeof(float));
     ck_assert_int_le(sebp_context_scratch_bytes(context), TESTING_MIN_SCRATCH);
-    testing_refuse(sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, p.rows, NULL,
-                                        SEBP_ROTATE_OUT_IN, &kept),
-                   SEBP_ERROR_MEMORY, "rotated factors", context);
-    ck_assert(isnan(kept.values[0]) && isnan(kept.values[kept.count - 1]));
+    for (int order = SEBP_ROTATE_DY; order <= SEBP_ROTATE_IN_OUT; order++) {
+        testing_refuse(sebp_sparsegrad_kept(context, p.basis, &p.dy, &p.x, p.rows, NULL,
+                                            (sebp_rotation)order, &kept),
+                       SEBP_ERROR_MEMORY, "rotated factors", context);
+        ck_assert(isnan(kept.values[0]) && isnan(kept.values[kept.count - 1]));
+    }
     reference_free(&want);
     testing_free_sparse(&kept);
     rotated_free(&p);
@@ -340,7 +347,7 @@ static Suite *make_suite(void)
     tcase_add_loop_test(tests, gradient, 0, 2);
     tcase_add_loop_test(tests, gradient_in_panels, 0, 2);
     tcase_add_loop_test(tests, kept_elements, 0, 2);
-    tcase_add_loop_test(tests, few_kept_elements_in_panels, 0, 2);
+    tcase_add_loop_test(tests, kept_elements_in_panels, 0, 4);
     tcase_add_test(tests, bad_kept_elements_are_refused);
     tcase_add_loop_test(tests, cheapest_order_that_fits, 0, 4);
     tcase_add_test(tests, gradient_without_active_rows);
