@@ -320,7 +320,10 @@ START_TEST(bad_input_is_refused)
                  .x = testing_random_matrix(8, 6, SEBP_F32, TESTING_REAL),
                  .kept = testing_sparse(COUNT, 5, 6)};
     sebp_matrix dy_was = testing_copy(&p.dy);
-    sebp_rows *other_rows = NULL;
+    sebp_rows *other_rows = NULL, *weighted = NULL;
+    const sebp_rule sample = sebp_rule_sampled(0.5, 1);
+    testing_succeed(sebp_rows_sample(context, &p.dy, NULL, &sample, &weighted), context);
+    ck_assert_ptr_nonnull(sebp_rows_weights(weighted));
     ck_assert_int_eq(sebp_rows_all(8, &p.rows), SEBP_SUCCESS);
     ck_assert_int_eq(sebp_rows_all(9, &other_rows), SEBP_SUCCESS);
     choose_indices(p.kept.indices, COUNT, 30);
@@ -346,6 +349,8 @@ START_TEST(bad_input_is_refused)
     REFUSES(SEBP_ERROR_ROWS, "9", rows = other_rows);
     REFUSES(SEBP_ERROR_ROWS, "x_is_compact", (rows = NULL, options.x_is_compact = 1));
     REFUSES(SEBP_ERROR_VALUE, "rule", (rows = NULL, options.rule.kind = (sebp_rule_kind)9));
+    REFUSES(SEBP_ERROR_VALUE, "SEBP_RULE_SAMPLED", (rows = NULL, options.rule = sample));
+    REFUSES(SEBP_ERROR_ROWS, "weights", rows = weighted);
     REFUSES(SEBP_ERROR_VALUE, "dw_write", options.dw_write = (sebp_write)2);
     REFUSES(SEBP_ERROR_VALUE, "precision", options.precision = (sebp_precision)9);
     REFUSES(SEBP_ERROR_VALUE, "residual", options.residual = &p.dy);
@@ -355,6 +360,7 @@ START_TEST(bad_input_is_refused)
             kept->values = (float *)(void *)indices);
     ck_assert_int_eq(sebp_sampled_product(NULL, &p.dy, &p.x, NULL, NULL, &p.kept), SEBP_ERROR_NULL);
     sebp_rows_destroy(other_rows);
+    sebp_rows_destroy(weighted);
     testing_release(&dy_was);
     free_problem(&p);
     sebp_context_destroy(context);

@@ -27,7 +27,8 @@ SEBP_BEGIN_DECLS
  *
  * @param dy       M x N.
  * @param x        M x K, or m x K with x_is_compact; of dY's dtype.
- * @param rows     R, made for M rows. NULL: found in dY by options->rule.
+ * @param rows     R, made for M rows, without weights. NULL: found in dY by options->rule, which is not
+ *                 SEBP_RULE_SAMPLED.
  * @param options  NULL: the defaults. Of the options rule, x_is_compact, dw_write and precision are
  *                 used, and epilogues and packed_weight (linear.h) are refused.
  * @param kept     a valid view, N x K. Its indices are read. Its values are written, or added to, as
@@ -39,18 +40,21 @@ SEBP_BEGIN_DECLS
  *
  * Where many elements are kept, on CPUs a tenth to a quarter, all of dW takes less time: it is then
  * computed in panels of its rows, in half of the context's scratch memory, and the elements are read from
- * there. The choice depends on the shapes, the dtype, the number of elements and the kernels alone, never
- * on a clock or the threads. With SEBP_VERBOSE=1 the call writes a line as in linear.h, with "sampled"
+ * there. The choice depends on the shapes, the dtype, the number of elements and the kernels, never on a
+ * clock or the threads. With SEBP_VERBOSE=1 the call writes a line as in linear.h, with "sampled"
  * in the place of the GEMM where only the elements are computed.
  *
- * Sums are taken in f32. With another number of threads or another bound of the scratch memory they do
- * not round differently, unless oneDNN computes the whole of dW. Scratch memory stays within that
- * bound; the call takes 4 bytes for each element kept more.
+ * Where a row of dW does not fit in half of the scratch memory, the elements alone are computed, whatever
+ * takes less time.
+ *
+ * Sums are taken in f32. With another number of threads, or another bound of the scratch memory that a
+ * row fits in half of, they do not round differently, unless oneDNN computes the whole of dW. Scratch
+ * memory stays within that bound; the call takes 4 bytes for each element kept more.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();
  *         SEBP_ERROR_DTYPE (X not of dY's dtype); SEBP_ERROR_VALUE (an option; more elements than
  *         there are); a status of sebp_sparse_check(); SEBP_ERROR_ROWS (made for another M;
- *         x_is_compact without rows); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_NONFINITE (an
+ *         x_is_compact without rows; weights); SEBP_ERROR_SHAPE; SEBP_ERROR_ALIAS; SEBP_ERROR_NONFINITE (an
  *         element kept is NaN or Inf, or becomes so by what is added to it); SEBP_ERROR_MEMORY;
  *         SEBP_ERROR_BACKEND. Only the last may leave the values half written.
  */
