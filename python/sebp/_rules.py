@@ -45,6 +45,11 @@ class Rule(NamedTuple):
         -------
         RuleStruct
             A ``sebp_rule``. Others get the same one, so it is not to be changed.
+
+        Raises
+        ------
+        ValueError
+            If there is no such seed.
         """
         made = RuleStruct(self.kind)
         if self.kind == RULE_THRESHOLD:
@@ -54,6 +59,8 @@ class Rule(NamedTuple):
         elif self.kind == RULE_ENERGY:
             made.delta = self.value
         elif self.kind == RULE_SAMPLED:
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed is {seed}, not in [0, 2^64)")
             made.seed, made.share = seed, self.value
         return made
 

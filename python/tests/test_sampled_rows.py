@@ -195,6 +195,15 @@ def test_only_what_trains(data):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range(data, seed):
+    dy, x = data[:2]
+    with pytest.raises(ValueError, match="seed"):
+        sebp.Rows.sample(dy, SHARE, seed)
+    with pytest.raises(ValueError, match="seed"):
+        sebp.linear_backward(dy, x, rows=("sampled", SHARE), seed=seed)
+
+
 def test_no_second_derivatives(data):
     dy, x = (torch.from_numpy(one) for one in data[:2])
     model = nn.Sequential(nn.Linear(K, N))

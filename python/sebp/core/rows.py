@@ -169,7 +169,7 @@ class Rows(Handle):
         TypeError
             If an array is neither float32 nor uint16.
         ValueError
-            If an array is not 2-D, or `share` is not in (0, 1].
+            If an array is not 2-D, or `share` or `seed` is out of range.
         SebpError
             If `x` has not M rows.
         """
