@@ -215,7 +215,7 @@ typedef struct sebp_backend {
                          const sebp_matrix *moment1, const sebp_matrix *moment2, bool step_alone);
     /** matrix *= factor, in f32; of bf16 the product is then rounded. */
     sebp_status (*scale)(void *device, const sebp_matrix *matrix, double factor);
-    /** w = keep w + d, rounded at random (optim.h). w: bf16; d: f32, of its shape, or NULL for 0. */
+    /** w = keep w + d, rounded stochastically (optim.h). w: bf16; d: f32, of its shape, or NULL for 0. */
     sebp_status (*add_stochastic)(void *device, const sebp_matrix *d, double keep, uint64_t seed,
                                   uint64_t offset, const sebp_matrix *w);
     /** Whether `count` indices ascend, each once, each in [0, end). */

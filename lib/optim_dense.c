@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file optim_dense.c
- * AdamW on whole matrices, the decay of weights by itself, and sums rounded at random.
+ * AdamW on whole matrices, the decay of weights by itself, and sums rounded stochastically.
  */
 #ifdef HAVE_CONFIG_H
 #include "config.h"

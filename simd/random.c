@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/** @file random.c What dropout multiplies by, and sums that are rounded at random. */
+/** @file random.c What dropout multiplies by, and sums that are rounded stochastically. */
 #include "kernels.h"
 #include "philox.h"
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Sums in bf16 that are rounded at random: unbiased, bit by bit as documented, and their bad input.
+ * Sums in bf16 that are rounded stochastically: unbiased, bit by bit as documented, and their bad input.
  */
 #include <inttypes.h>
 #include <math.h>

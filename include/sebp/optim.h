@@ -2,7 +2,7 @@
 /**
  * @file optim.h
  * AdamW: the fused dense step, and the sparse step, whose state is as large as the number of
- * elements that train. Sums in bf16 that are rounded at random.
+ * elements that train. Sums in bf16 that are rounded stochastically.
  *
  * Step t (1 is the first) of an element w with gradient g and moments m and v, all in f32:
  *
@@ -91,7 +91,7 @@ SEBP_API sebp_status sebp_adamw_step(sebp_context *context, const sebp_matrix *g
 SEBP_API sebp_status sebp_weight_decay(sebp_context *context, const sebp_adamw_options *options,
                                        const sebp_matrix *w);
 
-/* ---- sums rounded at random ---- */
+/* ---- sums rounded stochastically ---- */
 
 /** What a sum in bf16 is rounded by; see sebp_stochastic_add(). */
 typedef struct sebp_stochastic_options {
@@ -108,9 +108,9 @@ typedef struct sebp_stochastic_options {
     }
 
 /**
- * W <- (1 - decay) W + D in f32, and each element rounded to one of its two neighbours in bf16, by
- * chance: to the upper one with a probability that is the share of the way to it, so that the mean
- * is the sum itself (stochastic rounding; Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep learning
+ * W <- (1 - decay) W + D in f32, each element then rounded stochastically to one of its two
+ * neighbours in bf16: to the upper one with a probability that is the share of the way to it, so that
+ * the mean is the sum itself (Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep learning
  * with limited numerical precision", ICML 2015). A step below 2^-9 of a weight, which rounding to
  * nearest always loses, moves the weight then in the mean. No master copy in f32 is needed.
  *

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /**
  * @file random.h
- * The random numbers of dropout, and of sums rounded at random (optim.h). They are made from a
+ * The random numbers of dropout, and of sums rounded stochastically (optim.h). They are made from a
  * counter, so that nothing is stored: a backward with the seed and the offset of its forward drops
  * the same elements, in any order, on any number of threads and every CPU.
  *

@@ -128,7 +128,7 @@ sebp_status sebp_cpu_scale(void *device, const sebp_matrix *matrix, double facto
     return SEBP_SUCCESS;
 }
 
-/* ---- sums rounded at random ---- */
+/* ---- sums rounded stochastically ---- */
 
 typedef struct stochastic_sum {
     const sebp_kernels *kernels;

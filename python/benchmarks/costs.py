@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from common import (
@@ -72,7 +72,11 @@ def random_bases(model: nn.Module, leading: int | None) -> dict[str, Basis]:
 def time_steps(
     options: argparse.Namespace, make_model: MakeModel, make_batches: MakeBatches
 ) -> None:
-    """Time steps of all methods in turn, each with its own model, after their warm-up."""
+    """Time steps of all methods in turn, each with its own model, after their warm-up.
+
+    With ``options.cpu`` times are those of the processor.
+    """
+    clock = process_time if options.cpu else perf_counter
     sizes = replace(options.sizes, basis_steps=3, fix_after=2)
     batches = make_batches(options.rounds)
     trainings, times = {}, {}
@@ -84,7 +88,7 @@ def time_steps(
         for i in range(METHODS[name].warm_up(sizes) + 1):
             batch = batches[i % len(batches)]
             take_step(mode, training.model, training.optimizer, batch, Times())
-        trainings[name], times[name] = (mode, training), Times()
+        trainings[name], times[name] = (mode, training), Times(clock)
     for batch in batches:
         for name, (mode, training) in trainings.items():
             take_step(mode, training.model, training.optimizer, batch, times[name])
@@ -102,7 +106,7 @@ def time_steps(
     whole = full_bytes(make_model())
     print(
         f"activity {mode.activity:.3f}; step / {base} is the median of the rounds' ratios, and half"
-        " of them lie in the range beside it\n"
+        f" of them lie in the range beside it{'; milliseconds of CPU time' * options.cpu}\n"
     )
     print_table(
         ["method", "forward ms", "backward ms", "optimizer ms", "step ms", f"step / {base}"]

@@ -124,6 +124,7 @@ def parse() -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE", help="draw what came out as an SVG")
     add("--report", action="store_true", help="print and draw the runs of --csv, and run nothing")
     add("--time", action="store_true", help="time of a step, all methods in turn, instead")
+    add("--cpu", action="store_true", help="of --time: CPU time; with --threads 1")
     add("--memory", action="store_true", help="peak memory of each method's process instead")
     add("--basis", action="store_true", help="what the basis phase takes instead")
     add("--rounds", type=read_count, default=10, help="of --time and --basis: steps of each")

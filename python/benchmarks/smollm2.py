@@ -350,6 +350,7 @@ def parse() -> argparse.Namespace:
     add("--csv", type=Path, metavar="FILE", help="runs, to be added to; of costs: the table")
     add("--report", action="store_true", help="print the runs of --csv, and run nothing")
     add("--time", action="store_true", help="time of a step, all methods in turn, instead")
+    add("--cpu", action="store_true", help="of --time: CPU time; with --threads 1")
     add("--memory", action="store_true", help="peak memory of each method's process instead")
     add("--rounds", type=read_count, default=5, help="of --time: steps of each")
     add("--memory-of", metavar="NAME", help=argparse.SUPPRESS)

@@ -87,7 +87,7 @@ def test_quality(smollm2, tables):
 
 
 def test_times_and_memory(smollm2, capsys):
-    rows = smollm2("--time --rounds 2 --methods full,lora,frozen")
+    rows = smollm2("--time --cpu --rounds 2 --methods full,lora,frozen")
     assert [r["method"] for r in rows] == ["pytorch", "pytorch-trimmed", "full", "lora"]
     words = capsys.readouterr().out
     assert "backward, times as fast as that of pytorch: pytorch 1.00, pytorch-trimmed " in words

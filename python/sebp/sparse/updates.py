@@ -76,7 +76,7 @@ def stochastic_add(
     decay: float = 0.0,
     context: Context | None = None,
 ) -> None:
-    """Compute W <- (1 - decay) W + D in place, each element rounded to bf16 by chance.
+    """Compute W <- (1 - decay) W + D in place, by stochastic rounding to bf16.
 
     The mean of what an element becomes is the sum itself, so steps that rounding to nearest would
     lose move W in the mean.

@@ -112,11 +112,11 @@ def apply_sparsegrad_to_model(
         Default: only at the end of the basis phase, where dW is at hand.
     rounding : {"nearest", "stochastic"}
         How steps are added to bfloat16 weights after the basis phase, and their decay. To nearest,
-        what is less than 2^-9 of an element is lost. "stochastic" rounds up or down by chance, so
+        what is less than 2^-9 of an element is lost. "stochastic" rounds up or down at random, so
         that the mean is right, without a copy in float32; it takes the memory of one such weight in
         float32, which all layers share. float32 weights are not concerned.
     seed : int, default 0
-        Of that chance.
+        Of these random numbers.
 
     Returns
     -------

@@ -243,14 +243,14 @@ class SparseLayer:
         return rate < 0.5 or rate * self.largest() < LARGEST_FLOAT / 2
 
     @property
-    def rounds_by_chance(self) -> bool:
-        """Whether sums are rounded at random: those of bfloat16, if the settings say so."""
+    def rounds_stochastically(self) -> bool:
+        """Whether sums are rounded stochastically: those of bfloat16, if the settings say so."""
         return self.settings.rounding == "stochastic" and self.weight.dtype == torch.bfloat16
 
     def check_decay(self, adamw: AdamW) -> None:
         """Raise ValueError for a decay by more than the weight, which such a sum does not take."""
         decay = adamw.lr * adamw.weight_decay
-        if self.rounds_by_chance and decay > 1:
+        if self.rounds_stochastically and decay > 1:
             raise ValueError(
                 f"{self.name}: lr * weight_decay is {decay:g}, over 1, which"
                 ' rounding="stochastic" does not do'
@@ -280,9 +280,9 @@ class SparseLayer:
     def move_weight(self, add: Callable[[Matrix, Context], None], adamw: AdamW) -> None:
         """Let the weight decay, and add a step to it.
 
-        Where a bfloat16 weight is rounded by chance, the step is made in the scratch memory first,
-        and decay and step are one sum. The random numbers are those of this layer's step: another
-        offset for each.
+        Where a bfloat16 weight is rounded stochastically, the step is made in the scratch memory
+        first, and decay and step are one sum. The random numbers are those of this layer's step:
+        another offset for each.
 
         Parameters
         ----------
@@ -291,7 +291,7 @@ class SparseLayer:
         adamw : AdamW
         """
         context, weight, settings = thread_context(), matrix_of(self.weight), self.settings
-        if not self.rounds_by_chance:
+        if not self.rounds_stochastically:
             self.decay(weight, adamw, context)
             add(weight, context)
         else:
