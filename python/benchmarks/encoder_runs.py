@@ -132,7 +132,12 @@ class EncoderRuns:
         model = load_model(options.model, seed)
         basis_rate = float(key["basis_rate"]) if key["basis_rate"] else None
         training = Training(
-            key["method"], model, float(key["rate"]), options.sizes, basis_rate=basis_rate
+            key["method"],
+            model,
+            float(key["rate"]),
+            options.sizes,
+            basis_rate=basis_rate,
+            seed=seed,
         )
         size = options.batches[name]
         order = order_texts(corpus.train, options.steps[name] * size, seed)

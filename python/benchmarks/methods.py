@@ -15,8 +15,8 @@ weight decay. The feed-forward weights, N x K:
 - full-then-frozen: all elements for as many steps as SparseGrad's basis phase has, then none. What
   that phase does alone;
 - mask-random, mask-gradient, mask-magnitude: k elements of each weight that never change: drawn
-  once, alike in the runs of all seeds; those of the largest gradient of the first step, in which
-  these weights stand still; or of the largest magnitude;
+  by the run's seed; those of the largest gradient of the first step, in which these weights stand
+  still; or of the largest magnitude;
 - galore: all elements, by moments of k / max(N, K) projections of each gradient, onto its leading
   singular vectors of every 50th step;
 - sparsegrad-leading: the leading vectors, elements chosen anew;
@@ -108,6 +108,8 @@ class Given:
         How much is trained.
     bases : dict of str to Basis or None
         SparseGrad's, where they are given.
+    seed : int
+        Of what a method draws.
     """
 
     model: nn.Module
@@ -116,6 +118,7 @@ class Given:
     k: int
     sizes: Sizes
     bases: dict[str, Basis] | None
+    seed: int
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,7 +327,9 @@ class Mask(Sparse):
 
     def optimize(self, given: Given) -> torch.optim.Optimizer:
         """Choose the elements."""
-        return sebp.apply_sparse_mask_to_model(given.model, given.adamw, given.k, self._mask)
+        return sebp.apply_sparse_mask_to_model(
+            given.model, given.adamw, given.k, self._mask, seed=given.seed
+        )
 
 
 class Galore(Sparse):
@@ -449,6 +454,7 @@ class Training:
         sizes: Sizes,
         bases: dict[str, Basis] | None = None,
         basis_rate: float | None = None,
+        seed: int = 0,
     ) -> None:
         """Begin.
 
@@ -466,6 +472,8 @@ class Training:
             SparseGrad's; without, it begins with full training.
         basis_rate : float, optional
             The rate in the basis phase, of methods that have one; default: `rate`.
+        seed : int, default 0
+            Of what the method draws.
 
         Raises
         ------
@@ -488,7 +496,7 @@ class Training:
         adamw = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
         if basis_rate is not None and method.has_basis_phase and bases is None:
             _begin_at(basis_rate, adamw, sizes.basis_steps)
-        self._given = Given(model, adamw, weights, k, sizes, bases)
+        self._given = Given(model, adamw, weights, k, sizes, bases, seed)
         self.optimizer = method.optimize(self._given)
 
     def train(self, batches: Iterable[Batch]) -> tuple[list[float], Times]:

@@ -223,7 +223,12 @@ class DecoderRuns:
         is_finite = True
         try:
             training = Training(
-                key["method"], model, float(key["rate"]), options.sizes, basis_rate=basis_rate
+                key["method"],
+                model,
+                float(key["rate"]),
+                options.sizes,
+                basis_rate=basis_rate,
+                seed=seed,
             )
         except NothingTrainsError:
             pass  # the model as it is
