@@ -55,6 +55,24 @@ def test_memory():
     assert (memory.bases, memory.scratch) == (sums, 4 * 20 * 12)
 
 
+@pytest.mark.usefixtures("lapack")
+def test_no_whole_gradient_once_the_support_is_fixed():
+    """Nor is there memory for one, but in steps that measure its energy."""
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(
+        net, adamw(net), 5, 1, 6, layers="*", fix_support_after=1, measure_energy_every=4
+    )
+    scratch = []
+    for _ in range(4):
+        net(torch.randn(9, 12)).sum().backward()
+        scratch.append(optimizer.bytes().scratch)
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = 4 * 6 * 6
+    assert scratch == [0, whole, 0, whole]
+    assert optimizer.bytes().gradient == 4 * 5 * 2
+
+
 @pytest.mark.parametrize("drop_after", [None, 2])
 def test_memory_that_is_bounded(drop_after):
     """Moments of what is chosen in each step, unless dropped, are in the end those of all."""

@@ -33,6 +33,7 @@ from ...sparse import (
     meprop_gradient,
     sampled_product,
     sparsegrad_gradient,
+    sparsegrad_kept,
     sparsegrad_update,
     stochastic_add,
     take_elements,
@@ -170,8 +171,8 @@ class SparseLayer:
         """Keep elements of left^T right: dY^T X, or X^T dY for a ``Conv1D``."""
         context = thread_context()
         is_fixed = self.moments.is_fixed
-        if self.basis is None and is_fixed:
-            self._sample(left, right, active)
+        if is_fixed and not self.measures:
+            self._keep_fixed(left, right, active)
             return
         if self.basis is None and not self.settings.accumulate:
             k = self.settings.k
@@ -206,12 +207,15 @@ class SparseLayer:
         part, whole = self.energies
         self.energies = part + energy_of(r), whole + energy_of(dw)
 
-    def _sample(self, left: Matrix, right: Matrix, active: Rows) -> None:
-        """Compute the elements of a fixed support in the weight itself, and no whole gradient."""
+    def _keep_fixed(self, left: Matrix, right: Matrix, active: Rows) -> None:
+        """Compute the elements of a fixed support, and no whole gradient."""
         # A NaN beside the support is an error in the gradient, too.
         both = (all_finite(_active_rows(matrix, active)) for matrix in (left, right))
         self.is_finite = self.is_finite and all(both)
-        self.gradient = sampled_product(
+        product = sampled_product
+        if self.basis is not None:
+            product = partial(sparsegrad_kept, self.basis)
+        self.gradient = product(
             left,
             right,
             self.moments.support,
@@ -324,6 +328,7 @@ class SparseLayer:
         moments = SparseAdamW(self.moments.shape, old.indices[chosen])
         moments.set_moments(Moments(*kept, old.steps))
         self.moments = moments
+        self.scratch.floats = torch.empty(0)  # no whole gradient is needed any more
 
     # ---- in and out of the model ----
 
