@@ -86,14 +86,17 @@ def spread_cell(values: list[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def print_pairs(metrics: Mapping[str, dict[str, float]]) -> None:
+def print_pairs(metrics: Mapping[str, dict[str, float]], digits: int = 2) -> None:
     """Print the difference of each method (a row) from each other one (a column)."""
     names = list(metrics)
     print_table(
         ["", *names[:-1]],
         [
             [name]
-            + [difference_cell(compare_pairs(metrics[name], metrics[other])) for other in names[:i]]
+            + [
+                difference_cell(compare_pairs(metrics[name], metrics[other]), digits)
+                for other in names[:i]
+            ]
             + [""] * (len(names) - 1 - i)
             for i, name in enumerate(names)
             if i > 0

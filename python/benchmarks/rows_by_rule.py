@@ -45,7 +45,9 @@ import numpy as np
 import torch
 from common import Batch, Times, print_table, take_padding_out, write_csv
 from encoder import accuracy, load_model, order_texts
+from intervals import compare_pairs
 from numpy.typing import NDArray
+from results import NOTE, difference_cell, print_pairs, spread_cell
 from texts import Texts, draw_texts, make_batch, read_texts, trim
 from torch import Tensor, nn
 
@@ -311,12 +313,47 @@ def gradients_of(texts: Texts, options: argparse.Namespace) -> list[Layer]:
     return collect(run.model, batches[-1])
 
 
-def mean_and_error(values: list[float], digits: int) -> str:
-    """Write a mean, and its standard error where there are several values."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
-    return text
+def report_training(found: list[dict[str, Quality]]) -> None:
+    """Print the means of runs, and differences of runs from one seed."""
+    values = {
+        name: {
+            key: {str(seed): getattr(one[name], key) for seed, one in enumerate(found)}
+            for key in _TRAINING
+        }
+        for name in found[0]
+    }
+    right = {
+        name: {seed: 100 * share for seed, share in of_rule["accuracy"].items()}
+        for name, of_rule in values.items()
+    }
+    held_out = {name: of_rule["held_out_loss"] for name, of_rule in values.items()}
+    print_table(
+        [
+            "training by rule",
+            "loss",
+            "held-out loss",
+            "right, %",
+            "less that of all",
+            "backward ms",
+        ],
+        [
+            [
+                name,
+                spread_cell(list(of_rule["loss"].values()), 3),
+                spread_cell(list(held_out[name].values()), 3),
+                spread_cell(list(right[name].values()), 1),
+                difference_cell(compare_pairs(right[name], right["all"]), 1)
+                if name != "all"
+                else "",
+                f"{statistics.median(of_rule['backward_ms'].values()):.0f}",
+            ]
+            for name, of_rule in values.items()
+        ],
+    )
+    if len(found) > 1:
+        print("\nHeld-out loss, each rule (row) less each other one:\n")
+        print_pairs(held_out, 3)
+        print(f"\n{NOTE}")
 
 
 def main() -> None:
@@ -373,22 +410,10 @@ def main() -> None:
             [name, seed, *(("",) * len(_GRADIENT)), *(getattr(q, key) for key in _TRAINING)]
             for name, q in found[-1].items()
         ]
+        if options.csv:  # of the seeds so far
+            write_csv(options.csv, ["rule", "seed", *_GRADIENT, *_TRAINING], lines)
     print(f"\n{steps} steps, {options.seeds} seeds, {len(held_out)} held-out texts\n")
-    print_table(
-        ["training by rule", "loss", "held-out loss", "right", "backward ms"],
-        [
-            [
-                name,
-                mean_and_error([one[name].loss for one in found], 4),
-                mean_and_error([one[name].held_out_loss for one in found], 4),
-                mean_and_error([100 * one[name].accuracy for one in found], 1) + "%",
-                f"{statistics.median(one[name].backward_ms for one in found):.0f}",
-            ]
-            for name in rules
-        ],
-    )
-    if options.csv:
-        write_csv(options.csv, ["rule", "seed", *_GRADIENT, *_TRAINING], lines)
+    report_training(found)
 
 
 if __name__ == "__main__":
