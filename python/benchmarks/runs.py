@@ -2,7 +2,9 @@
 """Runs of a comparison, kept in a CSV file so that none is repeated."""
 
 import csv
+import fcntl
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -49,10 +51,10 @@ class RunFile:
         row = {**key, **{name: str(value) for name, value in found.items()}}
         self.rows.append(row)
         if self._path:
-            is_new = not self._path.exists()
             with self._path.open("a", newline="") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # several programs may add to one file
                 writer = csv.DictWriter(file, self._columns)
-                if is_new:
+                if file.seek(0, os.SEEK_END) == 0:
                     writer.writeheader()
                 writer.writerow(row)
         return row

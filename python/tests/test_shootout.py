@@ -228,6 +228,17 @@ def test_trains_on_no_text_that_judges(shootout, data):
         runs.Corpus(data, "sst2", 1, 1)
 
 
+def test_programs_share_a_file(tmp_path):
+    """Two that began without one: a heading, and the rows of both."""
+    run_file = importlib.import_module("runs").RunFile
+    path = tmp_path / "runs.csv"
+    files = [run_file(path, ["method"], ["loss"]) for _ in range(2)]
+    for number, file in enumerate(files):
+        file.add({"method": f"m{number}"}, {"loss": number})
+    assert path.read_text().splitlines() == ["method,loss", "m0,0", "m1,1"]
+    assert run_file(path, ["method"], ["loss"]).find({"method": "m1"})["loss"] == "1"
+
+
 def test_the_best_rate():
     runs = importlib.import_module("runs")
     found = {8e-4: 0.6, 4e-4: 0.7, 1e-4: 0.5, 2e-4: 0.7}
