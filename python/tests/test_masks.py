@@ -20,6 +20,7 @@ from mask_nets import (  # noqa: E402
     make_net,
     same,
 )
+from sparse_nets import backward  # noqa: E402
 from torch import nn  # noqa: E402
 
 import sebp  # noqa: E402
@@ -290,6 +291,21 @@ def test_largest_gradients(steps):
     for name, support in optimizer.supports().items():
         moved = bits(net.get_submodule(name).weight) != bits(before.get_submodule(name).weight)
         np.testing.assert_array_equal(np.flatnonzero(moved.flatten().numpy()), support)
+
+
+def test_snapshot_while_choosing():
+    """A state that was taken is not changed by later steps."""
+    net = nn.Sequential(nn.Linear(12, 20))
+    optimizer = sebp.apply_sparse_mask_to_model(
+        net, adamw(net), 9, "gradient", "*", gradient_steps=3
+    )
+    states = []
+    for seed in range(2):
+        backward(net, seed)
+        optimizer.step()
+        states.append(optimizer.state_dict()["sebp"]["masks"]["0"])
+    assert [state["steps_seen"] for state in states] == [1, 2]
+    assert not torch.equal(states[0]["sums"], states[1]["sums"])
 
 
 def test_layer_without_gradient_waits():

@@ -126,6 +126,50 @@ def test_zero_grad(options, who, when):
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
+WHERE_NOTHING_ELSE_TRAINS = {
+    "meprop": lambda net, given: sebp.apply_meprop_to_model(
+        net, adamw(net), 30, "*", fix_support_after=1, accumulate=given
+    ),
+    "mask": lambda net, given: sebp.apply_sparse_mask_to_model(
+        net, adamw(net), 30, layers="*", accumulate=given
+    ),
+    "galore": lambda net, given: sebp.apply_galore_to_model(
+        net, adamw(net), 3, "*", accumulate=given
+    ),
+}
+
+
+@pytest.mark.parametrize("apply", WHERE_NOTHING_ELSE_TRAINS.values(), ids=WHERE_NOTHING_ELSE_TRAINS)
+def test_nothing_else_trains(apply):
+    """A zero_grad() of the model cannot be seen, so a second backward is refused or said for."""
+    nets, optimizers = [], []
+    for given in (False, True, False):
+        torch.manual_seed(3)
+        net = make_net()
+        for layer in (net[0], net[2]):
+            layer.bias.requires_grad_(False)
+        nets.append(net)
+        optimizers.append(apply(net, given))
+        backward(net, 0)
+        optimizers[-1].step()
+    net, optimizer = nets[0], optimizers[0]
+    backward(net, 1)
+    net.zero_grad()
+    with pytest.raises(RuntimeError, match="no parameter beside the sparse layers had a gradient"):
+        backward(net, 2)
+    optimizer.zero_grad()
+    backward(net, 2)
+    optimizer.step()
+    backward(nets[2], 2)
+    optimizers[2].step()
+    assert torch.equal(net[0].weight, nets[2][0].weight)
+    for seed in (1, 2):
+        backward(nets[1], seed)
+    optimizers[1].step()
+    assert not torch.equal(net[0].weight, nets[1][0].weight)
+    backward(nets[1], 3)
+
+
 def test_gradients_replaced_by_hand():
     """Other tensors in the place of gradients are no ``zero_grad()``; nor is a graph of them."""
     weights = []

@@ -230,6 +230,7 @@ CHANGES = {
         "is not row by row",
     ),
     "shape": (lambda net: setattr(net[2].weight, "data", torch.ones(1, 20)), r"is of \(1, 20\)"),
+    "precision": (lambda net: net.bfloat16(), "is of torch.bfloat16, and was of torch.float32"),
 }
 
 
@@ -249,6 +250,36 @@ def test_weights_that_are_others(phase, change, message):
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert optimizer.steps == 0
     assert all(not sums.count for sums in optimizer.sums.values())
+
+
+@pytest.mark.parametrize("phase", ["basis", "sparse"])
+@pytest.mark.usefixtures("lapack")
+def test_weights_tied_later(phase):
+    """The gradient of one of the two layers would be missing."""
+    net = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+    if phase == "basis":
+        optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    else:
+        optimizer = sebp.apply_meprop_to_model(net, adamw(net), 5, "*")
+    net[2].weight = net[0].weight
+    backward(net, 0)
+    with pytest.raises(ValueError, match="2: its weight has become that of 0"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("lapack")
+def test_weight_frozen_in_the_basis_phase():
+    """It would train again once that ends."""
+    net = make_net()
+    optimizer = sebp.apply_sparsegrad_to_model(net, adamw(net), 5, 3, layers="*")
+    net[0].weight.requires_grad_(False)
+    backward(net, 0)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="0: its weight was frozen"):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    optimizer.release()
+    assert not net[0].weight.requires_grad
 
 
 def test_state_of_the_base_loaded():

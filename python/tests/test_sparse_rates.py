@@ -109,11 +109,27 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0))
 
 
+class Prodigy(torch.optim.Optimizer):
+    """It has all of AdamW's numbers, and a factor of the rate beside them."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(lr=1.0, betas=(0.9, 0.99), eps=1e-8, d=1e-6))
+
+
+class OtherAdamW(torch.optim.Optimizer):
+    """By its name its decay is decoupled."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1))
+
+
 OTHERS = {
     "SGD": (lambda p: torch.optim.SGD(p, 0.1), "has no betas and no eps, so SGD is not of Adam's"),
     "Lion": (Lion, "its group has no eps, so Lion is not"),
     "RMSprop": (lambda p: torch.optim.RMSprop(p, 0.1), "its group has no betas, so RMSprop"),
     "L2": (lambda p: torch.optim.Adam(p, weight_decay=0.1), "Adam adds its weight_decay to"),
+    "Adamax": (lambda p: torch.optim.Adamax(p, weight_decay=0.1), "Adamax adds its weight_decay"),
+    "Prodigy": (Prodigy, "Prodigy multiplies the rate by a factor d that it adapts"),
 }
 
 
@@ -127,6 +143,17 @@ def test_optimizers_of_another_kind(make, message, method):
         apply(net, make(net.parameters()), K, layers="*")
     assert all(p.requires_grad for p in net.parameters())
     assert not any(module._forward_hooks for module in net)
+
+
+@pytest.mark.parametrize("make", [OtherAdamW, torch.optim.Adamax], ids=["AdamW", "no decay"])
+def test_optimizers_that_do_not_say_how_they_decay(make):
+    net = make_net()
+    optimizer = sebp.apply_meprop_to_model(net, make(net.parameters()), K, layers="*")
+    assert optimizer.kinds
+    optimizer.release()
+    base = torch.optim.Adamax(net.parameters(), weight_decay=0.1)
+    base.param_groups[0]["decoupled_weight_decay"] = True
+    sebp.apply_meprop_to_model(net, base, K, layers="*")
 
 
 def test_rates_said_by_hand():

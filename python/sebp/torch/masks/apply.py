@@ -24,6 +24,7 @@ def apply_sparse_mask_to_model(
     *,
     seed: int = 0,
     gradient_steps: int = 1,
+    accumulate: bool = False,
 ) -> MaskOptimizer:
     """Train fixed elements of a model's feed-forward weights, the rest by the user's optimizer.
 
@@ -62,7 +63,10 @@ def apply_sparse_mask_to_model(
     seed : int, default 0
         Of the random mask, 0 or more. A layer's draw depends on it and on the layer's name.
     gradient_steps : int, default 1
-        Of the mask by the gradient.
+        Of the mask by the gradient. A layer whose gradients are all zero waits for one that is not.
+    accumulate : bool, default False
+        Add up several backwards before a step even where nothing else trains, so that a
+        ``zero_grad()`` of the model between them could not be seen.
 
     Returns
     -------
@@ -114,7 +118,7 @@ def apply_sparse_mask_to_model(
         supports = {name: magnitude_support(name, module.weight, k) for name, module in chosen}
     else:
         supports = {}
-    settings = Settings(k, 0, None, None, accumulate=True)
+    settings = Settings(k, 0, None, None, bool(accumulate))
     steps = 0 if supports else gradient_steps
     made = [MaskLayer(name, module, settings, supports.get(name), steps) for name, module in chosen]
     name = mask if own is None else OWN

@@ -65,6 +65,11 @@ class MaskLayer(SparseLayer):
         """Whether it is known which elements train."""
         return self.moments is not None and self.moments.is_fixed
 
+    @property
+    def sums_whole(self) -> bool:
+        """Elements are chosen by a sum."""
+        return True
+
     # ---- in the step ----
 
     def finish_gradient(self, adamw: AdamW) -> bool:
@@ -99,12 +104,12 @@ class MaskLayer(SparseLayer):
             self.sums = self.whole if self.sums is None else self.sums.add_(self.whole)
         self.steps_seen += 1
         self.drop_gradient()
-        # A layer that has had no gradient yet waits for one.
-        if self.steps_seen >= self.choose_after and self.sums is not None:
+        # A layer that has had no gradient yet, or only zeros, waits for one.
+        if self.steps_seen >= self.choose_after and self.sums is not None and self.sums.any():
             shape, k = self.moments.shape, self.settings.k
             support = top_elements(matrix_of(self.sums), k, thread_context()).indices
             self.moments, self.sums = SparseAdamW(shape, support), None
-            self.scratch.floats = torch.empty(0)  # needed no more
+            self.scratch.free()  # needed no more
             self.originals = self._kept_weight()
 
     def decay(self, weight: Matrix, adamw: AdamW, context: Context) -> None:
@@ -133,7 +138,8 @@ class MaskLayer(SparseLayer):
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint needs besides the moments."""
-        return {"originals": self.originals, "sums": self.sums, "steps_seen": self.steps_seen}
+        sums = None if self.sums is None else self.sums.clone()  # which is added to in place
+        return {"originals": self.originals, "sums": sums, "steps_seen": self.steps_seen}
 
     def load_state(self, state: dict[str, object]) -> None:
         """Go on from what :meth:`state` returned, after moments of the same time were attached."""

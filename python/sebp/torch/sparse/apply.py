@@ -88,14 +88,17 @@ def apply_sparsegrad_to_model(
         phase.
     fix_support_after : int, optional
         After how many steps in the bases' space the elements are fixed: the k of largest second
-        moment. State and gradient then take 20 bytes for each, which at k = 1.2% of the elements is
-        2% of full fine-tuning's. Default: elements are chosen anew in each step, as in the paper.
-        Moments of all that were ever chosen are then kept, in 22 to 43 bytes each, which is more
-        than 2% and grows with the steps, unless `drop_after` bounds it.
+        moment, once there is one that is not 0. State and gradient then take 20 bytes for each,
+        which at k = 1.2% of the elements is 2% of full fine-tuning's. Default: elements are chosen
+        anew in each step, as in the paper. Moments of all that were ever chosen are then kept, in
+        22 to 43 bytes each, which is more than 2% and grows with the steps, unless `drop_after`
+        bounds it.
     accumulate : bool, default False
         Allow more than one backward before a step in the basis phase and while elements are chosen
         anew. In the latter case each layer holds its whole rotated gradient between them. With a
-        fixed support several backwards are always allowed.
+        fixed support several backwards are allowed anyway where another parameter had a gradient in
+        the first one: if nothing else trains, a ``zero_grad()`` of the model between them could not
+        be seen.
     drop_after : int, optional
         While elements are chosen anew, drop after each so many steps the moments of those that were
         not chosen since the last time: what has not been among the k for n to 2 n steps. Moments of
@@ -232,6 +235,7 @@ def apply_galore_to_model(
     *,
     refresh_every: int = 200,
     scale: float = 0.25,
+    accumulate: bool = False,
     rounding: str = "nearest",
     seed: int = 0,
 ) -> SparseOptimizer:
@@ -255,16 +259,20 @@ def apply_galore_to_model(
     layers : str, sequence of str, or callable, optional
         As for :func:`apply_sparsegrad_to_model`. The paper trains those of attention, too.
     refresh_every : int, default 200
-        After how many steps the vectors are chosen anew, from the first backward of that step.
+        After how many steps the vectors are chosen anew, from the first backward of that step whose
+        gradient is not zero. Until there is one the layer takes no step.
     scale : float, default 0.25
         What the step is multiplied by when it is projected back.
+    accumulate : bool, default False
+        Add up several backwards before a step even where nothing else trains, so that a
+        ``zero_grad()`` of the model between them could not be seen.
     rounding, seed
         As for :func:`apply_sparsegrad_to_model`.
 
     Returns
     -------
     SparseOptimizer
-        The optimizer to use. Several backwards before a step are always allowed.
+        The optimizer to use.
 
     Raises
     ------
@@ -278,7 +286,7 @@ def apply_galore_to_model(
         basis_steps=0,
         rank=rank,
         fix_support_after=None,
-        accumulate=False,
+        accumulate=accumulate,
         refresh_every=as_integer("refresh_every", refresh_every),
         scale=scale,
         rounding=rounding,

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 
 class KeepsGradient(Protocol):
-    """What keeps something of a gradient between a backward and its step."""
+    """What keeps something of a gradient between a backward and its step.
+
+    Attributes
+    ----------
+    has_gradient : bool
+        Whether it keeps something now.
+    """
+
+    has_gradient: bool
 
     def drop_gradient(self) -> None:
         """Forget it."""
@@ -22,7 +30,18 @@ class Backwards:
 
     ``zero_grad()`` of the model, or of the user's optimizer, deletes the ``grad`` of the parameters
     that both have. What layers keep is then dropped as well. For that a backward is noticed before
-    it gives any of these parameters a new ``grad``.
+    it gives any of these parameters a new ``grad``. Where none of them has one, as nothing else
+    trains, it cannot be known: a second backward is then refused, unless sums are wanted.
+
+    Parameters
+    ----------
+    layers : sequence of KeepsGradient
+    base : torch.optim.Optimizer
+        The user's.
+    parameters : iterable of nn.Parameter
+        The model's.
+    accumulate : bool
+        Whether backwards may be summed even so.
     """
 
     def __init__(
@@ -30,8 +49,10 @@ class Backwards:
         layers: Sequence[KeepsGradient],
         base: torch.optim.Optimizer,
         parameters: Iterable[nn.Parameter],
+        accumulate: bool,
     ) -> None:
         self.layers = layers
+        self.accumulate = accumulate
         self.base = base
         self.parameters = set(parameters)
         self._with_grad: list[Tensor] = []
@@ -60,6 +81,7 @@ class Backwards:
         if task in self._tasks:
             return
         self.drop_unwanted()
+        self._refuse_unknown()
         remember = partial(self._remember, task)
         self._tasks[task] = weakref.ref(remember)
         torch.autograd.Variable._execution_engine.queue_callback(remember)
@@ -72,11 +94,26 @@ class Backwards:
         self._with_grad = [p for p in self._watched() if p.grad is not None]
         self._watch()  # some may have been frozen before
 
+    def _is_within_another(self) -> bool:
+        """Return whether a backward has begun and not ended, nor raised an error."""
+        return any(end() for end in list(self._tasks.values()))
+
+    def _refuse_unknown(self) -> None:
+        """Raise where it cannot be known whether what layers keep is to be added to."""
+        if self.accumulate or self._with_grad or self._is_within_another():
+            return
+        if any(layer.has_gradient for layer in self.layers):
+            raise RuntimeError(
+                "a second backward before the step, but no parameter beside the sparse layers had a"
+                " gradient in the first one, by which a zero_grad() of the model would be seen;"
+                " call zero_grad() of the SparseOptimizer, or pass accumulate=True to add them up"
+            )
+
     def drop_unwanted(self) -> None:
         """Drop what layers keep if ``zero_grad()`` was called since the last backward."""
-        ends = list(self._tasks.values())
-        if any(end() for end in ends):
-            return  # within another backward, which has looked
+        if self._is_within_another():
+            return  # which has looked
+        ends = self._tasks
         # A backward that raised an error has not ended, so what it left is not known.
         parameters = self._watched() if ends else self._with_grad
         if (ends or parameters) and all(p.grad is None for p in parameters):

@@ -91,10 +91,17 @@ def _numbers_of(name: str, group: Mapping[str, object], kind: str) -> AdamW:
     for option in _NOT_DONE:
         if group.get(option):
             raise ValueError(f"{name}: {option} is not done by the step of sparse layers")
-    if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+    if "d" in group:
         raise ValueError(
-            f"{name}: {kind} adds its weight_decay to the gradient, but the step of sparse layers"
-            " decouples it, as AdamW does; take AdamW, or a weight_decay of 0"
+            f"{name}: {kind} multiplies the rate by a factor d that it adapts, which the step of"
+            " sparse layers does not"
+        )
+    # Of those that do not say it, Adamax adds its decay to the gradient.
+    if group.get("weight_decay") and not group.get("decoupled_weight_decay", "AdamW" in kind):
+        raise ValueError(
+            f"{name}: {kind} adds its weight_decay to the gradient, or does not say that it does"
+            " not, but the step of sparse layers decouples it, as AdamW does; take AdamW, a"
+            " weight_decay of 0, or put decoupled_weight_decay=True into the weight's group"
         )
     given = {option: group.get(option) for option in ("lr", "betas", "eps")}
     given["weight_decay"] = group.get("weight_decay", 0.0)

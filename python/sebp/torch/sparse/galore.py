@@ -83,8 +83,8 @@ class GaloreMoments:
         self.is_left = rows <= cols  # u projects the rows of dW
         self.shape = (rank, cols) if self.is_left else (rows, rank)
         self.vectors: Tensor | None = None  # until the first gradient
-        self.moment1 = torch.zeros(self.shape)
-        self.moment2 = torch.zeros(self.shape)
+        self.moment1 = torch.zeros(self.shape, dtype=torch.float32)
+        self.moment2 = torch.zeros(self.shape, dtype=torch.float32)
         self.steps = 0
 
     @property
@@ -102,7 +102,10 @@ class GaloreMoments:
     ) -> Tensor:
         """Compute R of left^T right on the active rows, by two products with r columns."""
         wide, other = (left, right) if self.is_left else (right, left)
-        narrow, r = torch.empty(wide.rows, vectors.shape[0]), torch.empty(self.shape)
+        narrow, r = (
+            torch.empty(shape, dtype=torch.float32)
+            for shape in ((wide.rows, vectors.shape[0]), self.shape)
+        )
         inside = matrix_of(narrow)
         context.call("sebp_linear_forward", wide, matrix_of(vectors), None, active, None, inside)
         factors = (inside, other) if self.is_left else (other, inside)
@@ -112,7 +115,7 @@ class GaloreMoments:
     def step(self, r: Tensor, adamw: AdamW, context: Context) -> Tensor:
         """Take a step on R: return S."""
         self.steps += 1
-        s = torch.zeros(self.shape)
+        s = torch.zeros(self.shape, dtype=torch.float32)
         adamw_step(
             *(matrix_of(one) for one in (r, s, self.moment1, self.moment2)),
             self.steps,
@@ -157,7 +160,8 @@ class GaloreLayer(SparseLayer):
     """One layer that GaLore trains: R since the last step, and its moments.
 
     In the first step, and each `refresh_every` steps, the first backward chooses the vectors anew
-    from its whole dW, before R is computed. They are the layer's once the step is taken.
+    from its whole dW, before R is computed. They are the layer's once the step is taken. Where that
+    dW is zero, the layer waits for one that is not, and meanwhile takes no step.
     """
 
     moments: GaloreMoments | None
@@ -192,11 +196,13 @@ class GaloreLayer(SparseLayer):
         """Add R of left^T right to that of earlier backwards, on new vectors where it is time."""
         moments = self.moments
         if self._chosen is None and moments.steps % self.settings.refresh_every == 0:
-            dw = torch.empty(self.weight.shape)
+            dw = torch.empty(self.weight.shape, dtype=torch.float32)
             library_backward(left, right, None, active, None, matrix_of(dw), None)
             if not all_finite(dw):
                 self.is_finite = False
                 return
+            if not dw.any():
+                return  # it has no leading vectors: the next one that is not zero chooses
             self._chosen = leading_vectors(dw, moments.rank)
             r = moments.project(self._chosen, dw)
         else:

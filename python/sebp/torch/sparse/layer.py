@@ -71,14 +71,18 @@ class Scratch:
     """Memory for one gradient in the space where elements are chosen, shared by all layers."""
 
     def __init__(self) -> None:
-        self.floats = torch.empty(0)
+        self.free()
 
     def matrix(self, shape: tuple[int, int]) -> Tensor:
         """Return the memory as a matrix; what it held is lost."""
         size = shape[0] * shape[1]
         if self.floats.numel() < size:
-            self.floats = torch.empty(size)
+            self.floats = torch.empty(size, dtype=torch.float32)
         return self.floats[:size].view(shape)
+
+    def free(self) -> None:
+        """Give the memory back until it is needed again."""
+        self.floats = torch.empty(0, dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,6 +101,7 @@ class SparseLayer:
         self.name = name
         self.module = module
         self.settings = settings
+        self.dtype = module.weight.dtype  # which the weight keeps
         self.basis: Basis | None = None
         self.moments: SparseAdamW | None = None
         self.scratch = Scratch()
@@ -111,11 +116,16 @@ class SparseLayer:
         """The module's weight, whichever it is now."""
         return self.module.weight
 
+    @property
+    def sums_whole(self) -> bool:
+        """Whether whole gradients are summed while the support is not fixed."""
+        return self.settings.accumulate
+
     def drop_gradient(self) -> None:
         """Forget what backwards have computed since the last step."""
         self.has_gradient = False
         self.gradient: Sparse | None = None
-        self.whole: Tensor | None = None  # with `accumulate`, while the support is not fixed
+        self.whole: Tensor | None = None  # the sum, where `sums_whole` and not fixed
         self.is_finite = True
         # ||R||^2 and ||dW||^2, each summed over the backwards, where they are measured.
         self.energies = (0.0, 0.0)
@@ -135,7 +145,7 @@ class SparseLayer:
         """The memory of the gradient between a backward and its step, after the basis phase."""
         if self.moments.is_fixed:
             return 4 * self.moments.count
-        if self.settings.accumulate:
+        if self.sums_whole:
             return 4 * self.moments.shape[0] * self.moments.shape[1]
         return 12 * self.settings.k
 
@@ -147,7 +157,7 @@ class SparseLayer:
             return  # what was computed before the layer was released, or in another phase
         self.backwards.note()
         is_fixed = self.moments is not None and self.moments.is_fixed
-        if self.has_gradient and not (is_fixed or self.settings.accumulate):
+        if self.has_gradient and not (is_fixed or self.sums_whole):
             raise RuntimeError(
                 f"{self.name}: a second backward before the step, or a second call of the layer,"
                 " but elements are chosen anew by each; pass accumulate=True"
@@ -174,7 +184,7 @@ class SparseLayer:
         if is_fixed and not self.measures:
             self._keep_fixed(left, right, active)
             return
-        if self.basis is None and not self.settings.accumulate:
+        if self.basis is None and not self.sums_whole:
             k = self.settings.k
             self.gradient = meprop_gradient(left, right, k, active, context=context)
             return
@@ -193,7 +203,7 @@ class SparseLayer:
             if self.gradient is not None:
                 taken.values[:] += self.gradient.values
             self.gradient = taken
-        elif not self.settings.accumulate:
+        elif not self.sums_whole:
             self.gradient = top_elements(matrix_of(r), self.settings.k, context)
         elif self.whole is None:
             self.whole = r.clone()
@@ -202,7 +212,7 @@ class SparseLayer:
 
     def _measure(self, r: Tensor, left: Matrix, right: Matrix, active: Rows) -> None:
         """Add to the energies those of R and of dW, which is computed for that."""
-        dw = torch.empty(self.weight.shape)
+        dw = torch.empty(self.weight.shape, dtype=torch.float32)
         library_backward(left, right, None, active, None, matrix_of(dw), None)
         part, whole = self.energies
         self.energies = part + energy_of(r), whole + energy_of(dw)
@@ -274,6 +284,8 @@ class SparseLayer:
             self.move_weight(partial(add_elements, self.gradient), adamw)
         else:
             self.move_weight(partial(sparsegrad_update, self.basis, self.gradient), adamw)
+        if self.measures and self.moments.is_fixed:
+            self.scratch.free()  # of the whole R, which other steps do not need
         self.drop_gradient()
         after = self.settings.fix_support_after
         if after is not None and not self.moments.is_fixed and self.moments.steps >= after:
@@ -316,19 +328,21 @@ class SparseLayer:
         weight_decay(weight, adamw, context)
 
     def _fix_support(self) -> None:
-        """Keep only the k elements of largest second moment from now on.
+        """Keep only the k elements of largest second moment from now on, if one is not zero.
 
         A moment that overflowed becomes the largest float, which decays. An Inf could not be
         chosen by, and its element would never move again.
         """
         old = self.moments.moments()
         squares = np.minimum(old.moment2, LARGEST_FLOAT)
+        if not squares.any():
+            return  # all gradients were zero, which tells nothing: choose by the next ones
         chosen = top_elements(squares[None, :], self.settings.k, thread_context()).indices
         kept = (array[chosen] for array in (old.indices, old.moment1, squares))
         moments = SparseAdamW(self.moments.shape, old.indices[chosen])
         moments.set_moments(Moments(*kept, old.steps))
         self.moments = moments
-        self.scratch.floats = torch.empty(0)  # no whole gradient is needed any more
+        self.scratch.free()  # no whole gradient is needed any more
 
     # ---- in and out of the model ----
 

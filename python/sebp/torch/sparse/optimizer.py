@@ -64,7 +64,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     Their gradients come from ``backward()``, not from ``torch.autograd.grad()``. They are dropped
     by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer. The latter
-    two do not drop them with ``set_to_none=False``, nor where no other parameter has a gradient.
+    two do not drop them with ``set_to_none=False``, nor where no other parameter has a gradient:
+    there a second backward before a step is refused, unless ``accumulate=True`` asks for the sum.
     Clipping does not see them. A step with a ``GradScaler``, which does not see them either, is
     refused.
 
@@ -122,7 +123,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         has_phase = settings.basis_steps > 0
         sums = {kind.name: BasisSums(*kind.shape) for kind in kinds if has_phase}
         moments = {} if has_phase else self._new_moments()
-        self._backwards = Backwards(layers, base, parameters)
+        self._backwards = Backwards(layers, base, parameters, settings.accumulate)
         if has_phase:
             self._begin_basis_phase(sums, dict.fromkeys(sums, 0.0))
         else:
@@ -205,16 +206,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         SebpError
             If a gradient of these layers holds a NaN or Inf, or numbers so large that a step would
             overflow, or in the basis phase the sum of their squares. The message names the step and
-            the layers, and the gradients of these layers are dropped. Also if a number of a group
-            is out of range; gradients are then kept. In both cases no parameter and no sum has
-            changed. At the end of the basis phase also if a basis cannot be computed. That step was
-            taken; the next one adds its gradients and tries again.
+            the layers. The gradients of these layers are dropped, but for ``weight.grad`` in the
+            basis phase. Also if a number of a group is out of range; gradients are then kept. In
+            both cases no parameter and no sum has changed. At the end of the basis phase also if a
+            basis cannot be computed. That step was taken; the next one adds its gradients and tries
+            again.
         ValueError, RuntimeError
             If a group has an option that is not supported, or decays a weight by more than itself
             where ``rounding="stochastic"`` rounds it; under ``torch.distributed`` or a
             ``GradScaler``; if a schedule-free optimizer is in evaluation mode; if a sparse weight
-            requires a gradient again, has another dtype, shape or device, or is not contiguous any
-            more. No parameter has changed, and gradients are kept.
+            requires a gradient again, or none in the basis phase, has another dtype, shape or
+            device, is not contiguous any more, or has become that of another. No parameter has
+            changed, and gradients are kept.
         """
         loss = None
         if closure is not None:
@@ -243,18 +246,25 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "a GradScaler does not see the gradients of sparse layers; train without, in"
                 " bfloat16 or float32"
             )
+        owners: dict[nn.Parameter, str] = {}
         for kind in self.kinds:
             for name in kind.layers:
-                weight = self.layers[name].weight
-                reason = refusal(weight)
-                if not reason and weight.shape != kind.shape:
-                    reason = f"is of {tuple(weight.shape)}, not {kind.shape}"
+                layer = self.layers[name]
+                reason = refusal(layer.weight)
+                if not reason and layer.weight.shape != kind.shape:
+                    reason = f"is of {tuple(layer.weight.shape)}, not {kind.shape}"
+                if not reason and layer.weight.dtype != layer.dtype:
+                    reason = f"is of {layer.weight.dtype}, and was of {layer.dtype}"
+                if not reason and (other := owners.setdefault(layer.weight, name)) != name:
+                    reason = f"has become that of {other}"
                 if reason:
                     raise ValueError(f"{name}: its weight {reason}")
-        if self.in_basis_phase:
-            return
         for name, layer in self.layers.items():
-            if layer.weight.requires_grad:
+            if self.in_basis_phase and not layer.weight.requires_grad:
+                raise RuntimeError(
+                    f"{name}: its weight was frozen, but it is trained here until release()"
+                )
+            if layer.weight.requires_grad and not self.in_basis_phase:
                 raise RuntimeError(
                     f"{name}: its weight asks for a gradient, but its elements are trained here;"
                     " weight.requires_grad_(False), or release()"
@@ -409,6 +419,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.base.load_state_dict(theirs)
         self._share_groups()
         self.steps, self.settings = steps, settings
+        self._backwards.accumulate = settings.accumulate
         for layer in self.layers.values():
             layer.settings = settings
         for kind in self.kinds:
