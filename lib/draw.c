@@ -31,6 +31,15 @@ static void scan(sebp_call *call, const sebp_matrix *matrix, double *square_sums
     sebp_call_keep(call, status, "looking at rows");
 }
 
+static bool has_active(const double *score, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        if (score[i] > 0)
+            return true;
+    }
+    return false;
+}
+
 /* Turns the square sums of dY's rows into scores: ||dY_i|| sqrt(1 + ||X_i||^2), X NULL counting as 0.
  * Rows of zeros keep the score 0, even where X holds a NaN. Nothing under- or overflows, as the square
  * of a float is far inside the range of double. */
@@ -39,7 +48,7 @@ static void score_rows(sebp_call *call, const sebp_matrix *x, int64_t total, dou
     double of_x[CHUNK_ROWS] = {0};
     for (int64_t first = 0; first < total && sebp_call_goes_on(call); first += CHUNK_ROWS) {
         const int64_t count = sebp_min(CHUNK_ROWS, total - first);
-        if (x != NULL && x->cols > 0) {
+        if (x != NULL && x->cols > 0 && has_active(score + first, count)) {
             sebp_matrix chunk = *x;
             chunk.data = (char *)x->data + first * x->stride * (int64_t)sebp_dtype_bytes(x->dtype);
             chunk.rows = count;

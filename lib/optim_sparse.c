@@ -345,12 +345,12 @@ sebp_status sebp_sparse_adamw_export_used(const sebp_sparse_adamw *state, uint8_
 {
     if (state == NULL || (state->count > 0 && used == NULL))
         return SEBP_ERROR_NULL;
+    if (state->count == 0)
+        return SEBP_SUCCESS;
     if (state->support != NULL) {
         memset(used, 1, (size_t)state->count);
         return SEBP_SUCCESS;
     }
-    if (state->count == 0)
-        return SEBP_SUCCESS;
     sebp_place *sorted = sorted_places(state);
     if (sorted == NULL)
         return SEBP_ERROR_MEMORY;

@@ -275,6 +275,13 @@ static void rotate(product_chain *chain, sebp_rotation order)
     }
 }
 
+/* Whether an R in the scratch memory leaves at least as much to the panels. */
+static bool fits(const sebp_call *call, int64_t rank_out, int64_t rank_in)
+{
+    const int64_t bytes = call->backend->max_scratch(call->device);
+    return rank_in <= bytes / (int64_t)sizeof(float) / 2 / rank_out;
+}
+
 bool sebp_rotate_samples(const sebp_call *call, const sebp_rotated_target *target)
 {
     const sebp_backend *backend = call->backend;
@@ -282,8 +289,8 @@ bool sebp_rotate_samples(const sebp_call *call, const sebp_rotated_target *targe
     if (kept == NULL)
         return false;
     const sebp_sampled elements = {.m = call->m, .kept = kept};
-    const int64_t room = backend->max_scratch(call->device) / (int64_t)sizeof(float);
-    return kept->rows * kept->cols > room || backend->sampled_is_cheaper(call->device, &elements);
+    return !fits(call, kept->rows, kept->cols) ||
+           backend->sampled_is_cheaper(call->device, &elements);
 }
 
 /* Elements of no rows are zero. */
@@ -326,7 +333,11 @@ void sebp_rotate(sebp_call *call, const sebp_basis *basis, const sebp_matrix *dy
     } else {
         chain.samples = order == SEBP_ROTATE_FACTORS && sebp_rotate_samples(call, target);
         chain.r = sebp_matrix_f32(NULL, chain.out.rank, chain.in.rank);
-        chain.room -= chain.samples ? 0 : chain.out.rank * chain.in.rank;
+        if (!chain.samples && fits(call, chain.out.rank, chain.in.rank)) {
+            chain.room -= chain.out.rank * chain.in.rank;
+        } else if (!chain.samples) {
+            chain.room = 0; /* R is too large */
+        }
     }
 
     if (call->m == 0 && target->r == NULL) {
@@ -338,7 +349,7 @@ void sebp_rotate(sebp_call *call, const sebp_basis *basis, const sebp_matrix *dy
         to_r(&chain, &chain.out, 0, chain.out.rank, NULL, 0, 0, chain.add);
         return;
     }
-    if (chain.room < 1) { /* R alone is too large */
+    if (chain.room < 1) {
         sebp_call_fail(call, SEBP_ERROR_MEMORY, "no scratch memory for the rotated factors");
         return;
     }

@@ -29,8 +29,7 @@ static const char *sum_elements(sebp_call *call, const sebp_matrix *dy, const se
                                   .b = sebp_x_operand(call, x, false),
                                   .kept = kept,
                                   .sums = sums};
-    const int64_t row_bytes = x->cols * (int64_t)sizeof(float);
-    if (row_bytes > backend->max_scratch(call->device) ||
+    if (x->cols > backend->max_scratch(call->device) / (int64_t)sizeof(float) ||
         backend->sampled_is_cheaper(call->device, &product)) {
         sebp_call_keep(call, backend->sampled_product(call->device, &product), "summing elements");
         return "sampled";

@@ -173,6 +173,9 @@ START_TEST(bad_input_is_refused)
     ck_assert_int_eq(sebp_sparse_adamw_export_used(state, used), SEBP_SUCCESS);
     ck_assert(used[0] == 1 && used[1] == 1);
     sebp_sparse_adamw_destroy(fixed);
+    ck_assert_int_eq(sebp_sparse_adamw_create(ROWS, COLS, support, 0, &fixed), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_sparse_adamw_export_used(fixed, NULL), SEBP_SUCCESS);
+    sebp_sparse_adamw_destroy(fixed);
     sebp_sparse_adamw_destroy(state);
 }
 END_TEST

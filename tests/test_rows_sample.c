@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Weighted samples of rows against plain loops, their edges included. */
+#ifdef HAVE_CONFIG_H
+#include "config.h"
+#endif
+
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <sebp/sebp.h>
 
@@ -217,6 +222,24 @@ START_TEST(shares)
 }
 END_TEST
 
+/* Where no row of dY is active, X may not even be readable. */
+START_TEST(x_of_no_active_row_is_not_read)
+{
+    const int64_t M = 3, K = 7;
+    void *page =
+        mmap(NULL, (size_t)(M * K) * sizeof(float), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    ck_assert(page != MAP_FAILED);
+    sebp_matrix dy = testing_matrix(M, 2, 2, SEBP_F32), x = sebp_matrix_f32(page, M, K);
+    testing_zero_rows(&dy, 0);
+    const sebp_rule rule = sebp_rule_sampled(0.5, 1);
+    sebp_rows *rows = draw(&dy, &x, &rule);
+    ck_assert_int_eq(sebp_rows_count(rows), 0);
+    sebp_rows_destroy(rows);
+    testing_release(&dy);
+    munmap(page, (size_t)(M * K) * sizeof(float));
+}
+END_TEST
+
 START_TEST(nan_and_inf_are_kept)
 {
     static const double spoils[] = {NAN, INFINITY, -INFINITY};
@@ -320,6 +343,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, a_cut_by_hand);
     tcase_add_test(tests, all_rows_are_exact);
     tcase_add_test(tests, shares);
+    tcase_add_test(tests, x_of_no_active_row_is_not_read);
     tcase_add_test(tests, nan_and_inf_are_kept);
     tcase_add_test(tests, extreme_scores);
     tcase_add_test(tests, samples_are_repeatable);

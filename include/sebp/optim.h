@@ -112,7 +112,8 @@ typedef struct sebp_stochastic_options {
  * neighbours in bf16: to the upper one with a probability that is the share of the way to it, so that
  * the mean is the sum itself (Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep learning
  * with limited numerical precision", ICML 2015). A step below 2^-9 of a weight, which rounding to
- * nearest always loses, moves the weight then in the mean. No master copy in f32 is needed.
+ * nearest always loses, moves the weight then in the mean. No master copy in f32 is needed. What f32 itself
+ * loses stays lost: 1 - decay and the sum are rounded to it, so a decay is one of multiples of 2^-24.
  *
  * Of the sum's bits as an f32 the lower 16 are dropped after floor(2^16 u) was added to them, with u
  * of random.h. Row i of W begins at element i * 64 * ceil(columns / 64). So the bits depend on seed,

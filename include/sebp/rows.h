@@ -32,7 +32,8 @@
  *     s_i = ||dY_i|| sqrt(1 + ||X_i||^2)   where X is known: the norm of what the row adds to
  *                                          [dW, db]. It gives their sum the least variance.
  *     s_i = ||dY_i||                       where it is not
- *     c   = the c < k with the least T / (k - c), T the sum of the scores after the c largest
+ *     c   = the c < k with the least T / (k - c), T the sum of the scores after the c largest; of
+ *           several the largest
  *
  * The c largest rows are kept with weight 1. k - c times one of the others is drawn, row i with
  * probability s_i / T, and each draw adds T / ((k - c) s_i) >= 1 to its weight. Draw j = 0, 1, ... is
@@ -79,7 +80,7 @@ typedef struct sebp_rule {
         double delta; /**< energy: in [0, 1) */
         double
             share; /**< sampled, where count is 0: the budget is this share of the active rows, in
-                         (0, 1], rounded up */
+                         (0, 1], rounded up from the product in double */
     };
 } sebp_rule;
 
@@ -185,7 +186,8 @@ SEBP_API sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy
  * for the last bits in which sums of squares differ.
  *
  * Rows with a NaN or an Inf, in dY or X, are all kept, with weight 1, and count in the budget. Of the
- * finite rows at least one is kept, so only then may there be more rows than the budget. A row of
+ * finite rows, if there are any, at least one is kept. So where there are such rows there may be more than
+ * the budget. A row of
  * zeros in dY is never kept, whatever X holds. A weight is at most FLT_MAX.
  *
  * Reads dY and X once, in parallel. Memory: 8 bytes for each row of dY, 12 for each row of the budget.

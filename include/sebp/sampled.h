@@ -48,7 +48,8 @@ SEBP_BEGIN_DECLS
  * takes less time.
  *
  * Sums are taken in f32. With another number of threads, or another bound of the scratch memory that a
- * row fits in half of, they do not round differently, unless oneDNN computes the whole of dW. Scratch
+ * row fits in half of, they do not round differently, unless oneDNN computes the whole of dW, or a precision
+ * below SEBP_PRECISION_HIGHEST lets a panel of few rows be multiplied in f32 (context.h). Scratch
  * memory stays within that bound; the call takes 4 bytes for each element kept more.
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL; SEBP_ERROR_SIZE; a status of sebp_matrix_check();

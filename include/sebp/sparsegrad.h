@@ -100,10 +100,11 @@ SEBP_API sebp_status sebp_sparsegrad_gradient(sebp_context *context, const sebp_
 /**
  * The elements of R whose indices are given, without an R of the caller's.
  *
- * Where they are few, or R does not fit in half of the context's scratch memory, the last product of
+ * Where they are few, or R takes more than a quarter of the context's scratch memory, the last product of
  * SEBP_ROTATE_FACTORS computes them alone (sampled.h): that is m (p N + q K) multiply-adds, and m terms for
  * each element. AUTO goes by that. With the other orders, and else, R lies in the scratch memory, 4 p q
- * bytes, and the elements are read there.
+ * bytes, and the elements are read there; the other orders fail with SEBP_ERROR_MEMORY where that is more
+ * than a quarter.
  *
  * @param kept  a valid view of r_out x r_in. Its indices are read; its values are written, or added to,
  *              as dw_write says. count = 0: nothing is done. The values overlap nothing else.
