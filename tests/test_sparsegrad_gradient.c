@@ -128,17 +128,17 @@ static void check_elements(const sebp_sparse *kept, const reference *want)
 START_TEST(kept_elements_in_panels)
 {
     static const struct {
-        int64_t N, K, p, q;
+        int64_t M, N, K, p, q;
         bool fits;
     } cases[] = {
-        {300, 300, 256, 256, true},  /* a quarter */
-        {300, 300, 256, 257, false}, /* more */
-        {260, 520, 256, 511, false}, /* just below a half */
-        {440, 320, 430, 310, false}, /* more than that */
+        {40, 270, 270, 256, 256, true},   /* a quarter */
+        {40, 270, 270, 256, 257, false},  /* more */
+        {40, 260, 520, 256, 511, false},  /* just below a half */
+        {200, 440, 320, 430, 310, false}, /* more than that, and not all rows at once */
     };
     sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, TESTING_MIN_SCRATCH);
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
-        problem p = make_plain(200, cases[c].N, cases[c].K, cases[c].p, cases[c].q,
+        problem p = make_plain(cases[c].M, cases[c].N, cases[c].K, cases[c].p, cases[c].q,
                                _i % 2 == 0 ? SEBP_F32 : SEBP_BF16);
         sebp_sparse kept = rotated_sparse(p.p, p.q, _i < 2 ? 0.01 : 0.6, TESTING_REAL);
         reference want = reference_r(&p.u_out, &p.u_in, &p.dy, &p.x, &p.active, 0, NULL);
