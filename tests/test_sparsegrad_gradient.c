@@ -137,7 +137,9 @@ START_TEST(kept_elements_in_panels)
         {200, 440, 320, 430, 310, false}, /* more than that, and not all rows at once */
     };
     sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 2, TESTING_MIN_SCRATCH);
-    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+    for (int c = 0; c < 4; c++) {
+        if (c < 3 && c != _i)
+            continue; /* the last one alone with all dtypes and shares: a large R takes long */
         problem p = make_plain(cases[c].M, cases[c].N, cases[c].K, cases[c].p, cases[c].q,
                                _i % 2 == 0 ? SEBP_F32 : SEBP_BF16);
         sebp_sparse kept = rotated_sparse(p.p, p.q, _i < 2 ? 0.01 : 0.6, TESTING_REAL);
