@@ -206,7 +206,7 @@ def test_cache():
     with torch.no_grad(), pytest.warns(UserWarning, match="logits depends on padded tokens"):
         got = ours(**batch, use_cache=False)
     torch.testing.assert_close(got.loss, plain.eval()(**batch).loss)
-    assert rows == [tokens, 64, 64, 64, tokens, 64]
+    assert rows == [tokens, 64, tokens, tokens, 64, 64, tokens, 64]
     cache = transformers.DynamicCache(config=ours.config)
     names = inspect.signature(ours.model.forward).parameters
     name = "cache" if "cache" in names else "past_key_values"  # as older ones call it

@@ -6,6 +6,8 @@ Tensors on the CPU are told by ``is_cpu``, before anything of ``torch.cuda`` is 
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,16 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def is_autocast() -> bool:
     """Return whether autocast is on, on the CPU or on GPUs."""
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turn autocast off within a ``with``, where it is on."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def gpus_of(model: nn.Module) -> set[int]:

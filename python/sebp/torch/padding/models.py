@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,8 +33,9 @@ from .parts import (
     take_out_parts,
 )
 from .proof import Call, Proofs, current_call, trains
-from .refusals import PACKED, foreign_part, is_causal, refusal, unfit_gaps
+from .refusals import PACKED, foreign_part, is_causal, refusal, settings_of, unfit_gaps
 from .signatures import has_argument, signature_of
+from .stir import stir
 
 
 @dataclass
@@ -125,12 +127,15 @@ def _whole_forward(forward: Forward, *args: object, **kwargs: object) -> object:
 def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
     """Replace a base model's forward: remove padding, if that can be done."""
     module, call = forward.module, current_call()
-    is_inside = current_packing() is not None or (call is not None and call.is_plain)
-    if _is_left_alone() or is_inside:
+    if _is_left_alone() or current_packing() is not None:
         return forward.original(*args, **kwargs)
+    if call is not None and call.is_plain:
+        return call.watch(module._sebp_name, partial(forward.original, *args, **kwargs))
     if call is None:
         return _prove(module, forward, args, kwargs)
     given = _given(module, args, kwargs)
+    if call.stirs:
+        given = stir(given)
     if torch.is_grad_enabled() and not call.has_backward:
         # Of another model than the one that padding_free() was called for.
         call.has_backward = trains(module)
@@ -141,7 +146,8 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         causal = tuple(getattr(one, "is_causal", None) for one in module.modules())
         # Which token is pooled behind the encoder may depend on nothing but its place.
         edges = packing.edges if has_inner_entry(module) else None
-        kind = call.kind_of((module._sebp_name, causal, edges), packing, given)
+        name = (module._sebp_name, causal, edges, settings_of(module))
+        kind = call.kind_of(name, packing, given)
         reason = unfit_gaps(module, packing)
         if not reason and not call.is_again:
             reason = call.proofs.refused.get(kind, "")
@@ -149,15 +155,18 @@ def _base_forward(forward: Forward, *args: object, **kwargs: object) -> object:
         call.reasons.append(reason)
         if os.environ.get("SEBP_VERBOSE") == "1":
             print(f"sebp,fallback,padding_free,{type(module).__name__},{reason}", file=sys.stderr)
-        return forward.original(*args, **kwargs)
-    if call.is_unexpected(kind):
-        return forward.original(*args, **kwargs)
+    if reason or call.is_unexpected(kind):
+        return call.watch(module._sebp_name, partial(forward.original, *args, **kwargs))
     call.begin(kind, packing)
     packed_texts.register()  # where the model has been unpickled, nobody has yet
     given = given if has_inner_entry(module) else _pack(module, given, packing)
-    with packed(packing):
-        output = forward.original(**given)
-    return output if has_inner_exit(module) else pad_first(output, packing, call)
+
+    def run() -> object:
+        with packed(packing):
+            output = forward.original(**given)
+        return output if has_inner_exit(module) else pad_first(output, packing, call)
+
+    return call.watch(module._sebp_name, run, packing)
 
 
 def _pack(module: nn.Module, given: dict[str, object], packing: Packing) -> dict[str, object]:
@@ -212,6 +221,12 @@ def _reason_against(module: nn.Module) -> str:
         return "its attention is not one of transformers' table of attentions"
     if getattr(module.config, "is_encoder_decoder", False) and is_causal(module):
         return "it reads what the encoder returns, too"
+    try:
+        _ = module.config.sliding_window
+    except AttributeError:
+        pass
+    except Exception:
+        return "its configuration has no one window of attention for all layers"
     if getattr(module.config, "expert_capacity", None) is not None:
         return "its experts take no more than so many tokens of a text"
     if not finds_positions(module):

@@ -31,15 +31,18 @@ def _signed(sizes: np.ndarray, numbers: np.random.Generator) -> Tensor:
 
 
 def _noise_like(x: Tensor, packing: Packing) -> Tensor:
-    """Return numbers for padded tokens that are larger than any of x, so that a maximum has them.
+    """Return numbers for padded tokens, every other of them larger than any of x.
 
-    They differ from token to token and call to call: a function that has derivative zero at one of
-    them does not at all.
+    A maximum has the large ones. A function that cuts large numbers off has the others. They differ
+    from token to token and call to call: a function that has derivative zero at one of them does
+    not at all.
     """
-    largest = float(x.detach().abs().amax())
+    largest = min(float(x.detach().abs().amax()), torch.finfo(x.dtype).max / 16)
     texts, length = packing.mask.shape
-    numbers = np.random.default_rng(next(_calls))
+    call = next(_calls)
+    numbers = np.random.default_rng(call)
     token = _signed(1 + numbers.random((texts * length, 1)), numbers)
+    token[call % 2 :: 2] /= 16
     token *= largest if 0 < largest < 1e30 else 1
     return (token.to(x.device) * _noise(x.shape[2]).to(x.device)).to(x.dtype)
 

@@ -111,7 +111,11 @@ def default_positions(module: nn.Module, given: dict[str, object], shape: torch.
         create = getattr(embeddings, "create_position_ids_from_input_ids", None)
         create = create or sys.modules[type(module).__module__].create_position_ids_from_input_ids
         return create(given["input_ids"], embeddings.padding_idx)
-    return torch.arange(shape[1], device=given["attention_mask"].device)[None]
+    mask = given["attention_mask"]
+    if module.config.model_type == "opt":  # which counts real tokens alone
+        real = (mask != 0).long()
+        return real.cumsum(1) * real - 1
+    return torch.arange(shape[1], device=mask.device)[None]
 
 
 def default_types(module: nn.Module, shape: torch.Size) -> Tensor | None:

@@ -4,17 +4,17 @@
 A :class:`Call` is one call of the outermost model that :func:`~sebp.padding_free` was called for.
 
 - If its kind is new, the model runs again with padding and without dropout. The results of both
-  runs, and what they leave in buffers and attributes, are compared. If they differ, all later calls
-  of this kind run with padding.
+  runs, the last hidden states of base models, and what they leave in buffers and attributes, are
+  compared. Under autocast float32 models are compared in float32 as well, where rounding hides
+  less. Then every other text is changed (:mod:`.stir`), which the others must not notice. If there
+  is a difference, all later calls of this kind run with padding.
 - If no backward can follow, padded tokens hold NaN, and the result must not hold any.
-- If a backward can follow, padded tokens hold numbers larger than any real one, and each must have
-  a gradient of zero, which :meth:`~.Packing.pad` checks. Where that backward may
-  not happen (in evaluation, or where a part ran without gradients) the model runs again with NaN.
+- If a backward can follow, padded tokens hold numbers, large and small ones, and each must have a
+  gradient of zero, which :meth:`~.Packing.pad` checks. Where that backward may not happen (in evaluation, or where a part ran without gradients) the model runs again with NaN.
 
 Where the result is not proved, the model runs with padding, from the state at the beginning.
 """
 
-import math
 import threading
 import warnings
 from collections import Counter
@@ -25,16 +25,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..common.devices import is_autocast
+from ..common.devices import is_autocast, without_autocast
 from ..common.packing import Packing, Unfit
+from .differences import (
+    SHORT_TOLERANCE,
+    SHORT_TOUCHED,
+    TOLERANCE,
+    TOUCHED,
+    Hidden,
+    part_differs,
+    real,
+    real_of_others,
+    states_differ,
+)
 from .trace import Once, State, WithoutDropout, copy_containers, leaves, put_containers_back
 
 Kind = tuple[object, ...]
 
-# How far a result may be off, as a share of its largest element: by the order of sums, in float32
-# and longer formats, and in shorter ones.
-_TOLERANCE, _SHORT_TOLERANCE = 1e-4, 3e-2
-_PIECE = 2**20  # the elements that are compared at once
 # The arguments and parts of results that are a decoder's memory of earlier calls.
 CACHES = ("past_key_values", "cache")
 _FIRST = "it came unexpectedly as the first of its kind"
@@ -112,47 +119,6 @@ def _short(text: object, limit: int = 160) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _differs(name: str, ours: object, right: object, mask: Tensor, tolerance: float) -> str:
-    """Return how one part of two results differs, or "" if it is equal within rounding."""
-    if not isinstance(right, Tensor):
-        if right is None or isinstance(right, str) or ours == right:
-            return "" if ours == right else f"{name} differs"
-        if isinstance(right, (int, float)) and isinstance(ours, (int, float)):
-            right, ours = torch.tensor(float(right)), torch.tensor(float(ours))
-        else:
-            return f"{name} is a {type(right).__name__}, which cannot be compared"
-    if not isinstance(ours, Tensor) or ours.shape != right.shape or ours.dtype != right.dtype:
-        return f"{name} is of another shape or kind"
-    ours, right = ours.detach(), right.detach()
-    if _off(ours, right) <= tolerance:
-        return ""
-    if right.shape[:2] == mask.shape and _off(ours[mask], right[mask]) <= tolerance:
-        return ""
-    if right.numel() == 1:
-        return f"{name} came out as {ours.item():.6g}, not {right.item():.6g}"
-    return f"{name} came out otherwise"
-
-
-def _off(ours: Tensor, right: Tensor) -> float:
-    """Return the largest difference, as a share of the largest of the elements that differ."""
-    if not right.is_floating_point():
-        return 0.0 if torch.equal(ours, right) else float("inf")
-    difference = scale = 0.0
-    # In pieces: the logits of a batch may take most of the memory there is.
-    pieces = (one.reshape(-1).split(_PIECE) for one in (ours, right))
-    for a, b in zip(*pieces, strict=True):
-        differs = (a != b) & ~(a.isnan() & b.isnan())
-        a, b = a[differs].double(), b[differs].double()
-        if a.numel() == 0:
-            continue
-        off = (a - b).abs().nan_to_num(torch.inf, posinf=torch.inf)
-        difference = max(difference, float(off.max()))
-        scale = max(scale, float(b.abs().nan_to_num(0, posinf=0).max()))
-    if difference == 0:
-        return 0.0
-    return difference / max(scale, 1e-30) if math.isfinite(difference) else float("inf")
-
-
 def _is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
@@ -180,6 +146,8 @@ class Call:
         Whether a backward can reach padded tokens and look at their gradients.
     is_again : bool
         Whether this is the run to compare with, in which gradients are off.
+    stirs : bool
+        Whether every other text is another one in this run.
     """
 
     def __init__(self, model: nn.Module, proofs: Proofs, given: dict[str, object]) -> None:
@@ -188,22 +156,25 @@ class Call:
         self.given = given
         self.is_plain = False
         self.is_again = False
+        self.stirs = False
         self.has_backward = torch.is_grad_enabled() and (
             trains(model)
             or any(isinstance(v, Tensor) and v.requires_grad for _, v in leaves(given))
         )
         self.reasons: list[str] = []
         self._packings: list[tuple[Kind, Packing]] = []
+        self._hidden: Hidden = {}
+        self._entered: Counter[str] = Counter()
         # Without a backward any call may have to be repeated.
         self._mode = (model.training, self.has_backward)
         self._is_settled = self._mode in proofs.settled
         is_open = proofs.check and self._mode != (True, True)
         self._state = State(model) if is_open or not self._is_settled else None
         self._is_unwatched = not model.training
-        self._is_short = not {p.dtype for p in model.parameters() if p.is_floating_point()} <= {
-            torch.float32,
-            torch.float64,
-        }
+        self._has_short_weights = not {
+            p.dtype for p in model.parameters() if p.is_floating_point()
+        } <= {torch.float32, torch.float64}
+        self._is_short = self._has_short_weights
 
     # ---- called by modules within it ----
 
@@ -257,6 +228,29 @@ class Call:
         """Note that a part of the call is about to run without padding."""
         self._is_short = self._is_short or is_autocast()
         self._packings.append((kind, packing))
+
+    def watch(self, name: str, run: Callable, packing: Packing | None = None) -> object:
+        """Run a base model, and keep its last hidden state where it may be compared.
+
+        Parameters
+        ----------
+        name : str
+            The base model's.
+        run : callable
+            Returns what it returns, B x L x H.
+        packing : Packing, optional
+            Of its batch, if it runs without padding.
+        """
+        if not (self.is_again or (self.proofs.check and self._state is not None)):
+            return run()
+        key = name, self._entered[name]
+        self._entered[name] += 1
+        output = run()
+        state = output[0] if isinstance(output, tuple) else output
+        state = getattr(state, "last_hidden_state", state)
+        if isinstance(state, Tensor):
+            self._hidden[key] = state.detach(), packing
+        return output
 
     def is_new(self, kind: Kind) -> bool:
         """Return whether no call of a kind was proved so far (without a check: made)."""
@@ -321,7 +315,7 @@ class Call:
         """Return what is not proved, or ""."""
         ours = dict(leaves(output, CACHES))
         changes = self._state.changes()
-        packings = list(self._packings)
+        packings, hidden = list(self._packings), self._hidden
         new = [packing for kind, packing in packings if self.is_new(kind)]
         problem = ""
         if not self.has_backward:
@@ -333,13 +327,53 @@ class Call:
             problem = self._unproved(again, more, given, before)
         if new and not problem:
             right, right_changes, has_dropout = self._again(True, forward, before)
+            right_hidden = self._hidden
             if has_dropout:
                 ours, changes, _ = self._again(False, forward, before)
-            tolerance = _SHORT_TOLERANCE if self._is_short else _TOLERANCE
+                hidden = self._hidden
+            tolerance = SHORT_TOLERANCE if self._is_short else TOLERANCE
             for name, value in {**right, **right_changes}.items():
                 mine = ours.get(name, changes.get(name))
-                problem = problem or _differs(name, mine, value, new[0].mask, tolerance)
+                problem = problem or part_differs(name, mine, value, new[0].mask, tolerance)
+            problem = problem or states_differ(hidden, right_hidden, tolerance, real)
+            problem = problem or self._exactly(new, forward, before)
         self._packings = packings
+        return problem
+
+    def _exactly(self, new: list[Packing], forward: Callable, before: tuple) -> str:
+        """Return what differs in the longest format at hand, and where texts are changed, or ""."""
+        is_longer = is_autocast() and not self._has_short_weights
+        if is_longer:
+            try:
+                with without_autocast():
+                    return self._in_this_format(True, new, forward, before)
+            except Exception:
+                pass  # its arguments are of autocast's dtype
+        return self._in_this_format(False, new, forward, before)
+
+    def _in_this_format(
+        self, compares: bool, new: list[Packing], forward: Callable, before: tuple
+    ) -> str:
+        """Compare hidden states, and look whether texts notice others."""
+        has_several = any(packing.has_several for packing in new)
+        if not (compares or has_several):
+            return ""
+        self._is_short = self._has_short_weights
+        self._again(False, forward, before)
+        hidden, problem = self._hidden, ""
+        if compares:
+            self._again(True, forward, before)
+            tolerance = SHORT_TOLERANCE if self._is_short else TOLERANCE
+            problem = states_differ(hidden, self._hidden, tolerance, real)
+        if has_several and not problem:
+            self.stirs = True
+            try:
+                self._again(False, forward, before)
+            finally:
+                self.stirs = False
+            tolerance = SHORT_TOUCHED if self._is_short else TOUCHED
+            problem = states_differ(hidden, self._hidden, tolerance, real_of_others)
+            problem = problem and "a text's last hidden state depends on other texts"
         return problem
 
     def _unproved(
@@ -397,7 +431,7 @@ class Call:
         return output
 
     def _within(self, forward: Callable, args: tuple, kwargs: dict, mode: object = None) -> object:
-        self._packings = []
+        self._packings, self._hidden, self._entered = [], {}, Counter()
         _of_thread.call = self
         try:
             with ExitStack() as stack:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..attention import mpnet, packed_texts
 from ..common.devices import are_together
+from ..common.forward import is_replaced
 from ..common.packing import Packing
 from .parts import counts_distances
 from .proof import CACHES, Call, trains
@@ -20,6 +21,30 @@ _HARMLESS = ("attention_mask", "return_dict", "num_items_in_batch")
 _FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
 # Packages whose modules work token by token, except those known to be attention.
 _PACKAGES = ("torch", "transformers", "peft", "sebp")
+# Modules of PyTorch that look at other tokens, and ends of the names of transformers' own.
+_MIXING = (
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+)
+# Entries of a configuration that heads read, and write.
+_OF_HEADS = ("problem_type", "id2label", "label2id")
+_MIXING_NAMES = (
+    "Mixer",
+    "ShortConv",
+    "DeltaNet",
+    "LightningAttention",
+    "LinearAttention",
+    "MambaLayer",
+)
 # Hooks that work on any number of tokens: those of this package, those that compute weights, and
 # two of transformers.
 _HOOKS = ("sebp.", "torch.nn.utils.")
@@ -78,6 +103,25 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     )
 
 
+def settings_of(module: nn.Module) -> tuple:
+    """Return what a base model's results may depend on, and may be changed later.
+
+    That is its configuration, and which of its parts have a forward that other code has put in.
+    """
+    settings = tuple(
+        (name, value if isinstance(value, (bool, int, float, str, type(None))) else repr(value))
+        for name, value in vars(module.config).items()
+        if isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
+        and name not in _OF_HEADS
+    )
+    replaced = tuple(
+        (name, getattr(one.forward, "__module__", ""), getattr(one.forward, "__qualname__", ""))
+        for name, one in module.named_modules()
+        if "forward" in vars(one) and is_replaced(one)
+    )
+    return settings, replaced
+
+
 def unfit_gaps(module: nn.Module, packing: Packing) -> str:
     """Return why padding between the tokens of a text matters to the model, or ""."""
     if packing.side == "gaps" and counts_distances(module):
@@ -110,8 +154,10 @@ def _unfit_configuration(module: nn.Module, given: dict[str, object], call: Call
         if getattr(config, name, None):
             return name
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"rotary embeddings that depend on the length ({rope['rope_type']})"
+    for part in (rope, *rope.values()):  # some have one for each type of layer
+        kind = part.get("rope_type", "default") if isinstance(part, dict) else "default"
+        if kind in ("dynamic", "longrope"):
+            return f"rotary embeddings that depend on the length ({kind})"
     return "is_causal" if getattr(config, "is_causal", None) is not None else ""
 
 
@@ -139,11 +185,23 @@ def _unfit_gradients(module: nn.Module) -> str:
     return ""
 
 
+def mixes_tokens(module: nn.Module) -> bool:
+    """Return whether a module is known to look at other tokens, and is no attention.
+
+    A convolution of one token at a time does not; a norm over a batch does.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return any(size != 1 for size in module.kernel_size)
+    return isinstance(module, _MIXING) or type(module).__name__.endswith(_MIXING_NAMES)
+
+
 def foreign_part(module: nn.Module) -> str:
     """Find a part that was added or compiled since, and may mix tokens."""
     for name, one in module.named_modules():
         if type(one).__module__.split(".")[0] not in _PACKAGES:
             return f"it holds a {type(one).__name__}, which may look at other tokens"
+        if mixes_tokens(one):
+            return f"{name} is a {type(one).__name__}, which looks at other tokens"
         if one._compiled_call_impl is not None or hasattr(one, "_orig_mod"):
             return f"torch.compile of {name}"
     return ""

@@ -97,9 +97,9 @@ def leaves(value: object, skipped: tuple[str, ...] = (), name: str = "") -> Iter
 
 
 class State:
-    """Random states, buffers, and the numbers and tensors that modules hold as attributes.
+    """Random states, buffers, and the numbers, tensors, lists and dicts that are attributes.
 
-    The state is saved when this object is made. Buffers are compared by value: a norm's statistics
+    The state is saved when this object is made. Tensors are compared by value: a norm's statistics
     change without a change of their version.
     """
 
@@ -113,7 +113,8 @@ class State:
             for key, buffer in module._buffers.items()
         ]
         self._attributes = [
-            (name, module, _plain_values(module)) for name, module in model.named_modules()
+            (name, module, _plain_values(module), _copies(module))
+            for name, module in model.named_modules()
         ]
 
     @torch.no_grad()
@@ -129,13 +130,15 @@ class State:
                 module._buffers[key] = buffer
             if buffer is not None and not torch.equal(buffer, value):
                 buffer.copy_(value)
-        for _, module, values in self._attributes:
+        for _, module, values, copies in self._attributes:
             now = vars(module)
             for key in _plain_values(module).keys() - values.keys():
                 del now[key]
             for key, value in values.items():
                 if now.get(key, self) is not value:
                     now[key] = value
+                if not _is_unchanged(value, copies.get(key)):
+                    _put_value_back(value, copies[key])
 
     def changes(self) -> dict[str, object]:
         """Return copies of what has changed since then, by name."""
@@ -144,10 +147,12 @@ class State:
             now = module._buffers.get(key)
             if now is not None and (value is None or not torch.equal(now, value)):
                 found[f"{name}.{key}"] = now.detach().clone()
-        for name, module, values in self._attributes:
+        for name, module, values, copies in self._attributes:
             for key, now in _plain_values(module).items():
-                if now is not values.get(key, self):
-                    found[f"{name}.{key}"] = now.detach() if isinstance(now, Tensor) else now
+                if now is values.get(key, self) and _is_unchanged(now, copies.get(key)):
+                    continue
+                for place, part in leaves(now, name=f"{name}.{key}"):
+                    found[place] = part.detach().clone() if isinstance(part, Tensor) else part
         return found
 
 
@@ -155,8 +160,39 @@ def _plain_values(module: nn.Module) -> dict[str, object]:
     return {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, _PLAIN_VALUES) and not key.startswith("_sebp")
+        if (isinstance(value, _PLAIN_VALUES) and not key.startswith("_sebp"))
+        or (type(value) in (list, dict) and not key.startswith("_"))
     }
+
+
+def _copies(module: nn.Module) -> dict[str, object]:
+    """Copy the attributes of a module that may change and stay the same object."""
+    found: dict[str, object] = {}
+    for key, value in _plain_values(module).items():
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            found[key] = value.detach().clone()
+        elif isinstance(value, (list, dict)):
+            found[key] = copy_containers(value)
+    return found
+
+
+def _is_unchanged(value: object, before: object) -> bool:
+    """Return whether an attribute holds what its copy does; without a copy it cannot change."""
+    if before is None:
+        return True
+    if isinstance(value, Tensor):
+        return value.shape == before.shape and torch.equal(value, before)
+    now, then = dict(leaves(value)), dict(leaves(before))
+    return now.keys() == then.keys() and all(now[key] is then[key] for key in now)
+
+
+def _put_value_back(value: object, before: object) -> None:
+    if not isinstance(value, Tensor):
+        put_containers_back(value, before)
+    elif value.shape == before.shape:
+        value.copy_(before)
+    else:
+        value.data = before.clone()
 
 
 # --------------------------------------------------------------------------------------------------
