@@ -10,7 +10,8 @@ A :class:`Call` is one call of the outermost model that :func:`~sebp.padding_fre
   is a difference, all later calls of this kind run with padding.
 - If no backward can follow, padded tokens hold NaN, and the result must not hold any.
 - If a backward can follow, padded tokens hold numbers, large and small ones, and each must have a
-  gradient of zero, which :meth:`~.Packing.pad` checks. Where that backward may not happen (in evaluation, or where a part ran without gradients) the model runs again with NaN.
+  gradient of zero, which :meth:`~.Packing.pad` checks. Where that backward may not happen (in
+  evaluation, or where a part ran without gradients) the model runs again with NaN.
 
 Where the result is not proved, the model runs with padding, from the state at the beginning.
 """
