@@ -134,7 +134,8 @@ def test_mask_is_used_and_released():
     sebp.remove_sebp_from_model(model)
     query.forward = lambda x: rows.append(x[..., 0].numel()) or type(query).forward(query, x)
     model(**batch)
-    assert rows == [tokens, 64, tokens, 64, 64]
+    # Compared with the model as it is, then with other texts in the batch.
+    assert rows == [tokens, 64, tokens, tokens, tokens, 64, 64]
     assert "forward" not in vars(model)
     assert "forward" not in vars(model.bert)
 
