@@ -246,10 +246,14 @@ def padding_free(model: nn.Module, check: bool = True) -> PaddingFreeReport:
 
     Results are the model's own up to rounding. Where they might not be, a call runs with padding:
 
-    - The first call of each kind (training or evaluation, padding left or right, arguments given)
-      runs once more with padding and without dropout, without side effects, and the two results
-      are compared. If they differ, all later calls of this kind run with padding, and a warning
-      says so.
+    - The first call of each kind (training or evaluation, padding left or right, arguments given,
+      configuration) runs once more with padding and without dropout, and then on other texts. What
+      buffers and attributes held before is put back. The results and the last hidden states of base
+      models are compared, under autocast in float32 as well, and some texts are changed, which the
+      others must not notice. If there is a difference, all later calls of this kind run with
+      padding, and a warning says so.
+    - Models with layers that look at other tokens, and are no attention, are left alone:
+      convolutions, recurrent layers, Mamba, linear attention, norms over a batch.
     - Calls run with padding if labels are at padded tokens (not -100) or predicted from them, if
       there is a cache, an unknown argument or a hook within the layers, and, in encoders, if the
       first token of a text is padding.
