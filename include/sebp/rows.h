@@ -186,9 +186,9 @@ SEBP_API sebp_status sebp_rows_find(sebp_context *context, const sebp_matrix *dy
  * for the last bits in which sums of squares differ.
  *
  * Rows with a NaN or an Inf, in dY or X, are all kept, with weight 1, and count in the budget. Of the
- * finite rows, if there are any, at least one is kept. So where there are such rows there may be more than
- * the budget. A row of
- * zeros in dY is never kept, whatever X holds. A weight is at most FLT_MAX.
+ * finite rows, if there are any, at least one is kept. So rows with a NaN or an Inf, and they alone, can
+ * make the set larger than the budget. A row of zeros in dY is never kept, whatever X holds. A weight is
+ * at most FLT_MAX.
  *
  * Reads dY and X once, in parallel. Memory: 8 bytes for each row of dY, 12 for each row of the budget.
  *

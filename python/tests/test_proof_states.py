@@ -226,6 +226,29 @@ def test_changes_after_the_proof(change):
                 change(ours)
 
 
+def _add_share(layer, share):
+    forward = type(layer).forward
+    layer.forward = lambda x: forward(layer, x) + share * forward(layer, x).roll(1, 1)
+
+
+def test_another_forward_of_the_same_name():
+    """It is told by itself, not by what it is called."""
+    plain = families.make_model("llama", "lm").train()
+    ours = copy.deepcopy(plain)
+    for model in (plain, ours):
+        _add_share(model.model.layers[0].mlp, 0.0)
+    report = sebp.padding_free(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed, share in ((1, 0.0), (2, 1.0), (3, 1.0)):
+            if share:
+                for model in (plain, ours):
+                    _add_share(model.model.layers[0].mlp, share)
+            batch = families.make_batch("llama", "lm", "right", seed)
+            torch.testing.assert_close(ours(**batch).loss, plain(**batch).loss)
+    assert report.calls[""] == 1
+
+
 class MovesATensor(Base):
     def __init__(self):
         super().__init__()

@@ -35,8 +35,6 @@ _MIXING = (
     nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
 )
-# Entries of a configuration that heads read, and write.
-_OF_HEADS = ("problem_type", "id2label", "label2id")
 _MIXING_NAMES = (
     "Mixer",
     "ShortConv",
@@ -45,6 +43,8 @@ _MIXING_NAMES = (
     "LinearAttention",
     "MambaLayer",
 )
+# Entries of a configuration that heads read, and write.
+_OF_HEADS = ("problem_type", "id2label", "label2id")
 # Hooks that work on any number of tokens: those of this package, those that compute weights, and
 # two of transformers.
 _HOOKS = ("sebp.", "torch.nn.utils.")
@@ -103,10 +103,23 @@ def refusal(module: nn.Module, given: dict[str, object], call: Call) -> str:
     )
 
 
+class _Same:
+    """Equal for one object alone, which it keeps, so that no later one has its identity."""
+
+    def __init__(self, one: object) -> None:
+        self.one = one
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.one is self.one
+
+    def __hash__(self) -> int:
+        return id(self.one)
+
+
 def settings_of(module: nn.Module) -> tuple:
     """Return what a base model's results may depend on, and may be changed later.
 
-    That is its configuration, and which of its parts have a forward that other code has put in.
+    That is its configuration, and the forwards that other code has put into its parts.
     """
     settings = tuple(
         (name, value if isinstance(value, (bool, int, float, str, type(None))) else repr(value))
@@ -115,7 +128,7 @@ def settings_of(module: nn.Module) -> tuple:
         and name not in _OF_HEADS
     )
     replaced = tuple(
-        (name, getattr(one.forward, "__module__", ""), getattr(one.forward, "__qualname__", ""))
+        (name, _Same(vars(one)["forward"]))
         for name, one in module.named_modules()
         if "forward" in vars(one) and is_replaced(one)
     )
