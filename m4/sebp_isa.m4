@@ -44,4 +44,6 @@ SEBP_ISA_TIER([neon], [aarch64|arm64], [],
   [arm_neon.h], [vfmaq_f32(vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0))])
 AS_IF([test "$sebp_have_avx512" = yes],
   [SEBP_COMPILER_FLAG([-mprefer-vector-width=512], [WIDE_VECTOR_CFLAGS])])
-AC_SUBST([WIDE_VECTOR_CFLAGS])])
+AC_SUBST([WIDE_VECTOR_CFLAGS])
+# In unrolled kernels gcc spends a third of its time on where -g finds each variable.
+SEBP_COMPILER_FLAG([-fno-var-tracking], [KERNEL_DEBUG_CFLAGS])])
