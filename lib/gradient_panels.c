@@ -46,10 +46,12 @@ const char *sebp_gradient_panels(sebp_call *call, const sebp_matrix *dy, const s
                                  sebp_use_panel *use, void *work)
 {
     const char *path = NULL;
-    int64_t row_bytes = x->cols * (int64_t)sizeof(float);
-    int64_t panel_rows = sebp_min(call->backend->max_scratch(call->device) / row_bytes, dy->cols);
+    /* Counted in floats: an X without rows may have any width, and the bytes of a row of dW overflow. */
+    const int64_t size = (int64_t)sizeof(float);
+    const int64_t room = call->backend->max_scratch(call->device) / size;
+    const int64_t panel_rows = sebp_min(room / x->cols, dy->cols);
     if (panel_rows > 0)
-        sebp_reserve_scratch(call, panel_rows * row_bytes, "rows of dW");
+        sebp_reserve_scratch(call, panel_rows * x->cols * size, "rows of dW");
     else
         sebp_call_fail(call, SEBP_ERROR_MEMORY, "no scratch memory for rows of dW");
     if (sebp_call_goes_on(call))

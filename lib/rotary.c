@@ -65,7 +65,7 @@ static double frequency(const sebp_rotary_options *options, int64_t pair, int64_
 /* Of a table in the host's memory. */
 static void fill_table(const sebp_rotary_options *options, const sebp_matrix *table)
 {
-    const int64_t pairs = table->cols / 2;
+    const int64_t pairs = table->rows > 0 ? table->cols / 2 : 0;
     for (int64_t j = 0; j < pairs; j++) {
         double f = frequency(options, j, table->cols);
         float *at = (float *)table->data + j;

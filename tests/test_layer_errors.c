@@ -272,6 +272,25 @@ START_TEST(norms_of_wide_rows)
 }
 END_TEST
 
+/* Views without elements may have any number of rows, or of columns: nothing is done for each of them. */
+START_TEST(views_without_elements)
+{
+    sebp_context *own = testing_context(SEBP_GEMM_NATIVE, 2, 0);
+    const int64_t many = INT64_C(1) << 62;
+    sebp_matrix rows = {NULL, many, 0, 0, SEBP_F32}, columns = {NULL, 0, many, many, SEBP_F32};
+    sebp_matrix none = {NULL, 0, 0, 0, SEBP_F32};
+    testing_succeed(sebp_norm_forward(own, &rows, NULL, NULL, NULL, NULL, NULL, NULL, &rows, NULL),
+                    own);
+    testing_succeed(sebp_activation_forward(own, SEBP_SILU, &rows, NULL, NULL, NULL, &rows), own);
+    testing_succeed(
+        sebp_activation_backward(own, SEBP_SILU, &rows, &rows, NULL, NULL, NULL, &rows, NULL), own);
+    testing_succeed(sebp_dropout_apply(own, &rows, NULL, NULL, &rows), own);
+    testing_succeed(sebp_rotary_forward(own, &columns, NULL, &none, NULL, NULL, &columns), own);
+    testing_succeed(sebp_rotary_table(own, NULL, &columns), own);
+    sebp_context_destroy(own);
+}
+END_TEST
+
 /* A probability that is 1 as f32 would drop everything. */
 START_TEST(dropout_of_nearly_one)
 {
@@ -325,6 +344,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, embeddings);
     tcase_add_test(all, clipping);
     tcase_add_test(all, norms_of_wide_rows);
+    tcase_add_test(all, views_without_elements);
     tcase_add_test(all, dropout_of_nearly_one);
     tcase_add_test(all, good_calls);
     suite_add_tcase(suite, all);

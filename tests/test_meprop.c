@@ -290,6 +290,15 @@ START_TEST(bad_input_is_refused)
     testing_expect(sebp_meprop_gradient(context, &narrow, &wide, NULL, NULL, &one),
                    SEBP_ERROR_MEMORY, context);
     ck_assert_int_eq(one.indices[0], -1);
+    /* And more bytes than can be counted, where X has no rows. */
+    for (int bits = 60; bits <= 62; bits++) {
+        const int64_t cols = INT64_C(1) << bits;
+        sebp_matrix no_dy = {NULL, 0, 1, 1, SEBP_F32}, no_x = {NULL, 0, cols, cols, SEBP_F32};
+        one.cols = cols;
+        testing_expect(sebp_meprop_gradient(context, &no_dy, &no_x, NULL, NULL, &one),
+                       SEBP_ERROR_MEMORY, context);
+        ck_assert_int_eq(one.indices[0], -1);
+    }
     testing_free_sparse(&one);
     testing_release(&wide);
     testing_release(&narrow);

@@ -87,7 +87,6 @@ static void turn(const sebp_kernels *kernels, const void *data, int64_t at)
 
 sebp_status sebp_cpu_rotary(void *device, const sebp_rotary_work *work)
 {
-    if (work->x->cols > 0)
-        sebp_cpu_each_row(device, &work->list, work->x->cols, turn, work);
+    sebp_cpu_each_row(device, &work->list, work->x->cols, turn, work);
     return SEBP_SUCCESS;
 }

@@ -124,7 +124,7 @@ sebp_status sebp_cpu_norm_forward(void *device, const sebp_norm_work *work)
     const int64_t n = work->x->cols, max = sebp_cpu_workspace(cpu) / (int64_t)sizeof(float);
     const int64_t gains = is_made(work->gain, work->options->gain_offset) ? n : 0;
     const int64_t shifts = is_made(work->shift, 0) ? n : 0;
-    if (work->list.count == 0) {
+    if (work->list.count == 0 || (n == 0 && work->statistics == NULL)) {
         return SEBP_SUCCESS;
     }
     if (gains > max || shifts > max) { /* before what their bytes are overflows */

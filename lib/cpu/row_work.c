@@ -39,7 +39,8 @@ void sebp_cpu_each_row(sebp_cpu *cpu, const sebp_row_list *list, int64_t cols, s
                        const void *work)
 {
     row_job job = {cpu->kernels, list, task, work, sebp_cpu_pieces(cpu, list->count, cols)};
-    sebp_cpu_parallel(cpu, job.pieces, row_piece, &job);
+    if (cols > 0) /* a view without columns may have any number of rows */
+        sebp_cpu_parallel(cpu, job.pieces, row_piece, &job);
 }
 
 void sebp_cpu_widen(const sebp_kernels *kernels, float *to, const void *from, sebp_dtype dtype,

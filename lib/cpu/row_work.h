@@ -56,7 +56,8 @@ int64_t sebp_cpu_pieces(const sebp_cpu *cpu, int64_t count, int64_t cols);
 /** Works on one row: row `row` of the matrices in `work`. */
 typedef void sebp_row_task(const sebp_kernels *kernels, const void *work, int64_t row);
 
-/** Calls task(kernels, work, row) for each row of a list, spread over the threads. */
+/** Calls task(kernels, work, row) for each row of a list, spread over the threads; without columns for
+ * none. */
 void sebp_cpu_each_row(sebp_cpu *cpu, const sebp_row_list *list, int64_t cols, sebp_row_task *task,
                        const void *work);
 
