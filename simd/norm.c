@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /** @file norm.c LayerNorm and RMSNorm of a row, which stays in the nearest cache between passes. */
+#include <float.h>
 #include <math.h>
 
 #include "kernels.h"
@@ -9,6 +10,9 @@ enum {
     SUMS = 4,    /* that need not wait for each other */
     BLOCK = 1024 /* elements that are sure to be in the nearest cache when they are read again */
 };
+
+/* Variances in f32 below this have lost digits where their squares are denormal. */
+#define LEAST_VARIANCE 0x1p-90f
 
 static inline float total_of(const vec sums[SUMS])
 {
@@ -90,6 +94,28 @@ SPECIALIZED void moments_of(const void *h, bool is_bf16, int64_t n, float *mean,
     *square = (float)(total / (double)n);
 }
 
+/* The mean, and 1 / sqrt(variance + epsilon), where squares leave the range of f32: in double. That is slow,
+ * and rare: such elements are above 2^63, or all below 2^-45 with as small an epsilon. */
+SPECIALIZED void find_in_double(const sebp_norm_row *row, const void *h, bool is_bf16)
+{
+    double mean = 0, squares = 0;
+    float held[VEC_LANES];
+    FOR_EACH_VEC(row->is_rms ? 0 : row->n, {
+        vec_store(held, load_lanes(h, is_bf16, at, lanes));
+        for (int64_t i = 0; i < lanes; i++) {
+            mean += (double)held[i] / (double)row->n;
+        }
+    });
+    FOR_EACH_VEC(row->n, {
+        vec_store(held, load_lanes(h, is_bf16, at, lanes));
+        for (int64_t i = 0; i < lanes; i++) {
+            squares += ((double)held[i] - mean) * ((double)held[i] - mean);
+        }
+    });
+    *row->mean = (float)mean;
+    *row->inverse = (float)(1 / sqrt(squares / (double)row->n + (double)row->epsilon));
+}
+
 SPECIALIZED void norm_forward(const sebp_norm_row *row, bool is_bf16)
 {
     const void *h = row->h != NULL ? row->h : row->x;
@@ -102,10 +128,13 @@ SPECIALIZED void norm_forward(const sebp_norm_row *row, bool is_bf16)
     } else {
         moments_of(h, is_bf16, row->n, &mean, &square);
     }
-    float inverse = 1 / sqrtf(square + row->epsilon);
+    square += row->epsilon;
     *row->mean = mean;
-    *row->inverse = inverse;
-    vec means = vec_set1(mean), inverses = vec_set1(inverse);
+    *row->inverse = 1 / sqrtf(square);
+    if (!(square >= LEAST_VARIANCE && square <= FLT_MAX)) {
+        find_in_double(row, h, is_bf16);
+    }
+    vec means = vec_set1(*row->mean), inverses = vec_set1(*row->inverse);
     FOR_EACH_VEC(row->n, {
         vec y = vec_mul(vec_sub(load_lanes(h, is_bf16, at, lanes), means), inverses);
         if (row->gain != NULL) {

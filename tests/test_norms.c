@@ -188,9 +188,9 @@ START_TEST(norm_forward)
 }
 END_TEST
 
-/* One row of a backward: dh by the formula, and some of it by differences. */
-static void norm_dh(const double *h, const double *dy, int64_t n, const sebp_matrix *gain,
-                    const sebp_norm_options *options, double *dh)
+/* One row of a backward: dh by the formula. */
+static void dh_of_row(const double *h, const double *dy, int64_t n, const sebp_matrix *gain,
+                      const sebp_norm_options *options, double *dh)
 {
     row_norm norm = norm_of(h, n, options);
     double g_mean = 0, along = 0;
@@ -203,6 +203,14 @@ static void norm_dh(const double *h, const double *dy, int64_t n, const sebp_mat
         double g = dy[j] * gain_at(gain, options, j);
         dh[j] = (g - g_mean - (h[j] - norm.mean) * norm.inverse * along) * norm.inverse;
     }
+}
+
+/* The same, and some of it by differences. */
+static void norm_dh(const double *h, const double *dy, int64_t n, const sebp_matrix *gain,
+                    const sebp_norm_options *options, double *dh)
+{
+    row_norm norm = norm_of(h, n, options);
+    dh_of_row(h, dy, n, gain, options, dh);
     double *moved = malloc((size_t)n * sizeof *moved);
     for (int k = 0; k < 3; k++) {
         int64_t j = testing_between(0, n - 1);
@@ -405,6 +413,53 @@ START_TEST(norm_exact)
 }
 END_TEST
 
+/* Rows whose squares f32 has no room for, or no digits. */
+START_TEST(norm_far_from_one)
+{
+    layer_open_contexts();
+    const double sizes[] = {0x1p63, 0x1p64, 1e30, 0x1p124, 0x1p-44, 0x1p-65, 1e-22, 1e-30};
+    const int64_t n = 100;
+    const sebp_matrix no_gain = {NULL, 0, 0, 0, SEBP_F32};
+    double row[100], dy_row[100], want[100];
+    for (int round = 0; round < 32; round++) {
+        const double size = sizes[round % 8];
+        const sebp_dtype dtype = round & 8 ? SEBP_BF16 : SEBP_F32;
+        sebp_norm_options options = SEBP_NORM_OPTIONS_INIT;
+        options.norm = round & 16 ? SEBP_RMS_NORM : SEBP_LAYER_NORM;
+        options.epsilon = size > 1 ? 1e-5 : 0;
+        sebp_matrix x = testing_random_matrix(1, n, dtype, TESTING_REAL);
+        sebp_matrix dy = testing_random_matrix(1, n, dtype, TESTING_REAL);
+        sebp_matrix y = testing_matrix(1, n, n, dtype), dh = testing_matrix(1, n, n, dtype);
+        sebp_matrix statistics = testing_matrix(1, 2, 2, SEBP_F32);
+        for (int64_t j = 0; j < n; j++) {
+            testing_set(&x, 0, j, size * (testing_get(&x, 0, j) + 2));
+            row[j] = testing_get(&x, 0, j);
+            dy_row[j] = testing_get(&dy, 0, j);
+        }
+        testing_succeed(sebp_norm_forward(layer_contexts[0], &x, NULL, NULL, NULL, NULL, &options,
+                                          NULL, &y, &statistics),
+                        layer_contexts[0]);
+        testing_succeed(sebp_norm_backward(layer_contexts[0], &dy, &x, &statistics, NULL, NULL,
+                                           &options, &dh, NULL, NULL, NULL),
+                        layer_contexts[0]);
+        row_norm norm = norm_of(row, n, &options);
+        dh_of_row(row, dy_row, n, &no_gain, &options, want);
+        layer_near(&statistics, 0, 0, norm.mean, 8 * EPS * fabs(norm.mean), "mean");
+        layer_near(&statistics, 0, 1, norm.inverse, 8 * EPS * norm.inverse, "inverse");
+        for (int64_t j = 0; j < n; j++) {
+            layer_near(&y, 0, j, (row[j] - norm.mean) * norm.inverse, 60 * EPS, "y");
+            layer_near(&dh, 0, j, want[j], 200 * EPS * norm.inverse, "dh");
+        }
+        testing_release(&x);
+        testing_release(&dy);
+        testing_release(&y);
+        testing_release(&dh);
+        testing_release(&statistics);
+    }
+    layer_close_contexts();
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("norms");
@@ -412,6 +467,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, norm_forward);
     tcase_add_test(all, norm_backward);
     tcase_add_test(all, norm_exact);
+    tcase_add_test(all, norm_far_from_one);
     suite_add_tcase(suite, all);
     return suite;
 }

@@ -68,6 +68,9 @@ typedef struct sebp_norm_options {
  * The variance is the mean of (h - mean)^2. An RMSNorm takes off no mean, and has the mean of h^2 in
  * place of the variance. Where h is bf16 the norm is that of the rounded h, which the backward sees.
  *
+ * Where the variance plus epsilon is over the largest f32 (of elements over about 1e19) or below 2^-90, CPUs
+ * compute it in double. GPUs do not: there y is then 0, NaN or inexact.
+ *
  * Reads x and the residual and writes h and y: 16 bytes an element in f32 with all four, 8 without
  * residual and h.
  *
