@@ -79,7 +79,8 @@ typedef enum sebp_placement {
  * datatype for higher-precision computations", ARITH 2019). The error of a sum of K products a b, in
  * multiples of the sum of |a||b|, is at most what is said below and another K 2^-24 for each product of
  * parts; parts below 2^-126 count as zero. NaN and Inf give what they give in f32, but for an Inf of
- * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN.
+ * bf16 times an f32 below 2^-126 at MEDIUM, which is NaN. Parts are rounded up as well as down: where the sum
+ * of |a||b| is over 2^127, products of parts may overflow, so that the result is Inf or NaN.
  *
  * Matrices of bf16 are multiplied exactly at every level. With an f32 matrix at their side they are so
  * too, and the f32 one is as the level says. Sums of bases (basis.h) and merges of LoRA take f32's own

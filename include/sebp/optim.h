@@ -20,7 +20,8 @@
  * threads, nor, without weight decay, on whether the step is dense or sparse.
  *
  * A gradient that holds a NaN or an Inf is refused with SEBP_ERROR_NONFINITE. Weights, moments and
- * the count of steps stay as they were. The weights themselves are not checked.
+ * the count of steps stay as they were. The weights themselves are not checked. A finite gradient
+ * above 1.8e19 makes g^2 and v Inf, in PyTorch as well: that element has steps of 0 from then on.
  */
 #ifndef SEBP_OPTIM_H
 #define SEBP_OPTIM_H
