@@ -7,6 +7,10 @@
  * contexts the library keeps two things for the whole process: the table of kernels for this CPU,
  * which is filled once and never changes, and what it knows of forks.
  *
+ * All threads have to be in the default floating-point mode, which rounds to nearest and keeps denormals; the
+ * library does not set it. torch.set_flush_denormal() changes it in the calling thread alone: then which
+ * denormals become zero depends on who computes what, and so on the number of threads.
+ *
  * Where the library itself runs out of memory, the call returns SEBP_ERROR_MEMORY and has written
  * nothing. The libraries that it uses behave in ways of their own, which it cannot change:
  *
