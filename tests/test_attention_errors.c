@@ -156,20 +156,35 @@ START_TEST(too_large_a_head)
 }
 END_TEST
 
-/* No texts and as many heads as a number holds: there is nothing to do, and nothing is counted down. */
+/* No queries and as many heads as a number holds: there is nothing to do but to zero what no query sees, and
+ * nothing is counted down. */
 START_TEST(heads_without_number)
 {
     const int64_t heads = INT64_C(1) << 40;
     sebp_context *context = testing_context(SEBP_GEMM_NATIVE, 1, 0);
-    sebp_sequences *none;
+    const int64_t no_queries = 0, one_key = 1;
+    sebp_sequences *none, *empty, *one;
     ck_assert_int_eq(sebp_sequences_from_lengths(NULL, 0, &none), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_sequences_from_lengths(&no_queries, 1, &empty), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_sequences_from_lengths(&one_key, 1, &one), SEBP_SUCCESS);
     sebp_attention_options options = SEBP_ATTENTION_OPTIONS_INIT;
     options.heads = heads;
     options.kv_heads = 1;
     sebp_matrix q = {NULL, 0, heads, heads, SEBP_F32}, k = {NULL, 0, 1, 1, SEBP_F32};
     testing_succeed(
         sebp_attention_forward(context, &q, &k, &k, NULL, none, NULL, &options, &q, NULL), context);
+    float key = 1, gradient = 7;
+    sebp_matrix lse = q, dq = q, dk = sebp_matrix_f32(&gradient, 1, 1);
+    k = sebp_matrix_f32(&key, 1, 1);
+    for (int with_dq = 0; with_dq < 2; with_dq++, gradient = 7) {
+        testing_succeed(sebp_attention_backward(context, &q, &q, &k, &k, NULL, &q, &lse, empty, one,
+                                                &options, with_dq ? &dq : NULL, &dk, NULL, NULL),
+                        context);
+        ck_assert(gradient == 0);
+    }
     sebp_sequences_destroy(none);
+    sebp_sequences_destroy(empty);
+    sebp_sequences_destroy(one);
     sebp_context_destroy(context);
 }
 END_TEST

@@ -106,9 +106,10 @@ static void run_keys(const sebp_attention_job *job, int64_t text, int64_t kv_hea
     const int64_t head_slivers = sebp_div_ceil(sebp_queries(job, text), job->lanes);
     clear(own->dk, (keys.end - keys.first) * job->d);
     clear(own->dv, (keys.end - keys.first) * job->d);
-    if (seeing.first < seeing.end)
+    const int64_t heads = seeing.first < seeing.end ? job->group : 0;
+    if (heads > 0)
         sebp_meeting_load_keys(job, text, kv_head, keys, own);
-    for (int64_t i = 0; i < job->group; i++) {
+    for (int64_t i = 0; i < heads; i++) {
         for (int64_t first = seeing.first / queries * queries; first < seeing.end;
              first += queries) {
             sebp_meeting at;
@@ -163,7 +164,7 @@ static void run_text(const sebp_attention_job *job, int64_t text, int64_t block,
     clear(own->dq, job->group * head_slivers * job->d * job->lanes);
     for (int64_t key = 0; key < keys; key += job->k_block)
         run_keys(job, text, kv_head, sebp_keys_from(job, text, key), true, own);
-    for (int64_t i = 0; i < job->group; i++) {
+    for (int64_t i = 0; i < job->group && queries > 0; i++) {
         store_dq(job, text, kv_head * job->group + i, (sebp_span){0, queries}, own,
                  i * head_slivers);
     }
