@@ -8,6 +8,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from sebp._rules import Rule
+from sebp.torch.blocks.logits import Logits, head_forward
+from sebp.torch.common.forward import as_it_is, put_in
+from sebp.torch.linear_layers.linear import give_rule
+
 
 def in_place(change):
     """Change derived logits in place, and read these again."""
@@ -145,6 +150,71 @@ def test_weights_changed_past_their_version_are_an_error(change):
         ours.sum()
 
 
+def double_for_one_call(head, hidden):
+    tensors = {name: (2 * p).detach().requires_grad_() for name, p in head.named_parameters()}
+    return torch.func.functional_call(head, tensors, hidden), [*tensors.values()]
+
+
+def replace_the_weight(head, hidden):
+    logits, inputs = head(hidden), [*head.parameters()]
+    head.weight = nn.Parameter(torch.zeros_like(head.weight))
+    return logits, inputs
+
+
+def thaw_the_weight(head, hidden):
+    head.weight.requires_grad_(False)
+    logits = head(hidden)
+    head.weight.requires_grad_()
+    return logits, [*head.parameters()]
+
+
+def normalize_the_weight(head, hidden):
+    """Compute the weight anew at each call, as ``weight_norm`` does."""
+    head.weight_g = nn.Parameter(torch.ones(()))
+    weight = head.weight.detach()
+    del head.weight
+    head.register_forward_pre_hook(lambda m, x: setattr(m, "weight", m.weight_g * weight))
+    logits, scale = head(hidden), head.weight_g
+    head.weight_g = nn.Parameter(torch.full((), 3.0))
+    head(hidden)
+    return logits, [scale, head.bias]
+
+
+@pytest.mark.parametrize("how", ["loss", "read"])
+@pytest.mark.parametrize("has_rule", [False, True])
+@pytest.mark.parametrize(
+    "call", [double_for_one_call, replace_the_weight, thaw_the_weight, normalize_the_weight]
+)
+def test_logits_are_of_the_weights_of_their_call(call, has_rule, how):
+    loss = LOSSES["shifted"] if how == "loss" else lambda y: y.square().sum()
+    found = []
+    for is_deferred in (True, False):
+        torch.manual_seed(1)
+        head, hidden = nn.Linear(8, 11), torch.randn(2, 5, 8)
+        if has_rule:
+            give_rule(head, Rule())
+        if is_deferred:
+            put_in(head, head_forward)
+        logits, inputs = call(head, hidden)
+        assert isinstance(logits, Logits) is is_deferred
+        value = loss(logits)
+        found.append((value, *torch.autograd.grad(value, inputs, allow_unused=True)))
+    for one, right in zip(*found, strict=True):
+        assert (one is None) is (right is None)
+        if right is not None:
+            close(one, right, 2e-6)
+
+
+def test_what_tokens_were_taken_by_may_change():
+    _, _, ours, right = head_and_logits()
+    mask, first = LABELS > 4, torch.tensor(1)
+    of_ours, of_right = ((y[mask], y[:, first : first + 2]) for y in (ours, right))
+    mask.logical_not_()
+    first.fill_(0)
+    for one, other in zip(of_ours, of_right, strict=True):
+        close(one, other, 1e-6)
+
+
 def test_weights_of_nan_have_not_changed():
     head, hidden, _, _ = head_and_logits()
     with torch.no_grad():
@@ -181,8 +251,6 @@ HOOKS = {
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_on_the_head(name):
-    from sebp.torch.common.forward import as_it_is
-
     head, hidden, _, _ = head_and_logits()
     HOOKS[name](head)
 

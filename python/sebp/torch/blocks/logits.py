@@ -22,6 +22,7 @@ from ..common.forward import Forward
 from ..common.tensors import DTYPES
 from ..linear_layers.autograd import dtypes_of, only_wanted, wanted_dtypes
 from ..linear_layers.direct import is_plain
+from ..linear_layers.linear import sparse_linear
 from .loss import linear_cross_entropy
 
 Step = Callable[[Tensor], Tensor]
@@ -31,13 +32,16 @@ _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 class _Source:
     """What logits are made of, and what has become of them.
 
+    The head itself is not asked again: it may have other weights by then, as after
+    ``torch.func.functional_call``, or others of them may train.
+
     Parameters
     ----------
-    compute : callable
-        Computes the logits from `hidden`.
     hidden : Tensor, ... x K
     weight : Tensor, V x K
     bias : Tensor, V, or None
+    rule : Rule or None
+        Which rows of the gradient the head keeps; None where it is PyTorch's own.
 
     Attributes
     ----------
@@ -50,28 +54,23 @@ class _Source:
     """
 
     def __init__(
-        self,
-        compute: Callable[[Tensor], Tensor],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule | None
     ) -> None:
-        self._compute = compute
+        self._rule = rule
         self._is_cast = autocast_dtype(hidden) is not None
         self.dtype = torch.bfloat16 if self._is_cast else hidden.dtype
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        # What is frozen now stays so in the graph of these logits.
+        self.hidden, self.weight, self.bias = map(_as_it_trains, (hidden, weight, bias))
+        self._tensors = [one for one in (hidden, weight, bias) if one is not None]
         self.is_computed = self.has_loss = False
         self._versions, self._sums = self._now(), self._sums_now()
 
-    def _tensors(self) -> list[Tensor]:
-        return [one for one in (self.hidden, self.weight, self.bias) if one is not None]
-
     def _now(self) -> list[tuple[int, int]]:
-        return [(one._version, one.data_ptr()) for one in self._tensors()]
+        return [(one._version, one.data_ptr()) for one in self._tensors]
 
     def _sums_now(self) -> list[int]:
         """Sum up all bits: who writes to ``.data``, as some optimizers do, leaves no version."""
-        return [_sum_of_bits(one.detach()) for one in self._tensors()]
+        return [_sum_of_bits(one.detach()) for one in self._tensors]
 
     def as_called(self) -> AbstractContextManager:
         """Return the autocast that the head was called in, for a ``with``.
@@ -91,10 +90,18 @@ class _Source:
 
     def compute(self) -> Tensor:
         """Compute the logits, as the model would have."""
+        tensors, logits = (self.hidden, self.weight, self.bias), None
         with self.as_called():
-            logits = self._compute(self.hidden)
+            if self._rule is not None:
+                logits = sparse_linear(*tensors, self._rule, False)
+            if logits is None:
+                logits = functional.linear(*tensors)
         self.is_computed = True
         return logits
+
+
+def _as_it_trains(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.requires_grad else tensor.detach()
 
 
 def _sum_of_bits(x: Tensor) -> int:
@@ -380,9 +387,10 @@ def _take(logits: Logits, index: object) -> Logits | None:
             return None
         if index.shape != logits.shape[:-1]:
             return None
+        index = index.clone()  # the caller's may change before it is used again
     else:
         parts = index if isinstance(index, tuple) else (index,)
-        if not all(part is Ellipsis or isinstance(part, slice) for part in parts):
+        if not all(part is Ellipsis or _is_fixed(part) for part in parts):
             return None
         # The last dimension is whole where no part is left for it, or the one for it takes all.
         given = len(parts) - (Ellipsis in parts)
@@ -390,6 +398,13 @@ def _take(logits: Logits, index: object) -> Logits | None:
         if given > logits.dim() or (reaches_last and parts[-1] != slice(None)):
             return None
     return _after(logits, lambda x: x[index], logits.hidden[index], logits.dtype)
+
+
+def _is_fixed(part: object) -> bool:
+    """Return whether it is a slice, and its bounds are no tensors, which may change."""
+    return isinstance(part, slice) and all(
+        bound is None or isinstance(bound, int) for bound in (part.start, part.stop, part.step)
+    )
 
 
 _STEPS = {
@@ -453,17 +468,21 @@ def head_forward(forward: Forward, *args: object, **kwargs: object) -> Tensor:
     """Replace the forward of a language model's head, in training: give :class:`Logits`."""
     head = forward.module
     is_usual = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-    if torch.compiler.is_compiling() or not is_usual or not _can_defer(head, args[0]):
+    if torch.compiler.is_compiling() or not is_usual or not _is_in_training(head):
         return forward.original(*args, **kwargs)
-    (hidden,) = args
-    source = _Source(forward.original, hidden, head.weight, head.bias)
-    return _make(source, hidden, source.dtype)
+    (hidden,), weight, bias = args, head.weight, head.bias
+    if not _can_defer(hidden, weight, bias):
+        return forward.original(hidden)
+    source = _Source(hidden, weight, bias, vars(head).get("sebp_rule"))
+    return _make(source, source.hidden, source.dtype)
 
 
-def _can_defer(head: nn.Module, hidden: Tensor) -> bool:
-    if not (head.training and torch.is_grad_enabled() and type(head) is nn.Linear):
-        return False
-    tensors = [one for one in (hidden, head.weight, head.bias) if one is not None]
+def _is_in_training(head: nn.Module) -> bool:
+    return head.training and torch.is_grad_enabled() and type(head) is nn.Linear
+
+
+def _can_defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    tensors = [one for one in (hidden, weight, bias) if one is not None]
     if cast := autocast_dtype(hidden):
         has_dtypes = cast == torch.bfloat16
     else:
@@ -473,6 +492,6 @@ def _can_defer(head: nn.Module, hidden: Tensor) -> bool:
         and is_plain(*tensors)
         and all(one.dtype in DTYPES for one in tensors)
         and hidden.dim() > 1
-        and hidden.shape[-1] == head.weight.shape[1]
+        and hidden.shape[-1] == weight.shape[1]
         and any(one.requires_grad for one in tensors)
     )
