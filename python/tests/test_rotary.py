@@ -159,6 +159,10 @@ def test_angles_changed_in_place_count():
     compare(rotate_whole_heads, q, k, cos, sin, 2e-6)
     cos.mul_(0.5)
     compare(rotate_whole_heads, q, k, cos, sin, 2e-6)
+    cos.data.mul_(0.5)  # which leaves no version, and so does NumPy
+    compare(rotate_whole_heads, q, k, cos, sin, 2e-6)
+    sin.numpy()[:, 2] *= -1
+    compare(rotate_whole_heads, q, k, cos, sin, 2e-6)
     sin[..., 0] = 7  # now the halves are not alike
     compare(rotate_whole_heads, q, k, cos, sin, 2e-6)
 

@@ -182,6 +182,7 @@ class _OfThread(threading.local):
     """The last cosines and sines, which all layers of a model share, and their table."""
 
     angles: tuple[Tensor, Tensor, int, int, int] | None = None
+    copies: tuple[Tensor, Tensor] | None = None
     table: Tensor | None = None
 
 
@@ -189,19 +190,34 @@ _of_thread = _OfThread()
 
 
 def _table_of(cos: Tensor, sin: Tensor) -> Tensor | None:
-    """Return the library's table, (1 or B) L x R, or None where the halves are not alike."""
+    """Return the library's table, (1 or B) L x R, or None where the halves are not alike.
+
+    Who writes to ``.data``, or by NumPy, leaves no version. So on the CPU the table is used again
+    only for equal numbers. On a GPU, where a comparison would have to be waited for, it is made
+    anew, and only whether the halves are alike is known from before.
+    """
     here = _of_thread
     # On another stream of a GPU the table may not be there yet, and its memory is not held for it.
     stream = 0 if cos.is_cpu else stream_of(cos.get_device())
     now = (cos._version, sin._version, stream)
     last = here.angles
     # They are held, so that nothing else can be at their place.
-    if last is None or last[0] is not cos or last[1] is not sin or last[2:] != now:
-        half = cos.shape[2] // 2
-        alike = all(torch.equal(one[..., :half], one[..., half:]) for one in (cos, sin))
-        table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).float().flatten(0, 1)
-        here.angles, here.table = (cos, sin, *now), table if alike else None
+    if last is not None and last[0] is cos and last[1] is sin and last[2:] == now:
+        if not cos.is_cpu:
+            return None if here.table is None else _make_table(cos, sin)
+        if all(torch.equal(one, copy) for one, copy in zip((cos, sin), here.copies, strict=True)):
+            return here.table
+    half = cos.shape[2] // 2
+    alike = all(torch.equal(one[..., :half], one[..., half:]) for one in (cos, sin))
+    here.angles = (cos, sin, *now)
+    here.copies = (cos.clone(), sin.clone()) if cos.is_cpu else None
+    here.table = _make_table(cos, sin) if alike else None
     return here.table
+
+
+def _make_table(cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[2] // 2
+    return torch.cat((cos[..., :half], sin[..., :half]), dim=-1).float().flatten(0, 1)
 
 
 def _turned(x: Tensor, cos: Tensor, table: Tensor) -> Tensor:
