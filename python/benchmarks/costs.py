@@ -74,21 +74,32 @@ def time_steps(
 ) -> None:
     """Time steps of all methods in turn, each with its own model, after their warm-up.
 
-    With ``options.cpu`` times are those of the processor.
+    With ``options.cpu`` times are those of the processor. Methods that train nothing, or nothing
+    more after their warm-up, are left out.
     """
     clock = process_time if options.cpu else perf_counter
     sizes = replace(options.sizes, basis_steps=3, fix_after=2)
     batches = make_batches(options.rounds)
     trainings, times = {}, {}
     for name in options.methods:
-        training = Training(name, make_model(), _RATE, sizes)
+        try:
+            training = Training(name, make_model(), _RATE, sizes)
+        except NothingTrainsError as error:
+            print(f"not timed: {error}")
+            continue
         mode = Mode(name, "full", batches)
         if METHODS[name].trims:
             mode = replace(mode, loss=lambda model, batch: model(**trim(batch)).loss)
         for i in range(METHODS[name].warm_up(sizes) + 1):
-            batch = batches[i % len(batches)]
-            take_step(mode, training.model, training.optimizer, batch, Times())
+            if training.goes_on():
+                batch = batches[i % len(batches)]
+                take_step(mode, training.model, training.optimizer, batch, Times())
+        if not training.goes_on():
+            print(f"not timed: {name} with {sizes.train} trains nothing after its warm-up")
+            continue
         trainings[name], times[name] = (mode, training), Times(clock)
+    if not trainings:
+        raise SystemExit("no method to time")
     for batch in batches:
         for name, (mode, training) in trainings.items():
             take_step(mode, training.model, training.optimizer, batch, times[name])
@@ -162,7 +173,8 @@ def measure_memory(
     except NothingTrainsError:
         batches = []
     for batch in batches:
-        take_step(Mode(name, "full", []), model, training.optimizer, batch, Times())
+        if training.goes_on():
+            take_step(Mode(name, "full", []), model, training.optimizer, batch, Times())
     print(peak_memory())
 
 

@@ -285,3 +285,24 @@ def test_a_mask_of_padded_keys_alone_is_the_librarys() -> None:
         states = hidden(model, batch)
     want = hidden(in_double(model), batch)
     torch.testing.assert_close(states.double()[real], want[real], rtol=0, atol=5e-5)
+
+
+def test_a_mask_of_padded_keys_may_be_one_for_all_rows() -> None:
+    model = make("layoutlm")
+    batch = {"input_ids": torch.stack(draw_texts((6, 6))), "attention_mask": torch.ones(1, 6)}
+    batch["attention_mask"][0, 4:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states = hidden(model, batch)
+    want = hidden(in_double(model), batch)
+    torch.testing.assert_close(states.double()[:, :4], want[:, :4], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("attention", ["sebp", "sdpa"])
+def test_a_mask_of_integers_is_not_taken_for_packed_texts(attention: str) -> None:
+    model = make("bert")
+    sebp.padding_free(model)
+    model.set_attn_implementation(attention)
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.int64)
+    with pytest.raises((ValueError, RuntimeError), match="(?i)int64|long"):
+        hidden(model, {"input_ids": draw_texts((6,))[0][None], "attention_mask": mask})
