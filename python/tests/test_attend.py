@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's attention in autograd against a dense softmax in double precision."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sebp.attention import Sequences
@@ -109,6 +112,24 @@ def test_attention_is_that_of_all_scores(layout: str, pattern: Pattern, has_bias
     got = attend(*floats[:3], texts, pattern, *floats[3:])
     assert (got[of == 0] == 0).all()
     compare(got, want, inputs, floats)
+
+
+@pytest.mark.parametrize("least", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_gradients_that_are_lost_in_a_bias_are_refused(
+    least: float, shape: tuple, is_direct: bool
+) -> None:
+    inputs = [draw((2, 4, 5, 8)) for _ in range(3)]
+    floats = as_floats(inputs)
+    bias = torch.zeros(*shape, 5, 5)
+    bias[..., :2] = least  # which is all that the first two queries see
+    with nullcontext() if is_direct else BaseTorchDispatchMode():
+        outs = [attend(*floats, Texts.of_rows(2, 5, 5), CAUSAL, bias) for _ in range(2)]
+    known = dense(*inputs, torch.ones(2, 5, 5).tril() > 0, bias.double())
+    compare(outs[0][:, 2:], known[:, 2:], inputs, floats)
+    with pytest.raises(RuntimeError, match="is to be -inf"):
+        outs[1].sum().backward()
 
 
 @pytest.mark.parametrize("pattern", [FULL, CAUSAL, Pattern(True, 3)])

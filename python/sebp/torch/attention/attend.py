@@ -97,7 +97,9 @@ def attend(
     ValueError, SebpError
         If shapes or options do not go together.
     RuntimeError
-        In a backward of the backward.
+        In a backward of the backward. On the CPU also in a backward with a gradient for a query
+        whose scores the bias makes large numbers, all of them, as a mask of -1e9 does: what the
+        probabilities are made from again has lost them in rounding. A mask is to be of -inf.
     """
     if has_torch_function((query, key, value)):  # a subclass, or a mode that changes calls
         return handle_torch_function(

@@ -13,6 +13,8 @@ from ..common.step_times import add_attention
 from ..common.tensors import matrix_of, new_like
 from .texts import Side, Texts
 
+_LOST = 2.0**20  # where the largest score is as large, probabilities are off by a sixteenth
+
 
 def attention_forward(
     q: Tensor,
@@ -98,7 +100,14 @@ def attention_backward(
     -------
     dq, dk, dv, dbias : Tensor or None
         None where it is not needed. Those of tokens of no text are zero.
+
+    Raises
+    ------
+    RuntimeError
+        Where a bias has made probabilities unknown that a gradient needs; not on a GPU.
     """
+    if bias is not None and lse.is_cpu:
+        _refuse_lost(dout, lse)
     start = time.perf_counter()
     of_q, of_k = texts.queries, texts.keys
     given = (dout, q, k, v, out, lse)
@@ -135,6 +144,16 @@ def attention_backward(
         dv = None if dv is None else _scatter(dv, of_k, v)
     add_attention(time.perf_counter() - start)
     return dq, dk, dv, dbias
+
+
+def _refuse_lost(dout: Tensor, lse: Tensor) -> None:
+    """Raise for a gradient of queries whose scores are so large that `lse` has lost their sum."""
+    lost = ((lse.abs() > _LOST) & lse.isfinite()).any(-1)
+    if bool(lost.any()) and bool(dout[lost].any()):
+        raise RuntimeError(
+            "sebp: all keys that a query sees have a large number for a bias: its gradient is lost"
+            " in rounding; a bias that is a mask is to be -inf, or use attention 'eager'"
+        )
 
 
 def _matrix(x: Tensor | None) -> Matrix | None:
