@@ -269,6 +269,23 @@ def test_a_second_derivative_is_refused() -> None:
         dq.sum().backward()
 
 
+def test_derivatives_that_the_operator_would_drop_are_refused() -> None:
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+
+    def of(query: Tensor) -> Tensor:
+        return attend(query, k, v, Texts.of_rows(1, 3, 3), FULL).sum()
+
+    for transform in (
+        lambda: torch.func.jvp(of, (q,), (q,)),
+        lambda: torch.func.grad(of)(q),
+        lambda: torch.vmap(torch.func.jacfwd(of))(q[None]),
+        lambda: torch.autograd.functional.jacobian(of, q, strategy="forward-mode", vectorize=True),
+    ):
+        with pytest.raises(RuntimeError, match="no derivatives of torch.func or of forward mode"):
+            transform()
+    torch.testing.assert_close(torch.vmap(of)(torch.stack((q, 2 * q)))[1], of(2 * q))
+
+
 # --------------------------------------------------------------------------------------------------
 # Dropout
 

@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...attention import AttentionOptions
 from ..common.devices import reason_against
+from ..common.forward import is_differentiated
 from ..common.seeds import draw_seed
 from ..common.tensors import DTYPES, by_rows
 from ..linear_layers.direct import is_direct
@@ -97,7 +98,8 @@ def attend(
     ValueError, SebpError
         If shapes or options do not go together.
     RuntimeError
-        In a backward of the backward. On the CPU also in a backward with a gradient for a query
+        In a backward of the backward, and where ``torch.func`` or forward mode takes derivatives.
+        On the CPU also in a backward with a gradient for a query
         whose scores the bias makes large numbers, all of them, as a mask of -1e9 does: what the
         probabilities are made from again has lost them in rounding. A mask is to be of -inf.
     """
@@ -106,6 +108,11 @@ def attend(
             attend, (query, key, value), query, key, value, texts, pattern, bias, scaling, softcap,
             dropout=dropout, bias_is_of_texts=bias_is_of_texts,
         )  # fmt: skip
+    if is_differentiated():
+        raise RuntimeError(
+            "sebp's attention has no derivatives of torch.func or of forward mode;"
+            " attn_implementation='eager' has them"
+        )
     _check(query, key, value, scaling, softcap)
     _check_shapes(query, key, value, texts, bias, bias_is_of_texts)
     window_left, window_right = pattern.windows

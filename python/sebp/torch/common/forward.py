@@ -205,3 +205,16 @@ def is_transformed() -> bool:
         torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_differentiated() -> bool:
+    """Return whether a transform of ``torch.func``, or forward mode, takes derivatives of a call.
+
+    The dispatcher drops them where an operator of ``torch.library`` has no formula for them, if no
+    tensor requires a gradient besides.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(one.key() in (kinds.Grad, kinds.Jvp) for one in stack)
