@@ -108,11 +108,7 @@ def attend(
             attend, (query, key, value), query, key, value, texts, pattern, bias, scaling, softcap,
             dropout=dropout, bias_is_of_texts=bias_is_of_texts,
         )  # fmt: skip
-    if is_differentiated():
-        raise RuntimeError(
-            "sebp's attention has no derivatives of torch.func or of forward mode;"
-            " attn_implementation='eager' has them"
-        )
+    _refuse_derivatives()
     _check(query, key, value, scaling, softcap)
     _check_shapes(query, key, value, texts, bias, bias_is_of_texts)
     window_left, window_right = pattern.windows
@@ -168,9 +164,10 @@ def attend_told(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         As there.
     """
+    _refuse_derivatives()
     _check(query, key, value, scaling, softcap)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     heads = query.shape[1], key.shape[1]
@@ -179,6 +176,14 @@ def attend_told(
     numbers = *heads, scale, softcap or 0.0, dropout
     out = torch.ops.sebp.attention(q, k, v, None, *told, seed, *numbers)[0]
     return out.unflatten(2, (heads[0], -1))[..., : value.shape[3]]
+
+
+def _refuse_derivatives() -> None:
+    if is_differentiated():
+        raise RuntimeError(
+            "sebp's attention has no derivatives of torch.func or of forward mode;"
+            " attn_implementation='eager' has them"
+        )
 
 
 def _in_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
 from ...attention import AttentionOptions
+from ..common.forward import refuse_tangents
 from .flops import attention_backward_flop, attention_flop
 from .products import attention_backward, attention_forward
 from .texts import Texts
@@ -66,6 +67,7 @@ def attention_op(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return out, B x L x (H D), and lse, B x L x H."""
+    refuse_tangents("sebp::attention")
     texts = Texts.of_tensors(q_texts, k_texts, q.shape[:2], k.shape[:2])
     options = _options(pattern, seed, heads, kv_heads, scale, softcap, dropout, offset)
     return attention_forward(q, k, v, bias, texts, options, True)
@@ -140,6 +142,7 @@ def attention_backward_op(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dq, dk, dv and dbias; what is not needed is empty."""
+    refuse_tangents("sebp::attention_backward")
     texts = Texts.of_tensors(q_texts, k_texts, q.shape[:2], k.shape[:2])
     options = _options(pattern, seed, heads, kv_heads, scale, softcap, dropout, offset)
     found = attention_backward(dout, q, k, v, bias, out, lse, texts, options, tuple(needs))

@@ -199,6 +199,11 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
+# In a graph their answers are those of the time at which it is made: it is not used in other
+# transforms.
+
+
+@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Return whether ``torch.func`` or forward-mode differentiation is active."""
     return (
@@ -207,6 +212,7 @@ def is_transformed() -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
 def is_differentiated() -> bool:
     """Return whether a transform of ``torch.func``, or forward mode, takes derivatives of a call.
 
@@ -218,3 +224,23 @@ def is_differentiated() -> bool:
     kinds = torch._C._functorch.TransformType
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(one.key() in (kinds.Grad, kinds.Jvp) for one in stack)
+
+
+def refuse_tangents(name: str) -> None:
+    """Raise within an operator of ``torch.library`` that is called in forward mode.
+
+    The dispatcher does so where a tensor requires a gradient. Where none does, and in graphs that
+    were made before, it would drop the tangents.
+
+    Parameters
+    ----------
+    name : str
+        The operator's.
+
+    Raises
+    ------
+    NotImplementedError
+        In forward mode.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{name} has no derivatives of forward mode")

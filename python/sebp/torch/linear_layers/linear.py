@@ -35,7 +35,7 @@ def _refused_kind(tensors: tuple[Tensor, ...]) -> str:
             return "several devices"
         if tensor.layout != torch.strided:
             return f"layout {tensor.layout}"
-    return "torch.func" if not is_compiling and is_transformed() else ""
+    return "torch.func" if is_transformed() else ""
 
 
 def _refusal(tensors: tuple[Tensor, ...], transposed: bool, direct: bool, may_mix: bool) -> str:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..._rules import Rule
 from ..._structs import RULE_NONZERO
+from ..common.forward import refuse_tangents
 from ..common.rows import find_rows
 from ..common.tensors import is_ours, matrix_of
 from .autograd import backward, double_backward, save_for_backward, save_for_double_backward
@@ -40,6 +41,7 @@ def linear_op(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Y = X W^T + b."""
+    refuse_tangents("sebp::linear")
     return linear_forward(x, weight, bias, transposed, dtype)
 
 
@@ -108,6 +110,7 @@ def linear_backward_op(
     db_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dX, dW and db on the active rows; what is not needed is empty."""
+    refuse_tangents("sebp::linear_backward")
     rule = Rule(kind, value)
     found = linear_backward(dy, x, weight, total, transposed, rule, dx_dtype, dw_dtype, db_dtype)
     return tuple(dy.new_empty(0) if one is None else one for one in found)
