@@ -5,7 +5,14 @@ import math
 
 from torch import Tensor, nn
 
-from ..common.forward import Forward, put_in, take_out
+from ..common.forward import (
+    Forward,
+    OfModule,
+    guard_replicas,
+    put_in,
+    stop_guarding,
+    take_out,
+)
 from ..common.packing import current_packing, lengths_of
 from .packed_texts import attend_packed
 
@@ -16,7 +23,7 @@ def is_mpnet(module: nn.Module) -> bool:
     return kind.__name__ == "MPNetModel" and kind.__module__.startswith("transformers.models.mpnet")
 
 
-class _PositionBias:
+class _PositionBias(OfModule):
     """Replaces the encoder's method that computes one bias for all its layers."""
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -64,6 +71,7 @@ def _attention_forward(
 def prepare(model: nn.Module) -> None:
     """Give an ``MPNetModel`` an attention that works on packed texts."""
     model.encoder.compute_position_bias = _PositionBias(model.encoder)
+    guard_replicas(model.encoder)
     for layer in model.encoder.layer:
         put_in(layer.attention.attn, _attention_forward)
 
@@ -71,5 +79,6 @@ def prepare(model: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """Undo :func:`prepare`."""
     vars(model.encoder).pop("compute_position_bias", None)
+    stop_guarding(model.encoder)
     for layer in model.encoder.layer:
         take_out(layer.attention.attn, _attention_forward)

@@ -12,7 +12,7 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from ..common.forward import Forward, has, put_in, take_out
+from ..common.forward import Forward, OfModule, has, put_in, take_out
 from ..common.packing import lengths_of
 
 _TABLE = "relative_attention_bias"
@@ -64,7 +64,7 @@ def _reads_distances(layer: nn.Module) -> bool:
     )
 
 
-class _Bias:
+class _Bias(OfModule):
     """Replaces a layer's method that computes the bias.
 
     Attributes

@@ -33,7 +33,46 @@ def has_own_forward(kind: type) -> bool:
     )
 
 
-class Forward:
+class OfModule:
+    """What this package puts into one module's ``__dict__``, and what knows that module.
+
+    ``DataParallel`` copies that dictionary to replicas, which have parameters of their own. They
+    are made without it, as PyTorch has them.
+    """
+
+
+class _Replicate(OfModule):
+    """Replaces the method by which ``DataParallel`` makes a module's replicas."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        own = vars(replica)
+        for name, value in list(own.items()):
+            if isinstance(value, OfModule):
+                del own[name]
+        own.pop("_sebp_forwards", None)
+        forward = _before_ours(self.module)
+        if forward is not None:
+            own["forward"] = forward
+        return replica
+
+
+def guard_replicas(module: nn.Module) -> None:
+    """Make replicas of a module without what is :class:`OfModule`, from now on."""
+    vars(module).setdefault("_replicate_for_data_parallel", _Replicate(module))
+
+
+def stop_guarding(module: nn.Module) -> None:
+    """Undo :func:`guard_replicas`, if nothing is left that is :class:`OfModule`."""
+    found = [name for name, value in vars(module).items() if isinstance(value, OfModule)]
+    if found == ["_replicate_for_data_parallel"]:
+        del module._replicate_for_data_parallel
+
+
+class Forward(OfModule):
     """A function of this package as the forward in a module's ``__dict__``.
 
     Unlike a bound method it is pickled as such, and deep-copied along with its module.
@@ -141,6 +180,7 @@ def put_in(module: nn.Module, function: Callable) -> None:
         forward = Forward(module, function)
         module._sebp_forwards = [*_all_of(module), forward]
         module.forward = forward
+        guard_replicas(module)
 
 
 def has(module: nn.Module, function: Callable) -> bool:
@@ -167,6 +207,7 @@ def take_out(module: nn.Module, function: Callable) -> None:
         for one in left:
             if _ours(one.previous) is forward:
                 one.previous = forward.previous
+        stop_guarding(module)
         return
 
 
@@ -185,10 +226,15 @@ def as_it_is(model: nn.Module) -> Iterator[None]:
 
 def is_replaced(module: nn.Module) -> bool:
     """Return whether other code has replaced a module's forward."""
+    return _before_ours(module) is not None
+
+
+def _before_ours(module: nn.Module) -> Callable | None:
+    """Return what other code has made a module's forward, or None if none has."""
     forward = vars(module).get("forward")
     while (ours := _ours(forward)) is not None:
         forward = ours.previous
-    return forward is not None
+    return forward
 
 
 def is_traced() -> bool:
