@@ -110,6 +110,19 @@ def test_prepare_puts_blocks_in_and_undo_takes_them_out(counting):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_undo_leaves_what_a_part_of_the_model_had():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    model = nn.Sequential(inner, nn.GELU())
+    prepared = sebp.prepare(inner, quiet=True)
+    sebp.prepare(model, quiet=True).undo()
+    with pytest.warns(UserWarning, match="of the rows are active"):
+        sebp.compare(model, torch.randn(3, 4), lambda y: y.sum(), repetitions=1)
+    assert "forward" in vars(inner[0]) and "forward" in vars(inner[1])
+    assert "forward" not in vars(model[1])
+    prepared.undo()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_remove_takes_what_prepare_put_in(counting):
     model = make_model("bert")
     sebp.prepare(model, quiet=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import _library
 from ..._rules import Rule
-from ..blocks.put import give_blocks, give_heads, take_blocks, take_heads
+from ..blocks.put import give_blocks, give_heads, given_in, take_blocks, take_heads
 from ..common.devices import reason_against
 from ..common.step import unwrap
 from ..common.tensors import DTYPES
@@ -76,6 +76,7 @@ class Changes:
         if proofs is not None:
             found.already, found.changed = found.changed + found.already, []
         self.padding: PaddingFreeReport = found
+        self._had_before = given_in(model)  # by another call, for a part of the model
         self.blocks = give_blocks(model)
         self.heads = give_heads(model) if defer_logits else []
 
@@ -91,11 +92,11 @@ class Changes:
         for layer in {*self._given, *self.model.modules()}:
             if vars(layer).get("sebp_rule") is self._rule:
                 take_rule(layer)
-        # From all modules, as some may be copies of those that were changed.
+        # From all other modules, as some may be copies of those that were changed.
         if self.blocks:
-            take_blocks(self.model)
+            take_blocks(self.model, self._had_before)
         if self.heads:
-            take_heads(self.model)
+            take_heads(self.model, self._had_before)
         if self._has_asked:
             put_padding_back(self.model, PREPARED)
 

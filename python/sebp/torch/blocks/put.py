@@ -2,6 +2,7 @@
 """Puts the library's forwards into the blocks of a model, and takes them out."""
 
 import sys
+from collections.abc import Collection
 
 from torch import nn
 
@@ -73,14 +74,22 @@ def _is_readable(parameter: nn.Parameter) -> bool:
     return parameter.dtype in DTYPES and is_reachable(parameter)
 
 
-def take_blocks(model: nn.Module) -> None:
-    """Undo :func:`give_blocks`, whoever called it."""
-    for module in model.modules():
-        for form in FORMS:
-            take_out(module, form.forward)
+def given_in(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that :func:`give_blocks` or :func:`give_heads` has changed, and are so."""
+    functions = (head_forward, *(form.forward for form in FORMS))
+    return {one for one in model.modules() if any(has(one, function) for function in functions)}
 
 
-def take_heads(model: nn.Module) -> None:
-    """Undo :func:`give_heads`, whoever called it."""
+def take_blocks(model: nn.Module, but: Collection[nn.Module] = ()) -> None:
+    """Undo :func:`give_blocks`, whoever called it, except of some modules."""
     for module in model.modules():
-        take_out(module, head_forward)
+        if module not in but:
+            for form in FORMS:
+                take_out(module, form.forward)
+
+
+def take_heads(model: nn.Module, but: Collection[nn.Module] = ()) -> None:
+    """Undo :func:`give_heads`, whoever called it, except of some modules."""
+    for module in model.modules():
+        if module not in but:
+            take_out(module, head_forward)
