@@ -202,3 +202,21 @@ def test_the_argument_may_have_its_name():
         for wrong in ({"nonsense": x}, {}, {name: x, "nonsense": x}):
             with pytest.raises(TypeError):
                 layer(**wrong)
+
+
+def test_a_weight_that_is_computed_is_computed_once_a_forward():
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counted.calls += 1
+            return 2 * weight
+
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    sebp.apply_sebp_to_model(layer)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Counted())
+    for with_gradients in (True, False):
+        Counted.calls = 0
+        with torch.set_grad_enabled(with_gradients):
+            layer(x)
+        assert Counted.calls == 1

@@ -163,7 +163,9 @@ def _forward(forward: Forward, *args: Tensor, **kwargs: Tensor) -> Tensor:
     if kwargs and not args:
         name = "x" if is_transposed else "input"
         args, kwargs = ((kwargs[name],), {}) if [*kwargs] == [name] else (args, kwargs)
-    if len(args) != 1 or kwargs:  # which the layer itself refuses
+    # What the layer itself refuses; and a weight that a property computes, which may be another
+    # one each time and is read once a forward.
+    if len(args) != 1 or kwargs or hasattr(type(layer), "weight"):
         return forward.original(*args, **kwargs)
     y = sparse_linear(args[0], layer.weight, layer.bias, layer.sebp_rule, is_transposed)
     return forward.original(*args) if y is None else y
