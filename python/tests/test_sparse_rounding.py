@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from mask_nets import bits  # noqa: E402
 from sparse_nets import adamw, make_bases, make_net  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -22,13 +23,15 @@ def make(method, net, **options):
         return sebp.apply_meprop_to_model(net, base, 600, "*", **options)
     if method == "galore":
         return sebp.apply_galore_to_model(net, base, 16, "*", scale=1.0, **options)
+    if method == "mask":
+        return sebp.apply_sparse_mask_to_model(net, base, 600, layers="*", **options)
     torch.manual_seed(3)
     vectors = torch.linalg.qr(torch.randn(32, 32)).Q.numpy()
     bases = {"* 32x32": Basis.from_vectors(vectors, vectors[::-1].copy())}
     return sebp.apply_sparsegrad_to_model(net, base, 600, layers="*", bases=bases, **options)
 
 
-@pytest.mark.parametrize("method", ["sparsegrad", "meprop", "galore"])
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop", "galore", "mask"])
 def test_movement(method):
     """200 steps at 1e-5 go as far by chance as in float32, and hardly anywhere to nearest."""
     torch.manual_seed(0)
@@ -42,7 +45,7 @@ def test_movement(method):
     ):
         net = nn.Sequential(nn.Linear(32, 32, bias=False))
         net[0].weight.data = start.clone().to(dtype)
-        options = {} if method == "galore" else {"fix_support_after": 1}
+        options = {"fix_support_after": 1} if method in ("sparsegrad", "meprop") else {}
         optimizer = make(method, net, rounding=rounding, **options)
         x = torch.eye(32, dtype=dtype)
         for _ in range(200):
@@ -111,7 +114,38 @@ def test_same_seed_same_bits():
     assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize("method", ["sparsegrad", "meprop", "galore"])
+@pytest.mark.parametrize("mask", ["random", "gradient"])
+def test_masks_resumed(mask):
+    """The same bits as without a break; what does not train keeps its own, in spite of decay."""
+    results = []
+    for breaks in (False, True):
+        torch.manual_seed(4)
+        net = make_net(torch.bfloat16)
+        before = copy.deepcopy(net)
+        base = adamw(net, weight_decay=0.1)
+        optimizer = sebp.apply_sparse_mask_to_model(
+            net, base, 30, mask, "*", rounding="stochastic", seed=5
+        )
+        for step in range(4):
+            if step == 2 and breaks:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer.release()
+                optimizer = sebp.apply_sparse_mask_to_model(net, adamw(net), 30, mask, "*")
+                optimizer.load_state_dict(saved)
+            net(
+                torch.full((9, 12), 0.5 + step, dtype=torch.bfloat16)
+            ).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, support in optimizer.supports().items():
+            new, old = (bits(one.get_submodule(name).weight).flatten() for one in (net, before))
+            moved = np.flatnonzero((new != old).numpy())
+            assert moved.size > 15 and np.isin(moved, support).all()
+        results.append(bits(net[0].weight))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", ["sparsegrad", "meprop", "galore", "mask"])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -129,7 +163,7 @@ def test_bad_options(method, options, error, message):
     assert not net[0]._forward_hooks
 
 
-@pytest.mark.parametrize("method", ["meprop", "galore"])
+@pytest.mark.parametrize("method", ["meprop", "galore", "mask"])
 def test_decay_by_more_than_the_weight(method):
     """Rounding by chance does not do it; that is said before anything has changed."""
     net = nn.Sequential(nn.Linear(32, 32)).bfloat16()

@@ -25,6 +25,7 @@ def apply_sparse_mask_to_model(
     seed: int = 0,
     gradient_steps: int = 1,
     accumulate: bool = False,
+    rounding: str = "nearest",
 ) -> MaskOptimizer:
     """Train fixed elements of a model's feed-forward weights, the rest by the user's optimizer.
 
@@ -61,12 +62,17 @@ def apply_sparse_mask_to_model(
         the mapping; else the feed-forward layers of BERT, RoBERTa, DistilBERT, GPT-2, Llama,
         Mistral and Qwen.
     seed : int, default 0
-        Of the random mask, 0 or more. A layer's draw depends on it and on the layer's name.
+        Of the random mask, and of stochastic rounding. A layer's mask depends on it and on the
+        layer's name.
     gradient_steps : int, default 1
         Of the mask by the gradient. A layer whose gradients are all zero waits for one that is not.
     accumulate : bool, default False
         Add up several backwards before a step even where nothing else trains, so that a
         ``zero_grad()`` of the model between them could not be seen.
+    rounding : {"nearest", "stochastic"}
+        How steps, and decay, are added to elements of bfloat16. To nearest, what is less than 2^-9
+        of an element is lost. "stochastic" rounds up or down at random, so that the mean is right,
+        without copies in float32. float32 weights are not concerned.
 
     Returns
     -------
@@ -93,9 +99,8 @@ def apply_sparse_mask_to_model(
         k = as_integer("k", k)
     elif own is None:
         raise TypeError(f"k is None, but mask is {mask!r}, which needs a number of elements")
-    seed, gradient_steps = as_integer("seed", seed), as_integer("gradient_steps", gradient_steps)
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, not 0 or more")
+    settings = Settings(k, 0, None, None, accumulate, rounding=rounding, seed=seed).checked()
+    gradient_steps = as_integer("gradient_steps", gradient_steps)
     if gradient_steps < 1:
         raise ValueError(f"gradient_steps is {gradient_steps}, not 1 or more")
     if own is not None and layers is None:
@@ -111,14 +116,13 @@ def apply_sparse_mask_to_model(
         supports = own_supports(own, chosen, k)
     elif mask == "random":
         supports = {
-            name: random_support(name, tuple(module.weight.shape), k, seed)
+            name: random_support(name, tuple(module.weight.shape), k, settings.seed)
             for name, module in chosen
         }
     elif mask == "magnitude":
         supports = {name: magnitude_support(name, module.weight, k) for name, module in chosen}
     else:
         supports = {}
-    settings = Settings(k, 0, None, None, bool(accumulate))
     steps = 0 if supports else gradient_steps
     made = [MaskLayer(name, module, settings, supports.get(name), steps) for name, module in chosen]
     name = mask if own is None else OWN

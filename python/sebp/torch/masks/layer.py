@@ -5,6 +5,8 @@ The kept elements of dW = dY^T X are computed on the active rows. dW is held who
 mask is chosen by it, in the steps before, in which the weight stands still.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ from ..common.tensors import matrix_of
 from ..sparse.backwards import Backwards
 from ..sparse.layer import LARGEST_FLOAT, Scratch, SparseLayer, all_finite
 from ..sparse.settings import Kind, Settings
-from .weight_bits import elements_of
+from .weight_bits import elements_of, put_elements
 
 
 class MaskLayer(SparseLayer):
@@ -117,6 +119,18 @@ class MaskLayer(SparseLayer):
         factor = np.float32(adamw.lr * adamw.weight_decay)
         if factor > 0:
             self.gradient.values[:] -= factor * self._kept_weight().float().numpy()
+
+    def move_weight(self, add: Callable[[Matrix, Context], None], adamw: AdamW) -> None:
+        """Let the kept elements decay, and add a step to them.
+
+        To be rounded stochastically they are taken out of the weight, as there are few.
+        """
+        if not self.rounds_stochastically:
+            super().move_weight(add, adamw)
+            return
+        kept, step = self._kept_weight(), torch.from_numpy(self.gradient.values)
+        self.add_stochastically(matrix_of(step[None]), matrix_of(kept[None]), adamw)
+        put_elements(self.weight, self.moments.support, kept)
 
     # ---- in and out of the model ----
 

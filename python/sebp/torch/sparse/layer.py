@@ -297,8 +297,7 @@ class SparseLayer:
         """Let the weight decay, and add a step to it.
 
         Where a bfloat16 weight is rounded stochastically, the step is made in the scratch memory
-        first, and decay and step are one sum. The random numbers are those of this layer's step:
-        another offset for each.
+        first, and decay and step are one sum.
 
         Parameters
         ----------
@@ -306,22 +305,29 @@ class SparseLayer:
             Adds the step to a matrix of the weight's shape.
         adamw : AdamW
         """
-        context, weight, settings = thread_context(), matrix_of(self.weight), self.settings
+        context, weight = thread_context(), matrix_of(self.weight)
         if not self.rounds_stochastically:
             self.decay(weight, adamw, context)
             add(weight, context)
         else:
             step = matrix_of(self.scratch.matrix(self.weight.shape).zero_())
             add(step, context)
-            stochastic_add(
-                step,
-                weight,
-                seed=settings.seed,
-                offset=self.moments.steps * self.count + self.index,
-                decay=adamw.lr * adamw.weight_decay,
-                context=context,
-            )
+            self.add_stochastically(step, weight, adamw)
         torch.autograd.graph.increment_version(self.weight)
+
+    def add_stochastically(self, step: Matrix, weight: Matrix, adamw: AdamW) -> None:
+        """Add a step to a bfloat16 matrix that decays, each element rounded up or down at random.
+
+        The random numbers are those of this layer's step: another offset for each.
+        """
+        stochastic_add(
+            step,
+            weight,
+            seed=self.settings.seed,
+            offset=self.moments.steps * self.count + self.index,
+            decay=adamw.lr * adamw.weight_decay,
+            context=thread_context(),
+        )
 
     def decay(self, weight: Matrix, adamw: AdamW, context: Context) -> None:
         """Let the weight decay, before the step in ``gradient`` is added to it."""
