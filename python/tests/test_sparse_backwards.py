@@ -170,6 +170,49 @@ def test_nothing_else_trains(apply):
     backward(nets[1], 3)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("who", ["optimizer", "model", "base", "by hand"])
+def test_zeros_written_to_gradients(options, who):
+    """``set_to_none=False`` before a backward drops what layers keep, too."""
+    weights = []
+    for drops in (False, True):
+        net, optimizer = meprop_net(**options)
+        if drops:
+            backward(net, 1)
+            if who == "by hand":
+                for bias in (net[0].bias, net[2].bias):
+                    bias.grad = torch.zeros_like(bias)
+            else:
+                one = {"optimizer": optimizer, "model": net, "base": optimizer.base}[who]
+                one.zero_grad(set_to_none=False)
+            assert not net[0].bias.grad.any()
+        backward(net, 2)
+        optimizer.step()
+        weights.append([net[0].weight.detach(), net[2].weight.detach()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_gradients_that_are_zeros():
+    """That of all else may be: it was not written, or clipped before the step."""
+    weights = []
+    for parts in (1, 2):
+        torch.manual_seed(7)
+        net = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 8))
+        optimizer = sebp.apply_sparse_mask_to_model(net, adamw(net), 30, layers="0")
+        net[1].weight.requires_grad_(False)
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+        dy = torch.tensor([1.0, -1.0]).repeat(4)[:, None]  # whose sum, the bias's gradient, is 0
+        for part, by in zip(x.chunk(parts), dy.chunk(parts), strict=True):
+            (net(part) * by).sum().backward()
+        assert torch.equal(net[1].bias.grad, torch.zeros(8))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        weights.append(net[0].weight.detach())
+    torch.testing.assert_close(*weights)
+    torch.manual_seed(7)
+    assert not torch.equal(weights[0], nn.Linear(12, 20, bias=False).weight)
+
+
 def test_gradients_replaced_by_hand():
     """Other tensors in the place of gradients are no ``zero_grad()``; nor is a graph of them."""
     weights = []

@@ -25,13 +25,26 @@ class KeepsGradient(Protocol):
         """Forget it."""
 
 
+def _version_of(grad: Tensor) -> tuple[int, int]:
+    """Return what changes where a gradient is written to, or replaced."""
+    return id(grad), grad._version
+
+
+def _is_zero(grad: Tensor) -> bool:
+    return not (grad._values() if grad.is_sparse else grad).any()
+
+
 class Backwards:
     """Knows whether ``zero_grad()`` was called since the last backward.
 
     ``zero_grad()`` of the model, or of the user's optimizer, deletes the ``grad`` of the parameters
-    that both have. What layers keep is then dropped as well. For that a backward is noticed before
-    it gives any of these parameters a new ``grad``. Where none of them has one, as nothing else
-    trains, it cannot be known: a second backward is then refused, unless sums are wanted.
+    that both have, or with ``set_to_none=False`` writes zeros to it. What layers keep is then
+    dropped as well. For that a backward is noticed before it gives any of these parameters a new
+    ``grad``. Where none of them has one, as nothing else trains, it cannot be known: a second
+    backward is then refused, unless sums are wanted.
+
+    Zeros count before a backward, and only where something was written since the last one: before a
+    step clipping may have written to gradients that were zeros all along.
 
     Parameters
     ----------
@@ -55,7 +68,8 @@ class Backwards:
         self.accumulate = accumulate
         self.base = base
         self.parameters = set(parameters)
-        self._with_grad: list[Tensor] = []
+        # The parameters that had a gradient after the last backward, and its version then.
+        self._with_grad: dict[Tensor, tuple[int, int]] = {}
         # Backwards that have not ended. Each reference is dead once its backward is over.
         self._tasks: dict[int, weakref.ref] = {}
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
@@ -80,7 +94,7 @@ class Backwards:
         task = torch._C._current_graph_task_id()
         if task in self._tasks:
             return
-        self.drop_unwanted()
+        self.drop_unwanted(counts_zeros=True)
         self._refuse_unknown()
         remember = partial(self._remember, task)
         self._tasks[task] = weakref.ref(remember)
@@ -91,7 +105,7 @@ class Backwards:
         self._tasks = {
             other: end for other, end in list(self._tasks.items()) if other != task and end()
         }
-        self._with_grad = [p for p in self._watched() if p.grad is not None]
+        self._with_grad = {p: _version_of(p.grad) for p in self._watched() if p.grad is not None}
         self._watch()  # some may have been frozen before
 
     def _is_within_another(self) -> bool:
@@ -109,19 +123,32 @@ class Backwards:
                 " call zero_grad() of the SparseOptimizer, or pass accumulate=True to add them up"
             )
 
-    def drop_unwanted(self) -> None:
-        """Drop what layers keep if ``zero_grad()`` was called since the last backward."""
+    def drop_unwanted(self, *, counts_zeros: bool = False) -> None:
+        """Drop what layers keep if ``zero_grad()`` was called since the last backward.
+
+        Parameters
+        ----------
+        counts_zeros : bool
+            Whether zeros that were written count, too.
+        """
         if self._is_within_another():
             return  # which has looked
         ends = self._tasks
         # A backward that raised an error has not ended, so what it left is not known.
         parameters = self._watched() if ends else self._with_grad
-        if (ends or parameters) and all(p.grad is None for p in parameters):
+        if (ends or parameters) and all(self._is_gone(p, counts_zeros) for p in parameters):
             self.drop()
+
+    def _is_gone(self, parameter: Tensor, counts_zeros: bool) -> bool:
+        """Return whether a parameter's gradient was deleted, or zeros were written to it."""
+        grad = parameter.grad
+        if grad is None or not counts_zeros:
+            return grad is None
+        return self._with_grad.get(parameter) != _version_of(grad) and _is_zero(grad)
 
     def drop(self) -> None:
         """Drop what layers keep."""
-        self._with_grad = []
+        self._with_grad = {}
         self._tasks = {}
         for layer in self.layers:
             layer.drop_gradient()
