@@ -3,11 +3,12 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 
 torch = pytest.importorskip("torch")
-from sparse_nets import adamw, backward, make_net  # noqa: E402
+from sparse_nets import adamw, backward, make_net, sgd  # noqa: E402
 
 import sebp  # noqa: E402
 
@@ -154,6 +155,26 @@ def test_optimizers_that_do_not_say_how_they_decay(make):
     base = torch.optim.Adamax(net.parameters(), weight_decay=0.1)
     base.param_groups[0]["decoupled_weight_decay"] = True
     sebp.apply_meprop_to_model(net, base, K, layers="*")
+
+
+class LAMB(torch.optim.Optimizer):
+    """It has AdamW's numbers, but its rate is a share of each weight's norm."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(lr=5e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0))
+
+
+@pytest.mark.parametrize("make", [LAMB, OtherAdamW, torch.optim.NAdam, sgd])
+def test_rates_that_may_mean_something_else(make):
+    """By its name an optimizer is of Adam's kind, or not; one whose group says it is taken so."""
+    net = make_net()
+    base = make(net) if make is sgd else make(net.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sebp.apply_sparse_mask_to_model(net, base, K, layers="*")
+    told = [str(one.message) for one in caught if "rate that LAMB has" in str(one.message)]
+    assert len(told) == (make is LAMB) == len(caught)
+    assert not caught or caught[0].filename == __file__
 
 
 def test_rates_said_by_hand():

@@ -9,7 +9,7 @@ from torch import nn
 from ...sparse import Basis
 from ..apply.feed_forward import choose_layers, place_of
 from ..apply.layers import Layers
-from .base_optimizer import check_base, numbers_of_steps, refuse_processes
+from .base_optimizer import check_base, numbers_of_steps, refuse_processes, warn_of_rates
 from .galore import GaloreLayer
 from .layer import SparseLayer
 from .optimizer import SparseOptimizer
@@ -35,12 +35,13 @@ def make_kinds(chosen: list[tuple[str, nn.Module]]) -> list[Kind]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, chosen: list[tuple[str, nn.Module]]) -> None:
-    """Raise for what all methods refuse."""
+    """Raise for what all methods refuse, and warn of rates that may be none of AdamW's."""
     refuse_processes()
     if isinstance(optimizer, SparseOptimizer):
         raise TypeError("the optimizer has sparse layers already; give the one it was made with")
     check_base(optimizer)
     numbers_of_steps(optimizer, [(name, module.weight, 0) for name, module in chosen])
+    warn_of_rates(optimizer)
 
 
 def apply_sparsegrad_to_model(

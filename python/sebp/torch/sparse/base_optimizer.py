@@ -2,6 +2,7 @@
 """How SparseGrad and MeProp work with the user's optimizer."""
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -36,6 +37,24 @@ def check_base(optimizer: torch.optim.Optimizer) -> None:
             f"a step of {type(optimizer).__name__} needs a closure, which computes gradients anew"
             " within it; that is not done for sparse layers"
         )
+
+
+def warn_of_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of an optimizer that has betas and eps, but may not be of Adam's kind, as LAMB.
+
+    Whose betas and eps are those of a group alone has been given them by hand.
+    """
+    wrapped = getattr(optimizer, "optimizer", optimizer)
+    classes = (*type(optimizer).__mro__, *type(wrapped).__mro__)
+    is_adam = any("adam" in one.__name__.lower() for one in classes)
+    if is_adam or not {"betas", "eps"} <= set(getattr(optimizer, "defaults", {})):
+        return
+    warnings.warn(
+        f"the step of sparse layers is AdamW's, at the rate that {type(optimizer).__name__} has for"
+        " their weights, which by its name is not of Adam's kind: if its rates mean something"
+        " else, as LAMB's do, give these weights a group of their own with a rate of AdamW's",
+        stacklevel=4,
+    )
 
 
 class StepGuard:
