@@ -509,7 +509,7 @@ class Training:
         """
         mode, times, losses = Mode("", "", []), Times(), []
         for batch in batches:
-            if not self._method.goes_on(self._given):
+            if not self.goes_on():
                 break
             try:
                 losses.append(take_step(mode, self.model, self.optimizer, batch, times))
@@ -520,6 +520,10 @@ class Training:
             if not math.isfinite(losses[-1]):
                 break
         return losses, times
+
+    def goes_on(self) -> bool:
+        """Return whether a step would change the model."""
+        return self._method.goes_on(self._given)
 
     def is_finite(self) -> bool:
         """Return whether all parameters are."""

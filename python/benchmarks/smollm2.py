@@ -54,7 +54,7 @@ PROTOCOL += ["basis_steps", "fix_after", "threads"]
 KEY = ["method", "seed", "rate", "basis_rate", *PROTOCOL]
 FOUND = ["loss", *TASKS, "text_loss", "training_loss", "cpu_s", "peak_mib", "elements"]
 FOUND += ["gradient_bytes", "state_bytes", "bases_bytes", "scratch_bytes"]
-DEFAULT = "full,lora,sparsegrad-leading-fixed,mask-random,frozen"
+DEFAULT = "full,lora,sparsegrad-leading-fixed,mask-random,frozen,full-then-frozen"
 _OF_CHOICE, _OF_JUDGING = -1, -2  # seeds of questions
 
 
@@ -303,7 +303,7 @@ def report(rows: list[Row]) -> None:
                 + [spread_cell(values[task], 0) for task in TASKS]
                 + [spread_cell(values["text_loss"], 3)]
                 + [f"{statistics.median(float(r['cpu_s']) for r in of_method):.0f}"]
-                + [row["elements"], f"{kept / 2**20:.1f}", row["peak_mib"]]
+                + [row["elements"], f"{kept / 2**20:.1f}", f"{float(row['peak_mib']):.0f}"]
             )
         print_table(
             ["method", "rate", "seeds", "loss of answers", "against full"]
@@ -392,9 +392,7 @@ def main() -> None:
         return
     if options.time:
         baselines = ["pytorch", "pytorch-trimmed"]
-        options.methods = baselines + [
-            m for m in options.methods if m not in (*baselines, "frozen")
-        ]
+        options.methods = baselines + [m for m in options.methods if m not in baselines]
 
     def make_batches(number: int) -> list[Batch]:
         questions = Questions(load_tokenizer(options.model), 1)

@@ -87,11 +87,13 @@ def test_quality(smollm2, tables):
 
 
 def test_times_and_memory(smollm2, capsys):
-    rows = smollm2("--time --cpu --rounds 2 --methods full,lora,frozen")
+    rows = smollm2("--time --cpu --rounds 2 --methods full,lora,frozen,full-then-frozen")
     assert [r["method"] for r in rows] == ["pytorch", "pytorch-trimmed", "full", "lora"]
     words = capsys.readouterr().out
     assert "backward, times as fast as that of pytorch: pytorch 1.00, pytorch-trimmed " in words
-    for method in ("full", "frozen"):
+    assert "not timed: frozen with feed-forward: no parameter trains\n" in words
+    assert "not timed: full-then-frozen with feed-forward trains nothing after its" in words
+    for method in ("full", "frozen", "full-then-frozen"):
         smollm2(f"--memory-of {method}")
         assert 100 < float(capsys.readouterr().out) < 5000
 
