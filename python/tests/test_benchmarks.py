@@ -125,7 +125,7 @@ def test_minilm(call, data):
 
 
 @pytest.mark.parametrize("is_real", [True, False])
-def test_rows_by_rule(call, data, is_real):
+def test_rows_by_rule(call, data, is_real, capsys):
     config = transformers.BertConfig(
         vocab_size=12 if is_real else 30000,
         hidden_size=32,
@@ -154,6 +154,11 @@ def test_rows_by_rule(call, data, is_real):
         assert 0 < float(row["loss"]) < 5
         assert 0 < float(row["held_out_loss"]) < 5
         assert 0 <= float(row["accuracy"]) <= 1
+    printed = capsys.readouterr().out
+    assert call("rows_by_rule", "--report") == rows
+    report = capsys.readouterr().out
+    assert report.startswith("| training by rule") and printed.endswith(report)
+    assert report.count("less each other one:") == 2
     with pytest.raises(SystemExit):
         call("rows_by_rule", "--share 1")
 
