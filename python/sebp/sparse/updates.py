@@ -78,8 +78,9 @@ def stochastic_add(
 ) -> None:
     """Compute W <- (1 - decay) W + D in place, by stochastic rounding to bf16.
 
-    The mean of what an element becomes is the sum itself, so steps that rounding to nearest would
-    lose move W in the mean.
+    The mean of what an element becomes is the sum itself as float32 has it, so steps that rounding
+    to nearest would lose move W in the mean. What float32 loses stays lost: 1 - `decay` is one of
+    multiples of 2^-24.
 
     Parameters
     ----------
