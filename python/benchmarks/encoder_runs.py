@@ -13,7 +13,7 @@ import torch
 from common import run_again
 from encoder import PACKAGE, accuracy, judge, load_model, matthews, order_texts
 from methods import METHODS, Training
-from runs import CHOICE, Row, RunFile, best_rate, climb, describe_choice
+from runs import Row, RunFile, best_rate, choice_seeds, climb, describe_choice, is_choice
 from texts import make_batch, read_texts
 
 METRICS = {"sst2": ("accuracy", accuracy), "cola": ("Matthews correlation", matthews)}
@@ -91,10 +91,12 @@ class EncoderRuns:
         return row
 
     def choose_rate(self, corpus: str, method: str, basis_rate: float | None) -> float:
-        """Choose the rate whose run is best on the validation texts."""
+        """Choose the rate whose runs are best on the validation texts, by their mean."""
 
         def run(rate: float) -> float:
-            return float(self.get(corpus, method, rate, CHOICE, basis_rate)["metric"])
+            seeds = choice_seeds(self._options.choices)
+            runs = [self.get(corpus, method, rate, seed, basis_rate) for seed in seeds]
+            return statistics.mean(float(one["metric"]) for one in runs)
 
         found = climb(self._options.rates, run)
         best = best_rate(found)
@@ -148,7 +150,7 @@ class EncoderRuns:
         share = training.share()
         metric = loss = math.nan
         if math.isfinite(losses[-1]) and training.is_finite():
-            texts = corpus.validation if seed == CHOICE else corpus.held_out
+            texts = corpus.validation if is_choice(seed) else corpus.held_out
             guesses = judge(training.finish(), texts)
             metric = METRICS[name][1](guesses, torch.tensor([label for _, label in texts]))
             loss = statistics.mean(losses[-50:])

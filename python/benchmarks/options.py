@@ -3,6 +3,8 @@
 
 from collections.abc import Collection
 
+from runs import is_choice
+
 
 def choose_names(words: str, known: Collection[str], what: str) -> list[str]:
     """Read names with commas between them; raise SystemExit for others, or one twice."""
@@ -50,10 +52,10 @@ def read_counts(words: str) -> list[int]:
 
 
 def read_seeds(words: str) -> range:
-    """Read N, the seeds 1 to N, or M-N; raise ValueError for others."""
+    """Read N, the seeds 1 to N, or M-N; raise ValueError for others, and those of choices."""
     first, dash, last = words.rpartition("-")
     seeds = range(read_count(first) if dash else 1, read_count(last) + 1)
-    if not seeds:
+    if not seeds or is_choice(seeds[-1]):
         raise ValueError
     return seeds
 

@@ -10,10 +10,10 @@ weights and see the same texts in the same order. Padding is taken out for all, 
 rate is constant, gradients are not clipped.
 
 The rate is each method's own, the best of --rates: the one of highest metric after a run from a
-seed of its own, on texts that were taken from the training texts and that no run trains on. The
-held-out texts have no part in it. Rates are run from the middle one on, until both neighbors of the
-best one are known. Methods with a basis phase take the rate of full fine-tuning in
-that phase, or --basis-rate.
+seed of its own, or of highest mean after --choices such runs, on texts that were taken from the
+training texts and that no run trains on. The held-out texts have no part in it. Rates are run from
+the middle one on, until both neighbors of the best one are known. Methods with a basis phase take
+the rate of full fine-tuning in that phase, or --basis-rate.
 
 Each run is added to --csv when it ends; runs found there are not repeated. So a long comparison may
 be stopped and goes on where it was: all methods of a seed come before the next seed. A run that
@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=read_counts, default=[400], help="of a run; N,N: of each corpus")
     add("--batch", type=read_counts, default=[16], help="texts in a batch; N,N: of each corpus")
     add("--rates", type=read_rates, default=[3e-5, 8e-5, 2e-4], help="to choose from")
+    add("--choices", type=read_count, default=1, help="runs that choose, of each rate")
     add("--rate", action="append", default=[], metavar="METHOD=X", help="no choice for this one")
     add("--basis-rate", type=read_rate, metavar="X", help="of basis phases; default: full's")
     add("--validation", type=read_count, default=500, help="training texts to choose the rate by")

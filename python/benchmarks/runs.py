@@ -5,13 +5,25 @@ import csv
 import fcntl
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Row = dict[str, str]
 Rates = dict[str, tuple[float, float | None]]  # of each method, and of its basis phase
 
-CHOICE = 0  # the seed of the runs that choose a rate, which are judged by texts for that alone
+# Runs that choose a rate are judged by texts for that alone: of seed 0, and those above this.
+MOST_SEED = 1_000_000
+
+
+def choice_seeds(count: int) -> list[int]:
+    """Return the seeds of `count` runs that choose a rate."""
+    return [0, *range(MOST_SEED + 1, MOST_SEED + count)]
+
+
+def is_choice(seed: int) -> bool:
+    """Return whether a seed is that of a run that chooses a rate."""
+    return seed == 0 or seed > MOST_SEED
 
 
 class RunFile:
@@ -142,13 +154,21 @@ def _of_basis_rate(name: str, rows: list[Row], rate_of_full: str | None) -> list
 
 
 def _of_best_rate(name: str, rows: list[Row], metric: str, is_lower_better: bool) -> list[Row]:
-    """Choose a method's judged runs, at the rate that was best on the texts for that."""
-    choice = {float(row["rate"]): float(row[metric]) for row in rows if row["seed"] == str(CHOICE)}
+    """Choose a method's judged runs, at the rate that was best on the texts for that.
+
+    Of the rates with as many runs that choose as any has, by their mean.
+    """
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if is_choice(int(row["seed"])):
+            found.setdefault(float(row["rate"]), []).append(float(row[metric]))
+    most = max(map(len, found.values()), default=0)
+    choice = {rate: statistics.mean(one) for rate, one in found.items() if len(one) == most}
     rates = {row["rate"] for row in rows}
     if not choice and len(rates) > 1:
         raise SystemExit(f"{name}: runs of rates {', '.join(sorted(rates))}, and none to choose by")
     rate = f"{best_rate(choice, is_lower_better):g}" if choice else rates.pop()
-    return [row for row in rows if row["rate"] == rate and row["seed"] != str(CHOICE)]
+    return [row for row in rows if row["rate"] == rate and not is_choice(int(row["seed"]))]
 
 
 def group_rows(

@@ -13,10 +13,10 @@ Half of each batch is of either task; texts are padded to --length, and the meth
 take the padding out.
 
 Each method's rate is the best of --rates: the one of lowest loss on questions drawn for that alone,
-after a run from a seed of its own. What is reported: the loss of the answers to questions that no
-run has trained on; the share of them that are right to the last token, if each token is the most
-likely one; and the loss on plain text, which shows what was forgotten. A method's own run is added
-to --csv when it ends, and is not repeated.
+after a run from a seed of its own, or of lowest mean after --choices such runs. What is reported:
+the loss of the answers to questions that no run has trained on; the share of them that are right to
+the last token, if each token is the most likely one; and the loss on plain text, which shows what
+was forgotten. A method's own run is added to --csv when it ends, and is not repeated.
 """
 
 import argparse
@@ -44,7 +44,17 @@ from options import (
     read_seeds,
 )
 from results import NOTE, difference_cell, spread_cell
-from runs import CHOICE, Row, RunFile, best_rate, choose_rates, climb, describe_choice, group_rows
+from runs import (
+    Row,
+    RunFile,
+    best_rate,
+    choice_seeds,
+    choose_rates,
+    climb,
+    describe_choice,
+    group_rows,
+    is_choice,
+)
 from tasks import IGNORED, PLAIN_TEXT, TASKS, Encode, Example, draw_questions, encode, make_batch
 from torch import nn
 
@@ -203,10 +213,12 @@ class DecoderRuns:
         return row
 
     def choose_rate(self, method: str, basis_rate: float | None) -> float:
-        """Choose the rate whose run is best on the questions for that."""
+        """Choose the rate whose runs are best on the questions for that, by their mean."""
 
         def run(rate: float) -> float:
-            return float(self.get(method, rate, CHOICE, basis_rate)["loss"])
+            seeds = choice_seeds(self._options.choices)
+            runs = [self.get(method, rate, seed, basis_rate) for seed in seeds]
+            return statistics.mean(float(one["loss"]) for one in runs)
 
         found = climb(self._options.rates, run, is_lower_better=True)
         best = best_rate(found, is_lower_better=True)
@@ -239,7 +251,7 @@ class DecoderRuns:
             cpu_s, share = process_time() - start, training.share()
             is_finite = math.isfinite(losses[-1]) and training.is_finite()
             training.finish()
-        examples = self._questions.choice if seed == CHOICE else self._questions.judging
+        examples = self._questions.choice if is_choice(seed) else self._questions.judging
         found = dict.fromkeys(("loss", *TASKS, "text_loss", "training_loss"), math.nan)
         if is_finite:
             judged = {task: judge(model, examples[task]) for task in TASKS}
@@ -345,6 +357,7 @@ def parse() -> argparse.Namespace:
     add("--length", type=read_count, default=128, help="tokens that a question is padded to")
     add("--judging", type=read_count, default=100, help="questions of each task that judge")
     add("--rates", type=read_rates, default=[3e-5, 1e-4, 3e-4, 1e-3], help="to choose from")
+    add("--choices", type=read_count, default=1, help="runs that choose, of each rate")
     add("--rate", action="append", default=[], metavar="METHOD=X", help="no choice for this one")
     add("--basis-rate", type=read_rate, metavar="X", help="of basis phases; default: full's")
     add("--rank", type=read_count, help="LoRA's; default: 0.9%% of the hidden size")

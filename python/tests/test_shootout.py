@@ -156,6 +156,11 @@ def test_goes_on(shootout, data, trainings):
     assert {**again[-1], **times} == {**rows[-1], **times}
     trainings.clear()
     assert len(shootout(options.replace("--steps 4", "--steps 3"))) == 2 * len(rows)
+    trainings.clear()
+    more = shootout(f"{options} --choices 2")[2 * len(rows) :]
+    assert trainings[:2] == ["meprop", "meprop"]  # one more at each of two rates
+    assert [row["seed"] for row in more[:2]] == ["1000001"] * 2
+    assert [row["rate"] for row in more[:2]] == ["0.001", "0.01"]
 
 
 def test_runs_of_other_texts_or_threads(shootout, data, trainings):
@@ -255,7 +260,7 @@ def test_seeds():
     read_seeds = importlib.import_module("options").read_seeds
     assert list(read_seeds("3")) == [1, 2, 3]
     assert list(read_seeds("4-5")) == [4, 5]
-    for words in ("0", "-1", "0-2", "3-2", "a", "2-", ""):
+    for words in ("0", "-1", "0-2", "3-2", "a", "2-", "", "1000001"):
         with pytest.raises(ValueError):
             read_seeds(words)
 
@@ -319,6 +324,12 @@ def test_report_of_several_rates(data):
     assert one.methods["sparsegrad"][0]["basis_rate"] == "0.2"
     assert other.metrics == {"full": {"1": 100}} and "trained: head" in other.title
     assert results.compare_rows(rows[:3]) == []
+    more = importlib.import_module("runs").choice_seeds(2)[1]
+    again = [row("full", more, "0.1", 0.6), row("full", more, "0.2", 0.4)]
+    (two, _) = results.compare_rows(rows[:3] + again + rows[3:])
+    # By the mean of two, where a rate has one alone it is not among them; the basis phase follows.
+    assert [r["rate"] for r in two.methods["full"]] == ["0.1", "0.1"]
+    assert two.methods["sparsegrad"][0]["basis_rate"] == "0.1"
     with pytest.raises(SystemExit, match="no runs yet but those that choose rates"):
         importlib.import_module("peft_shootout").show([], None)
     with pytest.raises(SystemExit, match="lora: runs of rates 0.1, 0.2, and none to choose by"):
