@@ -115,8 +115,8 @@ def sebp_attention(
         as well. Under autocast cast to its type.
     key, value : Tensor, B x H_k x L_k x D
     attention_mask : Tensor or None
-        What :func:`~.mask_codes.sebp_mask` made, or one of padded keys, B x 1 x 1 x L_k. Another
-        one of four dimensions goes on to transformers' "sdpa", with a warning.
+        What :func:`~.mask_codes.sebp_mask` made, or one of padded keys, 1 or B x 1 x 1 x L_k.
+        Another one of four dimensions goes on to transformers' "sdpa", with a warning.
     dropout, scaling, softcap
         As :func:`~.attend.attend` takes them.
     is_causal : bool, optional
@@ -237,6 +237,8 @@ def _attention(
         return _of_packed(module, query, key, value, lengths, scores)
     query, key, value = _cast(query, key, value)
     mask = None
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[0] == 1:
+        attention_mask = attention_mask.expand(key.shape[0], -1, -1, -1)  # it is for all rows
     if attention_mask is not None and not is_traced():
         mask = decode(attention_mask) or decode_row(attention_mask, query.shape[2])
     if (attention_mask is not None and mask is None) or is_traced():

@@ -7,6 +7,7 @@ makes one of int64 that holds cumulative lengths, which no other code takes for 
 also reaches what checkpointing computes again after the model has returned.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ def lengths_of(attention_mask: Tensor | None) -> list[int] | None:
     Returns
     -------
     list of int or None
-        None if it is any other mask.
+        None if it is any other mask, one of integers that are 0 and 1 too.
     """
     if (
         attention_mask is None
@@ -150,7 +151,10 @@ def lengths_of(attention_mask: Tensor | None) -> list[int] | None:
         or attention_mask.shape[:3] != (1, 1, 1)
     ):
         return None
-    return attention_mask.flatten().diff().tolist()
+    ends = attention_mask.flatten().tolist()
+    lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+    is_packing = ends[:1] == [0] and all(length > 0 for length in lengths)
+    return lengths if is_packing else None
 
 
 # --------------------------------------------------------------------------------------------------
