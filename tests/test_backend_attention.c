@@ -64,6 +64,8 @@ static problem make_problem(void)
     o->kv_heads = testing_between(1, 2);
     o->heads = o->kv_heads * testing_between(1, 3);
     o->head_size = testing_between(1, testing_chance(0.4) ? WIDE_HEAD : MAX_HEAD);
+    if (testing_chance(0.5)) /* rows may begin at 16 bytes, and then GPUs copy them by other ways */
+        o->head_size = (o->head_size + 7) / 8 * 8;
     o->scale = SCALE;
     o->softcap = testing_chance(0.3) ? CAP : 0;
     o->window_left = testing_chance(0.3) ? testing_between(0, 10) : SEBP_UNLIMITED;

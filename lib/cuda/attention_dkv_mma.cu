@@ -236,13 +236,13 @@ __global__ void __launch_bounds__(S::threads, 1)
         float *of_buffer = numbers + buffer * 2 * queries;
         for (int i = (int)threadIdx.x; i < queries; i += S::threads) {
             const bool is_there = i < there;
-            sebp_mma_load_number(of_buffer + i, job.lse.row(is_there ? row + i : row) + head,
-                                 is_there);
+            sebp_copy_four_async(of_buffer + i, job.lse.row(is_there ? row + i : row) + head,
+                                 is_there ? 4 : 0);
             if (!S::whole) {
-                sebp_mma_load_number(
+                sebp_copy_four_async(
                     of_buffer + queries + i,
                     job.delta + (text.q_before + query + (is_there ? i : 0)) * job.heads + head,
-                    is_there);
+                    is_there ? 4 : 0);
             }
         }
         sebp_copies_end_group();

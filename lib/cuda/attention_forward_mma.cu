@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(warps *SEBP_WARP, 1)
     };
 
     sebp_mma_load<D, rows, threads>(q, job.q, row, item.rows, col, job.head_size);
+    sebp_copies_end_group(); /* also where no keys follow: out will be where Q is now */
     if (first_key < end_key)
         load_keys(first_key);
     sebp_copies_wait<0>();

@@ -69,19 +69,6 @@ __device__ __forceinline__ void sebp_mma_load(sebp_bf16 *to, sebp_view<const seb
     }
 }
 
-/** Starts to load a number of f32, or zero. */
-__device__ __forceinline__ void sebp_mma_load_number(float *to, const float *from, bool is_there)
-{
-#ifdef __CUDACC__
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(__cvta_generic_to_global(from)), "r"(is_there ? 4 : 0)
-                 : "memory");
-#else
-    *to = is_there ? *from : 0;
-#endif
-}
-
 /** A: 16 rows of a tile times 16 columns from `col` on; the rows of the halves begin at `first` and
  * `second`. */
 template <int D>

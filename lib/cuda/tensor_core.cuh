@@ -166,9 +166,7 @@ __device__ __forceinline__ void sebp_copy_async(void *to, const void *from, int 
                  "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
 #else
-    memset(to, 0, 16);
-    if (bytes > 0)
-        memcpy(to, from, (size_t)bytes);
+    sebp_emulated_copy(to, from, bytes, 16);
 #endif
 }
 
@@ -181,9 +179,7 @@ __device__ __forceinline__ void sebp_copy_four_async(void *to, const void *from,
                  "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
 #else
-    memset(to, 0, 4);
-    if (bytes > 0)
-        memcpy(to, from, 4);
+    sebp_emulated_copy(to, from, bytes, 4);
 #endif
 }
 
@@ -196,7 +192,7 @@ __device__ __forceinline__ void sebp_copy_eight_async(void *to, const void *from
         "l"(__cvta_generic_to_global(from))
         : "memory");
 #else
-    memcpy(to, from, 8);
+    sebp_emulated_copy(to, from, 8, 8);
 #endif
 }
 
@@ -205,6 +201,8 @@ __device__ __forceinline__ void sebp_copies_end_group()
 {
 #ifdef __CUDACC__
     asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    sebp_emulated_copies_end_group();
 #endif
 }
 
@@ -214,6 +212,8 @@ template <int groups> __device__ __forceinline__ void sebp_copies_wait()
 {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+#else
+    sebp_emulated_copies_wait(groups);
 #endif
 }
 

@@ -77,6 +77,14 @@ int sebp_emulated_barrier(int value);
 /** Hands each thread of a warp what all its 32 threads bring: lane i's at all + i * bytes. The bits of
  * the lanes that are there. */
 unsigned sebp_emulated_exchange(const void *mine, size_t bytes, void *all);
+/** Begins an asynchronous copy of the thread's: of `size` bytes at `to` the first `bytes` will be those at
+ * `from`, and the others zero. It is done as late as may be: when the thread waits for its group, or else
+ * when it returns. Until then there is NaN. */
+void sebp_emulated_copy(void *to, const void *from, int bytes, int size);
+/** The thread's copies since the last group are a group. */
+void sebp_emulated_copies_end_group();
+/** Waits until no more than `groups` of the thread's groups are under way. */
+void sebp_emulated_copies_wait(int groups);
 
 template <class... Parameters, class... Arguments>
 cudaError_t sebp_emulate(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

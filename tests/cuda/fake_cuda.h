@@ -5,8 +5,9 @@
  *
  * Its memory is the host's, but between calls of the runtime nobody may touch it: code of the host
  * that reads or writes an element ends with SIGSEGV. Each piece of memory ends at a page that nobody
- * may touch. Kernels run block after block, the threads of a block one at a time; dynamic shared
- * memory holds NaN at the start of a block.
+ * may touch. Kernels run block after block, the threads of a block one at a time, in either order by
+ * turns; dynamic shared memory holds NaN at the start of a block, and so does what an asynchronous copy
+ * has not been waited for.
  */
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H

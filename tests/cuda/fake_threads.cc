@@ -45,11 +45,21 @@ namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;
 
+struct async_copy {
+    void *to;
+    const void *from;
+    int bytes, size;
+    int64_t group;
+};
+
 /* Runs one thread of a block after another, for as long as the program does. */
 struct fiber {
     place at;
     dim3 thread;
     bool is_done;
+    std::vector<async_copy> copies; /* under way, from `first_copy` on */
+    size_t first_copy;
+    int64_t groups;                /* of copies, that have ended */
     std::unique_ptr<char[]> stack; /* null: it has never run */
     void *kept;                    /* the sanitizer's */
 };
@@ -78,6 +88,7 @@ struct block_run {
 
 std::vector<fiber> fibers;
 block_run *run;
+int64_t blocks_run, grids_run;
 std::vector<char> shared;
 
 void close_round(meeting *at)
@@ -123,11 +134,27 @@ int meet(meeting *at, int value)
     return (int)(round % 2);
 }
 
+/* Does the thread's copies of the groups below `end`. */
+void do_copies(fiber *of, int64_t end)
+{
+    for (; of->first_copy < of->copies.size(); of->first_copy++) {
+        const async_copy &copy = of->copies[of->first_copy];
+        if (copy.group >= end)
+            return;
+        std::memset(copy.to, 0, (size_t)copy.size);
+        if (copy.bytes > 0)
+            std::memcpy(copy.to, copy.from, (size_t)copy.bytes);
+    }
+    of->copies.clear();
+    of->first_copy = 0;
+}
+
 void run_threads()
 {
     ARRIVE(nullptr, &run->scheduler_stack, &run->scheduler_bytes);
     for (;;) {
         (*run->body)();
+        do_copies(&fibers[run->running], INT64_MAX);
         fibers[run->running].is_done = true;
         run->progress++;
         meeting *warp = &run->warps[run->running / 32];
@@ -181,6 +208,7 @@ void run_block()
     for (size_t i = 0; i < count; i++) {
         run->warps[i / 32].members++;
         fibers[i].is_done = false;
+        fibers[i].groups = 0;
         fibers[i].thread = dim3((unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y),
                                 (unsigned)(i / blockDim.x / blockDim.y));
     }
@@ -189,9 +217,10 @@ void run_block()
         int64_t before = run->progress;
         goes_on = false;
         for (size_t i = 0; i < count; i++) {
-            if (!fibers[i].is_done) {
+            const size_t which = blocks_run % 2 == 0 ? i : count - 1 - i;
+            if (!fibers[which].is_done) {
                 goes_on = true;
-                resume(i);
+                resume(which);
             }
         }
         if (goes_on && run->progress == before) {
@@ -199,6 +228,7 @@ void run_block()
             std::abort();
         }
     }
+    blocks_run++;
 }
 
 } // namespace
@@ -218,15 +248,15 @@ cudaError_t sebp_emulate_grid(dim3 grid, dim3 block, size_t shared_bytes,
         fibers.resize(made.threads);
     gridDim = grid;
     blockDim = block;
-    for (unsigned z = 0; z < grid.z; z++) {
-        for (unsigned y = 0; y < grid.y; y++) {
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = dim3(x, y, z);
-                shared.assign(shared_bytes + 128, (char)0xFF);
-                run_block();
-            }
-        }
+    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+    for (uint64_t i = 0; i < blocks; i++) {
+        const uint64_t at = grids_run % 2 == 0 ? i : blocks - 1 - i;
+        blockIdx = dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
+                        (unsigned)(at / grid.x / grid.y));
+        shared.assign(shared_bytes + 128, (char)0xFF);
+        run_block();
     }
+    grids_run++;
     return cudaSuccess;
 }
 
@@ -254,4 +284,22 @@ unsigned sebp_emulated_exchange(const void *mine, size_t bytes, void *all)
     meet(at, 0);
     std::memcpy(all, at->room[room].data(), 32 * bytes);
     return at->there[room];
+}
+
+void sebp_emulated_copy(void *to, const void *from, int bytes, int size)
+{
+    fiber *mine = &fibers[run->running];
+    std::memset(to, 0xFF, (size_t)size);
+    mine->copies.push_back({to, from, bytes, size, mine->groups});
+}
+
+void sebp_emulated_copies_end_group()
+{
+    fibers[run->running].groups++;
+}
+
+void sebp_emulated_copies_wait(int groups)
+{
+    fiber *mine = &fibers[run->running];
+    do_copies(mine, mine->groups - groups);
 }
