@@ -71,6 +71,12 @@ START_TEST(gpus_that_will_not_do)
     refused(0, SEBP_ERROR_UNSUPPORTED, "7.5");
     refused(2, SEBP_ERROR_UNSUPPORTED, "8.0 or later");
     mend_gpu();
+    sebp_context_options options = {.stream = cudaStreamPerThread};
+    char why[SEBP_WHY_BYTES] = "";
+    sebp_cuda *cuda = NULL;
+    ck_assert_int_eq(sebp_cuda_create(&options, &cuda, why), SEBP_ERROR_VALUE);
+    ck_assert(cuda == NULL && strstr(why, "cudaStreamPerThread") != NULL);
+    ck_assert_int_eq(fake_cuda_live(), 0);
     sebp_context_destroy(gpu_context());
     ck_assert_int_eq(fake_cuda_live(), 0);
 }
@@ -339,8 +345,8 @@ START_TEST(attention_is_recorded)
     gpu_fill();
     fake_cuda_record(true);
     testing_refuse(attention->call(), SEBP_ERROR_BACKEND, "a graph is being recorded", on.context);
-    gpu_expect_untouched(attention->name);
     fake_cuda_record(false);
+    gpu_expect_untouched(attention->name);
     testing_succeed(attention->call(), on.context);
     fake_cuda_record(true);
     testing_succeed(attention->call(), on.context);
@@ -356,21 +362,38 @@ START_TEST(attention_is_recorded)
 }
 END_TEST
 
-/* What is uploaded cannot be part of a graph; scratch memory that is stays where it is. */
+/* What is uploaded cannot be part of a graph; scratch memory that is stays where it is. Other threads'
+ * memory and the program's is none of the graph's. */
 START_TEST(a_graph_is_recorded)
 {
     char why[SEBP_WHY_BYTES];
     int64_t number = 5;
-    void *there;
+    void *there, *other, *none = &number;
     sebp_cuda *cuda;
     ck_assert_int_eq(make(1, &cuda, why), SEBP_SUCCESS);
     ck_assert_int_eq(sebp_context_make(&sebp_cuda_backend, cuda, false, &on.context), SEBP_SUCCESS);
     testing_succeed(sebp_device_alloc(on.context, sizeof number, &there), on.context);
+    testing_succeed(sebp_device_alloc(on.context, sizeof number, &other), on.context);
+    sebp_status status;
+    char *before = sebp_cuda_scratch(cuda, 500, &status);
+    const int64_t live_before = fake_cuda_live();
     fake_cuda_record(true);
     testing_refuse(sebp_device_upload(on.context, there, &number, sizeof number),
                    SEBP_ERROR_BACKEND, "a graph is being recorded", on.context);
-    sebp_status status;
+    testing_refuse(sebp_device_alloc(on.context, sizeof number, &none), SEBP_ERROR_BACKEND,
+                   "a graph is being recorded, and this call allocates memory", on.context);
+    ck_assert_ptr_eq(none, &number);
+    testing_refuse(sebp_device_synchronize(on.context), SEBP_ERROR_BACKEND, "capturing",
+                   on.context);
+    sebp_device_free(on.context, other);
+    ck_assert_int_eq(fake_cuda_live(), live_before);
+    /* The graph may have the smaller one in a call that came to nothing. */
     char *recorded = sebp_cuda_scratch(cuda, 1000, &status);
+    ck_assert(recorded != NULL && recorded != before);
+    ck_assert_int_eq(fake_cuda_live(), live_before + 1);
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    ck_assert_int_eq(mode, cudaStreamCaptureModeGlobal); /* as it was */
     ck_assert_int_eq(sebp_cuda_backend.reserve_scratch(cuda, 1000), SEBP_SUCCESS);
     char *of_method = sebp_cuda_backend.scratch(cuda);
     fake_cuda_record(false);
@@ -383,9 +406,17 @@ START_TEST(a_graph_is_recorded)
     /* What no graph knows is freed. */
     ck_assert_ptr_nonnull(sebp_cuda_scratch(cuda, 200000, &status));
     ck_assert_int_eq(fake_cuda_live(), live + 2);
+    /* What was given back meanwhile is freed by the next call that allocates, or with the context. */
+    testing_succeed(sebp_device_alloc(on.context, sizeof number, &other), on.context);
+    ck_assert_int_eq(fake_cuda_live(), live + 2);
+    fake_cuda_record(true);
+    sebp_device_free(on.context, other);
     sebp_device_free(on.context, there);
+    fake_cuda_record(false);
+    ck_assert_int_eq(fake_cuda_live(), live + 2);
     sebp_context_destroy(on.context);
     ck_assert_int_eq(fake_cuda_live(), 0);
+    ck_assert_int_eq(cudaGetLastError(), cudaSuccess);
 }
 END_TEST
 
@@ -413,13 +444,25 @@ START_TEST(another_gpus_memory)
         on.context = one;
         testing_refuse(gpu_calls[i].call(), SEBP_ERROR_BACKEND, "the context is of GPU 0", one);
     }
+    testing_refuse(sebp_device_synchronize(one), SEBP_ERROR_BACKEND, "the context is of GPU 0",
+                   one);
     cudaSetDevice(0);
     for (int i = 0; i < GPU_CALLS; i++)
         testing_succeed(gpu_calls[i].call(), one);
+    /* What is given back may be so by any thread: in the order of its own GPU's default stream. */
+    cudaSetDevice(1);
     gpu_empty();
+    ck_assert_int_eq(cudaGetDevice(&current), cudaSuccess);
+    ck_assert_int_eq(current, 1);
     sebp_context_destroy(one);
+    cudaGetDevice(&current);
+    ck_assert_int_eq(current, 1);
+    cudaSetDevice(0);
     sebp_context_destroy(other);
+    cudaGetDevice(&current);
+    ck_assert_int_eq(current, 0);
     ck_assert_int_eq(fake_cuda_live(), 0);
+    ck_assert_int_eq(cudaGetLastError(), cudaSuccess);
 }
 END_TEST
 

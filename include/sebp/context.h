@@ -201,12 +201,13 @@ typedef struct sebp_context_options {
  * does. Attention keeps up to 2 MiB of lists on the GPU, and more where graphs read them; workspace_bytes
  * does not bound these. All that calls read and write lies in the GPU's memory (device.h), but for what a function says is the
  * host's. Making a context makes its GPU the calling thread's current one; a call
- * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. The stream has to outlive the
- * context, and the row sets and bases that were used on it. A context does not survive a fork().
+ * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. What is freed or destroyed may be so by
+ * any thread with any GPU. The stream has to outlive the context, and the row sets and bases that were used on
+ * it. A context does not survive a fork().
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in
- *         [1, 1 MiB), a GPU that is not there); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED
+ *         [1, 1 MiB), a GPU that is not there, cudaStreamPerThread); SEBP_ERROR_ENVIRONMENT; SEBP_ERROR_UNSUPPORTED
  *         (oneDNN asked for in a build without it, placement in a build without hwloc, a device
  *         that the build does not have, a GPU of a compute capability below 8.0);
  *         SEBP_ERROR_BACKEND (hwloc finds no cores; CUDA has no driver or finds no GPU);

@@ -49,9 +49,10 @@ typedef struct sebp_cuda {
     int64_t
         workspace_bytes; /* the bound of the scratch memory, method's and operations' together */
     sebp_cuda_buffer method_scratch;
-    sebp_cuda_buffer scratch;    /* an operation's own */
-    struct sebp_cuda_kept *kept; /* scratch memory of before, which graphs know */
-    int64_t scratch_max;         /* the most that both have been together */
+    sebp_cuda_buffer scratch;          /* an operation's own */
+    struct sebp_cuda_kept *kept;       /* scratch memory of before, which graphs know */
+    struct sebp_cuda_unfreed *unfreed; /* memory that was given back while a graph was recorded */
+    int64_t scratch_max;               /* the most that both have been together */
     sebp_cuda_array arrays[SEBP_CUDA_ARRAYS];
     int64_t array_uses;
     sebp_overlap overlap;
@@ -82,9 +83,9 @@ void sebp_cuda_forget(cudaError_t error);
 
 /** Whether the stream is recorded as a graph. */
 sebp_status sebp_cuda_is_recorded(sebp_cuda *cuda, bool *recorded);
-/** SEBP_ERROR_BACKEND where it is: the graph would read the host's memory when it is replayed, and what
- * a call uploads is gone by then. */
-sebp_status sebp_cuda_check_not_recorded(sebp_cuda *cuda);
+/** SEBP_ERROR_BACKEND where it is. `what` the call does that a graph cannot have: "copies from the host's
+ * memory", which is gone by the time that a graph is replayed. */
+sebp_status sebp_cuda_check_not_recorded(sebp_cuda *cuda, const char *what);
 
 /**
  * Whether an operation's first kernel may begin before the kernel that was launched before it is done:

@@ -7,6 +7,7 @@
 #include "config.h"
 #endif
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,6 +53,58 @@ sebp_status sebp_cuda_check_current(sebp_cuda *cuda)
         return SEBP_ERROR_BACKEND;
     }
     return status;
+}
+
+/* Makes the context's GPU the calling thread's current one, for what may come from any thread: the default
+ * stream is that of the current GPU. The number of the one before, for leave(). */
+static int enter(const sebp_cuda *cuda)
+{
+    int before = cuda->index;
+    sebp_cuda_forget(cudaGetDevice(&before));
+    if (before != cuda->index)
+        sebp_cuda_forget(cudaSetDevice(cuda->index));
+    return before;
+}
+
+static void leave(const sebp_cuda *cuda, int before)
+{
+    if (before != cuda->index)
+        sebp_cuda_forget(cudaSetDevice(before));
+}
+
+/* ---- memory that is given back while a graph is recorded ---- */
+
+/* It cannot be freed then: in a graph cudaFreeAsync() takes nothing but memory of the graph's own. */
+typedef struct unfreed unfreed;
+struct unfreed {
+    unfreed *next;
+    void *memory;
+};
+
+struct sebp_cuda_unfreed {
+    _Atomic(unfreed *) first; /* any thread adds */
+};
+
+static void keep_for_later(sebp_cuda *cuda, void *memory)
+{
+    unfreed *kept = malloc(sizeof *kept);
+    if (kept == NULL)
+        return; /* there is no place to note it, nor anybody to tell: it is lost */
+    kept->memory = memory;
+    kept->next = atomic_load(&cuda->unfreed->first);
+    while (!atomic_compare_exchange_weak(&cuda->unfreed->first, &kept->next, kept)) {
+    }
+}
+
+/* Frees it, now that no graph is recorded. */
+static void free_unfreed(sebp_cuda *cuda)
+{
+    unfreed *next, *at = atomic_exchange(&cuda->unfreed->first, NULL);
+    for (; at != NULL; at = next) {
+        next = at->next;
+        sebp_cuda_forget(cudaFreeAsync(at->memory, cuda->stream));
+        free(at);
+    }
 }
 
 /* ---- making and unmaking ---- */
@@ -118,6 +171,16 @@ static sebp_status find_gpu(sebp_cuda *cuda, const sebp_context_options *options
                                    : sebp_cuda_check(cuda, cudaSetDevice(cuda->index));
 }
 
+/* Calls of a context, and what is freed by any thread, have one order. */
+static sebp_status check_stream(sebp_cuda *cuda)
+{
+    if (cuda->stream != cudaStreamPerThread)
+        return SEBP_SUCCESS;
+    snprintf(cuda->why, sizeof cuda->why,
+             "the stream is cudaStreamPerThread, which is another one in each thread");
+    return SEBP_ERROR_VALUE;
+}
+
 sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **made,
                              char why[SEBP_WHY_BYTES])
 {
@@ -128,8 +191,15 @@ sebp_status sebp_cuda_create(const sebp_context_options *options, sebp_cuda **ma
     cuda->gemm = options->gemm;
     cuda->workspace_bytes = options->workspace_bytes;
     cuda->min_gathered_work = 0x1p32;
+    cuda->unfreed = calloc(1, sizeof *cuda->unfreed);
+    if (cuda->unfreed == NULL) {
+        free(cuda);
+        return SEBP_ERROR_MEMORY;
+    }
     int current = -1;
-    sebp_status status = find_gpu(cuda, options, &current);
+    sebp_status status = check_stream(cuda);
+    if (status == SEBP_SUCCESS)
+        status = find_gpu(cuda, options, &current);
     if (status == SEBP_SUCCESS)
         status = look_at_gpu(cuda);
     if (status == SEBP_SUCCESS)
@@ -156,37 +226,20 @@ void sebp_cuda_destroy(void *device)
     sebp_cuda *cuda = device;
     /* What is still at work uses this memory. After an error that has ended the GPU's context these
      * calls fail too, and there is nothing left to give back. */
+    const int before = enter(cuda);
     sebp_cuda_forget(cudaStreamSynchronize(cuda->stream));
+    free_unfreed(cuda);
     sebp_cublas_end(cuda);
     sebp_cuda_free_scratch(cuda);
     sebp_cuda_forget(cudaFreeHost(cuda->results));
     if (cuda->pool != NULL)
         sebp_cuda_forget(cudaMemPoolDestroy(cuda->pool));
+    leave(cuda, before);
+    free(cuda->unfreed);
     free(cuda);
 }
 
 /* ---- memory ---- */
-
-sebp_status sebp_cuda_alloc(void *device, int64_t bytes, void **memory)
-{
-    sebp_cuda *cuda = device;
-    void *made = NULL;
-    sebp_status status = sebp_cuda_check_current(cuda);
-    if (status == SEBP_SUCCESS)
-        status =
-            sebp_cuda_check_memory(cuda, cudaMallocFromPoolAsync(&made, (size_t)sebp_max(bytes, 1),
-                                                                 cuda->pool, cuda->stream));
-    if (status == SEBP_SUCCESS)
-        *memory = made;
-    return status;
-}
-
-void sebp_cuda_free(void *device, void *memory)
-{
-    sebp_cuda *cuda = device;
-    if (memory != NULL)
-        sebp_cuda_forget(cudaFreeAsync(memory, cuda->stream));
-}
 
 sebp_status sebp_cuda_is_recorded(sebp_cuda *cuda, bool *recorded)
 {
@@ -196,16 +249,56 @@ sebp_status sebp_cuda_is_recorded(sebp_cuda *cuda, bool *recorded)
     return status;
 }
 
-sebp_status sebp_cuda_check_not_recorded(sebp_cuda *cuda)
+sebp_status sebp_cuda_check_not_recorded(sebp_cuda *cuda, const char *what)
 {
     bool recorded = false;
     sebp_status status = sebp_cuda_is_recorded(cuda, &recorded);
     if (status == SEBP_SUCCESS && recorded) {
-        snprintf(cuda->why, sizeof cuda->why,
-                 "a graph is being recorded, and this call copies from the host's memory");
+        snprintf(cuda->why, sizeof cuda->why, "a graph is being recorded, and this call %s", what);
         return SEBP_ERROR_BACKEND;
     }
     return status;
+}
+
+sebp_status sebp_cuda_alloc(void *device, int64_t bytes, void **memory)
+{
+    sebp_cuda *cuda = device;
+    void *made = NULL;
+    sebp_status status = sebp_cuda_check_current(cuda);
+    /* It would be the graph's, there in its replays alone. */
+    if (status == SEBP_SUCCESS)
+        status = sebp_cuda_check_not_recorded(cuda, "allocates memory");
+    if (status == SEBP_SUCCESS) {
+        free_unfreed(cuda);
+        status =
+            sebp_cuda_check_memory(cuda, cudaMallocFromPoolAsync(&made, (size_t)sebp_max(bytes, 1),
+                                                                 cuda->pool, cuda->stream));
+    }
+    if (status == SEBP_SUCCESS)
+        *memory = made;
+    return status;
+}
+
+void sebp_cuda_free(void *device, void *memory)
+{
+    sebp_cuda *cuda = device;
+    if (memory == NULL)
+        return;
+    /* By any thread, so nothing is written to cuda->why. */
+    const int before = enter(cuda);
+    enum cudaStreamCaptureStatus found = cudaStreamCaptureStatusNone;
+    cudaError_t error = cudaStreamIsCapturing(cuda->stream, &found);
+    sebp_cuda_forget(error);
+    bool must_wait = found != cudaStreamCaptureStatusNone ||
+                     error == cudaErrorStreamCaptureImplicit; /* on a stream that waits for ours */
+    if (!must_wait) {
+        error = cudaFreeAsync(memory, cuda->stream);
+        sebp_cuda_forget(error);
+        must_wait = error != cudaSuccess;
+    }
+    if (must_wait)
+        keep_for_later(cuda, memory);
+    leave(cuda, before);
 }
 
 sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t bytes)
@@ -216,7 +309,7 @@ sebp_status sebp_cuda_upload(void *device, void *to, const void *from, int64_t b
     sebp_status status = sebp_cuda_check_current(cuda);
     if (status != SEBP_SUCCESS)
         return status;
-    status = sebp_cuda_check_not_recorded(cuda);
+    status = sebp_cuda_check_not_recorded(cuda, "copies from the host's memory");
     if (status != SEBP_SUCCESS)
         return status;
     status = sebp_cuda_check(
@@ -257,7 +350,9 @@ sebp_status sebp_cuda_fetch(sebp_cuda *cuda, void *to, const void *from, int64_t
 sebp_status sebp_cuda_synchronize(void *device)
 {
     sebp_cuda *cuda = device;
-    return sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream));
+    sebp_status status = sebp_cuda_check_current(cuda);
+    return status == SEBP_SUCCESS ? sebp_cuda_check(cuda, cudaStreamSynchronize(cuda->stream))
+                                  : status;
 }
 
 void sebp_cuda_let_overlap(void *device, bool overlap)

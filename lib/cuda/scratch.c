@@ -23,17 +23,44 @@ struct sebp_cuda_kept {
     void *memory;
 };
 
-/* Frees it, when it is done with; or keeps it for the graphs that know its address. */
+/*
+ * While a thread records a graph, by default neither it nor others may call what might wait for the GPU
+ * (cudaThreadExchangeStreamCaptureMode() in CUDA's documentation), as cudaMalloc() and cudaFree(). What
+ * these do here is no part of any graph. Lets them, and afterwards undoes that.
+ */
+static enum cudaStreamCaptureMode let_allocate(enum cudaStreamCaptureMode mode)
+{
+    sebp_cuda_forget(cudaThreadExchangeStreamCaptureMode(&mode));
+    return mode;
+}
+
+static void free_memory(void *memory)
+{
+    if (memory == NULL)
+        return;
+    const enum cudaStreamCaptureMode before = let_allocate(cudaStreamCaptureModeRelaxed);
+    sebp_cuda_forget(cudaFree(memory));
+    let_allocate(before);
+}
+
+/* Frees it, when it is done with; or keeps it for the graphs that know its address. One that is being
+ * recorded may know it from a call that has not come to an end, and cannot be waited for. */
 static sebp_status give_up(sebp_cuda *cuda, sebp_cuda_buffer *buffer)
 {
-    if (buffer->memory != NULL && buffer->is_recorded) {
+    bool recorded = false;
+    if (buffer->memory == NULL)
+        return SEBP_SUCCESS;
+    sebp_status status = sebp_cuda_is_recorded(cuda, &recorded);
+    if (status != SEBP_SUCCESS)
+        return status;
+    if (recorded || buffer->is_recorded) {
         struct sebp_cuda_kept *kept = malloc(sizeof *kept);
         if (kept == NULL)
             return SEBP_ERROR_MEMORY;
         *kept = (struct sebp_cuda_kept){cuda->kept, buffer->memory};
         cuda->kept = kept;
     } else {
-        sebp_cuda_forget(cudaFree(buffer->memory));
+        free_memory(buffer->memory);
     }
     *buffer = (sebp_cuda_buffer){NULL, 0, false};
     return SEBP_SUCCESS;
@@ -41,15 +68,15 @@ static sebp_status give_up(sebp_cuda *cuda, sebp_cuda_buffer *buffer)
 
 void sebp_cuda_free_scratch(sebp_cuda *cuda)
 {
-    sebp_cuda_forget(cudaFree(cuda->scratch.memory));
-    sebp_cuda_forget(cudaFree(cuda->method_scratch.memory));
+    free_memory(cuda->scratch.memory);
+    free_memory(cuda->method_scratch.memory);
     for (int i = 0; i < SEBP_CUDA_ARRAYS; i++) {
-        sebp_cuda_forget(cudaFree(cuda->arrays[i].copy.memory));
+        free_memory(cuda->arrays[i].copy.memory);
         free(cuda->arrays[i].array);
     }
     while (cuda->kept != NULL) {
         struct sebp_cuda_kept *next = cuda->kept->next;
-        sebp_cuda_forget(cudaFree(cuda->kept->memory));
+        free_memory(cuda->kept->memory);
         free(cuda->kept);
         cuda->kept = next;
     }
@@ -66,8 +93,11 @@ static sebp_status grow(sebp_cuda *cuda, sebp_cuda_buffer *buffer, int64_t bytes
         void *made = NULL;
         bytes = sebp_max(sebp_round_up(bytes, ALIGNMENT), ALIGNMENT);
         status = give_up(cuda, buffer);
-        if (status == SEBP_SUCCESS)
+        if (status == SEBP_SUCCESS) {
+            const enum cudaStreamCaptureMode before = let_allocate(cudaStreamCaptureModeRelaxed);
             status = sebp_cuda_check_memory(cuda, cudaMalloc(&made, (size_t)bytes));
+            let_allocate(before);
+        }
         if (status == SEBP_SUCCESS)
             *buffer = (sebp_cuda_buffer){made, bytes, false};
         cuda->scratch_max =
@@ -151,7 +181,7 @@ static sebp_cuda_array *oldest_array(sebp_cuda *cuda)
 /* Copies an array to the place of another one. What was there stays for graphs that read it. */
 static sebp_status put_array(sebp_cuda *cuda, sebp_cuda_array *at, const void *array, int64_t bytes)
 {
-    sebp_status status = sebp_cuda_check_not_recorded(cuda);
+    sebp_status status = sebp_cuda_check_not_recorded(cuda, "copies from the host's memory");
     if (status != SEBP_SUCCESS)
         return status;
     at->bytes = 0;

@@ -30,7 +30,7 @@ void fake_cuda_break_at(int64_t n, cudaError_t error);
 int64_t fake_cuda_calls(void);
 /** Pieces of memory that are allocated, of the GPU's and of pinned, and pools. */
 int64_t fake_cuda_live(void);
-/** Whether a graph is being recorded. */
+/** Whether a graph is being recorded. What might wait for the GPU is refused then, as by CUDA. */
 void fake_cuda_record(bool recorded);
 /** How many GPUs there are; 1 at first. */
 void fake_cuda_have(int gpus);

@@ -2,6 +2,7 @@
 /** @file fake_runtime.cc A CUDA runtime without a GPU: its memory and its errors. */
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include <sys/mman.h>
@@ -20,11 +21,18 @@ int64_t calls, failing_call, breaking_call;
 cudaError_t failure, breakage, last_error;
 int gpus = 1, current_gpu;
 bool is_recorded;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 int capability[2] = {8, 0};
 
 bool is_broken()
 {
     return breaking_call > 0 && calls >= breaking_call;
+}
+
+/* Whether what might wait for the GPU is refused, as a graph is being recorded. */
+bool is_refused()
+{
+    return is_recorded && capture_mode != cudaStreamCaptureModeRelaxed;
 }
 
 /* ---- memory ---- */
@@ -160,6 +168,8 @@ static const struct {
     {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
      "an illegal memory access was encountered"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
 };
 
 const char *cudaGetErrorString(cudaError_t error)
@@ -268,22 +278,24 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, enum cudaMemPoolAttr, void *)
 
 cudaError_t cudaMalloc(void **memory, size_t bytes)
 {
-    return allocate(memory, bytes, false);
+    return is_refused() ? fake_finish(cudaErrorStreamCaptureUnsupported)
+                        : allocate(memory, bytes, false);
 }
 
 cudaError_t cudaFree(void *memory)
 {
-    return release(memory, false);
+    return is_refused() ? fake_finish(cudaErrorStreamCaptureUnsupported) : release(memory, false);
 }
 
 cudaError_t cudaMallocHost(void **memory, size_t bytes)
 {
-    return allocate(memory, bytes, true);
+    return is_refused() ? fake_finish(cudaErrorStreamCaptureUnsupported)
+                        : allocate(memory, bytes, true);
 }
 
 cudaError_t cudaFreeHost(void *memory)
 {
-    return release(memory, true);
+    return is_refused() ? fake_finish(cudaErrorStreamCaptureUnsupported) : release(memory, true);
 }
 
 cudaError_t cudaMallocFromPoolAsync(void **memory, size_t bytes, cudaMemPool_t, cudaStream_t)
@@ -291,8 +303,13 @@ cudaError_t cudaMallocFromPoolAsync(void **memory, size_t bytes, cudaMemPool_t, 
     return allocate(memory, bytes, false);
 }
 
+/* A graph frees its own memory alone. On the default stream of another GPU it would be freed while its own
+ * GPU may be at work there. */
 cudaError_t cudaFreeAsync(void *memory, cudaStream_t)
 {
+    const piece *found = find_piece(memory);
+    if (is_recorded || (found != nullptr && found->gpu != current_gpu))
+        return fake_finish(cudaErrorInvalidValue);
     return release(memory, false);
 }
 
@@ -360,10 +377,16 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, enum cudaStreamCaptureStatus *st
     return cudaSuccess;
 }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode)
+{
+    std::swap(*mode, capture_mode);
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
     MAY_FAIL();
-    return cudaSuccess;
+    return is_recorded ? fake_finish(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void *, enum cudaFuncAttribute, int)
