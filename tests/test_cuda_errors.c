@@ -283,6 +283,36 @@ START_TEST(sums_without_memory)
 }
 END_TEST
 
+/* Scores of many rows fit into the memory that is left, some at a time. */
+START_TEST(rows_are_found_in_little_memory)
+{
+    enum {
+        ROWS = 1500,
+        COLS = 2,
+        ROOM = 600
+    }; /* scores; of fewer rows kernels write to the host's */
+    char why[SEBP_WHY_BYTES];
+    sebp_cuda *cuda;
+    double score[ROWS];
+    ck_assert_int_eq(make(1, &cuda, why), SEBP_SUCCESS);
+    ck_assert_int_eq(sebp_context_make(&sebp_cuda_backend, cuda, false, &on.context), SEBP_SUCCESS);
+    cuda->workspace_bytes = ROOM * (int64_t)sizeof(double);
+    sebp_matrix dy = testing_random_matrix(ROWS, COLS, SEBP_F32, TESTING_INTEGER);
+    sebp_matrix on_gpu = dy;
+    on_gpu.data = gpu_put(dy.data, ((ROWS - 1) * dy.stride + COLS) * (int64_t)sizeof(float));
+    ck_assert_int_eq(sebp_cuda_backend.scan_rows(cuda, &on_gpu, SEBP_MEASURE_SQUARE_SUM, 0, score),
+                     SEBP_SUCCESS);
+    ck_assert_int_gt(cuda->scratch.bytes, 0);
+    for (int64_t i = 0; i < ROWS; i++) {
+        const double x = testing_get(&dy, i, 0), y = testing_get(&dy, i, 1);
+        ck_assert(score[i] == x * x + y * y);
+    }
+    sebp_device_free(on.context, on_gpu.data);
+    testing_release(&dy);
+    sebp_context_destroy(on.context);
+}
+END_TEST
+
 /* ---- graphs ---- */
 
 /* Whether memory of the GPU holds 100 times `number`. */
@@ -490,6 +520,7 @@ static Suite *make_suite(void)
     tcase_add_test(tests, little_memory);
     tcase_add_loop_test(tests, a_products_memory_is_gone, 0, 2);
     tcase_add_test(tests, sums_without_memory);
+    tcase_add_test(tests, rows_are_found_in_little_memory);
     tcase_add_test(tests, copies_stay);
     tcase_add_test(tests, attention_is_recorded);
     tcase_add_test(tests, a_graph_is_recorded);

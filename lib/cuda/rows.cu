@@ -28,7 +28,7 @@ __device__ __forceinline__ int warp_of_thread()
 
 constexpr int SCAN_PACKS = 4;       /* that a thread reads between two looks at what it has found */
 constexpr int SCAN_PIECE = 1 << 10; /* elements worth a warp of their own */
-constexpr int SCAN_ROWS = 256 << 10; /* at a time: their scores are in scratch memory */
+constexpr int SCAN_ROWS = 256 << 10; /* at a time, at most: their scores are in scratch memory */
 constexpr int DIRECT_SCORES = SEBP_CUDA_RESULT_BYTES / (int)sizeof(double);
 
 /* Rows are cut into pieces, a warp to each: there may be a single long one. */
@@ -149,7 +149,9 @@ sebp_status sebp_cuda_scan_rows(void *device, const sebp_matrix *dy, sebp_measur
         return SEBP_SUCCESS;
     if (dy->rows <= DIRECT_SCORES)
         return scan_few(cuda, dy, measure, below, score);
-    int64_t chunk = sebp_min(dy->rows, SCAN_ROWS);
+    /* No fewer than the direct ones: a workspace of 1 MiB has room for more beside a method's half. */
+    const int64_t room = sebp_cuda_workspace(cuda) / (int64_t)sizeof(double);
+    int64_t chunk = sebp_min(dy->rows, sebp_min(SCAN_ROWS, sebp_max(room, DIRECT_SCORES)));
     sebp_status status;
     double *found = (double *)sebp_cuda_scratch(cuda, chunk * (int64_t)sizeof *found, &status);
     if (status != SEBP_SUCCESS)
