@@ -131,7 +131,8 @@ def apply_lora_to_model(
 def _merge(module: nn.Module) -> None:
     """Add the product to the weight, each element rounded once."""
     a, b, weight = module.lora_a, module.lora_b, module.weight
-    if refusal(weight) or a.dtype == torch.float64:
+    on_cpu = a.is_cpu and b.is_cpu
+    if refusal(weight) or not on_cpu or a.dtype == torch.float64:
         weight.copy_(_merged(module))
         return
     a, b = a.float(), b.float()

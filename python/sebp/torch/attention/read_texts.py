@@ -298,7 +298,7 @@ def texts_op(
         module_is_causal, sliding_window, is_of_one_sequence,
     )  # fmt: skip
     texts, pattern = read_texts(codes, told)
-    seen = torch.tensor([pattern.causal, *pattern.windows], dtype=torch.int64)
+    seen = torch.tensor([pattern.causal, *pattern.windows], dtype=torch.int64, device="cpu")
     if offsets_q is not None:
         return offsets_q.cpu().long().clone(), offsets_k.cpu().long().clone(), seen
     return texts.queries.numbers(), texts.keys.numbers(), seen
@@ -320,5 +320,7 @@ def _(
     shapes = shape, shape_k
     if offsets_q is not None and offsets_k is not None:
         shapes = offsets_q.shape, offsets_k.shape
-    q_texts, k_texts = (torch.empty(one, dtype=torch.int64) for one in shapes)
-    return q_texts, k_texts, torch.empty(3, dtype=torch.int64)
+    q_texts, k_texts, seen = (
+        torch.empty(one, dtype=torch.int64, device="cpu") for one in (*shapes, (3,))
+    )
+    return q_texts, k_texts, seen

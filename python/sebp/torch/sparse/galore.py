@@ -83,8 +83,8 @@ class GaloreMoments:
         self.is_left = rows <= cols  # u projects the rows of dW
         self.shape = (rank, cols) if self.is_left else (rows, rank)
         self.vectors: Tensor | None = None  # until the first gradient
-        self.moment1 = torch.zeros(self.shape, dtype=torch.float32)
-        self.moment2 = torch.zeros(self.shape, dtype=torch.float32)
+        self.moment1 = torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+        self.moment2 = torch.zeros(self.shape, dtype=torch.float32, device="cpu")
         self.steps = 0
 
     @property
@@ -103,7 +103,7 @@ class GaloreMoments:
         """Compute R of left^T right on the active rows, by two products with r columns."""
         wide, other = (left, right) if self.is_left else (right, left)
         narrow, r = (
-            torch.empty(shape, dtype=torch.float32)
+            torch.empty(shape, dtype=torch.float32, device="cpu")
             for shape in ((wide.rows, vectors.shape[0]), self.shape)
         )
         inside = matrix_of(narrow)
@@ -115,7 +115,7 @@ class GaloreMoments:
     def step(self, r: Tensor, adamw: AdamW, context: Context) -> Tensor:
         """Take a step on R: return S."""
         self.steps += 1
-        s = torch.zeros(self.shape, dtype=torch.float32)
+        s = torch.zeros(self.shape, dtype=torch.float32, device="cpu")
         adamw_step(
             *(matrix_of(one) for one in (r, s, self.moment1, self.moment2)),
             self.steps,
@@ -196,7 +196,7 @@ class GaloreLayer(SparseLayer):
         """Add R of left^T right to that of earlier backwards, on new vectors where it is time."""
         moments = self.moments
         if self._chosen is None and moments.steps % self.settings.refresh_every == 0:
-            dw = torch.empty(self.weight.shape, dtype=torch.float32)
+            dw = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu")
             library_backward(left, right, None, active, None, matrix_of(dw), None)
             if not all_finite(dw):
                 self.is_finite = False

@@ -77,12 +77,12 @@ class Scratch:
         """Return the memory as a matrix; what it held is lost."""
         size = shape[0] * shape[1]
         if self.floats.numel() < size:
-            self.floats = torch.empty(size, dtype=torch.float32)
+            self.floats = torch.empty(size, dtype=torch.float32, device="cpu")
         return self.floats[:size].view(shape)
 
     def free(self) -> None:
         """Give the memory back until it is needed again."""
-        self.floats = torch.empty(0, dtype=torch.float32)
+        self.floats = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,6 +155,11 @@ class SparseLayer:
         """Compute the gradient's elements from dY and X."""
         if self.hook is None or (self.moments is None) != (x is None):
             return  # what was computed before the layer was released, or in another phase
+        if x is not None and not dy.is_cpu:  # of a model that was moved since
+            raise TypeError(
+                f"{self.name}: its gradient is on {dy.device}, but sparse layers are trained on the"
+                " CPU"
+            )
         self.backwards.note()
         is_fixed = self.moments is not None and self.moments.is_fixed
         if self.has_gradient and not (is_fixed or self.sums_whole):
@@ -212,7 +217,7 @@ class SparseLayer:
 
     def _measure(self, r: Tensor, left: Matrix, right: Matrix, active: Rows) -> None:
         """Add to the energies those of R and of dW, which is computed for that."""
-        dw = torch.empty(self.weight.shape, dtype=torch.float32)
+        dw = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu")
         library_backward(left, right, None, active, None, matrix_of(dw), None)
         part, whole = self.energies
         self.energies = part + energy_of(r), whole + energy_of(dw)
@@ -439,7 +444,7 @@ class _Tap(torch.autograd.Function):
 def _tap(layer: SparseLayer, x: Tensor, y: Tensor) -> Tensor:
     x = None if layer.moments is None else x.detach()
     # The output has a gradient even where neither input nor bias has one.
-    leaf = torch.empty(0, requires_grad=True)
+    leaf = torch.empty(0, requires_grad=True, device="cpu")
     return _Tap.apply(y, _Collect.apply(leaf, y.detach(), layer, x))
 
 
