@@ -77,7 +77,7 @@ forbids 'examples use the public headers alone' '(models/|programs/)' examples/*
 for file in tests/*.[ch]; do
     case $file in
     tests/counting*.[ch] | tests/kernel_harness.h | tests/sides.[ch]) ;; # they alone look inside
-    tests/gpu_context.c | tests/gpu_door.c | tests/test_cuda_errors.c) ;;
+    tests/gpu_context.c | tests/gpu_door.c | tests/test_cuda_errors.c | tests/test_cuda_graphs.c) ;;
     tests/emulated_amx.[ch] | tests/test_functions.c | tests/test_kernels.c) ;;
     tests/test_element_kernels.c | tests/test_product_kernels.c | tests/time_kernels.c) ;;
     tests/test_layer_kernels.c | tests/test_precision.c) ;;
