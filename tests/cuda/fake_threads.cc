@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /** @file fake_threads.cc The threads of a GPU that is not there: fibers, block after block. */
 #undef _FORTIFY_SOURCE /* with which longjmp() refuses another stack */
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -200,6 +201,25 @@ void resume(size_t which)
     ARRIVE(run->scheduler_kept, nullptr, nullptr);
 }
 
+/* A warp goes on as far as it can without the others. Whether any of its threads has not returned. */
+bool run_warp(size_t warp, bool backwards)
+{
+    const size_t first = warp * 32, count = std::min(run->threads - first, (size_t)32);
+    for (;;) {
+        const int64_t before = run->progress;
+        bool goes_on = false;
+        for (size_t i = 0; i < count; i++) {
+            const size_t which = first + (backwards ? count - 1 - i : i);
+            if (!fibers[which].is_done) {
+                goes_on = true;
+                resume(which);
+            }
+        }
+        if (!goes_on || run->progress == before)
+            return goes_on;
+    }
+}
+
 void run_block()
 {
     size_t count = run->threads;
@@ -212,17 +232,13 @@ void run_block()
         fibers[i].thread = dim3((unsigned)(i % blockDim.x), (unsigned)(i / blockDim.x % blockDim.y),
                                 (unsigned)(i / blockDim.x / blockDim.y));
     }
-    bool goes_on = true;
-    while (goes_on) {
-        int64_t before = run->progress;
+    const bool backwards = blocks_run % 2 != 0;
+    const size_t warps = run->warps.size();
+    for (bool goes_on = true; goes_on;) {
+        const int64_t before = run->progress;
         goes_on = false;
-        for (size_t i = 0; i < count; i++) {
-            const size_t which = blocks_run % 2 == 0 ? i : count - 1 - i;
-            if (!fibers[which].is_done) {
-                goes_on = true;
-                resume(which);
-            }
-        }
+        for (size_t i = 0; i < warps; i++)
+            goes_on = run_warp(backwards ? warps - 1 - i : i, backwards) || goes_on;
         if (goes_on && run->progress == before) {
             std::fprintf(stderr, "emulated GPU: threads of a block wait for each other for ever\n");
             std::abort();
