@@ -37,10 +37,13 @@ void sebp_cuda_packed_forget(sebp_packed *packed);
 int64_t sebp_cuda_packed_bytes(const sebp_packed *packed);
 void sebp_cuda_packed_free(void *device, sebp_packed *packed);
 
-/* rows.cu */
+/* scan.cu */
 
 sebp_status sebp_cuda_scan_rows(void *device, const sebp_matrix *dy, sebp_measure measure,
                                 double limit, double *score);
+
+/* rows.cu */
+
 sebp_status sebp_cuda_zero_other_rows(void *device, const sebp_matrix *to, const int64_t *rows,
                                       int64_t count);
 sebp_status sebp_cuda_sum_rows(void *device, const sebp_matrix *from, const int64_t *rows,
