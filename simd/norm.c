@@ -103,9 +103,10 @@ SPECIALIZED void find_in_double(const sebp_norm_row *row, const void *h, bool is
     FOR_EACH_VEC(row->is_rms ? 0 : row->n, {
         vec_store(held, load_lanes(h, is_bf16, at, lanes));
         for (int64_t i = 0; i < lanes; i++) {
-            mean += (double)held[i] / (double)row->n;
+            mean += (double)held[i];
         }
     });
+    mean /= (double)row->n; /* exact where all elements are equal: their variance is 0 */
     FOR_EACH_VEC(row->n, {
         vec_store(held, load_lanes(h, is_bf16, at, lanes));
         for (int64_t i = 0; i < lanes; i++) {

@@ -460,6 +460,26 @@ START_TEST(norm_far_from_one)
 }
 END_TEST
 
+/* Without epsilon the variance of equal elements is 0, not what rounding leaves of it: n (3 / n) < 3. */
+START_TEST(norm_of_equal_elements)
+{
+    layer_open_contexts();
+    sebp_matrix x = testing_matrix(1, 771, 771, SEBP_F32),
+                statistics = testing_matrix(1, 2, 2, SEBP_F32);
+    sebp_norm_options options = SEBP_NORM_OPTIONS_INIT;
+    options.epsilon = 0;
+    for (int64_t j = 0; j < x.cols; j++)
+        testing_set(&x, 0, j, 3);
+    testing_succeed(sebp_norm_forward(layer_contexts[0], &x, NULL, NULL, NULL, NULL, &options, NULL,
+                                      &x, &statistics),
+                    layer_contexts[0]);
+    ck_assert(isinf(testing_get(&statistics, 0, 1)));
+    testing_release(&x);
+    testing_release(&statistics);
+    layer_close_contexts();
+}
+END_TEST
+
 static Suite *make_suite(void)
 {
     Suite *suite = suite_create("norms");
@@ -468,6 +488,7 @@ static Suite *make_suite(void)
     tcase_add_test(all, norm_backward);
     tcase_add_test(all, norm_exact);
     tcase_add_test(all, norm_far_from_one);
+    tcase_add_test(all, norm_of_equal_elements);
     suite_add_tcase(suite, all);
     return suite;
 }
