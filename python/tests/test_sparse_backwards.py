@@ -213,6 +213,32 @@ def test_gradients_that_are_zeros():
     assert not torch.equal(weights[0], nn.Linear(12, 20, bias=False).weight)
 
 
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_gradients_that_were_zeros_before_they_were_written(accumulate):
+    """Clipping between two backwards, or ``zero_grad(set_to_none=False)``: it cannot be known."""
+    weights = []
+    for parts in (1, 2):
+        torch.manual_seed(7)
+        net = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 8))
+        optimizer = sebp.apply_sparse_mask_to_model(
+            net, adamw(net), 30, layers="0", accumulate=accumulate
+        )
+        net[1].weight.requires_grad_(False)
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+        dy = torch.tensor([1.0, -1.0]).repeat(4)[:, None]
+        for i, (part, by) in enumerate(zip(x.chunk(parts), dy.chunk(parts), strict=True)):
+            loss = (net(part) * by).sum()
+            if i == 1 and not accumulate:
+                with pytest.raises(RuntimeError, match="a gradient other than zero"):
+                    loss.backward()
+                return
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        weights.append(net[0].weight.detach())
+    torch.testing.assert_close(*weights)
+
+
 def test_gradients_replaced_by_hand():
     """Other tensors in the place of gradients are no ``zero_grad()``; nor is a graph of them."""
     weights = []

@@ -44,7 +44,8 @@ class Backwards:
     backward is then refused, unless sums are wanted.
 
     Zeros count before a backward, and only where something was written since the last one: before a
-    step clipping may have written to gradients that were zeros all along.
+    step clipping may have written to gradients that were zeros all along. Where all were, zeros
+    tell nothing: a second backward is then added where sums are wanted, and else refused.
 
     Parameters
     ----------
@@ -70,6 +71,7 @@ class Backwards:
         self.parameters = set(parameters)
         # The parameters that had a gradient after the last backward, and its version then.
         self._with_grad: dict[Tensor, tuple[int, int]] = {}
+        self._has_numbers = False  # whether any of these gradients was not zero
         # Backwards that have not ended. Each reference is dead once its backward is over.
         self._tasks: dict[int, weakref.ref] = {}
         self._handles: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
@@ -106,6 +108,9 @@ class Backwards:
             other: end for other, end in list(self._tasks.items()) if other != task and end()
         }
         self._with_grad = {p: _version_of(p.grad) for p in self._watched() if p.grad is not None}
+        # A small one mostly tells.
+        by_size = sorted(self._with_grad, key=Tensor.numel)
+        self._has_numbers = not all(_is_zero(p.grad) for p in by_size)
         self._watch()  # some may have been frozen before
 
     def _is_within_another(self) -> bool:
@@ -114,13 +119,15 @@ class Backwards:
 
     def _refuse_unknown(self) -> None:
         """Raise where it cannot be known whether what layers keep is to be added to."""
-        if self.accumulate or self._with_grad or self._is_within_another():
+        if self.accumulate or self._has_numbers or self._is_within_another():
             return
-        if any(layer.has_gradient for layer in self.layers):
+        is_unknown = all(self._is_gone(p, True) for p in self._with_grad)
+        if is_unknown and any(layer.has_gradient for layer in self.layers):
             raise RuntimeError(
                 "a second backward before the step, but no parameter beside the sparse layers had a"
-                " gradient in the first one, by which a zero_grad() of the model would be seen;"
-                " call zero_grad() of the SparseOptimizer, or pass accumulate=True to add them up"
+                " gradient other than zero in the first one, by which a zero_grad() of the model"
+                " would be seen; call zero_grad() of the SparseOptimizer, or pass accumulate=True"
+                " to add them up"
             )
 
     def drop_unwanted(self, *, counts_zeros: bool = False) -> None:
@@ -136,6 +143,7 @@ class Backwards:
         ends = self._tasks
         # A backward that raised an error has not ended, so what it left is not known.
         parameters = self._watched() if ends else self._with_grad
+        counts_zeros = counts_zeros and (bool(ends) or self._has_numbers)
         if (ends or parameters) and all(self._is_gone(p, counts_zeros) for p in parameters):
             self.drop()
 
@@ -148,7 +156,7 @@ class Backwards:
 
     def drop(self) -> None:
         """Drop what layers keep."""
-        self._with_grad = {}
+        self._with_grad, self._has_numbers = {}, False
         self._tasks = {}
         for layer in self.layers:
             layer.drop_gradient()

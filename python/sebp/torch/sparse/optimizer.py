@@ -65,8 +65,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     Their gradients come from ``backward()``, not from ``torch.autograd.grad()``. They are dropped
     by :meth:`zero_grad`, and by ``zero_grad()`` of the model or of the user's optimizer: that is
     seen by the ``grad`` of the other parameters, which is gone, or with ``set_to_none=False`` zero
-    where a backward begins. Where no other parameter has a gradient it cannot be seen, and a second
-    backward before a step is refused, unless ``accumulate=True`` asks for the sum.
+    where a backward begins. Where no other parameter has a gradient, or only zeros that have been
+    written to since, it cannot be seen, and a second backward before a step is refused, unless
+    ``accumulate=True`` asks for the sum.
     Clipping does not see them. A step with a ``GradScaler``, which does not see them either, is
     refused.
 
