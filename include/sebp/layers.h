@@ -70,7 +70,7 @@ typedef struct sebp_norm_options {
  *
  * Where the variance plus epsilon is over the largest f32 (of elements over about 1e19) or below 2^-90, CPUs
  * compute it in double. GPUs do not: there y is then 0, NaN or inexact. One over its root is an f32, and Inf
- * below 2^-256: so y is NaN where all elements are equal and epsilon is 0.
+ * below 2^-256. Without epsilon equal elements have a y that is NaN, or what rounding of their mean leaves.
  *
  * Reads x and the residual and writes h and y: 16 bytes an element in f32 with all four, 8 without
  * residual and h.
