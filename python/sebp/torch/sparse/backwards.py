@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 
 class KeepsGradient(Protocol):
@@ -25,9 +26,18 @@ class KeepsGradient(Protocol):
         """Forget it."""
 
 
-def _version_of(grad: Tensor) -> tuple[int, int]:
-    """Return what changes where a gradient is written to, or replaced."""
-    return id(grad), grad._version
+class _Seen:
+    """A gradient as it was: tells whether another one still is that, and nothing was written to it.
+
+    It does not hold the gradient. The reference is dead once the gradient is, whatever comes to be
+    at its place in memory.
+    """
+
+    def __init__(self, grad: Tensor) -> None:
+        self._grad, self._version = TensorWeakRef(grad), grad._version
+
+    def still_is(self, grad: Tensor) -> bool:
+        return self._grad() is grad and self._version == grad._version
 
 
 def _is_zero(grad: Tensor) -> bool:
@@ -69,8 +79,8 @@ class Backwards:
         self.accumulate = accumulate
         self.base = base
         self.parameters = set(parameters)
-        # The parameters that had a gradient after the last backward, and its version then.
-        self._with_grad: dict[Tensor, tuple[int, int]] = {}
+        # The parameters that had a gradient after the last backward, and what it was then.
+        self._with_grad: dict[Tensor, _Seen] = {}
         self._has_numbers = False  # whether any of these gradients was not zero
         # Backwards that have not ended. Each reference is dead once its backward is over.
         self._tasks: dict[int, weakref.ref] = {}
@@ -107,7 +117,7 @@ class Backwards:
         self._tasks = {
             other: end for other, end in list(self._tasks.items()) if other != task and end()
         }
-        self._with_grad = {p: _version_of(p.grad) for p in self._watched() if p.grad is not None}
+        self._with_grad = {p: _Seen(p.grad) for p in self._watched() if p.grad is not None}
         # A small one mostly tells.
         by_size = sorted(self._with_grad, key=Tensor.numel)
         self._has_numbers = not all(_is_zero(p.grad) for p in by_size)
@@ -152,7 +162,8 @@ class Backwards:
         grad = parameter.grad
         if grad is None or not counts_zeros:
             return grad is None
-        return self._with_grad.get(parameter) != _version_of(grad) and _is_zero(grad)
+        seen = self._with_grad.get(parameter)
+        return not (seen is not None and seen.still_is(grad)) and _is_zero(grad)
 
     def drop(self) -> None:
         """Drop what layers keep."""
