@@ -99,9 +99,9 @@ def attend(
         If shapes or options do not go together.
     RuntimeError
         In a backward of the backward, and where ``torch.func`` or forward mode takes derivatives.
-        On the CPU also in a backward with a gradient for a query
-        whose scores the bias makes large numbers, all of them, as a mask of -1e9 does: what the
-        probabilities are made from again has lost them in rounding. A mask is to be of -inf.
+        On the CPU also in a backward, where the bias makes all scores of a query larger than 2^17,
+        as a mask of -1e9 does, and the query has a gradient. The backward computes probabilities
+        from the logarithm of their sum, which rounding has lost by then. Mask with -inf instead.
     """
     if has_torch_function((query, key, value)):  # a subclass, or a mode that changes calls
         return handle_torch_function(

@@ -13,7 +13,8 @@ from ..common.step_times import add_attention
 from ..common.tensors import matrix_of, new_like
 from .texts import Side, Texts
 
-_LOST = 2.0**20  # where the largest score is as large, probabilities are off by a sixteenth
+# Rounding of a logarithm of this size makes probabilities wrong by 2^-8, as much as bfloat16 does.
+_LOST = 2.0**17
 
 
 def attention_forward(
