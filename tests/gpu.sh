@@ -6,7 +6,7 @@
 # operation with the CPU's, lets compute-sanitizer look for accesses outside of memory and for races
 # where that tool is there, measures, and ends with a table of what was measured and the line
 # "N passed, N failed, N skipped". It takes less than eight minutes: what is left of them bounds each
-# step. On 16 cores about two and a half minutes are the build's, and one or two the tests'.
+# step.
 # compute-sanitizer has SANITIZER_SECONDS, by default 100. What it has not finished by then is reported as
 # skipped, and not as failed.
 #

@@ -201,9 +201,9 @@ typedef struct sebp_context_options {
  * does. Attention keeps up to 2 MiB of lists on the GPU, and more where graphs read them; workspace_bytes
  * does not bound these. All that calls read and write lies in the GPU's memory (device.h), but for what a function says is the
  * host's. Making a context makes its GPU the calling thread's current one; a call
- * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. What is freed or destroyed may be so by
- * any thread with any GPU. The stream has to outlive the context, and the row sets and bases that were used on
- * it. A context does not survive a fork().
+ * by a thread with another one (cudaSetDevice()) is SEBP_ERROR_BACKEND. Any thread
+ * may free and destroy, whichever GPU is its current one. The stream has to outlive the context, and the row
+ * sets and bases that were used on it. A context does not survive a fork().
  *
  * @return SEBP_SUCCESS; SEBP_ERROR_NULL (context); SEBP_ERROR_SIZE (sebp.h); SEBP_ERROR_VALUE
  *         (threads outside [0, 1024], an unknown enum value, workspace_bytes negative or in

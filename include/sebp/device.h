@@ -13,8 +13,9 @@
  * before: forward or backward, with the same dtype, heads, options and wanted gradients, and with texts of the
  * same lengths at the same places. The GPU keeps what the last eight different calls needed, up to 256 KiB for
  * each. A call that cannot be recorded, as that of a loss, returns SEBP_ERROR_BACKEND. The context and the row
- * sets have to live as long as the graph. The graph is replayed on the context's stream. Memory cannot be
- * allocated meanwhile; what is freed is so once the graph has been recorded.
+ * sets have to live as long as the graph. The graph is replayed on the context's stream. While a
+ * graph is recorded no memory can be allocated. What is freed then is given back by the next call that
+ * allocates, or with the context.
  *
  * Calls on a GPU return before it has finished, but for those that have a result for the host: row
  * sets that are found, losses, norms, the checks of indices. What a context is asked for happens in

@@ -69,8 +69,9 @@ typedef struct sebp_norm_options {
  * place of the variance. Where h is bf16 the norm is that of the rounded h, which the backward sees.
  *
  * Where the variance plus epsilon is over the largest f32 (of elements over about 1e19) or below 2^-90, CPUs
- * compute it in double. GPUs do not: there y is then 0, NaN or inexact. One over its root is an f32, and Inf
- * below 2^-256. Without epsilon equal elements have a y that is NaN, or what rounding of their mean leaves.
+ * compute it in double. GPUs do not: there y is then 0, NaN or inexact. 1 over its root
+ * is stored in f32, where it is Inf if the sum is below 2^-256. With epsilon 0 and equal elements y is NaN, or
+ * what the rounding of their mean leaves.
  *
  * Reads x and the residual and writes h and y: 16 bytes an element in f32 with all four, 8 without
  * residual and h.
